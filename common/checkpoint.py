@@ -1,0 +1,313 @@
+"""Checkpoints: save, resume, start from another run.
+
+    checkpoints/step_0002000/
+        policy/   what inference needs: <component>.safetensors (averaged weights), policy.json, stats.safetensors
+        state/    what resuming needs besides: Accelerate's state (weights, optimizer, random generators), trainer.json
+    checkpoints/last -> the newest complete checkpoint
+
+A checkpoint is written under a temporary name and renamed when it is complete and on disk, so that no
+interruption can leave half of one under a name that anything reads. Nothing that is loaded can run code:
+weights are safetensors, settings JSON, and Accelerate's own state is read with `weights_only`.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common.config import to_dict
+from common.errors import UserError
+from common.normalize import Normalizer
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What a policy must know of the data it was made for; kept in `policy.json`.
+
+    Attributes:
+        cameras: short names, in the order of the images; the first is the head camera.
+        image_size: height and width that the policy works on.
+        state_names, action_names: meaning of each dimension.
+        fps: control steps per second.
+        task: what the demonstrations show, if the dataset says so.
+        backbone_config: architecture of a Hugging Face backbone, so that loading needs no hub.
+    """
+
+    cameras: tuple[str, ...]
+    image_size: tuple[int, int]
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    fps: float
+    task: str | None = None
+    backbone_config: dict | None = None
+
+    @property
+    def state_dim(self) -> int:
+        return len(self.state_names)
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.action_names)
+
+    @classmethod
+    def of(cls, store) -> "PolicySpec":
+        """The spec of policies for an episode store."""
+        return cls(
+            tuple(store.cameras),
+            tuple(store.image_size),
+            tuple(store.state_names),
+            tuple(store.action_names),
+            store.fps,
+            store.task,
+        )
+
+    def with_backbone(self, backbone: nn.Module) -> "PolicySpec":
+        """The spec with the architecture of the backbone that was built."""
+        return replace(self, backbone_config=backbone.hf_config)
+
+    @classmethod
+    def from_json(cls, values: dict) -> "PolicySpec":
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+def save(
+    accelerator: Accelerator,
+    run_dir: Path,
+    step: int,
+    samples: int,
+    averaged,
+    normalizer: Normalizer,
+    spec: PolicySpec,
+    config,
+) -> Path:
+    """Write the checkpoint of a step; called by every process, since each has a random state of its own.
+
+    Args:
+        samples: training samples that all processes have drawn so far: the position in the data order.
+        averaged: `AveragedPolicy`, whose `model` is exported.
+        config: the script's configuration; `config.run.keep` newest checkpoints stay.
+    """
+    folder = run_dir / "checkpoints"
+    final, unfinished = folder / f"step_{step:07d}", folder / f".step_{step:07d}.unfinished"
+    if accelerator.is_main_process:
+        for leftover in folder.glob(".*.unfinished"):
+            shutil.rmtree(leftover)
+        (unfinished / "policy").mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished / "state"))
+    if accelerator.is_main_process:
+        for name, component in averaged.model.named_children():
+            tensors = {
+                key: value.detach().cpu().contiguous() for key, value in component.state_dict().items()
+            }
+            save_file(tensors, unfinished / "policy" / f"{name}.safetensors")
+        normalizer.save(unfinished / "policy" / "stats.safetensors")
+        settings = {"step": step, "spec": asdict(spec), "config": to_dict(config)}
+        settings["script"] = config_script(config)
+        _write_json(unfinished / "policy" / "policy.json", settings)
+        trainer = {"step": step, "samples": samples, "updates": averaged.updates}
+        trainer["processes"] = accelerator.num_processes
+        _write_json(unfinished / "state" / "trainer.json", trainer)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _sync(unfinished)
+        if final.exists():  # the run was resumed from an older checkpoint and has come here again
+            shutil.rmtree(final)
+        unfinished.rename(final)
+        _point_last_at(final)
+        older = sorted(path for path in folder.glob("step_*") if path != final)
+        for path in older[: max(len(older) - (config.run.keep - 1), 0)]:
+            shutil.rmtree(path)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def config_script(config) -> str:
+    """Name of the training script that a configuration belongs to, as `train_vfp.py`."""
+    import sys
+
+    return Path(sys.modules[type(config).__module__].__file__).name
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def _sync(folder: Path) -> None:
+    """Wait until all files below a folder are on disk, not only in the page cache."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _point_last_at(checkpoint: Path) -> None:
+    """Re-point `last` in one step: it never dangles, whenever the process is killed."""
+    link = checkpoint.parent / ".last.new"
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoint.name)
+    link.replace(checkpoint.parent / "last")
+
+
+def find(run_dir: Path, name: str = "last") -> Path:
+    """Folder of a checkpoint of a run.
+
+    Args:
+        run_dir: run folder.
+        name: `last`, a step folder's name, or a step's number.
+
+    Raises:
+        UserError: if the run or the checkpoint is not there; lists those that are.
+    """
+    folder = Path(run_dir).expanduser() / "checkpoints"
+    name = f"step_{int(name):07d}" if name.isdigit() else name
+    path = folder / name
+    if (path / "policy" / "policy.json").is_file():
+        return path.resolve()
+    there = sorted(p.name for p in folder.glob("step_*") if (p / "policy" / "policy.json").is_file())
+    if name == "last" and there:
+        return folder / there[-1]  # someone deleted newer step folders and left `last` dangling
+    if not there:
+        raise UserError(
+            f"{run_dir} holds no finished checkpoint: give the folder of a run that has saved one."
+        )
+    raise UserError(f"{run_dir} holds no checkpoint {name}: choose one of {', '.join(there)}.")
+
+
+def restore(accelerator: Accelerator, run_dir: Path, averaged) -> dict[str, int]:
+    """Load the last checkpoint of a run into what `accelerator.prepare` returned, on every process.
+
+    With the number of processes that saved it, training continues bit for bit (on CPU); with another, at
+    the same position in the data but with other noise, and says so.
+
+    Returns:
+        `step` and `samples`, as given to `save`.
+
+    Raises:
+        UserError: if the checkpoint is missing, damaged, or of another policy.
+    """
+    path = find(run_dir)
+    try:
+        trainer = json.loads((path / "state" / "trainer.json").read_text())
+        accelerator.load_state(str(path / "state"))
+        averaged.load(_read_components(path / "policy", averaged.policy), trainer["updates"])
+        same = trainer["processes"] == accelerator.num_processes
+        if same:
+            _check_random_state(path / "state" / f"random_states_{accelerator.process_index}.pkl")
+        else:
+            accelerator.print(
+                f"{path.name} was saved by {trainer['processes']} processes, now there are "
+                f"{accelerator.num_processes}: the data continue where they were, the noise differs."
+            )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be resumed ({error}): delete this folder to resume from the checkpoint before it."
+        ) from None
+    return {"step": trainer["step"], "samples": trainer["samples"]}
+
+
+def _check_random_state(path: Path) -> None:
+    """Accelerate goes on silently when it could not restore a random state; a resumed run must not."""
+    # numpy's part of the state needs more than plain tensors, so only torch's is compared, by its bytes.
+    state = torch.get_rng_state().numpy().tobytes()
+    if state not in path.read_bytes():
+        raise UserError(
+            f"{path} does not hold the random state: delete its checkpoint to use the one before it."
+        )
+
+
+def _read_components(folder: Path, policy: nn.Module) -> dict[str, Tensor]:
+    """State dict of the policy whose components are stored in a folder."""
+    weights = {}
+    for name, _ in policy.named_children():
+        weights |= {
+            f"{name}.{key}": value for key, value in load_file(folder / f"{name}.safetensors").items()
+        }
+    return weights
+
+
+def load_components(policy: nn.Module, folder: Path) -> None:
+    """Load every component of a policy from a checkpoint's `policy` folder; names and shapes must agree.
+
+    Raises:
+        UserError: if a file is missing, damaged, or of another architecture.
+    """
+    try:
+        policy.load_state_dict(_read_components(folder, policy))
+    except Exception as error:
+        raise UserError(
+            f"The weights in {folder} cannot be loaded ({error}): use another checkpoint."
+        ) from None
+
+
+def initialise(policy: nn.Module, sources: tuple[str, ...]) -> None:
+    """Start from the weights of other runs (`--init-from`).
+
+    Args:
+        sources: each a run folder (every component that both policies have), or `component=SOURCE` with a
+            run folder, a `.safetensors` file or a `.pt` state dict.
+
+    Raises:
+        UserError: if a source is missing or its shapes do not fit.
+    """
+    components = dict(policy.named_children())
+    for source in sources:
+        name, equals, where = source.partition("=")
+        path = Path(where if equals else source).expanduser()
+        if equals and name not in components:
+            raise UserError(
+                f"--init-from {source}: there is no component {name!r}; there are {', '.join(components)}."
+            )
+        if not path.exists():
+            raise UserError(
+                f"--init-from {source}: {path} does not exist; give a run folder or a file of weights."
+            )
+        if path.is_dir():
+            folder = find(path) / "policy"
+            files = {n: folder / f"{n}.safetensors" for n in ([name] if equals else components)}
+            found = {n: file for n, file in files.items() if file.exists()}
+            if not found:
+                there = ", ".join(
+                    sorted(file.stem for file in folder.glob("*.safetensors") if file.stem != "stats")
+                )
+                raise UserError(f"--init-from {source}: no component to take from {path}, which has {there}.")
+        elif equals:
+            found = {name: path}
+        else:
+            raise UserError(
+                f"--init-from {source}: write component=FILE to say which component the file is for."
+            )
+        for component, file in found.items():
+            _load_file_into(components[component], component, file)
+
+
+def _load_file_into(component: nn.Module, name: str, file: Path) -> None:
+    try:
+        weights = torch.load(file, weights_only=True) if file.suffix in (".pt", ".pth") else load_file(file)
+        component.load_state_dict(weights)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--init-from: {file} does not fit the component {name} ({reason}).") from None
+
+
+def freeze(policy: nn.Module, names: tuple[str, ...]) -> None:
+    """Keep components as they are (`--freeze`): no gradients, no weight decay.
+
+    Raises:
+        UserError: for a component that the policy does not have.
+    """
+    components = dict(policy.named_children())
+    for name in names:
+        if name not in components:
+            raise UserError(
+                f"--freeze {name}: there is no such component; there are {', '.join(components)}."
+            )
+        components[name].requires_grad_(False)

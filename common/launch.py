@@ -1,0 +1,78 @@
+"""Starting a run: processes and precision, the run folder."""
+
+import json
+import logging
+import warnings
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from common.config import RunConfig, write_run_config
+from common.errors import UserError
+
+
+def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerator:
+    """Accelerate set up as every script needs it; works alone, under `accelerate launch` and `torchrun`.
+
+    Without an accelerator on the machine it runs on the CPU, with several processes too (gloo).
+    """
+    # The launcher's own hints about defaults say nothing that a user of these scripts can act on.
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=grad_accumulation,
+        cpu=not torch.accelerator.is_available(),
+        log_with=None if config.tracker == "none" else config.tracker,
+        step_scheduler_with_optimizer=False,  # otherwise a prepared scheduler steps once per process
+    )
+    if accelerator.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True  # image sizes do not change during a run
+    return accelerator
+
+
+def prepare_run_dir(
+    accelerator: Accelerator, config, script: str, store, global_batch: int, steps: int
+) -> Path:
+    """Create the run folder with its `config.json`, or check that a resumed run goes on with the same data.
+
+    Args:
+        config: the script's configuration.
+        script: the script's path; its name without `train_` starts the name of a new folder.
+        store: the episode store that is trained on.
+        global_batch: samples per optimizer step over all processes, printed.
+        steps: optimizer steps of the whole run, printed.
+
+    Returns:
+        The run folder, the same on every process.
+
+    Raises:
+        UserError: if a resumed run was trained on other data.
+    """
+    method = Path(script).stem.removeprefix("train_").replace("_", "-")
+    default = Path("runs") / f"{method}-{datetime.now():%Y%m%d-%H%M%S}"
+    run_dir = Path(broadcast_object_list([str(config.run.run_dir or default)])[0])
+    if config.run.resume:
+        saved = json.loads((run_dir / "config.json").read_text())
+        if saved.get("fingerprint") != store.fingerprint:
+            raise UserError(
+                f"{run_dir} was trained on data that have changed since ({saved.get('dataset')}): resume with "
+                f"the data as they were, or start a new run with --init-from {run_dir}."
+            )
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        data = {"fingerprint": store.fingerprint, "dataset": store.source}
+        write_run_config(run_dir, Path(script).name, config, data)
+        batch = config.optim.batch_size
+        print(
+            f"{run_dir}: {steps} steps of {global_batch} samples ({batch} per process x "
+            f"{accelerator.num_processes} processes x {config.optim.grad_accumulation} accumulated), "
+            f"{accelerator.device.type}, {accelerator.mixed_precision} mixed precision"
+        )
+    accelerator.wait_for_everyone()
+    return run_dir

@@ -1,0 +1,235 @@
+"""Optimizer groups, gradient clipping, learning-rate schedules, and the average of the weights.
+
+A policy's *components* are its direct children (`head_backbone`, `info_embedder`, `action_decoder`, ...).
+Each has its own optimizer groups, learning rate and weight decay, and its gradient norm is reported.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer, schedule and batch."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    backbone_lr: float | None = None
+    """Peak learning rate of every component whose name ends in `backbone` (default: as --lr)."""
+    component_lr: tuple[str, ...] = ()
+    """Peak learning rate of single components, as `action_decoder=3e-4 info_embedder=1e-4`."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay of matrices and kernels; norms and biases are never decayed."""
+    component_weight_decay: tuple[str, ...] = ()
+    """Weight decay of single components, as `head_backbone=0.05`."""
+    beta2: float = 0.95
+    """Decay of Adam's second moment."""
+    schedule: Literal["cosine", "onecycle", "constant", "schedule-free"] = "cosine"
+    """cosine: linear warmup, cosine decay. onecycle: cosine up, cosine down. schedule-free: RAdam, no decay."""
+    warmup_steps: int | None = None
+    """Steps of linear warmup, or of onecycle's rise (default: 5 %, onecycle 30 %, of the steps)."""
+    batch_size: int = 32
+    """Samples per process and micro-batch; the global batch is this x processes x --grad-accumulation."""
+    grad_accumulation: int = 1
+    """Micro-batches per optimizer step."""
+    steps: int | None = None
+    """Optimizer steps to train for (give this or --epochs)."""
+    epochs: float | None = None
+    """Passes over the training episodes to train for, converted to steps at the start."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; it is scaled down to this."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights that are evaluated and exported; 0 exports the raw weights."""
+
+
+def build_optimizer(policy: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW, or schedule-free RAdam (Defazio et al. 2024), over `parameter_groups`.
+
+    AdamW is fused: it is fast on CUDA, and a step can be skipped on the device (see `clip_gradients`).
+    """
+    groups, betas = parameter_groups(policy, config), (0.9, config.beta2)
+    if config.schedule == "schedule-free":
+        from schedulefree import RAdamScheduleFree
+
+        optimizer = RAdamScheduleFree(groups, betas=betas)
+        optimizer.train()
+        return optimizer
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
+
+
+def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
+    """Two groups for each trainable component: what weight decay applies to, and the rest.
+
+    Raises:
+        UserError: for an option that names a component the policy does not have, or with nothing to train.
+    """
+    groups = []
+    components = dict(policy.named_children())
+    rates = _per_component(config.component_lr, components, "--component-lr")
+    decays = _per_component(config.component_weight_decay, components, "--component-weight-decay")
+    for name, component in components.items():
+        is_backbone = name.endswith("backbone") and config.backbone_lr is not None
+        lr = rates.get(name, config.backbone_lr if is_backbone else config.lr)
+        trainable = [parameter for parameter in component.parameters() if parameter.requires_grad]
+        for decay, matrices in ((decays.get(name, config.weight_decay), True), (0.0, False)):
+            parameters = [parameter for parameter in trainable if (parameter.ndim >= 2) == matrices]
+            if parameters:
+                groups.append({"component": name, "params": parameters, "lr": lr, "weight_decay": decay})
+    if not groups:
+        raise UserError("Every component is frozen, so nothing would be trained: leave one out of --freeze.")
+    return groups
+
+
+def _per_component(options: tuple[str, ...], components: dict, flag: str) -> dict[str, float]:
+    """Read `name=value` options."""
+    values = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        if name not in components:
+            raise UserError(
+                f"{flag} {option}: there is no component {name!r}; there are {', '.join(components)}."
+            )
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise UserError(f"{flag} {option}: write it as {name}=NUMBER.") from None
+    return values
+
+
+def lr_factor(step: int, total_steps: int, schedule: str, warmup_steps: int | None = None) -> float:
+    """Learning rate at a step, as a share of its peak: a pure function, so resuming restores nothing.
+
+    "onecycle" is that of Smith & Topin (2018) with the constants of torch's OneCycleLR: from 1/25 of the
+    peak by a cosine to the peak, then by a cosine to 1/250,000; momentum is not cycled.
+    """
+    if schedule == "schedule-free":
+        return 1.0
+    share = 0.3 if schedule == "onecycle" else 0.05
+    warmup = round(share * total_steps) if warmup_steps is None else warmup_steps
+    if schedule == "onecycle":
+        rise, fall = max(warmup - 1, 1), max(total_steps - warmup, 1)
+        if step <= rise:
+            return _cosine(1 / 25, 1.0, step / rise)
+        return _cosine(1.0, 1 / 250_000, min((step - rise) / fall, 1.0))
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    return _cosine(1.0, 0.0, min((step - warmup) / max(total_steps - warmup, 1), 1.0))
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, policy: nn.Module, config: OptimConfig, total_steps: int, step: int
+) -> LambdaLR:
+    """Scheduler that stands at `step`.
+
+    The optimizer may have been restored from a checkpoint: where flags given beside --resume changed a
+    learning rate or weight decay, the present configuration holds, not what the checkpoint remembers.
+    """
+    for group, now in zip(optimizer.param_groups, parameter_groups(policy, config), strict=True):
+        group["initial_lr"], group["weight_decay"] = now["lr"], now["weight_decay"]
+
+    def factor(at: int) -> float:
+        return lr_factor(at, total_steps, config.schedule, config.warmup_steps)
+
+    return LambdaLR(optimizer, factor, last_epoch=step - 1)
+
+
+def clip_gradients(policy: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> dict[str, Tensor]:
+    """Scale the gradient to at most `max_norm`, and let the next step do nothing if it is not finite.
+
+    Nothing here waits for the device: the decision to skip is taken there. After DDP's all-reduce every
+    process holds the same gradient, hence all decide alike.
+
+    Returns:
+        Norms before clipping: `grad_norm` of the whole, `grad_norm/<component>` of each trained component,
+        and `bad_step`, 1 where the gradient was not finite. Scalars on the device.
+    """
+    norms, parameters = {}, []
+    for name, component in policy.named_children():
+        grads = [p.grad for p in component.parameters() if p.grad is not None]
+        if grads:
+            norms[f"grad_norm/{name}"] = nn.utils.get_total_norm(grads)
+            parameters += [p for p in component.parameters() if p.grad is not None]
+    total = torch.stack(list(norms.values())).norm()
+    bad = ~torch.isfinite(total)
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.found_inf = bad.float()  # the fused kernel leaves weights, moments and step count alone
+        optimizer.grad_scale = None
+    else:  # schedule-free RAdam has no such switch: a step with zero gradient is as near as it gets
+        for parameter in parameters:
+            parameter.grad = torch.where(bad, 0.0, parameter.grad)
+    return {"grad_norm": total, **norms, "bad_step": bad.float()}
+
+
+class AveragedPolicy:
+    """The weights that are evaluated and exported: an average over the course of training.
+
+    - EMA (`decay` > 0): average <- d average + (1 - d) weights after every step, with
+      d = min(decay, (1 + n) / (10 + n)) at update n, so that the first, bad weights are forgotten early.
+    - schedule-free: the optimizer keeps the average itself and trains at another point; it is computed into
+      a copy, since switching the training weights back and forth is not exact to the last bit.
+    - otherwise: the weights themselves.
+
+    `model` is a module of its own, so that evaluating it cannot disturb training.
+    """
+
+    def __init__(self, policy: nn.Module, optimizer: torch.optim.Optimizer, decay: float):
+        self.policy, self.optimizer = policy, optimizer
+        self.schedule_free = not isinstance(optimizer, torch.optim.AdamW)
+        self.decay = 0.0 if self.schedule_free else decay
+        self.updates = 0
+        self._average = AveragedModel(policy, multi_avg_fn=self._lerp) if self.decay else None
+        self._copy = None if self.decay else copy.deepcopy(policy).requires_grad_(False)
+
+    def _lerp(self, averages: list[Tensor], weights: list[Tensor], _: Tensor) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights after an optimizer step."""
+        self.updates += 1
+        if self._average is not None:
+            self._average.update_parameters(self.policy)
+
+    @property
+    def model(self) -> nn.Module:
+        """The policy with the averaged weights, in eval mode."""
+        if self._average is not None:
+            return self._average.module.eval()
+        self._copy.load_state_dict(self.policy.state_dict())
+        if self.schedule_free:
+            self._schedule_free_average()
+        return self._copy.eval()
+
+    @torch.no_grad()
+    def _schedule_free_average(self) -> None:
+        """x from the training point y = (1 - beta1) z + beta1 x (Defazio et al. 2024)."""
+        mine = dict(zip(self.policy.parameters(), self._copy.parameters(), strict=True))
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state.get(parameter, {})
+                if "z" in state:
+                    mine[parameter].lerp_(state["z"], 1 - 1 / group["betas"][0])
+
+    def load(self, weights: dict[str, Tensor], updates: int) -> None:
+        """Restore an EMA from exported weights; the other averages follow from the training state."""
+        self.updates = updates
+        if self._average is not None:
+            self._average.module.load_state_dict(weights)
+            self._average.n_averaged.fill_(updates)

@@ -1,0 +1,213 @@
+"""Transformer blocks: scaled-dot-product attention, a pre-norm encoder, a decoder conditioned on flow time."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x to itself or to a context whose keys and values were computed before."""
+
+    def __init__(self, d_model: int, num_heads: int):
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(f"d_model {d_model} must be a multiple of the number of heads, {num_heads}")
+        self.num_heads = num_heads
+        self.query = nn.Linear(d_model, d_model)
+        self.key_value = nn.Linear(d_model, 2 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, D) -> keys and values, each (B, heads, L, D / heads)."""
+        return tuple(self._heads(part) for part in self.key_value(context).chunk(2, dim=-1))
+
+    def forward(
+        self,
+        x: Tensor,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+        key_mask: Tensor | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: queries, (B, L, D).
+            keys_values: of a context, from `keys_values`; x itself when absent.
+            key_mask: (B, L of the keys), False where a key must not be seen.
+            causal: position i sees positions <= i only.
+        """
+        keys, values = self.keys_values(x) if keys_values is None else keys_values
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        x = F.scaled_dot_product_attention(
+            self._heads(self.query(x)), keys, values, attn_mask=mask, is_causal=causal
+        )
+        return self.out(x.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def mlp(d_model: int, expansion: int = 4) -> nn.Sequential:
+    """Feed-forward part of a block."""
+    return nn.Sequential(
+        nn.Linear(d_model, expansion * d_model), nn.GELU(), nn.Linear(expansion * d_model, d_model)
+    )
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm self-attention block."""
+
+    def __init__(self, d_model: int, num_heads: int):
+        super().__init__()
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.attention, self.mlp = Attention(d_model, num_heads), mlp(d_model)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D); key_mask (B, L), False for tokens that nobody may see."""
+        x = x + self.attention(self.norm_attention(x), key_mask=key_mask)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class Encoder(nn.Module):
+    """A stack of encoder blocks with a final norm."""
+
+    def __init__(self, d_model: int, num_heads: int, num_layers: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(EncoderBlock(d_model, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(d_model)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D) -> (B, L, D)."""
+        for block in self.blocks:
+            x = block(x, key_mask)
+        return self.norm(x)
+
+
+class TimeEmbedding(nn.Module):
+    """Flow time (B,) in [0, 1] -> (B, D): sinusoids of geometrically spaced frequencies, then an MLP."""
+
+    def __init__(self, d_model: int, max_frequency: float = 1000.0):
+        super().__init__()
+        exponents = torch.linspace(0, 1, d_model // 2)
+        self.register_buffer("frequencies", max_frequency**exponents, persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * (d_model // 2), d_model), nn.SiLU(), nn.Linear(d_model, d_model)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t.float().unsqueeze(-1) * self.frequencies
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+
+
+class DecoderBlock(nn.Module):
+    """Self-attention, cross-attention to the observation, MLP; time modulates each (Peebles & Xie 2023).
+
+    Every part computes x + gate(t) * part(norm(x) * (1 + scale(t)) + shift(t)). Gates, scales and shifts
+    start at zero (adaLN-Zero), so that an untrained decoder passes its input through.
+    """
+
+    def __init__(self, d_model: int, num_heads: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
+        self.self_attention = Attention(d_model, num_heads)
+        self.cross_attention = Attention(d_model, num_heads)
+        self.mlp = mlp(d_model)
+        self.modulation = nn.Linear(d_model, 9 * d_model)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        context: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
+        """Refine action tokens.
+
+        Args:
+            x: action tokens, (B * M, T, D), M draws per observation one after the other.
+            condition: embedded flow time, (B * M, D).
+            context: keys and values of B observations.
+            key_mask: (B * M, T), False for padded actions.
+        """
+        modulation = self.modulation(F.silu(condition)).unsqueeze(1).chunk(9, dim=-1)
+        shift, scale, gate = modulation[:3]
+        h = self.norm(x) * (1 + scale) + shift
+        x = x + gate * self.self_attention(h, key_mask=key_mask, causal=causal)
+        shift, scale, gate = modulation[3:6]
+        # The M draws of one observation are M * T queries to the same keys: no copies of the keys are made.
+        h = (self.norm(x) * (1 + scale) + shift).reshape(len(context[0]), -1, x.shape[-1])
+        x = x + gate * self.cross_attention(h, keys_values=context).reshape(x.shape)
+        shift, scale, gate = modulation[6:]
+        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+
+
+class ActionDecoder(nn.Module):
+    """Velocity of a noisy action chunk, given an observation's memory and the flow time.
+
+    `context(memory)` is computed once per observation, `forward` once per integration step.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        horizon: int,
+        d_model: int,
+        num_heads: int,
+        num_layers: int,
+        causal: bool = True,
+    ):
+        super().__init__()
+        self.causal = causal
+        self.action_in = nn.Linear(action_dim, d_model)
+        self.position = nn.Parameter(torch.randn(horizon, d_model) * 0.02)
+        self.time = TimeEmbedding(d_model)
+        self.blocks = nn.ModuleList(DecoderBlock(d_model, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(d_model)
+        self.velocity_out = nn.Linear(d_model, action_dim)
+        nn.init.zeros_(self.velocity_out.weight)
+        nn.init.zeros_(self.velocity_out.bias)
+
+    def context(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Memory (B, L, D) -> the cross-attention keys and values of every block."""
+        return [block.cross_attention.keys_values(memory) for block in self.blocks]
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, context: list[tuple[Tensor, Tensor]], is_pad: Tensor | None = None
+    ) -> Tensor:
+        """Predict the velocity.
+
+        Args:
+            x_t: noisy actions, (B * M, T, A): M draws for each of the B observations of the context.
+            t: flow time, (B * M,).
+            context: from `context`.
+            is_pad: (B * M, T), True for steps past the episode's end. Without a causal mask they must not be
+                seen; with it the real steps, which come first, cannot see them anyway.
+
+        Returns:
+            (B * M, T, A).
+        """
+        key_mask = None if is_pad is None or self.causal else ~is_pad
+        x = self.action_in(x_t) + self.position
+        condition = self.time(t)
+        for block, keys_values in zip(self.blocks, context, strict=True):
+            x = block(x, condition, keys_values, key_mask, self.causal)
+        return self.velocity_out(self.norm(x))
+
+
+def sincos_position_2d(height: int, width: int, d_model: int) -> Tensor:
+    """Fixed position embedding of a grid, (height * width, d_model), row by row.
+
+    A quarter of the features each for sin and cos of y and of x (Vaswani et al. 2017, in two dimensions);
+    features left over by the division are zero.
+    """
+    quarter = d_model // 4
+    frequencies = torch.exp(-math.log(100.0) * torch.arange(quarter) / max(quarter, 1))
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = torch.stack([y, x]).flatten(1).unsqueeze(-1) * frequencies  # (2, L, quarter)
+    features = torch.cat([angles[0].sin(), angles[0].cos(), angles[1].sin(), angles[1].cos()], dim=-1)
+    return F.pad(features, (0, d_model - 4 * quarter))

@@ -1,0 +1,395 @@
+"""Evaluate a finished run: held-out error, closed-loop success, latency, pictures.
+
+    python evaluate.py runs/vfp-20260301-101500
+    python evaluate.py runs/vfp-20260301-101500 --sample-steps 1 2 10 --episodes 500
+
+Held-out episodes: the mean absolute error of sampled action chunks (normalized actions, so that dimensions
+can be averaged) beside predictors that need no network. A run on the built-in task is rolled out in closed
+loop as well, all episodes in one batch. Everything lands in RUN/evaluation: `results.json`, `heldout.png`,
+and for the built-in task `rollouts.png` and `rollouts.gif`.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from common.config import cli
+from torch import Tensor
+from tqdm import tqdm
+
+from common.data import ChunkDataset, open_dataset, split_episodes
+from common.errors import UserError
+from common.inference import RobotPolicy, load_policy
+
+COLORS = {"policy": "tab:blue", "recorded": "black"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Evaluate a trained policy: held-out error, closed-loop success on the built-in task, latency."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    checkpoint: str = "last"
+    """`last`, or the number of a saved step."""
+    episodes: int = 200
+    """Closed-loop episodes; only for runs on the built-in task."""
+    sample_steps: tuple[int, ...] = (10, 2, 1)
+    """Numbers of integration steps to evaluate; the first is used for held-out error and pictures."""
+    execute_steps: int | None = None
+    """Actions of a chunk that are executed before the next is sampled (default: half of it)."""
+    seed: int = 1_000_000
+    """Seed of episodes and noise. The same seed gives every policy the same episodes."""
+    heldout_samples: int = 2000
+    """At most this many held-out steps, evenly spaced, are compared."""
+    batch_size: int = 64
+    """Observations per forward pass."""
+
+
+def main(config: Config) -> None:
+    if min(config.sample_steps, default=0) < 1:
+        raise UserError("--sample-steps needs one or more numbers of at least 1.")
+    policy = load_policy(config.run, config.checkpoint, seed=config.seed)
+    folder = config.run.expanduser() / "evaluation"
+    folder.mkdir(exist_ok=True)
+    results = {"checkpoint": policy.checkpoint.name, "step": policy.step, "seed": config.seed}
+    results["device"] = str(policy.device)
+    print(f"{config.run}, {policy.checkpoint.name}, on {policy.device}")
+
+    results["heldout"] = evaluate_heldout(policy, config, folder)
+    is_demo = policy.config.data.dataset == "demo"
+    if is_demo:
+        results["closed_loop"] = evaluate_closed_loop(policy, config, folder)
+    results["latency_ms"] = measure_latency(policy, config)
+    (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    report(results, folder)
+
+
+# Held-out episodes
+
+
+def evaluate_heldout(policy: RobotPolicy, config: Config, folder: Path) -> dict | None:
+    """Error of sampled chunks on episodes the run did not train on, beside predictors without a network.
+
+    Each predictor gives a chunk (T, A) for a held-out step; its `mae` is the mean absolute error of the
+    normalized actions over the steps that exist, `per_dimension` the same for each action dimension in
+    recorded units.
+
+    - mean: the mean action of the training episodes.
+    - hold: the present state, where state and action share a space.
+    - linear: ridge regression of the chunk on the state.
+    - nearest: the chunk that followed the training state nearest to the present one.
+    - mismatched: the policy itself, shown the images of another held-out step; how much it uses its eyes.
+    """
+    data = policy.config.data
+    store = open_dataset(data)
+    saved = json.loads((config.run.expanduser() / "config.json").read_text()).get("fingerprint")
+    if saved != store.fingerprint:
+        raise UserError(
+            f"{store.source} has changed since {config.run} was trained on it: restore it to evaluate."
+        )
+    train_episodes, held_out = split_episodes(store.num_episodes, data.val_fraction, policy.config.run.seed)
+    if len(held_out) == 0:
+        print("no held-out episodes (--val-fraction 0): skipping the held-out error")
+        return None
+    train_set = ChunkDataset(store, train_episodes, policy.horizon)
+    val_set = ChunkDataset(store, held_out, policy.horizon)
+    num = min(config.heldout_samples, len(val_set))
+    chosen = np.linspace(0, len(val_set) - 1, num).astype(int)
+    rows = val_set.rows[chosen]
+
+    predictions = {
+        "policy": sample_chunks(policy, val_set, chosen, config),
+        "mismatched": sample_chunks(policy, val_set, chosen, config, images_from=np.roll(chosen, num // 2)),
+        **trivial_predictions(store, train_set, rows, policy),
+    }
+    recorded, is_pad = store.action[val_set.chunk_rows(rows)], val_set.is_pad(rows)
+    real = torch.from_numpy(~is_pad)
+    target = torch.from_numpy(recorded)
+    normalizer = policy.normalizer.cpu()
+    results = {"steps": num, "episodes": len(held_out), "sample_steps": config.sample_steps[0]}
+    for name, chunks in predictions.items():
+        error = (normalizer.actions(chunks) - normalizer.actions(target)).abs()[real]  # (real steps, A)
+        in_units = (chunks - target).abs()[real].mean(0)
+        per_dimension = dict(zip(policy.spec.action_names, in_units.tolist(), strict=True))
+        results[name] = {"mae": error.mean().item(), "per_dimension": per_dimension}
+    normalizer.to(policy.device)
+    draw_heldout(policy, store, held_out[0], config, folder / "heldout.png")
+    return results
+
+
+def sample_chunks(
+    policy: RobotPolicy, dataset: ChunkDataset, chosen: np.ndarray, config: Config, images_from=None
+) -> Tensor:
+    """Chunks (len(chosen), T, A) in recorded units; `images_from` takes the images from other steps."""
+    policy.reset()
+    chunks = []
+    images_from = chosen if images_from is None else images_from
+    splits = range(0, len(chosen), config.batch_size)
+    for start in tqdm(splits, desc="held-out chunks", unit="batch", leave=False):
+        part = slice(start, start + config.batch_size)
+        proprio = dataset.__getitems__(chosen[part].tolist()).proprio
+        images = dataset.__getitems__(images_from[part].tolist()).images
+        chunks.append(policy.sample(images, proprio, config.sample_steps[0]).cpu())
+    return torch.cat(chunks)
+
+
+def trivial_predictions(
+    store, train_set: ChunkDataset, rows: np.ndarray, policy: RobotPolicy
+) -> dict[str, Tensor]:
+    """Predictors that need no network; see `evaluate_heldout`. (V, T, A) each, in recorded units."""
+    horizon, action_dim = policy.horizon, store.action.shape[1]
+    state, train_state = store.state[rows], store.state[train_set.rows]
+    train_chunks = store.action[train_set.chunk_rows(train_set.rows)]  # (S, T, A)
+    predictions = {
+        "mean": np.broadcast_to(store.action[train_set.rows].mean(0), (len(rows), horizon, action_dim)).copy()
+    }
+    if store.shared_space:
+        predictions["hold"] = np.repeat(state[:, None], horizon, axis=1)
+
+    mean, scale = train_state.mean(0), train_state.std(0) + 1e-6
+    x, x_train = (state - mean) / scale, (train_state - mean) / scale
+    design = np.concatenate([x_train, np.ones((len(x_train), 1))], 1).astype(np.float64)
+    gram = design.T @ design + 1e-3 * len(design) * np.eye(design.shape[1]) / 100
+    weights = np.linalg.solve(gram, design.T @ train_chunks.reshape(len(design), -1))
+    linear = np.concatenate([x, np.ones((len(x), 1))], 1) @ weights
+    predictions["linear"] = linear.reshape(-1, horizon, action_dim).astype(np.float32)
+
+    nearest = torch.cat(
+        [torch.cdist(part, torch.from_numpy(x_train)).argmin(1) for part in torch.from_numpy(x).split(256)]
+    )
+    predictions["nearest"] = train_chunks[nearest.numpy()]
+    return {name: torch.from_numpy(chunks) for name, chunks in predictions.items()}
+
+
+def draw_heldout(policy: RobotPolicy, store, episode: int, config: Config, path: Path) -> None:
+    """One held-out episode: every action dimension as recorded, and the chunks sampled along the way."""
+    plt = pyplot()
+    dataset = ChunkDataset(store, np.array([episode]), policy.horizon)
+    starts = np.arange(0, len(dataset), max(policy.horizon // 2, 1))
+    chunks = sample_chunks(policy, dataset, starts, config).numpy()
+    recorded = store.action[dataset.rows]
+    num = recorded.shape[1]
+    columns = min(4, num)
+    figure, axes = plt.subplots(
+        math.ceil(num / columns),
+        columns,
+        figsize=(4 * columns, 1.9 * math.ceil(num / columns)),
+        squeeze=False,
+    )
+    seconds = np.arange(len(recorded)) / store.fps
+    for d, axis in enumerate(axes.flat):
+        if d >= num:
+            axis.axis("off")
+            continue
+        axis.plot(seconds, recorded[:, d], color=COLORS["recorded"], lw=1.5, label="recorded")
+        for start, chunk in zip(starts, chunks, strict=True):
+            n = min(policy.horizon, len(recorded) - start)
+            label = "sampled chunks" if start == 0 else None
+            axis.plot(
+                seconds[start : start + n], chunk[:n, d], color=COLORS["policy"], lw=1, alpha=0.7, label=label
+            )
+        axis.set_title(policy.spec.action_names[d], fontsize=9)
+        axis.tick_params(labelsize=7)
+    axes[0, 0].legend(fontsize=7)
+    figure.supxlabel("seconds")
+    figure.suptitle(f"held-out episode {episode}, {config.sample_steps[0]} sampling steps")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# Closed loop, built-in task
+
+
+def evaluate_closed_loop(policy: RobotPolicy, config: Config, folder: Path) -> dict[str, dict]:
+    """Success over fresh episodes of the built-in task for each number of sampling steps."""
+    results = {}
+    for index, steps in enumerate(config.sample_steps):
+        simulator, trace = roll_out(policy, config, steps)
+        results[str(steps)] = summarize(simulator)
+        if index == 0:
+            draw_rollouts(simulator, trace, results[str(steps)], folder / "rollouts.png")
+            save_gif(simulator, trace, folder / "rollouts.gif")
+    simulator, _ = roll_out(policy, config, config.sample_steps[0], mismatched=True)
+    results["mismatched"] = summarize(simulator)
+    return results
+
+
+def roll_out(policy: RobotPolicy, config: Config, sample_steps: int, mismatched: bool = False):
+    """Roll out all episodes together.
+
+    Args:
+        mismatched: show the policy the images of another episode: what it achieves without its eyes.
+
+    Returns:
+        The simulator at the end, and the hands' positions (steps + 1, E, 2, 2).
+    """
+    from common.data.demo import MAX_STEPS, Simulator
+
+    simulator = Simulator(config.episodes, config.seed)
+    policy.reset()
+    execute = min(config.execute_steps or max(policy.horizon // 2, 1), policy.horizon)
+    trace = [simulator.hands.copy()]
+    with tqdm(
+        total=MAX_STEPS, desc=f"rollouts, {sample_steps} sampling steps", unit="step", leave=False
+    ) as bar:
+        while not simulator.done.all():
+            images = torch.from_numpy(simulator.images()).permute(0, 1, 4, 2, 3)  # (E, 3, 3, H, W)
+            images = images.roll(1, dims=0) if mismatched else images
+            proprio = torch.from_numpy(simulator.state)[:, None]
+            chunks = torch.cat(
+                [
+                    policy.sample(i, p, sample_steps).cpu()
+                    for i, p in zip(
+                        images.split(config.batch_size), proprio.split(config.batch_size), strict=True
+                    )
+                ]
+            ).numpy()
+            for k in range(execute):
+                simulator.step(chunks[:, k])
+                trace.append(simulator.hands.copy())
+                bar.update()
+    return simulator, np.stack(trace)
+
+
+def summarize(simulator) -> dict:
+    """Rates over episodes; `modes` are the shares of the four ways past the obstacles among successes."""
+    episodes, success = len(simulator.success), float(simulator.success.mean())
+    low, high = wilson_interval(int(simulator.success.sum()), episodes)
+    sides = simulator.sides[simulator.success]
+    modes = {
+        f"{left}-{right}": float(((sides[:, 0] == a) & (sides[:, 1] == b)).mean()) if len(sides) else 0.0
+        for left, a in (("left", -1), ("right", 1))
+        for right, b in (("left", -1), ("right", 1))
+    }
+    timeouts = ~simulator.success & ~simulator.collided
+    return {
+        "success": success,
+        "low": low,
+        "high": high,
+        "collisions": float(simulator.collided.mean()),
+        "timeouts": float(timeouts.mean()),
+        "modes": modes,
+        "episodes": episodes,
+    }
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a success rate (Wilson 1927): right for small numbers and near 0 and 1."""
+    rate = successes / trials
+    centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def draw_rollouts(simulator, trace: np.ndarray, summary: dict, path: Path) -> None:
+    """The ways of all hands, coloured by outcome."""
+    from common.data.demo import OBSTACLE_RADIUS, OBSTACLES
+
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2))
+    for axis, wanted, title in (
+        (axes[0], simulator.success, f"{summary['success']:.1%} of {summary['episodes']} episodes succeed"),
+        (
+            axes[1],
+            ~simulator.success,
+            f"{summary['collisions']:.1%} collide, {summary['timeouts']:.1%} time out",
+        ),
+    ):
+        for centre in OBSTACLES:
+            axis.add_patch(plt.Circle(centre, OBSTACLE_RADIUS, color="0.35"))
+        for episode in np.flatnonzero(wanted):
+            for arm, color in enumerate(("tab:red", "tab:blue")):
+                way = trace[: simulator.steps[episode] + 1, episode, arm]
+                axis.plot(*way.T, color=color, lw=0.6, alpha=0.6)
+                axis.plot(*simulator.targets[episode, arm], "x", color=color, ms=4)
+        axis.set(xlim=(-1.1, 1.1), ylim=(-1, 1), aspect="equal", title=title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_gif(
+    simulator, trace: np.ndarray, path: Path, columns: int = 4, rows: int = 2, size: int = 144
+) -> None:
+    """The first episodes as the head camera sees them, side by side; ended ones stand still."""
+    from PIL import Image
+
+    from common.data.demo import FPS, render
+
+    num = min(columns * rows, trace.shape[1])
+    length = min(int(simulator.steps[:num].max()) + 8, len(trace))
+    frames = []
+    for hands in trace[:length]:
+        views = render(hands[:num], simulator.targets[:num], size)[:, 0]
+        views = np.pad(views, ((0, columns * rows - num), (2, 2), (2, 2), (0, 0)), constant_values=255)
+        grid = views.reshape(rows, columns, *views.shape[1:]).swapaxes(1, 2)
+        frames.append(Image.fromarray(grid.reshape(rows * (size + 4), columns * (size + 4), 3)).quantize(32))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // FPS, loop=0)
+
+
+# Latency and report
+
+
+def measure_latency(policy: RobotPolicy, config: Config, repeats: int = 20) -> dict[str, dict[str, float]]:
+    """Milliseconds from one raw observation to one chunk, for each number of sampling steps."""
+    frame = np.zeros((*policy.spec.image_size, 3), np.uint8)
+    state = policy.normalizer.state_offset.cpu().numpy()
+    observation = {"images": dict.fromkeys(policy.spec.cameras, frame), "state": state}
+    results = {}
+    for steps in config.sample_steps:
+        times = []
+        for _ in range(repeats + 3):
+            start = time.perf_counter()
+            policy.act(observation, steps)
+            times.append(1000 * (time.perf_counter() - start))
+        results[str(steps)] = {
+            "median": float(np.median(times[3:])),
+            "p95": float(np.quantile(times[3:], 0.95)),
+        }
+    return results
+
+
+def report(results: dict, folder: Path) -> None:
+    """Print what a person wants to know."""
+    heldout = results["heldout"]
+    if heldout:
+        print(f"held-out error of action chunks (normalized, {heldout['steps']} steps):")
+        for name in ("policy", "mean", "hold", "linear", "nearest", "mismatched"):
+            if name in heldout:
+                print(f"  {name:<11} {heldout[name]['mae']:.4f}")
+    for steps, latency in results["latency_ms"].items():
+        print(
+            f"latency, {steps:>2} sampling steps: {latency['median']:.1f} ms (95 %: {latency['p95']:.1f} ms)"
+        )
+    for steps, rates in results.get("closed_loop", {}).items():
+        name = "images of another episode" if steps == "mismatched" else f"{steps:>2} sampling steps"
+        modes = ", ".join(f"{100 * share:.0f}" for share in rates["modes"].values())
+        print(
+            f"success, {name}: {rates['success']:.1%} [{rates['low']:.1%}, {rates['high']:.1%}] of "
+            f"{rates['episodes']} episodes, collisions {rates['collisions']:.1%}, modes {modes} %"
+        )
+    for path in sorted([*folder.glob("*.png"), *folder.glob("*.gif"), *folder.parent.glob("*.png")]):
+        print(f"picture: {path}")
+    print(f"numbers: {folder / 'results.json'}")
+
+
+def pyplot():
+    """Matplotlib without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+if __name__ == "__main__":
+    cli(main, Config)

@@ -1,0 +1,109 @@
+import math
+
+import pytest
+import torch
+
+from common import flow
+
+
+@pytest.mark.parametrize(("a", "b"), [(1.0, 1.5), (2.0, 1.0), (2.0, 3.5)])
+def test_beta_times_have_the_moments_of_the_distribution(a, b):
+    t = flow.sample_time(200_000, "cpu", "beta", (a, b), torch.Generator().manual_seed(0))
+    mean, variance = a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
+    assert t.min() >= 0
+    assert t.max() <= 1
+    assert t.mean().item() == pytest.approx(mean, abs=4 * math.sqrt(variance / len(t)))
+    assert t.var().item() == pytest.approx(variance, rel=0.02)
+
+
+def test_the_default_times_favour_the_noisy_end():
+    t = flow.sample_time(10_000, "cpu", generator=torch.Generator().manual_seed(0))
+    assert (t < 0.5).float().mean() > 0.6  # exactly 1 - 0.5^1.5 = 0.646
+
+
+def test_uniform_and_logit_normal_times():
+    generator = torch.Generator().manual_seed(0)
+    uniform = flow.sample_time(100_000, "cpu", "uniform", generator=generator)
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.005)
+    assert uniform.var().item() == pytest.approx(1 / 12, rel=0.02)
+    logits = flow.sample_time(100_000, "cpu", "logit-normal", generator=generator).logit()
+    assert logits.mean().item() == pytest.approx(0, abs=0.02)
+    assert logits.std().item() == pytest.approx(1, rel=0.02)
+
+
+def test_times_repeat_with_their_generator_and_leave_the_global_one_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    for distribution, beta in (
+        ("beta", (1.0, 1.5)),
+        ("beta", (2.0, 3.0)),
+        ("uniform", (1, 1)),
+        ("logit-normal", (1, 1)),
+    ):
+        first, second = (
+            flow.sample_time(8, "cpu", distribution, beta, torch.Generator().manual_seed(5)) for _ in range(2)
+        )
+        assert torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_beta_distribution_needs_positive_parameters():
+    with pytest.raises(ValueError, match="positive"):
+        flow.sample_time(3, "cpu", "beta", (0.0, 1.0))
+
+
+def test_the_path_runs_from_noise_to_data_at_constant_velocity():
+    x_0, x_1 = torch.randn(2, 4, 5, 3)
+    assert torch.equal(flow.linear_path(x_0, x_1, torch.zeros(4))[0], x_0)
+    assert torch.equal(flow.linear_path(x_0, x_1, torch.ones(4))[0], x_1)
+    t = torch.rand(4, dtype=torch.float64)
+    x_t, velocity = flow.linear_path(x_0.double(), x_1.double(), t)
+    ahead, _ = flow.linear_path(x_0.double(), x_1.double(), t + 1e-3)
+    torch.testing.assert_close((ahead - x_t) / 1e-3, velocity)
+
+
+def test_the_path_wants_one_time_per_sample():
+    with pytest.raises(ValueError, match="one value per sample"):
+        flow.linear_path(torch.zeros(4, 5, 3), torch.zeros(4, 5, 3), torch.zeros(5))
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_constant_velocity_is_integrated_exactly(method, steps):
+    x_0, x_1 = torch.randn(2, 3, 5, 2, dtype=torch.float64)
+    torch.testing.assert_close(flow.integrate(lambda x, t: x_1 - x_0, x_0, steps, method), x_1)
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
+def test_integrators_have_their_order(method, order):
+    """dx/dt = x + t has the solution (x_0 + 1) e^t - t - 1; halving the step divides the error by 2^order."""
+    x_0 = torch.tensor([[0.3], [-1.2]], dtype=torch.float64)
+    exact = (x_0 + 1) * math.e - 2
+
+    def error(steps):
+        return (flow.integrate(lambda x, t: x + t[:, None], x_0, steps, method) - exact).abs().max().item()
+
+    assert error(64) / error(128) == pytest.approx(2**order, rel=0.05)
+
+
+def test_two_gaussians_are_carried_into_each_other():
+    """Noise to N(mu, s^2): the marginal velocity is known, and integrating it gives the target's moments."""
+    mu, s = 2.0, 0.5
+
+    def velocity(x, t):
+        t = t[:, None]
+        variance = (1 - t) ** 2 + (t * s) ** 2
+        return mu + (t * s**2 - (1 - t)) / variance * (x - t * mu)
+
+    x = flow.integrate(
+        velocity, torch.randn(50_000, 1, generator=torch.Generator().manual_seed(0)), 50, "heun"
+    )
+    assert x.mean().item() == pytest.approx(mu, abs=0.01)
+    assert x.std().item() == pytest.approx(s, rel=0.02)
+
+
+def test_integration_refuses_what_makes_no_sense():
+    with pytest.raises(ValueError, match="at least 1"):
+        flow.integrate(lambda x, t: x, torch.zeros(1), 0)
+    with pytest.raises(ValueError, match="unknown integrator"):
+        flow.integrate(lambda x, t: x, torch.zeros(1), 1, "rk45")

@@ -1,0 +1,198 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from common.errors import UserError
+from common.schedules import (
+    AveragedPolicy,
+    OptimConfig,
+    build_optimizer,
+    build_scheduler,
+    clip_gradients,
+    lr_factor,
+    parameter_groups,
+)
+
+
+class TinyPolicy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head_backbone = nn.Linear(4, 4)
+        self.action_decoder = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.action_decoder(self.head_backbone(x))
+
+
+@pytest.fixture
+def policy():
+    torch.manual_seed(0)
+    return TinyPolicy()
+
+
+def train_step(policy, optimizer, bad=False):
+    loss = policy(torch.randn(8, 4)).square().mean()
+    (loss * (float("nan") if bad else 1.0)).backward()
+    norms = clip_gradients(policy, optimizer, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norms
+
+
+def test_cosine_warms_up_linearly_and_decays_to_zero():
+    factors = [lr_factor(s, 100, "cosine", 10) for s in range(101)]
+    assert factors[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert factors[10] == pytest.approx(1)
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[100] == pytest.approx(0)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+
+
+def test_constant_and_schedule_free():
+    assert [lr_factor(s, 10, "constant", 2) for s in range(4)] == [0.5, 1, 1, 1]
+    assert {lr_factor(s, 10, "schedule-free") for s in range(10)} == {1.0}
+
+
+def test_onecycle_is_that_of_torch():
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=50, cycle_momentum=False)
+    for step in range(50):
+        assert lr_factor(step, 50, "onecycle") == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6), (
+            step
+        )
+        optimizer.step()
+        if step < 49:
+            reference.step()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle", "constant"])
+def test_a_scheduler_built_at_a_step_continues_as_if_it_had_run(policy, schedule):
+    config = OptimConfig(lr=0.1, schedule=schedule, warmup_steps=4)
+    optimizer = build_optimizer(policy, config)
+    scheduler = build_scheduler(optimizer, policy, config, 20, step=0)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.1 * lr_factor(s, 20, schedule, 4) for s in range(20)])
+    resumed = build_optimizer(policy, config)
+    scheduler = build_scheduler(resumed, policy, config, 20, step=13)
+    for expected in rates[13:]:
+        assert resumed.param_groups[0]["lr"] == expected
+        resumed.step()
+        scheduler.step()
+
+
+def test_groups_follow_components_and_decay_only_matrices(policy):
+    config = OptimConfig(
+        lr=1.0,
+        backbone_lr=0.1,
+        weight_decay=0.5,
+        component_lr=("action_decoder=2.0",),
+        component_weight_decay=("head_backbone=0.25",),
+    )
+    groups = parameter_groups(policy, config)
+    found = {(g["component"], g["lr"], g["weight_decay"], len(g["params"])) for g in groups}
+    assert found == {
+        ("head_backbone", 0.1, 0.25, 1),
+        ("head_backbone", 0.1, 0.0, 1),
+        ("action_decoder", 2.0, 0.5, 1),
+        ("action_decoder", 2.0, 0.0, 3),
+    }
+    policy.head_backbone.requires_grad_(False)
+    assert {g["component"] for g in parameter_groups(policy, config)} == {"action_decoder"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"component_lr": ("tail=1",)}, "head_backbone, action_decoder"),
+        ({"component_lr": ("head_backbone=fast",)}, "head_backbone=NUMBER"),
+        ({"component_weight_decay": ("head_backbone",)}, "head_backbone=NUMBER"),
+    ],
+)
+def test_options_for_components_that_do_not_fit_are_refused(policy, options, words):
+    with pytest.raises(UserError, match=words):
+        parameter_groups(policy, OptimConfig(**options))
+
+
+def test_a_policy_that_is_frozen_altogether_is_refused(policy):
+    with pytest.raises(UserError, match="--freeze"):
+        parameter_groups(policy.requires_grad_(False), OptimConfig())
+
+
+def test_gradients_are_clipped_as_a_whole_and_reported_by_component(policy):
+    policy(100 * torch.randn(8, 4)).square().sum().backward()
+    grads = [p.grad.clone() for p in policy.parameters()]
+    total = torch.cat([g.flatten() for g in grads]).norm()
+    norms = clip_gradients(policy, build_optimizer(policy, OptimConfig()), 1.0)
+    torch.testing.assert_close(norms["grad_norm"], total)
+    backbone = torch.cat([g.flatten() for g in grads[:2]]).norm()
+    torch.testing.assert_close(norms["grad_norm/head_backbone"], backbone)
+    assert norms["bad_step"] == 0
+    clipped = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    torch.testing.assert_close(clipped, torch.cat([g.flatten() for g in grads]) / total, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "schedule-free"])
+def test_a_gradient_that_is_not_finite_cannot_reach_the_weights(policy, schedule):
+    optimizer = build_optimizer(policy, OptimConfig(lr=0.01, schedule=schedule, weight_decay=0.0))
+    for _ in range(8):  # schedule-free RAdam holds still for its first steps
+        train_step(policy, optimizer)
+    before = copy.deepcopy(policy.state_dict())
+    moments = copy.deepcopy(optimizer.state_dict()["state"])
+    assert train_step(policy, optimizer, bad=True)["bad_step"] == 1
+    assert all(torch.isfinite(value).all() for value in policy.state_dict().values())
+    if schedule == "cosine":  # the step did not happen at all
+        assert all(
+            torch.equal(a, b) for a, b in zip(before.values(), policy.state_dict().values(), strict=True)
+        )
+        after = optimizer.state_dict()["state"]
+        assert all(torch.equal(moments[i][key], after[i][key]) for i in moments for key in moments[i])
+    train_step(policy, optimizer)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before.values(), policy.state_dict().values(), strict=True)
+    )
+
+
+def test_ema_follows_its_formula(policy):
+    optimizer = build_optimizer(policy, OptimConfig(lr=0.01))
+    averaged = AveragedPolicy(policy, optimizer, 0.9)
+    expected = [p.detach().clone() for p in policy.parameters()]
+    for n in range(1, 130):
+        train_step(policy, optimizer)
+        averaged.update()
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = [
+            decay * e + (1 - decay) * p.detach() for e, p in zip(expected, policy.parameters(), strict=True)
+        ]
+    for mine, e in zip(averaged.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(mine, e)
+
+
+def test_without_ema_the_weights_themselves_are_exported(policy):
+    optimizer = build_optimizer(policy, OptimConfig(lr=0.01))
+    averaged = AveragedPolicy(policy, optimizer, 0.0)
+    train_step(policy, optimizer)
+    averaged.update()
+    for mine, weight in zip(averaged.model.parameters(), policy.parameters(), strict=True):
+        assert torch.equal(mine, weight)
+        assert mine is not weight
+
+
+def test_schedule_free_exports_what_its_eval_mode_would_without_touching_training(policy):
+    optimizer = build_optimizer(policy, OptimConfig(lr=0.01, schedule="schedule-free"))
+    averaged = AveragedPolicy(policy, optimizer, 0.9)
+    for _ in range(30):
+        train_step(policy, optimizer)
+        averaged.update()
+    before = copy.deepcopy(policy.state_dict())
+    exported = [p.clone() for p in averaged.model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), policy.state_dict().values(), strict=True))
+    optimizer.eval()
+    for mine, reference in zip(exported, policy.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference)

@@ -1,0 +1,118 @@
+import pytest
+import torch
+
+from common.transformer import ActionDecoder, Attention, Encoder, TimeEmbedding, sincos_position_2d
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def randomized(module):
+    """Zero-initialised projections hide mistakes: give every parameter a value."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, 0.2)
+    return module.double().eval()
+
+
+def decoder(causal):
+    return randomized(ActionDecoder(3, horizon=6, d_model=16, num_heads=4, num_layers=2, causal=causal))
+
+
+def test_attention_is_the_softmax_average_of_the_values():
+    attention = randomized(Attention(8, 2))
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    q = attention.query(x)
+    k, v = attention.key_value(x).chunk(2, -1)
+    parts = []
+    for h in (slice(0, 4), slice(4, 8)):
+        weights = (q[..., h] @ k[..., h].transpose(1, 2) / 2).softmax(-1)  # sqrt(4) = 2
+        parts.append(weights @ v[..., h])
+    torch.testing.assert_close(attention(x), attention.out(torch.cat(parts, -1)))
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="multiple"):
+        Attention(10, 4)
+
+
+def test_masked_keys_cannot_be_seen():
+    encoder = randomized(Encoder(16, 4, 2))
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[:, 5:] = False
+    changed = torch.where(mask[..., None], x, 100.0)
+    torch.testing.assert_close(encoder(x, mask)[:, :5], encoder(changed, mask)[:, :5])
+    assert not torch.allclose(encoder(x)[:, :5], encoder(changed)[:, :5])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padded_actions_change_nothing(causal):
+    model = decoder(causal)
+    context = model.context(torch.randn(2, 4, 16, dtype=torch.float64))
+    x, t = torch.randn(2, 6, 3, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
+    is_pad = torch.arange(6).expand(2, 6) >= torch.tensor([[4], [2]])
+    noisy = torch.where(is_pad[..., None], 50.0, x)
+    real = ~is_pad
+    torch.testing.assert_close(model(x, t, context, is_pad)[real], model(noisy, t, context, is_pad)[real])
+
+
+def test_causal_actions_do_not_see_the_future():
+    model, full = decoder(True), decoder(False)
+    memory = torch.randn(1, 4, 16, dtype=torch.float64)
+    x, t = torch.randn(1, 6, 3, dtype=torch.float64), torch.rand(1, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, 4:] += 1
+    torch.testing.assert_close(
+        model(x, t, model.context(memory))[:, :4], model(changed, t, model.context(memory))[:, :4]
+    )
+    assert not torch.allclose(
+        full(x, t, full.context(memory))[:, :4], full(changed, t, full.context(memory))[:, :4]
+    )
+
+
+def test_draws_of_one_observation_equal_separate_passes():
+    """M draws per observation share keys and values; the answer is that of repeating the observation."""
+    model = decoder(True)
+    memory = torch.randn(2, 4, 16, dtype=torch.float64)
+    x, t = torch.randn(6, 6, 3, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    together = model(x, t, model.context(memory))
+    for draw in range(6):
+        alone = model(
+            x[draw : draw + 1], t[draw : draw + 1], model.context(memory[draw // 3 : draw // 3 + 1])
+        )
+        torch.testing.assert_close(together[draw : draw + 1], alone)
+
+
+def test_an_untrained_decoder_predicts_no_velocity():
+    model = ActionDecoder(3, 6, 16, 4, 2)
+    out = model(torch.randn(2, 6, 3), torch.rand(2), model.context(torch.randn(2, 4, 16)))
+    assert (out == 0).all()
+
+
+def test_time_changes_the_velocity_and_is_resolved_finely():
+    model = decoder(True)
+    context = model.context(torch.randn(1, 4, 16, dtype=torch.float64))
+    x = torch.randn(1, 6, 3, dtype=torch.float64)
+    near, far = (model(x, torch.tensor([t], dtype=torch.float64), context) for t in (0.50, 0.52))
+    assert not torch.allclose(near, far, rtol=1e-3)
+
+
+def test_time_embedding_is_sinusoids_through_an_mlp():
+    embedding = TimeEmbedding(8)
+    t = torch.tensor([0.0, 0.37])
+    angles = t[:, None] * 1000 ** torch.tensor([0, 1 / 3, 2 / 3, 1])
+    expected = embedding.mlp(torch.cat([angles.sin(), angles.cos()], -1))
+    torch.testing.assert_close(embedding(t), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_grid_positions_are_distinct_and_row_major():
+    positions = sincos_position_2d(3, 5, 18)
+    assert positions.shape == (15, 18)
+    assert torch.unique(positions, dim=0).shape[0] == 15
+    assert (positions[:, 16:] == 0).all()
+    quarter = 4
+    y_part = positions[:, :quarter].reshape(3, 5, quarter)
+    assert torch.equal(y_part, y_part[:, :1].expand_as(y_part))  # sin(y) is the same along a row

@@ -1,0 +1,326 @@
+"""Variational-flow-policy family, single expert: flow matching over action chunks from several cameras.
+
+Every camera has its own backbone. A transformer encoder fuses camera tokens and joint states into a memory;
+a transformer decoder, conditioned on flow time, turns a noisy action chunk into the velocity that carries it
+to the demonstrated one. With x_t = (1 - t) x_0 + t x_1, x_0 ~ N(0, 1), t ~ Beta(1.0, 1.5), and x_1 the
+normalized chunk recorded after observation s, the objective is
+
+    L = E || v(x_t, t, s) - (x_1 - x_0) ||^2      over actions that exist, not past an episode's end
+
+(Lipman et al. 2023; Liu et al. 2023; time distribution as in pi0, Black et al. 2024). While training, a
+sample may lose one camera, so that the policy does not lean on a single view. To act, dx/dt = v is
+integrated from noise at t = 0 to actions at t = 1.
+
+    accelerate launch train_vfp.py --lr 1e-4
+    accelerate launch train_vfp.py --dataset me/fold_towel --image-size 224 --backbone facebook/dinov2-base
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from accelerate.utils import set_seed
+from common.config import Flat, RunConfig, cli, resolve_steps
+from common.tracking import Tracker
+from torch import Tensor, nn
+
+from common import checkpoint, flow, losses, vision
+from common.data import Batch, ChunkDataset, DataConfig, make_loader, open_dataset, split_episodes
+from common.launch import make_accelerator, prepare_run_dir
+from common.normalize import Normalization, Normalizer, fit_statistics
+from common.schedules import AveragedPolicy, OptimConfig, build_optimizer, build_scheduler, clip_gradients
+from common.transformer import ActionDecoder, Encoder
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a single-expert flow-matching policy on multi-camera demonstrations."""
+
+    data: Flat[DataConfig] = field(default_factory=DataConfig)
+    vision: Flat[vision.VisionConfig] = field(default_factory=vision.VisionConfig)
+    optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
+    run: Flat[RunConfig] = field(default_factory=RunConfig)
+
+    horizon: int = 16
+    """Actions predicted per chunk, in control steps."""
+    normalization: Normalization = "mean-std"
+    """How state and action are scaled: see common/normalize.py."""
+    camera_dropout: float = 0.15
+    """Probability that a training sample loses one camera, chosen at random; the only camera is never lost."""
+    flow_samples: int = 8
+    """Draws of (noise, flow time) per observation and step. The encoder runs once for all of them, so with a
+    large backbone further draws are nearly free."""
+    time_distribution: flow.TimeDistribution = "beta"
+    """Distribution of the flow time in training."""
+    time_beta: tuple[float, float] = (1.0, 1.5)
+    """Parameters of the Beta distribution; the second above the first favours the noisy end."""
+    d_model: int = 128
+    """Width of encoder and decoder tokens."""
+    num_heads: int = 4
+    """Attention heads; must divide --d-model."""
+    encoder_layers: int = 2
+    """Transformer layers that fuse cameras and joint states."""
+    decoder_layers: int = 3
+    """Transformer layers that predict the velocity."""
+    attention: Literal["causal", "full"] = "causal"
+    """Self-attention among the actions of a chunk: an action sees earlier ones only, or all."""
+    sample_steps: int = 10
+    """Integration steps when sampling actions."""
+    sample_method: flow.Integrator = "euler"
+    """Integrator when sampling actions; midpoint and heun evaluate the network twice a step."""
+
+
+class InfoEmbedder(nn.Module):
+    """Fuses the tokens and summaries of all cameras with the joint states into one memory."""
+
+    def __init__(self, config: Config, backbones: list[vision.Backbone], state_dim: int):
+        super().__init__()
+        d_model, num_cameras = config.d_model, len(backbones)
+        self.tokens_in = nn.ModuleList(nn.Linear(b.token_dim, d_model) for b in backbones)
+        self.summary_in = nn.ModuleList(nn.Linear(b.summary_dim, d_model) for b in backbones)
+        self.proprio_in = nn.Linear(state_dim, d_model)
+        self.camera_embedding = nn.Parameter(torch.randn(num_cameras, d_model) * 0.02)
+        self.missing = nn.Parameter(torch.randn(num_cameras, d_model) * 0.02)  # stands for a lost camera
+        self.encoder = Encoder(d_model, config.num_heads, config.encoder_layers)
+
+    def forward(self, views: list[tuple[Tensor, Tensor]], proprio: Tensor, dropped: Tensor | None) -> Tensor:
+        """Per camera tokens (B, L, D_v) and summary (B, D_s); proprio (B, K, P); dropped (B, N) -> (B, M, D)."""
+        memory = [self.proprio_in(proprio)]
+        for n, (tokens, summary) in enumerate(views):
+            tokens = torch.cat([self.tokens_in[n](tokens), self.summary_in[n](summary).unsqueeze(1)], dim=1)
+            if dropped is not None:
+                tokens = torch.where(dropped[:, n, None, None], self.missing[n], tokens)
+            memory.append(tokens + self.camera_embedding[n])
+        return self.encoder(torch.cat(memory, dim=1))
+
+
+class Policy(nn.Module):
+    """Velocity field of action chunks given camera images and joint states.
+
+    Its children are the components that can be frozen, initialised and rated one by one.
+    """
+
+    def __init__(self, config: Config, spec: checkpoint.PolicySpec, pretrained: bool = True):
+        """`pretrained` = False leaves a backbone's weights to the checkpoint that is loaded next."""
+        super().__init__()
+        self.cameras = spec.cameras
+        for camera in spec.cameras:
+            backbone = vision.build_backbone(
+                config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
+            )
+            self.add_module(f"{camera}_backbone", backbone)
+        backbones = [getattr(self, f"{camera}_backbone") for camera in spec.cameras]
+        self.info_embedder = InfoEmbedder(config, backbones, spec.state_dim)
+        self.action_decoder = ActionDecoder(
+            spec.action_dim,
+            config.horizon,
+            config.d_model,
+            config.num_heads,
+            config.decoder_layers,
+            causal=config.attention == "causal",
+        )
+
+    def observe(self, images: Tensor, proprio: Tensor, dropped: Tensor | None = None) -> list:
+        """What the decoder needs of an observation, computed once however often the decoder runs.
+
+        Args:
+            images: (B, N, 3, H, W) float in [0, 1].
+            proprio: (B, K, P), normalized.
+            dropped: (B, N), True where a sample has lost a camera.
+        """
+        views = [getattr(self, f"{c}_backbone")(images[:, n]) for n, c in enumerate(self.cameras)]
+        return self.action_decoder.context(self.info_embedder(views, proprio, dropped))
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        images: Tensor,
+        proprio: Tensor,
+        dropped: Tensor | None = None,
+        is_pad: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (B * M, T, A) at x_t (B * M, T, A), t (B * M,), for M draws per observation."""
+        return self.action_decoder(x_t, t, self.observe(images, proprio, dropped), is_pad)
+
+
+def compute_loss(
+    policy: nn.Module,
+    batch: Batch,
+    normalizer: Normalizer,
+    config: Config,
+    draws: tuple[Tensor, Tensor] | None = None,
+    count: Tensor | None = None,
+) -> Tensor:
+    """Conditional flow-matching loss over the actions that exist.
+
+    Args:
+        draws: noise (B * M, T, A) and flow time (B * M,), where they must be the same every time.
+        count: real steps to divide by, see `losses.masked_mse`.
+    """
+    images, dropped = vision.to_float(batch.images), None
+    if policy.training:
+        images = vision.augment(batch.images, config.vision)
+        dropped = vision.random_camera_dropout(*images.shape[:2], config.camera_dropout, images.device)
+
+    num_draws = config.flow_samples if draws is None else len(draws[0]) // len(images)
+    x_1 = normalizer.actions(batch.actions).repeat_interleave(num_draws, dim=0)  # (B * M, T, A)
+    is_pad = batch.is_pad.repeat_interleave(num_draws, dim=0)  # (B * M, T)
+    if draws is None:
+        x_0 = torch.randn_like(x_1)
+        t = flow.sample_time(len(x_1), x_1.device, config.time_distribution, config.time_beta)  # (B * M,)
+    else:
+        x_0, t = draws
+    x_t, velocity = flow.linear_path(x_0, x_1, t)
+    velocity_pred = policy(x_t, t, images, normalizer.proprio(batch.proprio), dropped, is_pad)
+    return losses.masked_mse(velocity_pred, velocity, ~is_pad, None if count is None else count * num_draws)
+
+
+@torch.no_grad()
+def sample_actions(
+    policy: Policy,
+    images: Tensor,
+    proprio: Tensor,
+    config: Config,
+    steps: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Sample one normalized action chunk per observation.
+
+    Args:
+        images: (B, N, 3, H, W) uint8.
+        proprio: (B, K, P), normalized.
+        steps: integration steps, instead of the configured number.
+        generator: source of the noise, on the device of the images.
+
+    Returns:
+        (B, T, A) float32, unitless: to be un-normalized.
+    """
+    decoder = policy.action_decoder
+    context = policy.observe(vision.to_float(images), proprio)
+    shape = (len(images), *decoder.position.shape[:1], decoder.action_in.in_features)
+    x_0 = torch.randn(shape, device=images.device, generator=generator)
+    return flow.integrate(
+        lambda x, t: decoder(x, t, context).float(), x_0, steps or config.sample_steps, config.sample_method
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy, dataset: ChunkDataset, normalizer: Normalizer, config: Config, accelerator
+) -> dict[str, float]:
+    """Loss and error of sampled chunks on held-out episodes, with the same noise and flow times every time.
+
+    At most `--eval-samples` evenly spaced steps are used, shared out over the processes. The training
+    noise is not touched: evaluating more or less often changes nothing else.
+    """
+    num = min(config.run.eval_samples, len(dataset))
+    chosen = torch.linspace(0, len(dataset) - 1, num).long()
+    generator = torch.Generator().manual_seed(config.run.seed)
+    x_0 = torch.randn(num, config.horizon, dataset.store.action.shape[1], generator=generator)
+    t = flow.sample_time(num, "cpu", config.time_distribution, config.time_beta, generator)
+    noise = torch.Generator(accelerator.device).manual_seed(config.run.seed)
+    sums = torch.zeros(3, device=accelerator.device)  # loss, absolute error, real elements
+    mine = torch.arange(accelerator.process_index, num, accelerator.num_processes)
+    for rows in mine.split(config.optim.batch_size):
+        batch = dataset.__getitems__(chosen[rows].tolist()).to(accelerator.device)
+        draws = (x_0[rows].to(accelerator.device), t[rows].to(accelerator.device))
+        proprio = normalizer.proprio(batch.proprio)
+        with accelerator.autocast():
+            loss = compute_loss(policy, batch, normalizer, config, draws)
+            sampled = sample_actions(policy, batch.images, proprio, config, generator=noise)
+        error = losses.masked_l1(sampled, normalizer.actions(batch.actions), ~batch.is_pad)
+        sums += torch.stack([loss, error, torch.ones_like(loss)]) * (~batch.is_pad).sum()
+    loss, error, count = accelerator.reduce(sums).tolist()
+    return {"loss": loss / count, "action_mae": error / count}
+
+
+def main(config: Config) -> None:
+    # Processes and precision. Weights are initialised alike everywhere, noise differs from rank to rank.
+    accelerator = make_accelerator(config.run, config.optim.grad_accumulation)
+    set_seed(config.run.seed)
+
+    # Data
+    store = open_dataset(config.data)
+    train_episodes, held_out = split_episodes(store.num_episodes, config.data.val_fraction, config.run.seed)
+    train_set = ChunkDataset(store, train_episodes, config.horizon)
+    val_set = ChunkDataset(store, held_out, config.horizon) if len(held_out) else None
+    normalizer = Normalizer(
+        fit_statistics(store.state[train_set.rows]),
+        fit_statistics(store.action[train_set.rows]),
+        config.normalization,
+    ).to(accelerator.device)
+    global_batch = config.optim.batch_size * config.optim.grad_accumulation * accelerator.num_processes
+    total_steps = resolve_steps(config.optim.steps, config.optim.epochs, len(train_set), global_batch)
+
+    # Policy
+    spec = checkpoint.PolicySpec.of(store)
+    policy = Policy(config, spec)
+    spec = spec.with_backbone(getattr(policy, f"{spec.cameras[0]}_backbone"))
+    checkpoint.initialise(policy, config.run.init_from)
+    checkpoint.freeze(policy, config.run.freeze)
+    policy.to(accelerator.device)
+
+    # Optimizer, and the weights that will be exported. The average is made before Accelerate patches `forward`.
+    optimizer = build_optimizer(policy, config.optim)
+    averaged = AveragedPolicy(policy, optimizer, config.optim.ema_decay)
+    if config.run.compile:
+        policy.compile()
+    ddp_policy, optimizer = accelerator.prepare(policy, optimizer)
+
+    # Run folder: a new one, or where an earlier run left off
+    run_dir = prepare_run_dir(accelerator, config, __file__, store)
+    state = (
+        checkpoint.restore(accelerator, run_dir, averaged) if config.run.resume else {"step": 0, "samples": 0}
+    )
+    step, samples = state["step"], state["samples"]
+    scheduler = build_scheduler(optimizer.optimizer, policy, config.optim, total_steps, step)
+    if not config.run.resume:
+        set_seed(config.run.seed, device_specific=True)
+    loader = make_loader(
+        train_set,
+        config.optim.batch_size,
+        config.run.seed,
+        config.data.num_workers,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        start=samples,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    batches = iter(loader)
+    tracker = Tracker(accelerator, run_dir, config, total_steps, step)
+
+    # Training
+    policy.train()
+    for name in config.run.freeze:
+        getattr(policy, name).eval()
+    while step < total_steps:
+        with accelerator.accumulate(ddp_policy):
+            with tracker.waiting():
+                batch = next(batches).to(accelerator.device)
+            count = accelerator.reduce((~batch.is_pad).sum().float(), "mean")
+            loss = compute_loss(ddp_policy, batch, normalizer, config, count=count)
+            accelerator.backward(loss)
+            tracker.add({"loss": loss})
+            if accelerator.sync_gradients:
+                tracker.add(clip_gradients(policy, optimizer.optimizer, config.optim.grad_clip))
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue  # a step is an optimizer update, not a micro-batch
+        scheduler.step()
+        averaged.update()
+        step, samples = step + 1, samples + global_batch
+
+        if step % config.run.log_every == 0 or step == total_steps:
+            tracker.log(step, samples)
+        if val_set and (step % config.run.eval_every == 0 or step == total_steps):
+            tracker.log_validation(step, evaluate(averaged.model, val_set, normalizer, config, accelerator))
+        if step % config.run.save_every == 0 or step == total_steps:
+            checkpoint.save(accelerator, run_dir, step, samples, averaged, normalizer, spec, config)
+    tracker.close()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    cli(main, Config)
