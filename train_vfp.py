@@ -28,8 +28,16 @@ from common import checkpoint, flow, losses, vision
 from common.data import Batch, ChunkDataset, DataConfig, make_loader, open_dataset, split_episodes
 from common.launch import make_accelerator, prepare_run_dir
 from common.normalize import Normalization, Normalizer, fit_statistics
-from common.schedules import AveragedPolicy, OptimConfig, build_optimizer, build_scheduler, clip_gradients
+from common.schedules import (
+    AveragedPolicy,
+    OptimConfig,
+    build_optimizer,
+    build_scheduler,
+    clip_gradients,
+    learning_rates,
+)
 from common.transformer import ActionDecoder, Encoder
+from common.vision import VisionConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Config:
     """Train a single-expert flow-matching policy on multi-camera demonstrations."""
 
     data: Flat[DataConfig] = field(default_factory=DataConfig)
-    vision: Flat[vision.VisionConfig] = field(default_factory=vision.VisionConfig)
+    vision: Flat[VisionConfig] = field(default_factory=VisionConfig)
     optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
     run: Flat[RunConfig] = field(default_factory=RunConfig)
 
@@ -46,7 +54,7 @@ class Config:
     normalization: Normalization = "mean-std"
     """How state and action are scaled: see common/normalize.py."""
     camera_dropout: float = 0.15
-    """Probability that a training sample loses one camera, chosen at random; the only camera is never lost."""
+    """Probability that a training sample loses one camera; the only camera is never lost."""
     flow_samples: int = 8
     """Draws of (noise, flow time) per observation and step. The encoder runs once for all of them, so with a
     large backbone further draws are nearly free."""
@@ -84,7 +92,16 @@ class InfoEmbedder(nn.Module):
         self.encoder = Encoder(d_model, config.num_heads, config.encoder_layers)
 
     def forward(self, views: list[tuple[Tensor, Tensor]], proprio: Tensor, dropped: Tensor | None) -> Tensor:
-        """Per camera tokens (B, L, D_v) and summary (B, D_s); proprio (B, K, P); dropped (B, N) -> (B, M, D)."""
+        """Fuse.
+
+        Args:
+            views: for each camera its tokens (B, L, D_v) and summary (B, D_s).
+            proprio: (B, K, P), normalized.
+            dropped: (B, N), True where a sample has lost a camera.
+
+        Returns:
+            (B, K + N (L + 1), D).
+        """
         memory = [self.proprio_in(proprio)]
         for n, (tokens, summary) in enumerate(views):
             tokens = torch.cat([self.tokens_in[n](tokens), self.summary_in[n](summary).unsqueeze(1)], dim=1)
@@ -261,7 +278,7 @@ def main(config: Config) -> None:
     checkpoint.freeze(policy, config.run.freeze)
     policy.to(accelerator.device)
 
-    # Optimizer, and the weights that will be exported. The average is made before Accelerate patches `forward`.
+    # Optimizer, and the weights to export; their average is made before Accelerate patches `forward`
     optimizer = build_optimizer(policy, config.optim)
     averaged = AveragedPolicy(policy, optimizer, config.optim.ema_decay)
     if config.run.compile:
@@ -269,7 +286,7 @@ def main(config: Config) -> None:
     ddp_policy, optimizer = accelerator.prepare(policy, optimizer)
 
     # Run folder: a new one, or where an earlier run left off
-    run_dir = prepare_run_dir(accelerator, config, __file__, store)
+    run_dir = prepare_run_dir(accelerator, config, __file__, store, global_batch, total_steps)
     state = (
         checkpoint.restore(accelerator, run_dir, averaged) if config.run.resume else {"step": 0, "samples": 0}
     )
@@ -288,7 +305,7 @@ def main(config: Config) -> None:
         pin_memory=accelerator.device.type == "cuda",
     )
     batches = iter(loader)
-    tracker = Tracker(accelerator, run_dir, config, total_steps, step)
+    tracker = Tracker(accelerator, run_dir, config, total_steps, step, samples)
 
     # Training
     policy.train()
@@ -313,13 +330,12 @@ def main(config: Config) -> None:
         step, samples = step + 1, samples + global_batch
 
         if step % config.run.log_every == 0 or step == total_steps:
-            tracker.log(step, samples)
+            tracker.log(step, samples, learning_rates(optimizer.optimizer))
         if val_set and (step % config.run.eval_every == 0 or step == total_steps):
             tracker.log_validation(step, evaluate(averaged.model, val_set, normalizer, config, accelerator))
         if step % config.run.save_every == 0 or step == total_steps:
             checkpoint.save(accelerator, run_dir, step, samples, averaged, normalizer, spec, config)
     tracker.close()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

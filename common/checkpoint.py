@@ -1,8 +1,10 @@
 """Checkpoints: save, resume, start from another run.
 
     checkpoints/step_0002000/
-        policy/   what inference needs: <component>.safetensors (averaged weights), policy.json, stats.safetensors
-        state/    what resuming needs besides: Accelerate's state (weights, optimizer, random generators), trainer.json
+        policy/   what inference needs: <component>.safetensors (averaged weights), policy.json,
+                  stats.safetensors
+        state/    what resuming needs besides: Accelerate's state (weights, optimizer, random
+                  generators), trainer.json
     checkpoints/last -> the newest complete checkpoint
 
 A checkpoint is written under a temporary name and renamed when it is complete and on disk, so that no

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from common.checkpoint import PolicySpec, find, load_components
 from common.config import from_dict
+from common.data.frames import resize_rgb
+from common.data.lerobot import short_name
 from common.errors import UserError
 from common.normalize import Normalizer
 
@@ -105,7 +107,7 @@ class RobotPolicy:
         self.reset()
 
     def reset(self) -> None:
-        """Start a new episode: forget chunks that are still being executed, and restart the noise of a seed."""
+        """Start a new episode: forget the chunks being executed, restart the noise of a seed."""
         if self._seed is None:
             self._generator.seed()
         else:
@@ -126,7 +128,7 @@ class RobotPolicy:
             (T, A) float32 in recorded units; row 0 is for now, row i for i / fps seconds later.
 
         Raises:
-            ValueError: for a missing or unknown camera, a wrong shape or dtype, or a state that is not finite.
+            ValueError: for a missing or unknown camera, a wrong shape or dtype, a state that is not finite.
         """
         images = self._images(observation["images"])
         state = np.asarray(observation["state"], np.float32)
@@ -141,7 +143,7 @@ class RobotPolicy:
         """Sample a chunk for each of many observations at once.
 
         Args:
-            images: (B, N, 3, H, W) uint8, cameras in the order of `spec.cameras`, already of `spec.image_size`.
+            images: (B, N, 3, H, W) uint8, ordered as `spec.cameras`, already of `spec.image_size`.
             proprio: (B, K, P) in recorded units.
 
         Returns:
@@ -198,10 +200,11 @@ class RobotPolicy:
 
     def _images(self, images: Mapping) -> Tensor:
         """Frames by camera -> (N, 3, H, W) uint8 in the policy's order and size."""
-        frames = {short_camera_name(key): frame for key, frame in images.items()}
+        frames = {short_name(key): frame for key, frame in images.items()}
         if set(frames) != set(self.spec.cameras):
             raise ValueError(
-                f"the policy needs the cameras {', '.join(self.spec.cameras)}; got {', '.join(map(str, images))}"
+                f"the policy needs the cameras {', '.join(self.spec.cameras)}; "
+                f"got {', '.join(map(str, images))}"
             )
         return torch.stack([self._resize(name, np.asarray(frames[name])) for name in self.spec.cameras])
 
@@ -209,5 +212,5 @@ class RobotPolicy:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
             raise ValueError(f"camera {name} must be (H, W, 3) uint8, got {frame.shape} {frame.dtype}")
         if frame.shape[:2] != self.spec.image_size:
-            frame = resize_frame(frame, self.spec.image_size)  # as the training frames were resized
+            frame = resize_rgb(frame, self.spec.image_size)  # as the training frames were
         return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)

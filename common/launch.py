@@ -61,8 +61,8 @@ def prepare_run_dir(
         saved = json.loads((run_dir / "config.json").read_text())
         if saved.get("fingerprint") != store.fingerprint:
             raise UserError(
-                f"{run_dir} was trained on data that have changed since ({saved.get('dataset')}): resume with "
-                f"the data as they were, or start a new run with --init-from {run_dir}."
+                f"{run_dir} was trained on data that have changed since ({saved.get('dataset')}): resume "
+                f"with the data as they were, or start a new run with --init-from {run_dir}."
             )
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ class OptimConfig:
     beta2: float = 0.95
     """Decay of Adam's second moment."""
     schedule: Literal["cosine", "onecycle", "constant", "schedule-free"] = "cosine"
-    """cosine: linear warmup, cosine decay. onecycle: cosine up, cosine down. schedule-free: RAdam, no decay."""
+    """cosine: linear warmup, cosine decay. onecycle: cosine up, cosine down. schedule-free: RAdam."""
     warmup_steps: int | None = None
     """Steps of linear warmup, or of onecycle's rise (default: 5 %, onecycle 30 %, of the steps)."""
     batch_size: int = 32
@@ -42,7 +42,7 @@ class OptimConfig:
     grad_accumulation: int = 1
     """Micro-batches per optimizer step."""
     steps: int | None = None
-    """Optimizer steps to train for (give this or --epochs)."""
+    """Optimizer steps to train for (default: 20,000, unless --epochs is given)."""
     epochs: float | None = None
     """Passes over the training episodes to train for, converted to steps at the start."""
     grad_clip: float = 1.0
@@ -146,6 +146,11 @@ def build_scheduler(
         return lr_factor(at, total_steps, config.schedule, config.warmup_steps)
 
     return LambdaLR(optimizer, factor, last_epoch=step - 1)
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Present learning rate of each component."""
+    return {group["component"]: group["lr"] for group in optimizer.param_groups}
 
 
 def clip_gradients(policy: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Transformer blocks: scaled-dot-product attention, a pre-norm encoder, a decoder conditioned on flow time."""
+"""Transformer blocks: scaled-dot-product attention, an encoder, a decoder conditioned on flow time."""
 
 import math
 

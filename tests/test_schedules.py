@@ -1,4 +1,5 @@
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_cosine_warms_up_linearly_and_decays_to_zero():
     assert factors[10] == pytest.approx(1)
     assert factors[55] == pytest.approx(0.5)
     assert factors[100] == pytest.approx(0)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[10:]))
 
 
 def test_constant_and_schedule_free():

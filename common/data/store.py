@@ -5,9 +5,9 @@ A store is a folder:
     frames-00000.bin, ...   uint8 rows (N, 3, H, W), one per control step, whole episodes, about 1 GiB a file
     frames-00000.json, ...  which episodes such a file holds, and where
     arrays.safetensors      state, action, timestamps, and the place of every episode
-    meta.json               source, fingerprint, cameras, names; written last, so a store is finished iff it is there
+    meta.json               source, fingerprint, cameras, names; written last: with it the store is finished
 
-Reading is a copy out of memory-mapped files: nothing is decoded while training. `common/data/ingest.py` writes stores.
+Reading copies out of memory-mapped files: nothing is decoded while training. `common/data/ingest.py` writes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     proprio: Tensor
     """(B, K, P) float32, the last K states, the present one last; in the units of the recording."""
     actions: Tensor
-    """(B, T, A) float32, actions of the present step and the T - 1 after it; in the units of the recording."""
+    """(B, T, A) float32, the present step's action and the T - 1 after it; in the units of the recording."""
     is_pad: Tensor
     """(B, T) bool, true where the action lies past the episode's end (there the last action is repeated)."""
     index: Tensor
@@ -84,7 +84,7 @@ class EpisodeStore:
         self._episode_row = arrays["episode_row"]  # the row in its shard at which an episode begins
         # A plain array over the map: indexing a np.memmap costs several times more a row.
         self._shards = [
-            np.asarray(np.memmap(path / shard["file"], np.uint8, "r")).reshape(shape)
+            np.asarray(np.memmap(path / shard["file"], np.uint8, "r")).reshape(-1, *self.row_shape)
             for shard in meta["shards"]
         ]
 
@@ -244,8 +244,8 @@ class ChunkDataset(Dataset):
 class SampleStream(Sampler):
     """Endless batches of sample numbers: one shuffled epoch after the other, without a seam.
 
-    Position p of the stream holds sample `permutation(seed, p // n)[p % n]`, so the order is a function of the
-    seed alone and the stream can begin anywhere. Micro-batch k of a rank covers the B positions from
+    Position p of the stream holds sample `permutation(seed, p // n)[p % n]`, so the order is a function of
+    the seed alone and the stream can begin anywhere. Micro-batch k of a rank covers the B positions from
     start + k * B * world + rank * B.
 
     Args:
@@ -282,7 +282,7 @@ class SampleStream(Sampler):
 def split_episodes(num_episodes: int, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted numbers of the training and the held-out episodes.
 
-    With a positive fraction and more than one episode, at least one is held out; one always remains to train on.
+    With a positive fraction and more than one episode, at least one is held out; one is always left to train.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction is {val_fraction:g}: it must be at least 0 and below 1.")

@@ -1,0 +1,333 @@
+"""The command line: one typed `Config` per script, restored from a run folder or a file, refused in one sentence.
+
+Values come from, later ones winning: the dataclass's defaults, `--config FILE` or the resumed run's
+`config.json`, explicit flags.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from common.errors import UserError
+
+DEFAULT_STEPS = 20_000
+
+T = TypeVar("T")
+Flat = Annotated[T, tyro.conf.arg(name="")]
+"""A nested option group whose flags carry no prefix: `config.optim.lr` is `--lr`."""
+
+MAY_CHANGE_ON_RESUME = frozenset(
+    [
+        "dataset",
+        "cache_dir",
+        "num_workers",
+        "ingest_workers",
+        "steps",
+        "epochs",
+        "lr",
+        "backbone_lr",
+        "component_lr",
+        "weight_decay",
+        "component_weight_decay",
+        "schedule",
+        "warmup_steps",
+        "grad_clip",
+        "ema_decay",
+        "batch_size",
+        "grad_accumulation",
+        "run_dir",
+        "resume",
+        "config",
+        "init_from",
+        "log_every",
+        "eval_every",
+        "eval_samples",
+        "save_every",
+        "keep",
+        "mixed_precision",
+        "compile",
+        "tracker",
+        "project",
+        "sample_steps",
+        "sample_method",
+    ]
+)
+"""Options that may differ when a run is resumed; any other would make it a different experiment. The
+dataset may have moved: that its content is the same is checked by its fingerprint."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run: its folder, logging, checkpoints, precision."""
+
+    run_dir: Path | None = None
+    """The run folder itself (default: runs/METHOD-YYYYmmdd-HHMMSS). Must be new or empty, or use --resume."""
+    resume: str | None = None
+    """Run folder to continue, with its configuration; flags given beside it override. `auto` continues
+    --run-dir if it holds a checkpoint and starts it otherwise, so that a job can be restarted as it is."""
+    config: Path | None = None
+    """JSON file to take the configuration from, a run's config.json or one of configs/; flags override."""
+    init_from: tuple[str, ...] = ()
+    """Weights to start from: RUN, component=RUN, component=FILE.safetensors or component=FILE.pt."""
+    freeze: tuple[str, ...] = ()
+    """Components that are not trained."""
+    seed: int = 0
+    """Seed of weights, data order and noise."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 1000
+    """Steps between evaluations on held-out episodes."""
+    eval_samples: int = 512
+    """At most this many held-out steps, evenly spaced, are evaluated."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints that are kept."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Precision of forward and backward (default: what `accelerate launch` says, else no)."""
+    compile: bool = False
+    """Compile the policy with torch.compile: a slow first step, then faster ones."""
+    tracker: Literal["none", "wandb", "tensorboard"] = "none"
+    """Where metrics go besides metrics.jsonl."""
+    project: str = "flow-policies"
+    """Project name for wandb."""
+
+
+def cli[T](main: Callable[[Any], None], config_type: type[T], argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and run a script: what its last line calls.
+
+    Exit codes: 0 done, 1 for a `UserError` (printed as one sentence), 2 for a bad flag, 130 for Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        main(parse(config_type, argv, Path(sys.modules[config_type.__module__].__file__).name))
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
+    """A script's configuration from its command line; see the module's docstring for what wins.
+
+    Raises:
+        UserError: for a file that does not fit, a run folder that is in use, or a change that would make a
+            resumed run another experiment.
+    """
+
+    def from_flags(default: T | None) -> T:
+        return tyro.cli(
+            config_type, args=list(argv), default=default, prog=script, config=(tyro.conf.FlagCreatePairsOff,)
+        )
+
+    config = from_flags(None)  # also answers --help, and refuses bad flags
+    if not isinstance(getattr(config, "run", None), RunConfig):
+        return config
+    resumed = _resumed_run(config.run)
+    if resumed is not None:
+        base = read_config(config_type, resumed / "config.json", script)
+        base = _with_run(base, resume=None, config=None)
+        config = from_flags(base)
+        _refuse_changes(base, config, resumed)
+        return _with_run(config, run_dir=resumed, resume=str(resumed))
+    if config.run.config is not None:
+        config = from_flags(read_config(config_type, config.run.config.expanduser(), script))
+    return _with_run(config, run_dir=_unused(config.run.run_dir), resume=None)
+
+
+def _with_run[T](config: T, **changes: Any) -> T:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **changes))
+
+
+def _resumed_run(run: RunConfig) -> Path | None:
+    """The run folder to continue, if one is asked for and, with `auto`, there is something to continue."""
+    if run.resume is None:
+        return None
+    if run.resume == "auto":
+        if run.run_dir is None:
+            raise UserError("--resume auto needs --run-dir, to know which run to continue.")
+        folder = run.run_dir.expanduser()
+        return folder if _has_checkpoint(folder) and (folder / "config.json").is_file() else None
+    folder = Path(run.resume).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--resume {run.resume}: {folder} holds no config.json; give the folder of a run.")
+    if not _has_checkpoint(folder):
+        raise UserError(
+            f"--resume {run.resume}: {folder} holds no checkpoint yet; start anew with --run-dir."
+        )
+    return folder
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("step_*"))
+
+
+def _unused(run_dir: Path | None) -> Path | None:
+    """A folder for a new run. One that died before its first checkpoint has left nothing worth keeping."""
+    if run_dir is None:
+        return None
+    run_dir = run_dir.expanduser()
+    leftovers = {"config.json", "metrics.jsonl", "checkpoints", "curves.png"}
+    if run_dir.exists() and (
+        not run_dir.is_dir()
+        or _has_checkpoint(run_dir)
+        or any(path.name not in leftovers for path in run_dir.iterdir())
+    ):
+        raise UserError(
+            f"{run_dir} exists and is not empty: continue it with --resume {run_dir}, or name another --run-dir."
+        )
+    return run_dir
+
+
+def _refuse_changes(before: Any, now: Any, resumed: Path) -> None:
+    """Refuse flags given beside --resume that would make the run another experiment."""
+    old, new = _leaves(to_dict(before)), _leaves(to_dict(now))
+    for name, value in new.items():
+        if value != old[name] and name not in MAY_CHANGE_ON_RESUME:
+            raise UserError(
+                f"--{name.replace('_', '-')} was {old[name]} when {resumed} began and cannot become {value}: leave "
+                f"it out, or start a new run with --init-from {resumed}."
+            )
+
+
+def _leaves(values: dict[str, Any]) -> dict[str, Any]:
+    """Options by their flag's name, option groups flattened."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _leaves(value) if isinstance(value, dict) else {name: value}
+    return flat
+
+
+# config.json
+
+
+def to_dict(config: Any) -> Any:
+    """A configuration as JSON can hold it; `from_dict` is the inverse."""
+    if dataclasses.is_dataclass(config):
+        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, tuple | list):
+        return [to_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def from_dict[T](config_type: type[T], values: Any) -> T:
+    """The configuration that `to_dict` was given; absent options take their default.
+
+    Raises:
+        UserError: for an option that does not exist or a value of the wrong type; names it.
+    """
+    return _value(config_type, values, "configuration")
+
+
+def _value(kind: Any, value: Any, name: str) -> Any:
+    """`value`, read from JSON, as the type `kind`."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _value(args[0], value, name)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        unknown = sorted(set(value) - {field.name for field in dataclasses.fields(kind)})
+        if unknown:
+            raise UserError(
+                f"{name} has no option {unknown[0]!r}: remove it, or use the version that wrote it."
+            )
+        return kind(**{key: _value(hints[key], item, key) for key, item in value.items()})
+    if origin in (Union, types.UnionType):
+        for choice in args:
+            try:
+                return _value(choice, value, name)
+            except UserError:
+                continue
+    elif kind is type(None) and value is None:
+        return None
+    elif origin is Literal and value in args:
+        return value
+    elif origin is tuple and isinstance(value, list):
+        kinds = [args[0]] * len(value) if len(args) == 2 and args[1] is ... else args
+        if len(kinds) == len(value):
+            return tuple(_value(k, item, name) for k, item in zip(kinds, value, strict=True))
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise UserError(f"{name} cannot be {value!r}: it must be {getattr(kind, '__name__', str(kind))}.")
+
+
+def read_config[T](config_type: type[T], path: Path, script: str) -> T:
+    """The configuration in a JSON file: a run's `config.json`, or the options alone.
+
+    Raises:
+        UserError: if the file is missing, damaged, or another script's.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): give a run's config.json.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no options: give a run's config.json.")
+    if values.get("script", script) != script:
+        raise UserError(f"{path} belongs to {values['script']}, not to {script}: use that script.")
+    return from_dict(
+        config_type, values.get("config", {key: v for key, v in values.items() if key != "script"})
+    )
+
+
+def write_run_config(run_dir: Path, script: str, config: Any, extra: dict[str, Any]) -> None:
+    """Write `config.json`: what is needed to repeat the run. Replaced in one step, never half-written.
+
+    Args:
+        script: the training script's name.
+        extra: further entries, as the dataset's fingerprint.
+    """
+    packages = ("torch", "torchvision", "accelerate", "transformers", "lerobot", "safetensors", "numpy", "av")
+    versions = {"python": sys.version.split()[0]}
+    versions |= {name: metadata.version(name) for name in packages}
+    values = {"script": script, "config": to_dict(config), "versions": versions, **_git(), **extra}
+    temporary = run_dir / ".config.json.new"
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.replace(run_dir / "config.json")
+
+
+def _git() -> dict[str, Any]:
+    """Commit of this checkout, and whether files differ from it; nothing where there is no git."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", root, *command], capture_output=True, text=True, timeout=10, check=True
+            )
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"git_commit": commit.stdout.strip(), "git_dirty": bool(changes.stdout.strip())}
+
+
+def resolve_steps(steps: int | None, epochs: float | None, num_samples: int, global_batch: int) -> int:
+    """Optimizer steps to train for.
+
+    Raises:
+        UserError: if both are given, or they come to less than one step.
+    """
+    if steps is not None and epochs is not None:
+        raise UserError("--steps and --epochs both say how long to train: give one of them.")
+    total = round(epochs * num_samples / global_batch) if epochs is not None else DEFAULT_STEPS if steps is None else steps
+    if total < 1:
+        raise UserError(
+            f"--steps {steps} --epochs {epochs} come to {total} optimizer steps: train for at least 1."
+        )
+    return total

@@ -1,0 +1,142 @@
+"""Frames out of video files and encoded images, resized, as (3, H, W) uint8.
+
+Reducing averages over areas, so that fine texture does not alias; enlarging is bicubic. Video is converted to
+RGB and resized in one pass of swscale; its colour matrix and range are the stream's own where it states them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import av
+
+BT601 = 5  # swscale's default matrix, and what an unmarked stream is taken for
+UNMARKED = (0, 2, BT601, 6)  # RGB, unspecified, and the two names of BT.601
+FULL_RANGE = 2
+
+
+class FrameError(Exception):
+    """Frames cannot be had; the message, a clause, says why and leaves the file's name to the caller."""
+
+
+def video_frames(
+    path: Path, times: np.ndarray, tolerance: float, recorded: tuple[int, int], size: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """The frames nearest to `times`, decoded in one sweep; the array is overwritten by the next frame.
+
+    Args:
+        path: video file, read with one thread: parallelism is the caller's.
+        times: ascending presentation times in seconds.
+        tolerance: seconds by which a frame may lie off its time.
+        recorded: (H, W) that the frames must have.
+        size: (H, W) of the result.
+
+    Raises:
+        FrameError: if the file is missing, damaged, too short, or of another size.
+    """
+    import av
+    from av.video.reformatter import VideoReformatter
+
+    to_planes = PlaneConverter(VideoReformatter(), size)
+    count, previous, previous_time = 0, None, -np.inf
+    try:
+        with av.open(str(path)) as container:
+            for time, frame in _decoded_from(container, times[0], tolerance):
+                if (frame.height, frame.width) != recorded:
+                    raise FrameError(
+                        f"frames are {frame.height}x{frame.width} instead of {recorded[0]}x{recorded[1]}"
+                    )
+                if frame.is_corrupt:
+                    raise FrameError(f"the frame at {time:.3f} s is damaged")
+                while count < len(times) and times[count] <= time + 1e-3:
+                    early = times[count] - previous_time < time - times[count]
+                    if abs((previous_time if early else time) - times[count]) > tolerance:
+                        raise FrameError(f"no frame at {times[count]:.3f} s")
+                    yield to_planes(previous if early else frame)
+                    count += 1
+                if count == len(times):
+                    return
+                previous, previous_time = frame, time
+            while count < len(times) and times[count] - previous_time <= tolerance:
+                yield to_planes(previous)
+                count += 1
+    except av.FFmpegError as error:
+        raise FrameError(error.strerror or str(error)) from error
+    if count < len(times):
+        raise FrameError(f"the video ends after {count} of {len(times)} frames")
+
+
+def _decoded_from(container: av.container.InputContainer, start: float, tolerance: float):
+    """(time, frame) pairs of the first video stream, from a key frame at or before `start` on."""
+    if not container.streams.video:
+        raise FrameError("there is no video in it")
+    stream = container.streams.video[0]
+    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    for begin in (max(0.0, start - tolerance), 0.0):
+        if begin > 0:
+            container.seek(int(begin / stream.time_base), stream=stream)
+        late = False
+        for number, frame in enumerate(container.decode(stream)):
+            if frame.pts is None:
+                raise FrameError("a frame has no time")
+            time = float(frame.pts * stream.time_base)
+            late = number == 0 and begin > 0 and time > start + tolerance
+            if late:  # a seek that overshot, as files with a broken index have it: read from the beginning
+                container.seek(0, stream=stream)
+                break
+            yield time, frame
+        if not late:
+            return
+
+
+class PlaneConverter:
+    """Frames as decoded -> (3, H, W) uint8, one array that every call overwrites."""
+
+    def __init__(self, reformatter: av.video.reformatter.VideoReformatter, size: tuple[int, int]):
+        self.reformatter, self.size = reformatter, size
+        self.out = np.empty((3, *size), np.uint8)
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        height, width = self.size
+        shrinks = height <= frame.height and width <= frame.width
+        colors = {}
+        if frame.colorspace not in UNMARKED or frame.color_range == FULL_RANGE:
+            colors = {"src_colorspace": frame.colorspace, "dst_colorspace": BT601}
+            colors["src_color_range"] = frame.color_range
+        planar = self.reformatter.reformat(
+            frame, width, height, "gbrp", interpolation="AREA" if shrinks else "BICUBIC", **colors
+        )
+        for target, plane in zip((1, 2, 0), planar.planes, strict=True):  # green, blue, red
+            pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+            self.out[target] = pixels[:height, :width]
+        return self.out
+
+
+def image_frame(encoded: bytes, recorded: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """A PNG or JPEG as (3, H, W) uint8.
+
+    Raises:
+        FrameError: if it is damaged or not `recorded` in size.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if (image.height, image.width) != recorded:
+                raise FrameError(
+                    f"an image is {image.height}x{image.width} instead of {recorded[0]}x{recorded[1]}"
+                )
+            pixels = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FrameError(f"an image is damaged: {error}") from error
+    height, width = size
+    if recorded != size:
+        shrinks = height <= recorded[0] and width <= recorded[1]
+        pixels = pixels.resize((width, height), Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))

@@ -1,0 +1,354 @@
+"""Camera images to tokens and a summary: backbones, augmentation, camera dropout.
+
+Every backbone takes float images (B, 3, H, W) in [0, 1] and gives tokens (B, L, token_dim), one per region of
+the image, and one summary (B, summary_dim). Whatever normalization of pixels it wants happens inside.
+"""
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.transformer import sincos_position_2d
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+RESNETS = ("resnet18", "resnet34", "resnet50")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Vision backbone and augmentation of training images."""
+
+    backbone: str = "conv"
+    """`conv` (a small network for small images), `resnet18`, `resnet34` or `resnet50` (all three from scratch),
+    or a pretrained Hugging Face vision model by name or local path, as `facebook/dinov2-base`."""
+    aug_shift: float = 0.0
+    """Largest random shift, as a share of the image's side; the rim is repeated. 0.05 is a usual value."""
+    aug_rotate: float = 0.0
+    """Largest random rotation, degrees. 3 is a usual value."""
+    aug_color: float = 0.0
+    """Strength of random brightness, contrast and saturation, in [0, 1]. 0.3 is a usual value."""
+    aug_blur: float = 0.0
+    """Largest standard deviation of a random Gaussian blur, pixels. 1 is a usual value."""
+
+
+class Backbone(nn.Module):
+    """A vision network behind one interface.
+
+    Attributes:
+        token_dim, summary_dim: widths of what `forward` returns.
+        num_tokens: L, at the image size that the backbone was built for.
+        hf_config: architecture as a dict if it is a Hugging Face model, else None.
+    """
+
+    token_dim: int
+    summary_dim: int
+    num_tokens: int
+    hf_config: dict | None = None
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) float in [0, 1] -> tokens (B, L, token_dim) and summary (B, summary_dim)."""
+        raise TypeError(f"{type(self).__name__} defines no forward")
+
+
+def build_backbone(
+    name: str, image_size: tuple[int, int], pretrained: bool = True, hf_config: dict | None = None
+) -> Backbone:
+    """Build a backbone for images of a size.
+
+    Args:
+        name: see `VisionConfig.backbone`.
+        image_size: (H, W), pixels.
+        pretrained: load the weights of a Hugging Face model; False when a checkpoint's will be loaded next.
+        hf_config: architecture of a Hugging Face model, as kept in a checkpoint; used when not `pretrained`.
+
+    Raises:
+        UserError: for a model that cannot be loaded, or images of a size that it cannot take.
+    """
+    if name == "conv":
+        return ConvBackbone(image_size)
+    if name in RESNETS:
+        return ResNetBackbone(name, image_size)
+    return HuggingFaceBackbone(name, image_size, pretrained, hf_config)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    """Batch statistics misbehave with small batches, averaged weights and several processes; groups do not."""
+    return nn.GroupNorm(max(channels // 16, 1), channels)
+
+
+def _conv(channels_in: int, channels: int, kernel: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels, kernel, stride, kernel // 2), _norm(channels), nn.SiLU()
+    )
+
+
+class ConvBackbone(Backbone):
+    """A small convolutional network, trained from scratch.
+
+    The summary holds the expected image coordinates of 32 learned features (spatial softmax, Finn et al. 2016,
+    "Deep spatial autoencoders for visuomotor learning"), which localise an object to a fraction of a pixel,
+    and the mean token.
+    """
+
+    def __init__(self, image_size: tuple[int, int], num_keypoints: int = 32, max_tokens: int = 64):
+        super().__init__()
+        if min(image_size) < 16:
+            raise UserError(f"--backbone conv needs images of at least 16x16, not {image_size}: raise --image-size.")
+        self.stem = nn.Sequential(_conv(3, 32, 5, 2), _conv(32, 64, 3, 2), _conv(64, 64, 3, 1))
+        self.keypoints = nn.Conv2d(64, num_keypoints, 1)
+        grid = [math.ceil(math.ceil(side / 2) / 2) for side in image_size]
+        x, y = (torch.linspace(-1, 1, side) for side in (grid[1], grid[0]))
+        coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
+        self.register_buffer("coordinates", coordinates, persistent=False)  # (H/4 * W/4, 2)
+        stages, channels = [], 64
+        while len(stages) < 2 or grid[0] * grid[1] > max_tokens:
+            stages.append(_conv(channels, 128, 3, 2))
+            channels, grid = 128, [math.ceil(side / 2) for side in grid]
+        stages.append(nn.Conv2d(128, 128, 1))
+        self.out = nn.Sequential(*stages)
+        self.position = nn.Parameter(torch.randn(grid[0] * grid[1], 128) * 0.02)
+        self.token_dim, self.summary_dim, self.num_tokens = 128, 2 * num_keypoints + 128, grid[0] * grid[1]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.stem(2 * images - 1)
+        attention = self.keypoints(features).float().flatten(2).softmax(dim=-1)  # (B, keypoints, H/4 * W/4)
+        keypoints = attention @ self.coordinates
+        tokens = self.out(features).flatten(2).transpose(1, 2) + self.position
+        return tokens, torch.cat([keypoints.flatten(1), tokens.mean(dim=1)], dim=1)
+
+
+class ResNetBackbone(Backbone):
+    """torchvision's ResNet (He et al. 2016) with group normalization, trained from scratch."""
+
+    def __init__(self, name: str, image_size: tuple[int, int]):
+        super().__init__()
+        from torchvision.models import resnet
+
+        if min(image_size) < 32:
+            raise UserError(f"--backbone {name} needs images of at least 32x32, not {image_size}: raise --image-size.")
+        network = getattr(resnet, name)(weights=None, norm_layer=_norm)
+        self.network = nn.Sequential(*list(network.children())[:-2])  # without pooling and classifier
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        height, width = (math.ceil(side / 32) for side in image_size)
+        self.token_dim = self.summary_dim = network.fc.in_features
+        self.num_tokens = height * width
+        self.register_buffer("position", sincos_position_2d(height, width, self.token_dim), persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.network((images - self.mean) / self.std).flatten(2).transpose(1, 2)
+        return tokens + self.position, tokens.mean(dim=1)
+
+
+class HuggingFaceBackbone(Backbone):
+    """Any Hugging Face vision model: DINOv2, DINOv3, SigLIP, CLIP, C-RADIO, ConvNeXt, ResNet, ...
+
+    Tokens are the patch tokens, without class and register tokens, or the last feature map of a convolutional
+    model; the summary is the class token, the pooled output where there is no class token, else the mean.
+    """
+
+    def __init__(
+        self, name: str, image_size: tuple[int, int], pretrained: bool = True, hf_config: dict | None = None
+    ):
+        super().__init__()
+        self.network, processor = _load_huggingface(name, image_size, pretrained, hf_config)
+        config = self.network.config
+        self.hf_config = config.to_dict()
+        self._interpolate = _accepts_interpolation(self.network)
+        self._is_radio = config.model_type == "radio"  # normalizes inside
+        patch = getattr(config, "patch_size", None)
+        self._patch = patch if isinstance(patch, int) and config.model_type not in _CONVOLUTIONAL else None
+        step = self._patch or 32
+        if self._patch and any(side % self._patch for side in image_size):
+            near = " or ".join(str(max(step * (image_size[0] // step + i), step)) for i in (0, 1))
+            raise UserError(
+                f"--backbone {name} takes images whose sides are multiples of {step}, not "
+                f"{image_size[0]}x{image_size[1]}: choose --image-size {near}."
+            )
+        default = (HALF, HALF) if "siglip" in config.model_type else (IMAGENET_MEAN, IMAGENET_STD)
+        mean, std = (processor.get(key) or d for key, d in zip(("image_mean", "image_std"), default, strict=True))
+        mean, std = ((0.0,) * 3, (1.0,) * 3) if self._is_radio else (mean, std)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=True)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=True)
+        self._measure(name, image_size)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = (images - self.mean) / self.std
+        options = {"interpolate_pos_encoding": True} if self._interpolate else {}
+        out = self.network(pixel_values=pixels, **options)
+        if self._is_radio:
+            return out.features, out.summary
+        hidden = out.last_hidden_state
+        if hidden.ndim == 4:  # a feature map
+            tokens = hidden.flatten(2).transpose(1, 2)
+            return tokens, tokens.mean(dim=1)
+        if self._patch is None:
+            leading = 1 if hidden.shape[1] % 2 else 0
+        else:
+            leading = hidden.shape[1] - (images.shape[2] // self._patch) * (images.shape[3] // self._patch)
+        tokens = hidden[:, leading:]
+        if leading:
+            return tokens, hidden[:, 0]
+        pooled = getattr(out, "pooler_output", None)
+        return tokens, tokens.mean(dim=1) if pooled is None else pooled
+
+    def _measure(self, name: str, image_size: tuple[int, int]) -> None:
+        """Run once: learn the widths, and exclude weights that cannot learn (mask tokens, unused heads).
+
+        DistributedDataParallel would wait for the gradients of such weights.
+        """
+        try:
+            with torch.enable_grad():
+                tokens, summary = self(torch.zeros(1, 3, *image_size))
+                parameters = list(self.network.parameters())
+                grads = torch.autograd.grad(tokens.sum() + summary.sum(), parameters, allow_unused=True)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"--backbone {name} cannot take images of {image_size[0]}x{image_size[1]} ({reason}): choose "
+                f"another --image-size."
+            ) from None
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.requires_grad_(grad is not None)
+        self.num_tokens, self.token_dim, self.summary_dim = tokens.shape[1], tokens.shape[2], summary.shape[1]
+
+
+_CONVOLUTIONAL = {"convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet"}
+
+
+def _accepts_interpolation(network: nn.Module) -> bool:
+    import inspect
+
+    return "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
+
+
+def _load_huggingface(name: str, image_size: tuple[int, int], pretrained: bool, hf_config: dict | None):
+    """The vision part of a model, and its image processor's settings.
+
+    A local path is never looked up on the hub. Weights must be safetensors and no code comes with a model,
+    so that nothing that is loaded can run code.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers import AutoConfig, AutoModel
+    from transformers.image_processing_base import ImageProcessingMixin
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    path = Path(name).expanduser()
+    is_path = path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    source, only_local = (str(path), True) if is_path else (name, False)
+    try:
+        if not pretrained and hf_config is not None:
+            settings = dict(hf_config)
+            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+            return AutoModel.from_config(config), {}
+        if is_path and not path.exists():
+            raise OSError("there is no such folder")
+        config = AutoConfig.from_pretrained(source, local_files_only=only_local, trust_remote_code=False)
+        config = getattr(config, "vision_config", config)  # SigLIP and CLIP come with a text model
+        if not pretrained:
+            return AutoModel.from_config(config), {}
+        network = AutoModel.from_pretrained(
+            source, config=config, local_files_only=only_local, trust_remote_code=False, use_safetensors=True
+        )
+        if "pixel_values" not in str(getattr(network, "main_input_name", "")):
+            raise ValueError("it does not take images")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--backbone {name} cannot be loaded ({type(error).__name__}: {reason}): download it where there is a "
+            f"connection and give its local folder, or choose another, as --backbone resnet18."
+        ) from None
+    try:
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=only_local)
+    except OSError:
+        processor = {}
+    return network.float(), processor
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images to float32 in [0, 1]."""
+    return images.float() / 255
+
+
+def augment(images: Tensor, config: VisionConfig, generator: torch.Generator | None = None) -> Tensor:
+    """Random shift, rotation, colour and blur, drawn anew for every sample and camera, on the images' device.
+
+    Args:
+        images: (B, N, 3, H, W) uint8.
+        config: strengths; with all of them 0 the images are only converted.
+        generator: source of the draws, on the images' device.
+
+    Returns:
+        (B, N, 3, H, W) float32 in [0, 1].
+    """
+    x = to_float(images).flatten(0, 1)  # (B * N, 3, H, W)
+
+    def draw(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(len(x), 1, 1, 1, device=x.device, generator=generator)
+
+    with torch.autocast(x.device.type, enabled=False):
+        if config.aug_shift or config.aug_rotate:
+            x = _shift_rotate(x, draw, config.aug_shift, config.aug_rotate)
+        if config.aug_color:
+            s = config.aug_color
+            x = x * draw(1 - s, 1 + s)
+            x = _blend(x, x.mean(dim=(1, 2, 3), keepdim=True), draw(1 - s, 1 + s))
+            luma = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(3, 1, 1)
+            x = _blend(x, (x * luma).sum(dim=1, keepdim=True), draw(1 - s, 1 + s)).clamp(0, 1)
+        if config.aug_blur:
+            x = _blur(x, draw(0, config.aug_blur), config.aug_blur)
+    return x.view(images.shape)
+
+
+def _blend(x: Tensor, other: Tensor, share: Tensor) -> Tensor:
+    return other + share * (x - other)
+
+
+def _shift_rotate(x: Tensor, draw, shift: float, degrees: float) -> Tensor:
+    """Rotate about the centre, then shift; what comes in from outside repeats the rim."""
+    height, width = x.shape[-2:]
+    angle = draw(-math.pi / 180 * degrees, math.pi / 180 * degrees).flatten()
+    dx, dy = 2 * draw(-shift, shift).flatten(), 2 * draw(-shift, shift).flatten()  # the grid spans [-1, 1]
+    cos, sin = angle.cos(), angle.sin()
+    theta = torch.stack([cos, -sin * height / width, dx, sin * width / height, cos, dy], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def _blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
+    """Separable Gaussian blur, each image with its own sigma (B, 1, 1, 1)."""
+    radius = max(math.ceil(2 * largest), 1)
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-(offsets**2) / (2 * sigma.flatten()[:, None].clamp(min=1e-3) ** 2))  # (B, taps)
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)[:, None]  # (B * 3, 1, taps)
+    batch, channels, height, width = x.shape
+    x = F.pad(x, [radius] * 4, mode="replicate").view(1, batch * channels, height + 2 * radius, -1)
+    x = F.conv2d(x, kernel[:, :, None, :], groups=batch * channels)
+    x = F.conv2d(x, kernel[:, :, :, None], groups=batch * channels)
+    return x.view(batch, channels, height, width)
+
+
+def random_camera_dropout(
+    batch_size: int, num_cameras: int, p: float, device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
+    """Which cameras samples lose in training.
+
+    Returns:
+        (B, N) bool: with probability p a row has exactly one True, at a random camera. The only camera of a
+        robot is never lost.
+    """
+    if num_cameras == 1:
+        return torch.zeros(batch_size, 1, dtype=torch.bool, device=device)
+    lost = torch.randint(num_cameras, (batch_size, 1), device=device, generator=generator)
+    loses = torch.rand(batch_size, 1, device=device, generator=generator) < p
+    return (torch.arange(num_cameras, device=device) == lost) & loses
