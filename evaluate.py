@@ -109,7 +109,7 @@ def evaluate_heldout(policy: RobotPolicy, config: Config, folder: Path) -> dict 
         "mismatched": sample_chunks(policy, val_set, chosen, config, images_from=np.roll(chosen, num // 2)),
         **trivial_predictions(store, train_set, rows, policy),
     }
-    recorded, is_pad = store.action[val_set.chunk_rows(rows)], val_set.is_pad(rows)
+    recorded, is_pad = val_set.chunks(rows)
     real = torch.from_numpy(~is_pad)
     target = torch.from_numpy(recorded)
     normalizer = policy.normalizer.cpu()
@@ -146,7 +146,7 @@ def trivial_predictions(
     """Predictors that need no network; see `evaluate_heldout`. (V, T, A) each, in recorded units."""
     horizon, action_dim = policy.horizon, store.action.shape[1]
     state, train_state = store.state[rows], store.state[train_set.rows]
-    train_chunks = store.action[train_set.chunk_rows(train_set.rows)]  # (S, T, A)
+    train_chunks, _ = train_set.chunks(train_set.rows)  # (S, T, A)
     predictions = {
         "mean": np.broadcast_to(store.action[train_set.rows].mean(0), (len(rows), horizon, action_dim)).copy()
     }

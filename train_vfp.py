@@ -331,10 +331,13 @@ def main(config: Config) -> None:
 
         if step % config.run.log_every == 0 or step == total_steps:
             tracker.log(step, samples, learning_rates(optimizer.optimizer))
-        if val_set and (step % config.run.eval_every == 0 or step == total_steps):
-            tracker.log_validation(step, evaluate(averaged.model, val_set, normalizer, config, accelerator))
-        if step % config.run.save_every == 0 or step == total_steps:
-            checkpoint.save(accelerator, run_dir, step, samples, averaged, normalizer, spec, config)
+        with tracker.paused():
+            if val_set and (step % config.run.eval_every == 0 or step == total_steps):
+                tracker.log_validation(
+                    step, evaluate(averaged.model, val_set, normalizer, config, accelerator)
+                )
+            if step % config.run.save_every == 0 or step == total_steps:
+                checkpoint.save(accelerator, run_dir, step, samples, averaged, normalizer, spec, config)
     tracker.close()
 
 

@@ -211,6 +211,5 @@ class RobotPolicy:
     def _resize(self, name: str, frame: np.ndarray) -> Tensor:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
             raise ValueError(f"camera {name} must be (H, W, 3) uint8, got {frame.shape} {frame.dtype}")
-        if frame.shape[:2] != self.spec.image_size:
-            frame = resize_rgb(frame, self.spec.image_size)  # as the training frames were
+        frame = resize_rgb(frame, self.spec.image_size)  # as the training frames were
         return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)

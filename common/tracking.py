@@ -68,6 +68,13 @@ class Tracker:
         yield
         self._waited += time.perf_counter() - start
 
+    @contextmanager
+    def paused(self):
+        """Leaves the time inside, for evaluating or saving, out of the training speed."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Take in scalars of one step; they stay on the device until the next `log`."""
         for name, value in metrics.items():
@@ -123,7 +130,6 @@ class Tracker:
             text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             tqdm.write(f"step {step}  held out: {text}")
             draw_curves(self.path, self.run_dir / "curves.png")
-        self._since = time.perf_counter()  # evaluating is not training: it must not count as slow steps
 
     def _write(self, step: int, split: str, metrics: dict[str, float]) -> None:
         if self.accelerator.is_main_process:

@@ -132,11 +132,19 @@ def image_frame(encoded: bytes, recorded: tuple[int, int], size: tuple[int, int]
                 raise FrameError(
                     f"an image is {image.height}x{image.width} instead of {recorded[0]}x{recorded[1]}"
                 )
-            pixels = image.convert("RGB")
+            pixels = np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise FrameError(f"an image is damaged: {error}") from error
+    return np.ascontiguousarray(resize_rgb(pixels, size).transpose(2, 0, 1))
+
+
+def resize_rgb(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 at another size: area averages when it shrinks, so that nothing aliases."""
+    from PIL import Image
+
+    if frame.shape[:2] == size:
+        return frame
     height, width = size
-    if recorded != size:
-        shrinks = height <= recorded[0] and width <= recorded[1]
-        pixels = pixels.resize((width, height), Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
+    shrinks = height <= frame.shape[0] and width <= frame.shape[1]
+    method = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(frame).resize((width, height), method))

@@ -225,17 +225,26 @@ class ChunkDataset(Dataset):
     def __getitems__(self, indices: list[int] | np.ndarray) -> Batch:
         """The samples at `indices` as one batch, gathered whole."""
         store, rows = self.store, self.rows[np.asarray(indices, np.int64)]
-        episodes = store.episode_of(rows)
-        first, last = store.episode_starts[episodes], store.episode_starts[episodes + 1] - 1
-        future = rows[:, None] + np.arange(self.horizon)  # (B, T)
-        past = rows[:, None] + np.arange(1 - self.proprio_history, 1)  # (B, K)
+        actions, is_pad = self.chunks(rows)
         return Batch(
             images=store.images(rows, self._recycler.take((len(rows), *store.row_shape))),
-            proprio=torch.from_numpy(store.state[np.maximum(past, first[:, None])]),
-            actions=torch.from_numpy(store.action[np.minimum(future, last[:, None])]),
-            is_pad=torch.from_numpy(future > last[:, None]),
+            proprio=torch.from_numpy(self.history(rows)),
+            actions=torch.from_numpy(actions),
+            is_pad=torch.from_numpy(is_pad),
             index=torch.from_numpy(rows),
         )
+
+    def chunks(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Actions (B, T, A) and is_pad (B, T) of the chunks that begin at the steps `rows` of the store."""
+        last = self.store.episode_starts[self.store.episode_of(rows) + 1] - 1
+        future = rows[:, None] + np.arange(self.horizon)
+        return self.store.action[np.minimum(future, last[:, None])], future > last[:, None]
+
+    def history(self, rows: np.ndarray) -> np.ndarray:
+        """States (B, K, P) up to and including the steps `rows` of the store."""
+        first = self.store.episode_starts[self.store.episode_of(rows)]
+        past = rows[:, None] + np.arange(1 - self.proprio_history, 1)
+        return self.store.state[np.maximum(past, first[:, None])]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_recycler": _Recycler()}

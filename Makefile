@@ -1,0 +1,32 @@
+# make demo   set up, record demonstrations, train train_vfp.py on them, evaluate (about ten minutes on two cores)
+# make test   set up, lint, test
+
+RUN ?= runs/demo
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+
+.PHONY: setup demo test lint format
+
+setup: .venv/.installed
+
+.venv/.installed: requirements.txt tools/setup.py
+	@python3 tools/setup.py
+	@touch $@
+
+# An interrupted demo goes on where it was, a finished one is only evaluated again; make demo RUN=runs/other
+# starts another. The launcher would leave cores idle if it were not told how many there are.
+demo: setup
+	OMP_NUM_THREADS=$(CORES) .venv/bin/accelerate launch --num_processes 1 --num_machines 1 \
+		--mixed_precision no --dynamo_backend no \
+		train_vfp.py --config configs/train_vfp/demo.json --run-dir $(RUN) --resume auto
+	.venv/bin/python evaluate.py $(RUN)
+
+test: setup lint
+	.venv/bin/python -m pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .

@@ -1,0 +1,437 @@
+import errno
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.data import ingest
+from common.data.ingest import BadEpisode, Episode, StoreInfo, ensure_store
+from common.data.store import ChunkDataset, EpisodeStore, SampleStream, make_loader, split_episodes
+from common.errors import UserError
+
+LENGTHS = (5, 2, 9, 4)
+CAMERAS, SIZE = ("head", "left"), (6, 8)
+ROW_BYTES = len(CAMERAS) * 3 * SIZE[0] * SIZE[1]
+INFO = StoreInfo(
+    source="/somewhere/towel",
+    fingerprint="1",
+    cameras=CAMERAS,
+    camera_keys=tuple(f"observation.images.cam_{name}" for name in CAMERAS),
+    image_size=SIZE,
+    fps=10.0,
+    state_key="observation.state",
+    action_key="action",
+    state_names=("x", "y"),
+    action_names=("x", "y"),
+    task="fold",
+)
+
+
+def pixels(episode, camera, step, version=0):
+    """A frame that no other step has: (3, H, W)."""
+    return np.random.default_rng((episode, camera, step, version)).integers(0, 256, (3, *SIZE), np.uint8)
+
+
+@dataclass
+class Reader:
+    """Frames from `pixels`, with faults and a record of what was decoded to the end."""
+
+    lengths: tuple[int, ...] = LENGTHS
+    bad: tuple[int, ...] = ()
+    stops_at: int | None = None
+    error: Exception | None = None
+    version: int = 0
+    delay: float = 0.0
+    decoded: list | None = None
+
+    def frames(self, episode, camera):
+        if episode == self.stops_at:
+            raise self.error
+        for step in range(self.lengths[episode]):
+            if episode in self.bad and step == 1:
+                raise BadEpisode(f"Episode {episode} is broken")
+            time.sleep(self.delay)
+            yield pixels(episode, camera, step, self.version)
+        if self.decoded is not None:
+            self.decoded.append((episode, camera))
+
+
+def episodes_of(lengths=LENGTHS):
+    rng = np.random.default_rng(0)
+    return [
+        Episode(
+            index,
+            rng.normal(size=(length, 2)).astype(np.float32),
+            rng.normal(size=(length, 2)).astype(np.float32),
+            np.arange(length) / 10,
+            f"video {index}",
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+def build(root, reader=None, info=INFO, lengths=LENGTHS, bad=(), **options):
+    options.setdefault("workers", 1)
+    reader = reader or Reader(lengths)
+    return ensure_store(root, info, lambda: (episodes_of(lengths), list(bad), reader), **options)
+
+
+@pytest.fixture(params=[1, 3], ids=["one shard", "several shards"])
+def store(request, tmp_path, monkeypatch):
+    if request.param > 1:
+        monkeypatch.setattr(ingest, "SHARD_BYTES", 9 * ROW_BYTES)
+    store = build(tmp_path)
+    assert len(list(store.path.glob("frames-*.bin"))) == request.param
+    return store
+
+
+def small_store(root):
+    return build(root / "stores")
+
+
+# Reading
+
+
+@pytest.mark.parametrize(("horizon", "history"), [(1, 1), (4, 3), (20, 20)])
+def test_every_sample_equals_a_walk_through_its_episode(store, horizon, history):
+    chosen = [0, 1, 3]
+    dataset = ChunkDataset(store, chosen, horizon, history)
+    samples = [(e, step) for e in chosen for step in range(LENGTHS[e])]
+    assert len(dataset) == len(samples)
+    order = np.random.default_rng(0).permutation(len(samples))
+    batch = dataset.__getitems__([*order, order[0]])  # any order, with a repetition
+    recorded = episodes_of()
+    for slot, sample in enumerate([*order, order[0]]):
+        e, step = samples[sample]
+        for camera in range(len(CAMERAS)):
+            assert (batch.images[slot, camera].numpy() == pixels(e, camera, step)).all()
+        last = LENGTHS[e] - 1
+        expected = [recorded[e].action[min(step + k, last)] for k in range(horizon)]
+        assert (batch.actions[slot].numpy() == expected).all()
+        assert batch.is_pad[slot].tolist() == [step + k > last for k in range(horizon)]
+        expected = [recorded[e].state[max(0, step - k)] for k in reversed(range(history))]
+        assert (batch.proprio[slot].numpy() == expected).all()
+        assert batch.index[slot] == sum(LENGTHS[:e]) + step
+    assert batch.images.shape == (len(samples) + 1, 2, 3, *SIZE)
+    assert batch.images.dtype == torch.uint8
+    assert batch.actions.dtype == batch.proprio.dtype == torch.float32
+    assert batch.index.dtype == torch.int64
+
+
+def test_one_sample_is_a_batch_without_its_first_dimension(store):
+    dataset = ChunkDataset(store, range(4), 3)
+    for one, many in zip(dataset[7], dataset.__getitems__([7]), strict=True):
+        assert torch.equal(one, many[0])
+
+
+def test_attributes_say_what_was_recorded(store):
+    assert (store.num_episodes, store.num_steps) == (4, sum(LENGTHS))
+    assert store.episode_starts.tolist() == [0, 5, 7, 16, 20]
+    assert store.episode_indices.tolist() == [0, 1, 2, 3]
+    assert store.cameras == CAMERAS
+    assert store.image_size == SIZE
+    assert store.shared_space
+    assert store.skipped == []
+    np.testing.assert_allclose(store.timestamps[5:8], [0, 0.1, 0])
+
+
+def test_a_pickled_store_maps_the_same_files(store):
+    rows = np.array([19, 0, 6])
+    clone = pickle.loads(pickle.dumps(ChunkDataset(store, range(4), 3)))
+    assert torch.equal(clone.store.images(rows), store.images(rows))
+    assert len(pickle.dumps(store)) < 1000  # the arrays stay behind
+
+
+def test_a_batch_that_is_held_is_never_overwritten(store):
+    dataset = ChunkDataset(store, range(4), 2)
+    held, copies = [], []
+    for k in range(12):
+        batch = dataset.__getitems__([k, k + 1])
+        held.append(batch.images[1:].float if k % 3 == 0 else batch.images[1])  # also through views alone
+        copies.append(batch.images[1].clone())
+        del batch
+    for view, copy in zip(held, copies, strict=True):
+        view = view().byte()[0] if callable(view) else view
+        assert torch.equal(view, copy)
+
+
+def test_a_batch_that_nobody_holds_lends_its_memory_to_the_next(store):
+    dataset = ChunkDataset(store, range(4), 2)
+    places = {dataset.__getitems__([k, 0]).images.data_ptr() for k in range(10)}
+    assert len(places) == 1
+
+
+def test_batch_moves_to_a_device(store):
+    batch = ChunkDataset(store, range(4), 2).__getitems__([0, 1]).to("meta")
+    assert all(tensor.device.type == "meta" for tensor in batch)
+
+
+@pytest.mark.parametrize(("horizon", "history"), [(0, 1), (4, 0), (-1, 1)])
+def test_lengths_below_one_are_refused(store, horizon, history):
+    with pytest.raises(UserError, match="must be at least 1"):
+        ChunkDataset(store, [0], horizon, history)
+
+
+@pytest.mark.parametrize("damage", ["shard", "arrays", "meta", "missing", "format"])
+def test_a_damaged_store_is_not_opened_but_rebuilt(tmp_path, damage):
+    store = small_store(tmp_path)
+    file = {"shard": "frames-00000.bin", "arrays": "arrays.safetensors"}.get(damage, "meta.json")
+    content = (store.path / file).read_bytes()
+    if damage == "missing":
+        (store.path / file).unlink()
+    elif damage == "format":
+        (store.path / file).write_bytes(content.replace(b'"format": 1', b'"format": 0'))
+    else:
+        (store.path / file).write_bytes(content[:-7])
+    with pytest.raises(UserError, match="delete it"):
+        EpisodeStore.open(store.path)
+    again = small_store(tmp_path)
+    assert (again.images(np.array([19]))[0, 1].numpy() == pixels(3, 1, 3)).all()
+
+
+# Order of samples
+
+
+def positions(batches, batch_size, start, rank, world):
+    """Global position in the stream of every sample of a rank's first batches."""
+    first = start + rank * batch_size
+    return [first + k * batch_size * world + i for k in range(batches) for i in range(batch_size)]
+
+
+@pytest.mark.parametrize("start", [0, 7, 1234])
+@pytest.mark.parametrize("world", [1, 3])
+def test_ranks_share_one_stream_of_shuffled_epochs(start, world):
+    n, batch_size, batches = 11, 4, 9
+    whole = {}
+    for rank in range(world):
+        stream = iter(SampleStream(n, batch_size, 5, rank, world, start))
+        drawn = [sample for _ in range(batches) for sample in next(stream)]
+        whole |= dict(zip(positions(batches, batch_size, start, rank, world), drawn, strict=True))
+    assert sorted(whole) == list(range(start, start + batches * batch_size * world))
+    epochs = range(-(-start // n), (start + batches * batch_size * world) // n)
+    assert len(epochs) >= 2
+    orders = [tuple(whole[epoch * n + i] for i in range(n)) for epoch in epochs]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert len(set(orders)) == len(orders)  # every epoch has another order
+
+
+def test_the_stream_continues_from_any_position():
+    n, batch_size = 10, 4
+    begin = iter(SampleStream(n, batch_size, 3))
+    drawn = [next(begin) for _ in range(8)]
+    assert [next(begin) for _ in range(2)] == [
+        next(stream) for stream in [iter(SampleStream(n, batch_size, 3, start=32))] for _ in range(2)
+    ]
+    assert next(iter(SampleStream(n, batch_size, 3, start=20))) == drawn[5]
+    assert drawn[0] != next(iter(SampleStream(n, batch_size, 4)))
+
+
+@pytest.mark.parametrize(("n", "fraction", "held"), [(10, 0.1, 1), (10, 0.34, 3), (4, 0.01, 1), (2, 0.9, 1)])
+def test_split_holds_out_at_least_one_and_leaves_one(n, fraction, held):
+    train, val = split_episodes(n, fraction, seed=1)
+    assert len(val) == held
+    assert sorted([*train, *val]) == list(range(n))
+    assert (np.diff(train) > 0).all()
+    again = split_episodes(n, fraction, seed=1)
+    assert (again[1] == val).all()
+
+
+def test_split_without_a_held_out_part():
+    assert len(split_episodes(5, 0.0, 0)[1]) == 0
+    assert len(split_episodes(1, 0.5, 0)[1]) == 0
+    assert len({tuple(split_episodes(20, 0.1, seed)[1]) for seed in range(8)}) > 1
+    for fraction in (-0.1, 1.0):
+        with pytest.raises(UserError, match="--val-fraction"):
+            split_episodes(5, fraction, 0)
+
+
+def test_loader_follows_the_stream_and_leaves_the_global_generator_alone(store):
+    dataset = ChunkDataset(store, range(4), 3)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    loader = iter(make_loader(dataset, 3, seed=2, num_workers=0, rank=1, world=2, start=5))
+    stream = iter(SampleStream(len(dataset), 3, 2, 1, 2, 5))
+    for _ in range(8):
+        assert next(loader).index.tolist() == dataset.rows[next(stream)].tolist()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loader_workers_give_the_same_batches(store):
+    dataset = ChunkDataset(store, range(4), 3)
+    alone, helped = (iter(make_loader(dataset, 4, seed=2, num_workers=n)) for n in (0, 2))
+    for _ in range(6):
+        for one, two in zip(next(alone), next(helped), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_a_batch_larger_than_the_data_is_refused(store):
+    dataset = ChunkDataset(store, [0, 1], 3)
+    make_loader(dataset, 7, seed=0, num_workers=0)
+    with pytest.raises(UserError, match="larger than the 7 training samples"):
+        make_loader(dataset, 8, seed=0)
+    with pytest.raises(UserError, match="lower --batch-size to at most 3"):
+        make_loader(dataset, 4, seed=0, world=2)
+    with pytest.raises(UserError, match="at least 1"):
+        make_loader(dataset, 0, seed=0)
+
+
+# Building
+
+
+def files(root):
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.name.endswith(".lock"))
+
+
+def check_whole(store, lengths=LENGTHS, version=0):
+    starts = np.cumsum([0, *lengths])
+    assert store.episode_starts.tolist() == starts.tolist()
+    images = store.images(np.arange(store.num_steps)).numpy()
+    for e, length in enumerate(lengths):
+        for step in range(length):
+            for camera in range(len(CAMERAS)):
+                assert (images[starts[e] + step, camera] == pixels(e, camera, step, version)).all()
+    assert (store.state == np.concatenate([episode.state for episode in episodes_of(lengths)])).all()
+    assert not list(store.path.glob("*.part"))
+
+
+def test_a_finished_store_is_only_opened(tmp_path):
+    build(tmp_path)
+    store = ensure_store(tmp_path, INFO, lambda: pytest.fail("read again"))
+    check_whole(store)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+def test_an_interrupted_ingest_continues_with_what_is_missing(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(ingest, "SHARD_BYTES", 9 * ROW_BYTES)  # episodes 0 and 1, episode 2, episode 3
+    expected = UserError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected, match="disk" if expected is UserError else None):
+        build(tmp_path, Reader(stops_at=3, error=error))
+    left = [Path(file).name for file in files(tmp_path)]
+    assert left[1:] == [f"frames-0000{k}.{end}" for k in range(2) for end in ("bin", "json")]
+    reader = Reader(decoded=[])
+    check_whole(build(tmp_path, reader))
+    assert reader.decoded == [(3, 0), (3, 1)]
+
+
+def test_an_ingest_that_finished_nothing_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match=r"^Episode 2 is broken: .*--skip-bad-episodes"):
+        build(tmp_path, Reader(bad=(2,)))
+    assert files(tmp_path) == []
+
+
+def test_a_killed_ingest_continues(tmp_path):
+    program = f"""
+        import sys
+        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}
+        import test_store
+        test_store.ingest.SHARD_BYTES = 9 * test_store.ROW_BYTES
+        test_store.build(test_store.Path({str(tmp_path)!r}), test_store.Reader(delay=0.05))
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("*/frames-00000.json")) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(tmp_path.glob("*/frames-00001.bin.part")), "killed in the middle of the second shard"
+    assert not list(tmp_path.glob("*/meta.json"))
+    reader = Reader(decoded=[])
+    check_whole(build(tmp_path, reader))
+    assert (0, 0) not in reader.decoded
+
+
+def test_several_processes_decode_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(ingest, "SHARD_BYTES", 9 * ROW_BYTES)
+    check_whole(build(tmp_path, workers=2))
+    with pytest.raises(UserError, match="Episode 1 is broken"):
+        build(tmp_path, Reader(bad=(1,)), replace(INFO, fingerprint="2"), workers=2)
+
+
+def test_two_that_ingest_at_once_build_it_once(tmp_path, capfd):
+    readers, stores = [Reader(delay=0.01, decoded=[]) for _ in range(2)], {}
+    threads = [
+        threading.Thread(target=lambda i=i: stores.update({i: build(tmp_path, readers[i])})) for i in (0, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(len(reader.decoded) for reader in readers) == [0, 2 * len(LENGTHS)]
+    for store in stores.values():
+        check_whole(store)
+    assert "waiting for another process" in capfd.readouterr().out
+
+
+def test_a_dataset_that_grew_decodes_only_its_new_episodes(tmp_path):
+    first = build(tmp_path)
+    longer, reader = (*LENGTHS, 3, 6), Reader((*LENGTHS, 3, 6), decoded=[])
+    second = build(tmp_path, reader, replace(INFO, fingerprint="2"), longer)
+    assert second.path != first.path
+    check_whole(second, longer)
+    check_whole(first)
+    assert sorted(reader.decoded) == [(4, 0), (4, 1), (5, 0), (5, 1)]
+    shard = "frames-00000.bin"
+    assert os.path.samefile(first.path / shard, second.path / shard)
+    shutil.rmtree(first.path)
+    check_whole(EpisodeStore.open(second.path), longer)
+
+
+def test_frames_that_changed_are_decoded_again_though_the_numbers_are_the_same(tmp_path):
+    build(tmp_path)
+    longer = (*LENGTHS, 3)
+    store = build(tmp_path, Reader(longer, version=1), replace(INFO, fingerprint="2"), longer)
+    check_whole(store, longer, version=1)
+
+
+@pytest.mark.parametrize("change", [{"image_size": (6, 9)}, {"camera_keys": ("a", "b")}, {"task": "other"}])
+def test_what_is_chosen_decides_which_store_it_is(tmp_path, change):
+    info = replace(INFO, **change)
+    assert info.folder(tmp_path) != INFO.folder(tmp_path)
+    assert replace(INFO, source="/moved/to").folder(tmp_path).name.startswith("to-")
+    path = build(tmp_path).path
+    assert replace(INFO, source="/moved/to").folder(tmp_path) == path  # content counts, not the place
+
+
+def test_bad_episodes_are_left_out_on_request(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ingest, "SHARD_BYTES", 16 * ROW_BYTES)
+    store = build(tmp_path, Reader(bad=(1,)), bad=["Episode 9 is too short"], skip_bad=True)
+    assert store.episode_indices.tolist() == [0, 2, 3]
+    assert store.skipped == ["Episode 9 is too short", "Episode 1 is broken"]
+    assert "left out 2 of 5 episodes" in capsys.readouterr().out
+    assert (store.images(np.array([5]))[0, 1].numpy() == pixels(2, 1, 0)).all()
+    with pytest.raises(UserError, match="Episode 9 is too short"):
+        build(tmp_path)
+    with pytest.raises(UserError, match="no usable episode"):
+        build(tmp_path, Reader(bad=(0, 1, 2, 3)), replace(INFO, fingerprint="2"), skip_bad=True)
+
+
+@pytest.mark.parametrize("wrong", [-1, 1])
+def test_a_wrong_number_of_frames_is_a_fault(tmp_path, wrong):
+    lengths = (5, 2, 9 + wrong, 4)
+    with pytest.raises(UserError, match="Episode 2 has .* head frames"):
+        build(tmp_path, Reader(lengths))
+
+
+def test_too_small_a_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(ingest.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"needs 0\.00 GB .* --cache-dir"):
+        build(tmp_path)
+    assert files(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="choose another --cache-dir"):
+        build(tmp_path / "file" / "stores")
