@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from common import checkpoint, flow, losses, vision
 from common.data import Batch, ChunkDataset, DataConfig, make_loader, open_dataset, split_episodes
-from common.launch import make_accelerator, prepare_run_dir
+from common.launch import check_same_data, create_run_dir, make_accelerator
 from common.normalize import Normalization, Normalizer, fit_statistics
 from common.schedules import (
     AveragedPolicy,
@@ -259,6 +259,7 @@ def main(config: Config) -> None:
 
     # Data
     store = open_dataset(config.data)
+    check_same_data(config.run, store)
     train_episodes, held_out = split_episodes(store.num_episodes, config.data.val_fraction, config.run.seed)
     train_set = ChunkDataset(store, train_episodes, config.horizon)
     val_set = ChunkDataset(store, held_out, config.horizon) if len(held_out) else None
@@ -285,15 +286,12 @@ def main(config: Config) -> None:
         policy.compile()
     ddp_policy, optimizer = accelerator.prepare(policy, optimizer)
 
-    # Run folder: a new one, or where an earlier run left off
-    run_dir = prepare_run_dir(accelerator, config, __file__, store, global_batch, total_steps)
-    state = (
-        checkpoint.restore(accelerator, run_dir, averaged) if config.run.resume else {"step": 0, "samples": 0}
-    )
-    step, samples = state["step"], state["samples"]
+    # Start, or go on where an earlier run left off
+    step = samples = 0
+    set_seed(config.run.seed, device_specific=True)
+    if config.run.resume:
+        step, samples = checkpoint.restore(accelerator, config.run.run_dir, averaged)
     scheduler = build_scheduler(optimizer.optimizer, policy, config.optim, total_steps, step)
-    if not config.run.resume:
-        set_seed(config.run.seed, device_specific=True)
     loader = make_loader(
         train_set,
         config.optim.batch_size,
@@ -305,6 +303,7 @@ def main(config: Config) -> None:
         pin_memory=accelerator.device.type == "cuda",
     )
     batches = iter(loader)
+    run_dir = create_run_dir(accelerator, config, __file__, store, global_batch, total_steps)
     tracker = Tracker(accelerator, run_dir, config, total_steps, step, samples)
 
     # Training

@@ -182,14 +182,14 @@ def find(run_dir: Path, name: str = "last") -> Path:
     raise UserError(f"{run_dir} holds no checkpoint {name}: choose one of {', '.join(there)}.")
 
 
-def restore(accelerator: Accelerator, run_dir: Path, averaged) -> dict[str, int]:
+def restore(accelerator: Accelerator, run_dir: Path, averaged) -> tuple[int, int]:
     """Load the last checkpoint of a run into what `accelerator.prepare` returned, on every process.
 
     With the number of processes that saved it, training continues bit for bit (on CPU); with another, at
     the same position in the data but with other noise, and says so.
 
     Returns:
-        `step` and `samples`, as given to `save`.
+        step and samples, as given to `save`.
 
     Raises:
         UserError: if the checkpoint is missing, damaged, or of another policy.
@@ -213,7 +213,7 @@ def restore(accelerator: Accelerator, run_dir: Path, averaged) -> dict[str, int]
         raise UserError(
             f"{path} cannot be resumed ({error}): delete this folder to resume from the checkpoint before it."
         ) from None
-    return {"step": trainer["step"], "samples": trainer["samples"]}
+    return trainer["step"], trainer["samples"]
 
 
 def _check_random_state(path: Path) -> None:

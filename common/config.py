@@ -1,4 +1,4 @@
-"""The command line: one typed `Config` per script, restored from a run folder or a file, refused in one sentence.
+"""The command line: one typed `Config` per script, restored from a run folder or a file.
 
 Values come from, later ones winning: the dataclass's defaults, `--config FILE` or the resumed run's
 `config.json`, explicit flags.
@@ -26,42 +26,13 @@ T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.arg(name="")]
 """A nested option group whose flags carry no prefix: `config.optim.lr` is `--lr`."""
 
-MAY_CHANGE_ON_RESUME = frozenset(
-    [
-        "dataset",
-        "cache_dir",
-        "num_workers",
-        "ingest_workers",
-        "steps",
-        "epochs",
-        "lr",
-        "backbone_lr",
-        "component_lr",
-        "weight_decay",
-        "component_weight_decay",
-        "schedule",
-        "warmup_steps",
-        "grad_clip",
-        "ema_decay",
-        "batch_size",
-        "grad_accumulation",
-        "run_dir",
-        "resume",
-        "config",
-        "init_from",
-        "log_every",
-        "eval_every",
-        "eval_samples",
-        "save_every",
-        "keep",
-        "mixed_precision",
-        "compile",
-        "tracker",
-        "project",
-        "sample_steps",
-        "sample_method",
-    ]
-)
+MAY_CHANGE_ON_RESUME = {
+    *("dataset", "cache_dir", "num_workers", "ingest_workers", "batch_size", "grad_accumulation"),
+    *("steps", "epochs", "lr", "backbone_lr", "component_lr", "weight_decay", "component_weight_decay"),
+    *("schedule", "warmup_steps", "grad_clip", "ema_decay", "sample_steps", "sample_method"),
+    *("run_dir", "resume", "config", "init_from", "log_every", "eval_every", "eval_samples", "save_every"),
+    *("keep", "mixed_precision", "compile", "tracker", "project"),
+}
 """Options that may differ when a run is resumed; any other would make it a different experiment. The
 dataset may have moved: that its content is the same is checked by its fingerprint."""
 
@@ -147,7 +118,7 @@ def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
     return _with_run(config, run_dir=_unused(config.run.run_dir), resume=None)
 
 
-def _with_run[T](config: T, **changes: Any) -> T:
+def _with_run[T](config: T, /, **changes: Any) -> T:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, **changes))
 
 
@@ -186,7 +157,8 @@ def _unused(run_dir: Path | None) -> Path | None:
         or any(path.name not in leftovers for path in run_dir.iterdir())
     ):
         raise UserError(
-            f"{run_dir} exists and is not empty: continue it with --resume {run_dir}, or name another --run-dir."
+            f"{run_dir} exists and is not empty: continue it with --resume {run_dir}, or name another "
+            f"--run-dir."
         )
     return run_dir
 
@@ -197,8 +169,8 @@ def _refuse_changes(before: Any, now: Any, resumed: Path) -> None:
     for name, value in new.items():
         if value != old[name] and name not in MAY_CHANGE_ON_RESUME:
             raise UserError(
-                f"--{name.replace('_', '-')} was {old[name]} when {resumed} began and cannot become {value}: leave "
-                f"it out, or start a new run with --init-from {resumed}."
+                f"--{name.replace('_', '-')} was {old[name]} when {resumed} began and cannot become {value}: "
+                f"leave it out, or start a new run with --init-from {resumed}."
             )
 
 

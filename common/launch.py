@@ -36,10 +36,29 @@ def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerat
     return accelerator
 
 
-def prepare_run_dir(
-    accelerator: Accelerator, config, script: str, store, global_batch: int, steps: int
-) -> Path:
-    """Create the run folder with its `config.json`, or check that a resumed run goes on with the same data.
+def check_same_data(config: RunConfig, store) -> None:
+    """Refuse to resume a run on other data than it was trained on.
+
+    Args:
+        store: the episode store; where it lies does not matter, its fingerprint does.
+
+    Raises:
+        UserError: if the content of the dataset has changed.
+    """
+    if not config.resume:
+        return
+    saved = json.loads((config.run_dir / "config.json").read_text())
+    if saved.get("fingerprint") != store.fingerprint:
+        raise UserError(
+            f"{config.run_dir} was trained on data that have changed since ({saved.get('dataset')}): resume "
+            f"with the data as they were, or start a new run with --init-from {config.run_dir}."
+        )
+
+
+def create_run_dir(accelerator: Accelerator, config, script: str, store, global_batch: int, steps: int) -> Path:
+    """Create the run folder with its `config.json`, or bring that of a resumed run up to date.
+
+    Comes last before training: a run that cannot start leaves no folder.
 
     Args:
         config: the script's configuration.
@@ -50,20 +69,10 @@ def prepare_run_dir(
 
     Returns:
         The run folder, the same on every process.
-
-    Raises:
-        UserError: if a resumed run was trained on other data.
     """
     method = Path(script).stem.removeprefix("train_").replace("_", "-")
     default = Path("runs") / f"{method}-{datetime.now():%Y%m%d-%H%M%S}"
     run_dir = Path(broadcast_object_list([str(config.run.run_dir or default)])[0])
-    if config.run.resume:
-        saved = json.loads((run_dir / "config.json").read_text())
-        if saved.get("fingerprint") != store.fingerprint:
-            raise UserError(
-                f"{run_dir} was trained on data that have changed since ({saved.get('dataset')}): resume "
-                f"with the data as they were, or start a new run with --init-from {run_dir}."
-            )
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
         data = {"fingerprint": store.fingerprint, "dataset": store.source}

@@ -1,17 +1,22 @@
 """Metrics of a run: metrics.jsonl always, a tracker by choice, a progress bar, curves.png.
 
-`metrics.jsonl` holds one JSON object a line: {"step", "split": "train" | "val", metrics...}. Training metrics are
-means over the steps since the line before and over all processes.
+`metrics.jsonl` holds one JSON object a line: {"step", "split": "train" | "val", metrics...}. Training
+metrics are means over the steps since the line before and over all processes; a value that is not finite
+is null.
 """
 
+import importlib.util
 import json
 import math
+import netrc
 import os
 import resource
 import sys
 import time
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from accelerate import Accelerator
@@ -49,36 +54,46 @@ class Tracker:
         self._counts: dict[str, int] = {}
         self._waited = 0.0
         self._since = self._started = time.perf_counter()
+        self._elapsed_before = 0.0
         self._last = (start_step, start_samples)
         self._start_step = start_step
+        if config.run.tracker != "none":
+            _start_tracker(accelerator, run_dir, config, start_step)
         self._bar = None
         if accelerator.is_main_process:
-            keep_lines_up_to(self.path, start_step)
+            kept = keep_lines_up_to(self.path, start_step)
+            self._elapsed_before = max((line.get("elapsed_s", 0.0) for line in kept), default=0.0)
             self._file = self.path.open("a", buffering=1)
             self._bar = tqdm(
-                total=total_steps, initial=start_step, unit="step", desc=run_dir.name, disable=not sys.stderr.isatty()
+                total=total_steps,
+                initial=start_step,
+                unit="step",
+                desc=run_dir.name,
+                disable=not sys.stderr.isatty(),
             )
-        if config.run.tracker != "none":
-            _start_tracker(accelerator, run_dir, config)
 
     @contextmanager
     def waiting(self):
         """Counts the time inside as waiting for data."""
         start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - start
 
     @contextmanager
     def paused(self):
         """Leaves the time inside, for evaluating or saving, out of the training speed."""
         start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
+    def add(self, metrics: dict[str, Tensor | float]) -> None:
         """Take in scalars of one step; they stay on the device until the next `log`."""
         for name, value in metrics.items():
-            value = value.detach().float()
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
@@ -89,39 +104,50 @@ class Tracker:
             step, samples: optimizer steps done and samples drawn by all processes.
             rates: learning rate of each component.
         """
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        if means:  # one copy from the device, whatever the number of metrics
-            values = self.accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
-            means = dict(zip(means, values, strict=True))
-            if "bad_step" in means:
-                means["bad_steps"] = round(means.pop("bad_step") * self._counts["bad_step"])
+        means, waited = self._take_means()
         now = time.perf_counter()
-        seconds, steps = now - self._since, step - self._last[0]
+        seconds, steps = max(now - self._since, 1e-9), step - self._last[0]
         metrics = {
             **means,
             **{f"lr/{component}": rate for component, rate in rates.items()},
             "samples_per_s": (samples - self._last[1]) / seconds,
             "steps_per_s": steps / seconds,
-            "data_wait_share": self._waited / seconds,
-            "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            "elapsed_s": now - self._started,
+            "data_wait_share": waited / seconds,
+            "peak_memory_gb": _peak_memory_gb(),
+            "elapsed_s": self._elapsed_before + now - self._started,
             "eta_s": (self.total_steps - step) * (now - self._started) / max(step - self._start_step, 1),
         }
         if self.accelerator.device.type == "cuda":
-            metrics["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        self._sums, self._counts, self._waited = {}, {}, 0.0
+            metrics["peak_gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self._since, self._last = now, (step, samples)
         self._write(step, "train", metrics)
-        if self._bar is not None:
-            self._bar.n = step
-            self._bar.set_postfix(loss=f"{metrics.get('loss', math.nan):.4f}", refresh=True)
-            if self._bar.disable:  # not a terminal: a line that reads well in a log file
-                print(
-                    f"step {step}/{self.total_steps}  loss {metrics.get('loss', math.nan):.4f}  "
-                    f"{metrics['samples_per_s']:.0f} samples/s  {metrics['eta_s'] / 60:.1f} min left",
-                    flush=True,
-                )
+        if self.accelerator.is_main_process:
+            self._show(step, metrics, max(rates.values(), default=math.nan))
         return metrics
+
+    def _take_means(self) -> tuple[dict[str, float], float]:
+        """Means of what was added and seconds waited for data, over all processes; starts the next interval."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        waited = torch.tensor(self._waited, device=self.accelerator.device)
+        # One copy from the device and one exchange between processes, whatever the number of metrics.
+        values = self.accelerator.reduce(torch.stack([*means.values(), waited]), "mean").tolist()
+        means = dict(zip(means, values, strict=False))
+        if "bad_step" in means:
+            means["bad_steps"] = round(means.pop("bad_step") * self._counts["bad_step"])
+        self._sums, self._counts, self._waited = {}, {}, 0.0
+        return means, values[-1]
+
+    def _show(self, step: int, metrics: dict[str, float], rate: float) -> None:
+        """Bring the progress bar up to date or, where there is no terminal, print a line fit for a log file."""
+        loss = f"{metrics.get('loss', math.nan):.4f}"
+        self._bar.n = step
+        self._bar.set_postfix(loss=loss, lr=f"{rate:.1e}", refresh=True)
+        if self._bar.disable:
+            print(
+                f"step {step}/{self.total_steps}  loss {loss}  lr {rate:.1e}  "
+                f"{metrics['samples_per_s']:.0f} samples/s  {metrics['eta_s'] / 60:.1f} min left",
+                flush=True,
+            )
 
     def log_validation(self, step: int, metrics: dict[str, float]) -> None:
         """Write metrics of held-out episodes and redraw the curves."""
@@ -134,7 +160,8 @@ class Tracker:
     def _write(self, step: int, split: str, metrics: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            self._file.write(json.dumps({"step": step, "split": split, **finite}, allow_nan=False) + "\n")
+            line = json.dumps({"step": step, "split": split, **finite}, allow_nan=False)
+            self._file.write(line + "\n")
         self.accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
 
     def close(self) -> None:
@@ -146,43 +173,103 @@ class Tracker:
         self.accelerator.end_training()
 
 
-def keep_lines_up_to(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and a last line that was cut off; replaces the file in one step."""
+def keep_lines_up_to(path: Path, step: int) -> list[dict]:
+    """Drop the lines of later steps, and a last line that was cut off; replaces the file in one step.
+
+    Returns:
+        The lines that are left, none for step 0: a run that starts has no past.
+    """
     if not path.exists():
-        return
+        return []
     kept = [line for line in _read(path) if line["step"] <= step] if step else []
     temporary = path.with_suffix(".new")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     temporary.replace(path)
+    return kept
 
 
 def _read(path: Path) -> list[dict]:
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             continue  # cut off when the process was killed
+        if isinstance(line, dict) and "step" in line and "split" in line:
+            lines.append(line)
     return lines
 
 
-def _start_tracker(accelerator: Accelerator, run_dir: Path, config) -> None:
-    """Start wandb or TensorBoard through Accelerate; wandb without a login works offline and never asks."""
-    options = {}
-    if config.run.tracker == "wandb":
-        options = {"wandb": {"name": run_dir.name, "id": run_dir.name, "dir": str(run_dir), "resume": "allow"}}
-        if accelerator.is_main_process and not _wandb_login():
-            os.environ["WANDB_MODE"] = "offline"
-            print(f"wandb: not logged in, so this run is kept offline; send it with `wandb sync {run_dir}/wandb/*`")
-    flat = {
-        name: value if isinstance(value, int | float | str | bool) else str(value)
-        for name, value in _flatten(to_dict(config)).items()
+def _peak_memory_gb() -> float:
+    """Largest resident memory of this process so far; the kernel counts kB on Linux, bytes on macOS."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def check_tracker(name: str) -> None:
+    """Whether a tracker's package is there.
+
+    Raises:
+        UserError: if it is not; Accelerate would go on silently without it.
+    """
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(f"--tracker {name}: the package {name} is not installed; install it or use --tracker none.")
+
+
+def _start_tracker(accelerator: Accelerator, run_dir: Path, config, start_step: int) -> None:
+    """Start wandb or TensorBoard through Accelerate, both writing below the run folder."""
+    name = config.run.tracker
+    check_tracker(name)
+    settings = {
+        key: value if isinstance(value, int | float | str | bool) else json.dumps(value)
+        for key, value in _flatten(to_dict(config)).items()
     }
+    accelerator.log_with = [name]
+    accelerator.project_configuration.logging_dir = str(run_dir)
     try:
-        accelerator.init_trackers(config.run.project, config=flat, init_kwargs=options)
+        if name == "wandb":
+            options = _wandb_options(run_dir, start_step) if accelerator.is_main_process else {}
+            accelerator.init_trackers(config.run.project, config=settings, init_kwargs={"wandb": options})
+        else:
+            # Points of later steps, written before an interruption, are hidden: those steps come again.
+            options = {"purge_step": start_step + 1} if start_step else {}
+            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": options})
+            if accelerator.is_main_process:
+                text = "\n".join(f"    {key}: {value}" for key, value in settings.items())
+                accelerator.get_tracker("tensorboard", unwrap=True).add_text("config", text, start_step)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--tracker {config.run.tracker} does not start ({reason}): use --tracker none.") from None
+        raise UserError(f"--tracker {name} does not start ({reason}): use --tracker none.") from None
+
+
+def _wandb_options(run_dir: Path, start_step: int) -> dict:
+    """Options of `wandb.init`. A resumed run goes on as the same wandb run; without a login it stays here."""
+    identity = run_dir / "wandb" / "id"
+    if not (start_step and identity.is_file()):
+        identity.parent.mkdir(exist_ok=True)
+        identity.write_text(uuid.uuid4().hex[:12])
+    options = {"name": run_dir.name, "id": identity.read_text(), "resume": "allow", "dir": str(run_dir)}
+    if not _wandb_may_start():
+        options |= {"mode": "offline", "settings": {"silent": True}}
+        print(f"wandb: not logged in, so this run is kept offline; send it with `wandb sync {run_dir}/wandb/*run-*`")
+    return options
+
+
+def _wandb_may_start() -> bool:
+    """Whether `wandb.init` will do as the user has set it up, without asking for a key."""
+    if any(os.environ.get(name) for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return True
+    import wandb
+
+    settings = wandb.setup().settings  # those in wandb's own files
+    if settings.api_key or settings.mode in ("offline", "disabled"):
+        return True
+    files = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    file = next((f for f in map(os.path.expanduser, filter(None, files)) if os.path.exists(f)), None)
+    try:
+        return file is not None and bool(netrc.netrc(file).authenticators(urlsplit(settings.base_url).netloc))
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _flatten(values: dict) -> dict:

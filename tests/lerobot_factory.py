@@ -128,18 +128,21 @@ def action_of(steps: np.ndarray, dim: int) -> np.ndarray:
     return -state_of(steps, dim)
 
 
-def write_video(path: Path, pictures: Sequence[np.ndarray], gop: int = 4, **color: int) -> None:
+def write_video(
+    path: Path, pictures: Sequence[np.ndarray], gop: int = 4, format: str = "rgb24", **color: int
+) -> None:
     """An H.264 file of (H, W, 3) pictures, FPS a second; `color` sets colorspace and the like."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "g": str(gop)})
-        stream.height, stream.width = pictures[0].shape[:2]
+        height, width = pictures[0].shape[:2]
+        stream.height, stream.width = (height * 2 // 3 if format == "yuv420p" else height), width
         stream.pix_fmt = "yuv420p"
         stream.codec_context.max_b_frames = 2 if gop > 2 else 0
         stream.codec_context.thread_count = 1
         for name, value in color.items():
             setattr(stream.codec_context, name, value)
         for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame = av.VideoFrame.from_ndarray(picture, format)
             frame.pts, frame.time_base = number, Fraction(1, FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

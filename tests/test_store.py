@@ -353,9 +353,9 @@ def test_a_killed_ingest_continues(tmp_path):
 
 def test_several_processes_decode_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(ingest, "SHARD_BYTES", 9 * ROW_BYTES)
-    check_whole(build(tmp_path, workers=2))
-    with pytest.raises(UserError, match="Episode 1 is broken"):
-        build(tmp_path, Reader(bad=(1,)), replace(INFO, fingerprint="2"), workers=2)
+    store = build(tmp_path, Reader((*LENGTHS, 3), bad=(4,)), lengths=(*LENGTHS, 3), workers=2, skip_bad=True)
+    check_whole(store)
+    assert store.skipped == ["Episode 4 is broken"]
 
 
 def test_two_that_ingest_at_once_build_it_once(tmp_path, capfd):
@@ -413,13 +413,14 @@ def test_bad_episodes_are_left_out_on_request(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="Episode 9 is too short"):
         build(tmp_path)
     with pytest.raises(UserError, match="no usable episode"):
-        build(tmp_path, Reader(bad=(0, 1, 2, 3)), replace(INFO, fingerprint="2"), skip_bad=True)
+        build(tmp_path / "other", Reader(bad=(0, 1, 2, 3)), skip_bad=True)
+    assert files(tmp_path / "other") == []
 
 
 @pytest.mark.parametrize("wrong", [-1, 1])
 def test_a_wrong_number_of_frames_is_a_fault(tmp_path, wrong):
     lengths = (5, 2, 9 + wrong, 4)
-    with pytest.raises(UserError, match="Episode 2 has .* head frames"):
+    with pytest.raises(UserError, match=r"Episode 2 has .* head frames"):
         build(tmp_path, Reader(lengths))
 
 

@@ -1,7 +1,7 @@
 """Make .venv with everything in requirements.txt. Runs on any Python 3; called by `make setup`.
 
-A Python >= 3.12 is looked for by running what might be one: names on the PATH can be shims that fail. Only if there is
-none, uv downloads one. Index and certificate settings of pip and uv are left to them.
+A Python >= 3.12 is looked for by running what might be one: names on the PATH can be shims that fail. Only if
+there is none, uv downloads one. Index and certificate settings of pip and uv are left to them.
 """
 
 import glob
@@ -47,7 +47,7 @@ def find_python():
         for candidate in candidates:
             path = shutil.which(candidate)
             if path and works(
-                path, "import sys; assert '%d.%d' % sys.version_info[:2] == '{}'".format(version)
+                path, f"import sys; assert '%d.%d' % sys.version_info[:2] == '{version}'"
             ):
                 return path
     return None
@@ -73,7 +73,7 @@ def find_uv(python):
 
 
 def unpack_uv_wheel(target):
-    """Take the uv program out of the newest wheel for this system; the index is pip's, PyPI unless told otherwise."""
+    """Take the uv program out of the newest wheel for this system; the index is pip's, else PyPI."""
     index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_INDEX_URL") or "https://pypi.org/simple"
     url = index.rstrip("/") + "/uv/"
     with urllib.request.urlopen(url, timeout=60) as answer:
@@ -83,9 +83,7 @@ def unpack_uv_wheel(target):
     wheels = [link for link in links if system in link and link.endswith(machine + ".whl")]
     if not wheels:
         sys.exit(
-            "error: PyPI has no uv for {} {}: install uv by hand, then run make again.".format(
-                system, machine
-            )
+            f"error: PyPI has no uv for {system} {machine}: install uv by hand, then run make again."
         )
     with urllib.request.urlopen(urllib.parse.urljoin(url, wheels[-1]), timeout=300) as answer:
         wheel = zipfile.ZipFile(io.BytesIO(answer.read()))
@@ -115,4 +113,4 @@ if __name__ == "__main__":
     try:
         main()
     except (subprocess.CalledProcessError, OSError) as error:
-        sys.exit("error: setting up failed ({}): see above, then run make setup again.".format(error))
+        sys.exit(f"error: setting up failed ({error}): see above, then run make setup again.")

@@ -29,9 +29,7 @@ from common.data.store import ARRAYS, FORMAT, META, EpisodeStore, defect
 from common.errors import UserError
 
 SHARD_BYTES = 2**30
-FRAMES_PER_WORKER = (
-    1500  # a worker process takes some seconds to start: fewer frames are not worth another one
-)
+FRAMES_PER_WORKER = 2500  # a worker takes some seconds to start: fewer frames are not worth one more
 
 
 class BadEpisode(Exception):
@@ -467,7 +465,7 @@ def _run(
 
     frames = sum(task.length for task in tasks)
     if workers is None:
-        workers = min(_cores(), frames // FRAMES_PER_WORKER)
+        workers = min(cores(), frames // FRAMES_PER_WORKER)
     bar = tqdm(total=frames, unit="frame", desc=f"ingest {Path(info.source).name}", smoothing=0.05)
     with bar:
         if min(workers, len(tasks)) <= 1:
@@ -501,7 +499,7 @@ def _results(pool: ProcessPoolExecutor, tasks: list[_Task], ahead: int, show: Ca
         submit(len(finished))
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,0 +1,54 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from lerobot_factory import make_dataset
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def accelerate_reset():
+    """Accelerate keeps its settings for the life of a process; a test that trains wants fresh ones."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """A LeRobot dataset of three cameras and four short episodes."""
+    cameras = [f"observation.images.cam_{name}" for name in ("head", "left", "right")]
+    sizes = dict.fromkeys(cameras, (32, 32))
+    root = tmp_path_factory.mktemp("data") / "towel"
+    return make_dataset(root, (12, 9, 15, 11), sizes, video=False, dims=(3, 3), names=None)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny(dataset, cache_dir):
+    """Flags for a run that takes a second."""
+    flags = {
+        "--dataset": dataset,
+        "--cache-dir": cache_dir,
+        "--horizon": 4,
+        "--d-model": 16,
+        "--num-heads": 2,
+        "--encoder-layers": 1,
+        "--decoder-layers": 1,
+        "--flow-samples": 2,
+        "--batch-size": 4,
+        "--ingest-workers": 1,
+        "--val-fraction": 0.25,
+        "--sample-steps": 2,
+        "--log-every": 1,
+    }
+    return [str(part) for pair in flags.items() for part in pair]

@@ -1,0 +1,207 @@
+"""Every training script, run on a small dataset: it learns, resumes exactly, and refuses what it must."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_vfp
+from common.config import parse
+from common.errors import UserError
+from common.inference import load_policy, load_script
+from common.launch import make_accelerator
+from common.normalize import Normalizer, fit_statistics
+from lerobot_factory import make_dataset
+
+SCRIPTS = [train_vfp]
+pytestmark = pytest.mark.usefixtures("accelerate_reset")
+
+
+def train(script, tiny, run_dir, *more):
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    argv = [*tiny, "--run-dir", str(run_dir)] if run_dir else []
+    script.main(parse(script.Config, [*argv, *map(str, more)], Path(script.__file__).name))
+    return run_dir
+
+
+def lines(run_dir, split="train"):
+    """Metrics by step, without what depends on the clock."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("samples_per_s", "steps_per_s", "data_wait_share", "memory_gb", "elapsed_s", "eta_s", "split")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows if row["split"] == split]
+
+
+def interrupt_after(run_dir, step, copy):
+    """A copy of the run as it stood when the checkpoint of a step had just been written."""
+    shutil.copytree(run_dir, copy, symlinks=True)
+    for folder in (copy / "checkpoints").glob("step_*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    return copy
+
+
+def weights(run_dir, step):
+    folder = run_dir / "checkpoints" / f"step_{step:07d}"
+    files = sorted(folder.rglob("*.safetensors"))
+    assert len(files) > 3
+    return {f"{file.name}:{key}": value for file in files for key, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_loss_falls_on_one_batch(script, tiny):
+    config = parse(script.Config, [*tiny, "--flow-samples", "4", "--camera-dropout", "0"], "")
+    store = script.open_dataset(config.data)
+    data = script.ChunkDataset(store, range(store.num_episodes), config.horizon)
+    normalizer = Normalizer(fit_statistics(store.state), fit_statistics(store.action))
+    torch.manual_seed(0)
+    policy = script.Policy(config, script.checkpoint.PolicySpec.of(store))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    batch = data.__getitems__([0, 5, 13, 30])
+    history = []
+    for _ in range(150):
+        loss = script.compute_loss(policy, batch, normalizer, config)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(loss.item())
+    start, end = sum(history[:20]) / 20, sum(history[-20:]) / 20
+    assert end < 0.5 * start
+    generator = torch.Generator().manual_seed(0)
+    samples = script.sample_actions(
+        policy.eval(), batch.images, normalizer.proprio(batch.proprio), config, 10, generator
+    )
+    error = (samples - normalizer.actions(batch.actions)).abs()[~batch.is_pad].mean()
+    assert error < 0.35  # the normalized actions of the batch spread by about 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--grad-accumulation", "2", "--ema-decay", "0"), ("--schedule", "schedule-free"), ("--schedule", "onecycle")],
+    ids=["ema", "accumulation", "schedule-free", "onecycle"],
+)
+def test_two_and_two_resumed_steps_equal_four_bit_for_bit(script, options, tiny, tmp_path):
+    whole = train(script, tiny, tmp_path / "whole", "--steps", 4, "--save-every", 2, "--eval-every", 2, *options)
+    part = interrupt_after(whole, 2, tmp_path / "part")
+    train(script, [], None, "--resume", part)
+    assert (part / "checkpoints" / "last").resolve().name == "step_0000004"
+    mine, reference = weights(part, 4), weights(whole, 4)
+    assert mine.keys() == reference.keys()
+    assert all(torch.equal(mine[key], reference[key]) for key in mine)
+    assert lines(part) == lines(whole)
+    assert [row["step"] for row in lines(part)] == [1, 2, 3, 4]
+    assert lines(part, "val") == lines(whole, "val")
+    moments = "checkpoints/step_0000004/state/optimizer.bin"
+    states = [torch.load(folder / moments, weights_only=True)["state"] for folder in (part, whole)]
+    for key, state in states[0].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][key][name]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_evaluating_more_often_changes_nothing(script, tiny, tmp_path):
+    often = train(script, tiny, tmp_path / "often", "--steps", 3, "--eval-every", 1)
+    never = train(script, tiny, tmp_path / "never", "--steps", 3, "--val-fraction", 0.25, "--eval-every", 100)
+    first, second = weights(often, 3), weights(never, 3)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_exported_policy_acts_as_it_did_in_training(script, tiny, tmp_path):
+    """The error that was measured at the last evaluation comes out again, to the last bit, from load_policy."""
+    run_dir = train(script, tiny, tmp_path / "run", "--steps", 3)
+    measured = lines(run_dir, "val")[-1]
+    policy = load_policy(run_dir, device="cpu")
+    module = load_script(Path(script.__file__).name)
+    config = policy.config
+    store = module.open_dataset(config.data)
+    _, held_out = module.split_episodes(store.num_episodes, config.data.val_fraction, config.run.seed)
+    data = module.ChunkDataset(store, held_out, config.horizon)
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = make_accelerator(config.run)
+    again = module.evaluate(policy.model, data, policy.normalizer, config, accelerator)
+    assert again == {key: measured[key] for key in again}
+    # act() on raw camera frames gives the samples of the batched path, in recorded units
+    policy.reset()
+    policy._generator.manual_seed(0)
+    batch = data.__getitems__([2])
+    frames = dict(zip(policy.spec.cameras, batch.images[0].permute(0, 2, 3, 1).numpy(), strict=True))
+    chunk = policy.act({"images": frames, "state": batch.proprio[0, 0].numpy()})
+    proprio = policy.normalizer.proprio(batch.proprio)
+    expected = module.sample_actions(
+        policy.model, batch.images, proprio, config, generator=torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(torch.from_numpy(chunk), policy.normalizer.unnormalize_actions(expected)[0])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_components_can_be_frozen_and_taken_from_another_run(script, tiny, tmp_path):
+    first = train(script, tiny, tmp_path / "first", "--steps", 2)
+    flags = ("--steps", 2, "--init-from", f"action_decoder={first}", "--freeze", "action_decoder", "--seed", 1)
+    second = train(script, tiny, tmp_path / "second", *flags)
+    folders = [folder / "checkpoints" / "step_0000002" / "policy" for folder in (first, second)]
+    decoders = [load_file(folder / "action_decoder.safetensors") for folder in folders]
+    embedders = [load_file(folder / "info_embedder.safetensors") for folder in folders]
+    assert all(torch.equal(decoders[0][key], decoders[1][key]) for key in decoders[0])
+    assert not all(torch.equal(embedders[0][key], embedders[1][key]) for key in embedders[0])
+    for flags, words in (
+        (("--freeze", "wings"), "no such component"),
+        (("--init-from", f"wings={first}"), "no component 'wings'"),
+        (("--init-from", tmp_path / "absent"), "does not exist"),
+        (("--init-from", f"head_backbone={folders[0] / 'action_decoder.safetensors'}"), "does not fit"),
+        (("--init-from", folders[0] / "action_decoder.safetensors"), "component=FILE"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(script, tiny, tmp_path / "third", "--steps", 1, *flags)
+        assert not (tmp_path / "third").exists()
+
+
+def test_a_state_dict_of_another_project_can_be_taken_but_not_code(tiny, tmp_path):
+    first = train(train_vfp, tiny, tmp_path / "first", "--steps", 1)
+    state = load_file(first / "checkpoints" / "last" / "policy" / "action_decoder.safetensors")
+    torch.save(state, tmp_path / "decoder.pt")
+    train(train_vfp, tiny, tmp_path / "a", "--steps", 1, "--init-from", f"action_decoder={tmp_path / 'decoder.pt'}")
+    torch.save({"weights": parse}, tmp_path / "code.pt")
+    with pytest.raises(UserError, match="does not fit"):
+        train(train_vfp, tiny, tmp_path / "b", "--steps", 1, "--init-from", f"action_decoder={tmp_path / 'code.pt'}")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_is_not_resumed_on_data_that_changed(script, tiny, cache_dir, tmp_path):
+    cameras = {"observation.images.cam_head": (32, 32)}
+    data = make_dataset(tmp_path / "data", (12, 9), cameras, video=False, names=None)
+    run_dir = train(script, [*tiny, "--dataset", str(data)], tmp_path / "run", "--steps", 1)
+    shutil.rmtree(data)
+    make_dataset(data, (12, 10), cameras, video=False, names=None)
+    with pytest.raises(UserError, match="changed since"):
+        train(script, [], None, "--resume", run_dir, "--steps", 2)
+    assert [row["step"] for row in lines(run_dir)] == [1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_batch_larger_than_the_data_is_refused_and_leaves_nothing(script, tiny, tmp_path):
+    with pytest.raises(UserError, match="batch"):
+        train(script, tiny, tmp_path / "run", "--steps", 1, "--batch-size", 1000)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fork_with_another_backbone_and_one_camera_runs(tiny, tmp_path):
+    flags = ("--backbone", "resnet18", "--cameras", "head", "--image-size", 48, 64, "--steps", 2, "--attention", "full")
+    run_dir = train(train_vfp, tiny, tmp_path / "run", *flags)
+    assert load_policy(run_dir).spec.image_size == (48, 64)
+
+
+def test_old_checkpoints_go_and_last_names_the_newest(tiny, tmp_path):
+    run_dir = train(train_vfp, tiny, tmp_path / "run", "--steps", 5, "--save-every", 1, "--keep", 2)
+    folders = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+    assert folders == ["step_0000004", "step_0000005"]
+    assert (run_dir / "checkpoints" / "last").resolve().name == "step_0000005"
+    assert not list((run_dir / "checkpoints").glob(".*"))
