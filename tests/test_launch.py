@@ -1,0 +1,50 @@
+"""Several processes on one machine, as `torchrun` and `accelerate launch` start them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def launch(processes, *command):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_give_the_gradients_of_one_with_the_same_global_batch(dataset, cache_dir, tmp_path):
+    for processes in (1, 2):
+        launch(processes, "tests/ddp_worker.py", dataset, cache_dir, tmp_path / f"{processes}.safetensors")
+    one, two = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))
+    assert one.keys() == two.keys()
+    assert len(one) > 50
+    assert sum(grad.abs().max() > 1e-6 for grad in one.values()) > 0.9 * len(one)
+    for name, grad in one.items():
+        torch.testing.assert_close(two[name], grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_run_of_two_processes_trains_saves_and_resumes(tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    printed = launch(2, "train_vfp.py", *tiny, "--run-dir", run_dir, "--steps", 2, "--save-every", 2)
+    assert "2 processes" in printed
+    assert "8 samples" in printed
+    launch(2, "train_vfp.py", "--resume", run_dir, "--steps", 3)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3]
+    state = json.loads((run_dir / "checkpoints" / "last" / "state" / "trainer.json").read_text())
+    assert state == {"step": 3, "samples": 24, "updates": 3, "processes": 2}
+    # another number of processes goes on at the same place, and says that it is not exact
+    printed = launch(1, "train_vfp.py", "--resume", run_dir, "--steps", 4)
+    assert "saved by 2 processes" in printed
+    state = json.loads((run_dir / "checkpoints" / "last" / "state" / "trainer.json").read_text())
+    assert state["samples"] == 28
