@@ -58,7 +58,7 @@ def main(config: Config) -> None:
     policy = load_policy(config.run, config.checkpoint, seed=config.seed)
     folder = config.run.expanduser() / "evaluation"
     folder.mkdir(exist_ok=True)
-    results = {"checkpoint": policy.checkpoint.name, "step": policy.step, "seed": config.seed}
+    results = {"checkpoint": policy.checkpoint.name, "step": policy.trained_steps, "seed": config.seed}
     results["device"] = str(policy.device)
     print(f"{config.run}, {policy.checkpoint.name}, on {policy.device}")
 
@@ -177,12 +177,8 @@ def draw_heldout(policy: RobotPolicy, store, episode: int, config: Config, path:
     recorded = store.action[dataset.rows]
     num = recorded.shape[1]
     columns = min(4, num)
-    figure, axes = plt.subplots(
-        math.ceil(num / columns),
-        columns,
-        figsize=(4 * columns, 1.9 * math.ceil(num / columns)),
-        squeeze=False,
-    )
+    rows = math.ceil(num / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 1 + 2 * rows), squeeze=False)
     seconds = np.arange(len(recorded)) / store.fps
     for d, axis in enumerate(axes.flat):
         if d >= num:

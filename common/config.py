@@ -5,6 +5,7 @@ Values come from, later ones winning: the dataclass's defaults, `--config FILE` 
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -23,15 +24,15 @@ from common.errors import UserError
 DEFAULT_STEPS = 20_000
 
 T = TypeVar("T")
-Flat = Annotated[T, tyro.conf.arg(name="")]
-"""A nested option group whose flags carry no prefix: `config.optim.lr` is `--lr`."""
+Flat = Annotated[T, tyro.conf.OmitArgPrefixes]
+"""A nested option group with a heading of its own in the help and flat flags: `config.optim.lr` is `--lr`."""
 
 MAY_CHANGE_ON_RESUME = {
     *("dataset", "cache_dir", "num_workers", "ingest_workers", "batch_size", "grad_accumulation"),
     *("steps", "epochs", "lr", "backbone_lr", "component_lr", "weight_decay", "component_weight_decay"),
     *("schedule", "warmup_steps", "grad_clip", "ema_decay", "sample_steps", "sample_method"),
-    *("run_dir", "resume", "config", "init_from", "log_every", "eval_every", "eval_samples", "save_every"),
-    *("keep", "mixed_precision", "compile", "tracker", "project"),
+    *("run_dir", "resume", "config", "log_every", "eval_every", "eval_samples", "save_every", "keep"),
+    *("mixed_precision", "compile", "tracker", "project"),
 }
 """Options that may differ when a run is resumed; any other would make it a different experiment. The
 dataset may have moved: that its content is the same is checked by its fingerprint."""
@@ -99,23 +100,68 @@ def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
     """
 
     def from_flags(default: T | None) -> T:
-        return tyro.cli(
-            config_type, args=list(argv), default=default, prog=script, config=(tyro.conf.FlagCreatePairsOff,)
-        )
+        markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
+        config = tyro.cli(config_type, args=list(argv), default=default, prog=script, config=markers)
+        return _expand_paths(config)
 
+    def from_file(path: Path) -> T:
+        """What a file says, less what was about that run alone, and less what a flag stands against."""
+        base = _with_run(read_config(config_type, path, script), run_dir=None, resume=None, config=None)
+        return _without_rival(base, argv)
+
+    if {"-h", "--help"} & set(argv):
+        _tidy_help(config_type)
     config = from_flags(None)  # also answers --help, and refuses bad flags
-    if not isinstance(getattr(config, "run", None), RunConfig):
+    run = getattr(config, "run", None)
+    if not isinstance(run, RunConfig):
         return config
-    resumed = _resumed_run(config.run)
+    if run.tracker != "none" and importlib.util.find_spec(run.tracker) is None:
+        raise UserError(f"--tracker {run.tracker} is not installed: install it, or use --tracker none.")
+    resumed = _resumed_run(run)
     if resumed is not None:
-        base = read_config(config_type, resumed / "config.json", script)
-        base = _with_run(base, resume=None, config=None)
+        base = from_file(resumed / "config.json")
         config = from_flags(base)
         _refuse_changes(base, config, resumed)
         return _with_run(config, run_dir=resumed, resume=str(resumed))
-    if config.run.config is not None:
-        config = from_flags(read_config(config_type, config.run.config.expanduser(), script))
-    return _with_run(config, run_dir=_unused(config.run.run_dir), resume=None)
+    if run.config is not None:
+        config = from_flags(from_file(run.config))
+    _refuse_used(run.run_dir, restart=run.resume == "auto")
+    return _with_run(config, resume=None)
+
+
+def _tidy_help(config_type: type) -> None:
+    """Make --help read well: docstrings unwrapped, no `(default: None)` behind a default told in words."""
+    from docstring_parser import parse_from_object
+
+    for doc in parse_from_object(config_type).params:
+        option = config_type.__dataclass_fields__.get(doc.arg_name)
+        if option is not None:
+            text = " ".join((doc.description or "").split())
+            hint = "" if option.default in (None, ()) else None
+            note = tyro.conf.arg(help=text, help_behavior_hint=hint)
+            config_type.__annotations__[option.name] = Annotated[option.type, note]
+    for kind in get_type_hints(config_type).values():
+        if dataclasses.is_dataclass(kind):
+            _tidy_help(kind)
+
+
+def _expand_paths(value: Any) -> Any:
+    """Replace a leading ~ in every path of a configuration: the shell leaves `--flag=~/folder` alone."""
+    if isinstance(value, Path):
+        return value.expanduser()
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        return dataclasses.replace(value, **{name: _expand_paths(getattr(value, name)) for name in names})
+    return value
+
+
+def _without_rival[T](config: T, argv: Sequence[str]) -> T:
+    """Drop the file's `steps` where a flag gives `epochs`, and the reverse: only one of them may be set."""
+    given = {word.split("=")[0].replace("_", "-") for word in argv}
+    rival = {("--steps",): "epochs", ("--epochs",): "steps"}.get(tuple(given & {"--steps", "--epochs"}))
+    if rival is None or not hasattr(getattr(config, "optim", None), rival):
+        return config
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, **{rival: None}))
 
 
 def _with_run[T](config: T, /, **changes: Any) -> T:
@@ -129,14 +175,21 @@ def _resumed_run(run: RunConfig) -> Path | None:
     if run.resume == "auto":
         if run.run_dir is None:
             raise UserError("--resume auto needs --run-dir, to know which run to continue.")
-        folder = run.run_dir.expanduser()
-        return folder if _has_checkpoint(folder) and (folder / "config.json").is_file() else None
+        in_order = _has_checkpoint(run.run_dir) and (run.run_dir / "config.json").is_file()
+        return run.run_dir if in_order else None
     folder = Path(run.resume).expanduser()
+    for flag, value in (("--config", run.config), ("--run-dir", run.run_dir)):
+        if value is not None and value.absolute() != folder.absolute():
+            raise UserError(
+                f"--resume {run.resume} goes on in that folder with its own configuration: leave out "
+                f"{flag} {value}."
+            )
     if not (folder / "config.json").is_file():
         raise UserError(f"--resume {run.resume}: {folder} holds no config.json; give the folder of a run.")
     if not _has_checkpoint(folder):
         raise UserError(
-            f"--resume {run.resume}: {folder} holds no checkpoint yet; start anew with --run-dir."
+            f"--resume {run.resume}: {folder} holds no checkpoint yet; start anew with another --run-dir, or "
+            f"with --run-dir {folder} --resume auto."
         )
     return folder
 
@@ -145,40 +198,45 @@ def _has_checkpoint(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("step_*"))
 
 
-def _unused(run_dir: Path | None) -> Path | None:
-    """A folder for a new run. One that died before its first checkpoint has left nothing worth keeping."""
-    if run_dir is None:
-        return None
-    run_dir = run_dir.expanduser()
-    leftovers = {"config.json", "metrics.jsonl", "checkpoints", "curves.png"}
-    if run_dir.exists() and (
-        not run_dir.is_dir()
-        or _has_checkpoint(run_dir)
-        or any(path.name not in leftovers for path in run_dir.iterdir())
-    ):
+def _refuse_used(run_dir: Path | None, restart: bool) -> None:
+    """Refuse to start a run in a folder that holds something.
+
+    Args:
+        restart: accept a run that died before its first checkpoint; nothing of it is worth keeping.
+    """
+    if run_dir is None or not run_dir.exists():
+        return
+    held = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else {"a file"}
+    if held and not (restart and "config.json" in held and not _has_checkpoint(run_dir)):
         raise UserError(
             f"{run_dir} exists and is not empty: continue it with --resume {run_dir}, or name another "
             f"--run-dir."
         )
-    return run_dir
 
 
 def _refuse_changes(before: Any, now: Any, resumed: Path) -> None:
     """Refuse flags given beside --resume that would make the run another experiment."""
-    old, new = _leaves(to_dict(before)), _leaves(to_dict(now))
+    old, new = flat_options(before), flat_options(now)
     for name, value in new.items():
-        if value != old[name] and name not in MAY_CHANGE_ON_RESUME:
+        # Schedule-free training has an optimizer of its own, whose state is unlike the others'.
+        other_optimizer = name == "schedule" and "schedule-free" in (value, old[name])
+        if value != old[name] and (other_optimizer or name not in MAY_CHANGE_ON_RESUME):
             raise UserError(
-                f"--{name.replace('_', '-')} was {old[name]} when {resumed} began and cannot become {value}: "
-                f"leave it out, or start a new run with --init-from {resumed}."
+                f"--{name.replace('_', '-')} was {_shown(old[name])} when {resumed} began and cannot become "
+                f"{_shown(value)}: leave it out, or start a new run with --init-from {resumed}."
             )
 
 
-def _leaves(values: dict[str, Any]) -> dict[str, Any]:
-    """Options by their flag's name, option groups flattened."""
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return " ".join(map(str, value)) or "empty" if isinstance(value, list) else str(value)
+
+
+def flat_options(config: Any) -> dict[str, Any]:
+    """Options of a configuration by their flag's name, option groups flattened, as JSON can hold them."""
     flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _leaves(value) if isinstance(value, dict) else {name: value}
+    for name, value in (config if isinstance(config, dict) else to_dict(config)).items():
+        flat |= flat_options(value) if isinstance(value, dict) else {name: value}
     return flat
 
 
@@ -236,7 +294,27 @@ def _value(kind: Any, value: Any, name: str) -> Any:
         return float(value)
     elif kind in (int, str, bool) and type(value) is kind:
         return value
-    raise UserError(f"{name} cannot be {value!r}: it must be {getattr(kind, '__name__', str(kind))}.")
+    raise UserError(f"{name} cannot be {value!r}: it must be {_described(kind)}.")
+
+
+def _described(kind: Any) -> str:
+    """A type in words a user can act on."""
+    args = get_args(kind)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(map(_described, args))
+    if get_origin(kind) is tuple:
+        return "a list of " + (_described(args[0]) if args[-1] is ... else ", ".join(map(_described, args)))
+    if dataclasses.is_dataclass(kind):
+        return "a group of options"
+    return {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        Path: "a path",
+    }.get(kind, "null")
 
 
 def read_config[T](config_type: type[T], path: Path, script: str) -> T:
@@ -267,11 +345,19 @@ def write_run_config(run_dir: Path, script: str, config: Any, extra: dict[str, A
     """
     packages = ("torch", "torchvision", "accelerate", "transformers", "lerobot", "safetensors", "numpy", "av")
     versions = {"python": sys.version.split()[0]}
-    versions |= {name: metadata.version(name) for name in packages}
+    installed = {name: _version(name) for name in packages}
+    versions |= {name: version for name, version in installed.items() if version is not None}
     values = {"script": script, "config": to_dict(config), "versions": versions, **_git(), **extra}
     temporary = run_dir / ".config.json.new"
     temporary.write_text(json.dumps(values, indent=2) + "\n")
     temporary.replace(run_dir / "config.json")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git() -> dict[str, Any]:
@@ -297,9 +383,10 @@ def resolve_steps(steps: int | None, epochs: float | None, num_samples: int, glo
     """
     if steps is not None and epochs is not None:
         raise UserError("--steps and --epochs both say how long to train: give one of them.")
-    total = round(epochs * num_samples / global_batch) if epochs is not None else DEFAULT_STEPS if steps is None else steps
+    total = DEFAULT_STEPS if steps is None else steps
+    if epochs is not None:
+        total = round(epochs * num_samples / global_batch)
     if total < 1:
-        raise UserError(
-            f"--steps {steps} --epochs {epochs} come to {total} optimizer steps: train for at least 1."
-        )
+        given = f"--steps {steps}" if epochs is None else f"--epochs {epochs}"
+        raise UserError(f"{given} comes to {total} optimizer steps: train for at least 1.")
     return total

@@ -58,7 +58,7 @@ def load_policy(
     load_components(model, folder)
     normalizer = Normalizer.load(folder / "stats.safetensors", config.normalization)
     policy = RobotPolicy(model, normalizer, config, spec, module.sample_actions, torch.device(device), seed)
-    policy.checkpoint, policy.step = folder.parent, settings["step"]
+    policy.checkpoint, policy.trained_steps = folder.parent, settings["step"]
     return policy
 
 
@@ -92,6 +92,7 @@ class RobotPolicy:
         spec: what the policy knows of its data: `cameras`, `image_size`, `state_names`, `action_names`,
             `fps` (a chunk's actions are 1 / fps seconds apart).
         horizon: T, actions in a chunk.
+        checkpoint, trained_steps: where the weights come from.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class RobotPolicy:
             actions = torch.clamp(actions, self.normalizer.action_min, self.normalizer.action_max)
         return actions
 
-    def step(
+    def next_action(
         self,
         observation: Mapping,
         execute_steps: int | None = None,
@@ -212,4 +213,4 @@ class RobotPolicy:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
             raise ValueError(f"camera {name} must be (H, W, 3) uint8, got {frame.shape} {frame.dtype}")
         frame = resize_rgb(frame, self.spec.image_size)  # as the training frames were
-        return torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+        return torch.from_numpy(frame.transpose(2, 0, 1).copy())

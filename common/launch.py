@@ -55,7 +55,9 @@ def check_same_data(config: RunConfig, store) -> None:
         )
 
 
-def create_run_dir(accelerator: Accelerator, config, script: str, store, global_batch: int, steps: int) -> Path:
+def create_run_dir(
+    accelerator: Accelerator, config, script: str, store, global_batch: int, steps: int
+) -> Path:
     """Create the run folder with its `config.json`, or bring that of a resumed run up to date.
 
     Comes last before training: a run that cannot start leaves no folder.

@@ -5,7 +5,6 @@ metrics are means over the steps since the line before and over all processes; a
 is null.
 """
 
-import importlib.util
 import json
 import math
 import netrc
@@ -23,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import to_dict
+from common.config import flat_options
 from common.errors import UserError
 
 
@@ -113,12 +112,12 @@ class Tracker:
             "samples_per_s": (samples - self._last[1]) / seconds,
             "steps_per_s": steps / seconds,
             "data_wait_share": waited / seconds,
-            "peak_memory_gb": _peak_memory_gb(),
+            "memory_gb": _peak_memory_gb(),
             "elapsed_s": self._elapsed_before + now - self._started,
             "eta_s": (self.total_steps - step) * (now - self._started) / max(step - self._start_step, 1),
         }
         if self.accelerator.device.type == "cuda":
-            metrics["peak_gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            metrics["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self._since, self._last = now, (step, samples)
         self._write(step, "train", metrics)
         if self.accelerator.is_main_process:
@@ -126,7 +125,7 @@ class Tracker:
         return metrics
 
     def _take_means(self) -> tuple[dict[str, float], float]:
-        """Means of what was added and seconds waited for data, over all processes; starts the next interval."""
+        """Means of what was added, and seconds waited for data, over all processes; begins anew."""
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         waited = torch.tensor(self._waited, device=self.accelerator.device)
         # One copy from the device and one exchange between processes, whatever the number of metrics.
@@ -138,7 +137,7 @@ class Tracker:
         return means, values[-1]
 
     def _show(self, step: int, metrics: dict[str, float], rate: float) -> None:
-        """Bring the progress bar up to date or, where there is no terminal, print a line fit for a log file."""
+        """Refresh the progress bar or, where there is no terminal, print a line that suits a log file."""
         loss = f"{metrics.get('loss', math.nan):.4f}"
         self._bar.n = step
         self._bar.set_postfix(loss=loss, lr=f"{rate:.1e}", refresh=True)
@@ -206,23 +205,12 @@ def _peak_memory_gb() -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
-def check_tracker(name: str) -> None:
-    """Whether a tracker's package is there.
-
-    Raises:
-        UserError: if it is not; Accelerate would go on silently without it.
-    """
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise UserError(f"--tracker {name}: the package {name} is not installed; install it or use --tracker none.")
-
-
 def _start_tracker(accelerator: Accelerator, run_dir: Path, config, start_step: int) -> None:
     """Start wandb or TensorBoard through Accelerate, both writing below the run folder."""
     name = config.run.tracker
-    check_tracker(name)
     settings = {
         key: value if isinstance(value, int | float | str | bool) else json.dumps(value)
-        for key, value in _flatten(to_dict(config)).items()
+        for key, value in flat_options(config).items()
     }
     accelerator.log_with = [name]
     accelerator.project_configuration.logging_dir = str(run_dir)
@@ -248,11 +236,11 @@ def _wandb_options(run_dir: Path, start_step: int) -> dict:
     if not (start_step and identity.is_file()):
         identity.parent.mkdir(exist_ok=True)
         identity.write_text(uuid.uuid4().hex[:12])
-    options = {"name": run_dir.name, "id": identity.read_text(), "resume": "allow", "dir": str(run_dir)}
-    if not _wandb_may_start():
-        options |= {"mode": "offline", "settings": {"silent": True}}
-        print(f"wandb: not logged in, so this run is kept offline; send it with `wandb sync {run_dir}/wandb/*run-*`")
-    return options
+    options = {"name": run_dir.name, "id": identity.read_text(), "dir": str(run_dir)}
+    if _wandb_may_start():
+        return options | {"resume": "allow"}
+    print(f"wandb: not logged in, so kept offline; send it with `wandb sync {run_dir}/wandb/*run-*`")
+    return options | {"mode": "offline", "settings": {"silent": True}}
 
 
 def _wandb_may_start() -> bool:
@@ -269,25 +257,6 @@ def _wandb_may_start() -> bool:
     try:
         return file is not None and bool(netrc.netrc(file).authenticators(urlsplit(settings.base_url).netloc))
     except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _flatten(values: dict) -> dict:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flatten(value) if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def _wandb_login() -> bool:
-    """Whether wandb can send without asking for a key."""
-    if os.environ.get("WANDB_MODE") or os.environ.get("WANDB_API_KEY"):
-        return True
-    import wandb
-
-    try:
-        return bool(wandb.Api(api_key=None).api_key)
-    except Exception:
         return False
 
 
@@ -309,7 +278,8 @@ def draw_curves(path: Path, picture: Path) -> None:
         _plot(axes[0, 0], val, [name], "loss", log=True, label=f"held out: {name}", marker="o", ms=3)
     components = sorted({key for line in train for key in line if key.startswith("grad_norm/")})
     _plot(axes[0, 1], train, components, "gradient norm", log=True)
-    _plot(axes[1, 0], train, sorted({k for line in train for k in line if k.startswith("lr/")}), "learning rate")
+    rates = sorted({key for line in train for key in line if key.startswith("lr/")})
+    _plot(axes[1, 0], train, rates, "learning rate")
     _plot(axes[1, 1], train, ["samples_per_s"], "samples / s")
     for axis in axes.flat:
         axis.grid(alpha=0.3)

@@ -101,7 +101,9 @@ class ConvBackbone(Backbone):
     def __init__(self, image_size: tuple[int, int], num_keypoints: int = 32, max_tokens: int = 64):
         super().__init__()
         if min(image_size) < 16:
-            raise UserError(f"--backbone conv needs images of at least 16x16, not {image_size}: raise --image-size.")
+            raise UserError(
+                f"--backbone conv needs images of at least 16x16, not {image_size}: raise --image-size."
+            )
         self.stem = nn.Sequential(_conv(3, 32, 5, 2), _conv(32, 64, 3, 2), _conv(64, 64, 3, 1))
         self.keypoints = nn.Conv2d(64, num_keypoints, 1)
         grid = [math.ceil(math.ceil(side / 2) / 2) for side in image_size]
@@ -133,7 +135,9 @@ class ResNetBackbone(Backbone):
         from torchvision.models import resnet
 
         if min(image_size) < 32:
-            raise UserError(f"--backbone {name} needs images of at least 32x32, not {image_size}: raise --image-size.")
+            raise UserError(
+                f"--backbone {name} needs images of at least 32x32, not {image_size}: raise --image-size."
+            )
         network = getattr(resnet, name)(weights=None, norm_layer=_norm)
         self.network = nn.Sequential(*list(network.children())[:-2])  # without pooling and classifier
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -174,7 +178,9 @@ class HuggingFaceBackbone(Backbone):
                 f"{image_size[0]}x{image_size[1]}: choose --image-size {near}."
             )
         default = (HALF, HALF) if "siglip" in config.model_type else (IMAGENET_MEAN, IMAGENET_STD)
-        mean, std = (processor.get(key) or d for key, d in zip(("image_mean", "image_std"), default, strict=True))
+        mean, std = (
+            processor.get(key) or d for key, d in zip(("image_mean", "image_std"), default, strict=True)
+        )
         mean, std = ((0.0,) * 3, (1.0,) * 3) if self._is_radio else (mean, std)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=True)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=True)
@@ -330,7 +336,9 @@ def _blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
     radius = max(math.ceil(2 * largest), 1)
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-(offsets**2) / (2 * sigma.flatten()[:, None].clamp(min=1e-3) ** 2))  # (B, taps)
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)[:, None]  # (B * 3, 1, taps)
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)[
+        :, None
+    ]  # (B * 3, 1, taps)
     batch, channels, height, width = x.shape
     x = F.pad(x, [radius] * 4, mode="replicate").view(1, batch * channels, height + 2 * radius, -1)
     x = F.conv2d(x, kernel[:, :, None, :], groups=batch * channels)
@@ -339,7 +347,11 @@ def _blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
 
 
 def random_camera_dropout(
-    batch_size: int, num_cameras: int, p: float, device: torch.device, generator: torch.Generator | None = None
+    batch_size: int,
+    num_cameras: int,
+    p: float,
+    device: torch.device,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Which cameras samples lose in training.
 

@@ -129,12 +129,21 @@ def action_of(steps: np.ndarray, dim: int) -> np.ndarray:
 
 
 def write_video(
-    path: Path, pictures: Sequence[np.ndarray], gop: int = 4, format: str = "rgb24", **color: int
+    path: Path,
+    pictures: Sequence[np.ndarray],
+    gop: int = 4,
+    format: str = "rgb24",
+    codec: str = "libx264",
+    **color: int,
 ) -> None:
-    """An H.264 file of (H, W, 3) pictures, FPS a second; `color` sets colorspace and the like."""
+    """A video of (H, W, 3) pictures, FPS a second; `color` sets colorspace and the like.
+
+    Pictures of the format yuv420p are planes below each other, (H * 3 / 2, W), and are stored as they are.
+    """
+    height, width = pictures[0].shape[:2]
+    options = {"crf": "18", "g": str(gop)} | ({"preset": "12"} if codec == "libsvtav1" else {})
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "g": str(gop)})
-        height, width = pictures[0].shape[:2]
+        stream = container.add_stream(codec, rate=FPS, options=options)
         stream.height, stream.width = (height * 2 // 3 if format == "yuv420p" else height), width
         stream.pix_fmt = "yuv420p"
         stream.codec_context.max_b_frames = 2 if gop > 2 else 0

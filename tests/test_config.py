@@ -1,11 +1,14 @@
 import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+import tyro
 
 from common import config as c
 from common.errors import UserError
@@ -18,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 class Optim:
     lr: float = 0.1
     steps: int | None = None
+    epochs: float | None = None
+    schedule: Literal["cosine", "constant", "schedule-free"] = "cosine"
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,21 @@ def write_run(folder, config, script="train_x.py", checkpoint=True):
 
 
 def test_options_of_groups_are_flat_flags():
-    config = parse("--lr", "0.5", "--horizon", "8", "--names", "x=1", "y=2", "--kind", "b", "--beta", "2", "3", "--compile")
+    config = parse(
+        "--lr",
+        "0.5",
+        "--horizon",
+        "8",
+        "--names",
+        "x=1",
+        "y=2",
+        "--kind",
+        "b",
+        "--beta",
+        "2",
+        "3",
+        "--compile",
+    )
     assert config.optim.lr == 0.5
     assert (config.horizon, config.kind, config.beta) == (8, "b", (2.0, 3.0))
     assert config.names == ("x=1", "y=2")
@@ -75,7 +94,10 @@ def test_a_configuration_survives_json():
         ({"kind": "c"}, "kind"),
         ({"beta": [1.0]}, "beta"),
         ({"optim": {"lr": None}}, "lr"),
-        ({"optim": 3}, "optim"),
+        ({"optim": 3}, "optim cannot be 3: it must be a group of options"),
+        ({"kind": 1}, "kind cannot be 1: it must be one of a, b"),
+        ({"names": "x"}, "names cannot be 'x': it must be a list of a text"),
+        ({"optim": {"steps": 1.5}}, "steps cannot be 1.5: it must be a whole number or null"),
     ],
 )
 def test_configurations_that_do_not_fit_are_named(values, words):
@@ -141,6 +163,70 @@ def test_a_new_run_never_goes_into_a_folder_in_use(tmp_path):
     assert parse("--run-dir", str(tmp_path / "empty")).run.run_dir == tmp_path / "empty"
 
 
+def test_only_auto_restarts_a_run_that_died_before_its_first_checkpoint(tmp_path):
+    run = write_run(tmp_path / "run", parse(), checkpoint=False)
+    (run / "wandb").mkdir()  # whatever else it has left
+    with pytest.raises(UserError, match="not empty"):
+        parse("--run-dir", str(run))
+    assert parse("--run-dir", str(run), "--resume", "auto").run == replace(c.RunConfig(), run_dir=run)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("")
+    with pytest.raises(UserError, match="not empty"):
+        parse("--run-dir", str(tmp_path / "thesis"), "--resume", "auto")
+
+
+def test_a_new_run_from_the_file_of_another_does_not_go_into_its_folder(tmp_path):
+    run = write_run(tmp_path / "run", parse("--run-dir", str(tmp_path / "run"), "--lr", "0.3"))
+    config = parse("--config", str(run / "config.json"))
+    assert config.optim.lr == 0.3
+    assert config.run == replace(c.RunConfig(), config=run / "config.json")
+
+
+def test_steps_and_epochs_of_file_and_flags_do_not_add_up(tmp_path):
+    run = write_run(tmp_path / "run", parse("--steps", "500"))
+    assert parse("--resume", str(run), "--epochs", "3").optim == Optim(steps=None, epochs=3.0)
+    assert parse("--resume", str(run), "--lr", "1").optim == Optim(lr=1.0, steps=500)
+    assert parse("--config", str(run / "config.json"), "--epochs=3").optim == Optim(steps=None, epochs=3.0)
+    run = write_run(tmp_path / "other", parse("--epochs", "3"))
+    assert parse("--resume", str(run), "--steps", "9").optim == Optim(steps=9, epochs=None)
+
+
+def test_resuming_refuses_what_it_would_have_to_ignore(tmp_path):
+    run = write_run(tmp_path / "run", parse())
+    (tmp_path / "exp.json").write_text("{}")
+    for flag, value in (("--config", tmp_path / "exp.json"), ("--run-dir", tmp_path / "other")):
+        with pytest.raises(UserError, match=f"leave out {flag}"):
+            parse("--resume", str(run), flag, str(value))
+    assert parse("--resume", str(run), "--run-dir", str(run)).run.run_dir == run
+    with pytest.raises(UserError, match="--init-from was empty"):
+        parse("--resume", str(run), "--init-from", "x", "y=z")
+    with pytest.raises(UserError, match="cannot become x y=z"):
+        parse("--resume", str(run), "--init-from", "x", "y=z")
+
+
+def test_the_schedule_may_change_but_not_the_optimizer(tmp_path):
+    run = write_run(tmp_path / "run", parse())
+    assert parse("--resume", str(run), "--schedule", "constant").optim.schedule == "constant"
+    with pytest.raises(UserError, match=r"--schedule was cosine .* cannot become schedule-free"):
+        parse("--resume", str(run), "--schedule", "schedule-free")
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse("--run-dir=~/a").run.run_dir == tmp_path / "a"
+    run = write_run(tmp_path / "run", parse("--lr", "0.3"))
+    assert parse("--config=~/run/config.json").optim.lr == 0.3
+    assert parse("--resume", "~/run").run.run_dir == run
+    assert parse("--resume=auto", "--run-dir=~/run").run.resume == str(run)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(c.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--tracker wandb is not installed"):
+        parse("--tracker", "wandb")
+    assert parse().run.tracker == "none"
+
+
 def test_the_run_configuration_records_what_repeats_the_run(tmp_path):
     write_run(tmp_path / "run", parse())
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -155,7 +241,7 @@ def test_steps_and_epochs():
     assert c.resolve_steps(None, 2.5, 100, 10) == 25
     assert c.resolve_steps(None, None, 100, 10) == c.DEFAULT_STEPS
     for steps, epochs in ((5, 1.0), (0, None), (None, 0.01)):
-        with pytest.raises(UserError, match="--steps"):
+        with pytest.raises(UserError, match=r"--(steps|epochs)"):
             c.resolve_steps(steps, epochs, 100, 10)
 
 
@@ -168,14 +254,54 @@ def test_errors_for_people_come_as_one_sentence_and_exit_code_1(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "rank", "code", "printed"),
+    [
+        (UserError("Do this."), "0", 1, "error: Do this.\n"),
+        (UserError("Do this."), "1", 1, ""),
+        (KeyboardInterrupt(), "0", 130, ""),
+    ],
+)
+def test_exit_codes(error, rank, code, printed, monkeypatch, capsys):
+    def main(config):
+        raise error
+
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stop:
+        c.cli(main, Config, [])
+    assert stop.value.code == code
+    assert capsys.readouterr().err == printed
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A script without runs of its own."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    episodes: int = 200
+
+
+def test_a_script_without_runs_takes_a_position_and_flags():
+    seen = []
+    c.cli(seen.append, Evaluation, ["~/run", "--episodes", "3"])
+    assert seen == [Evaluation(Path.home() / "run", 3)]
+
+
 def test_help_needs_neither_lerobot_nor_wandb_nor_torchvision():
     code = (
         "import sys, runpy; sys.argv = ['train_vfp.py', '--help']\n"
         "try: runpy.run_path('train_vfp.py', run_name='__main__')\n"
         "except SystemExit: pass\n"
-        "heavy = {'lerobot', 'wandb', 'torchvision', 'transformers', 'matplotlib', 'pandas', 'av'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "heavy = {'lerobot', 'wandb', 'torchvision', 'transformers', 'matplotlib', 'pandas', 'av'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    env = {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert "--camera-dropout" in done.stdout
+    text = done.stdout
+    for group in ("options", "data options", "vision options", "optim options", "run options"):
+        assert f"╭─ {group} ─" in text
+    flags = re.findall(r"^│ (--[a-z0-9-]+)", text, re.MULTILINE)
+    assert "--camera-dropout" in flags
+    assert len(flags) == len(set(flags)) == len(c.flat_options(VfpConfig()))
+    assert "default: None" not in text

@@ -14,9 +14,20 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYT
 
 
 def launch(processes, *command):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        "--standalone",
+    ]
     done = subprocess.run(
-        [*torchrun, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180
+        [*torchrun, *map(str, command)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -30,7 +41,9 @@ def test_two_processes_give_the_gradients_of_one_with_the_same_global_batch(data
     assert len(one) > 50
     assert sum(grad.abs().max() > 1e-6 for grad in one.values()) > 0.9 * len(one)
     for name, grad in one.items():
-        torch.testing.assert_close(two[name], grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            two[name], grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_a_run_of_two_processes_trains_saves_and_resumes(tiny, tmp_path):

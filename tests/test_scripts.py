@@ -83,11 +83,18 @@ def test_the_loss_falls_on_one_batch(script, tiny):
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     "options",
-    [(), ("--grad-accumulation", "2", "--ema-decay", "0"), ("--schedule", "schedule-free"), ("--schedule", "onecycle")],
+    [
+        (),
+        ("--grad-accumulation", "2", "--ema-decay", "0"),
+        ("--schedule", "schedule-free"),
+        ("--schedule", "onecycle"),
+    ],
     ids=["ema", "accumulation", "schedule-free", "onecycle"],
 )
 def test_two_and_two_resumed_steps_equal_four_bit_for_bit(script, options, tiny, tmp_path):
-    whole = train(script, tiny, tmp_path / "whole", "--steps", 4, "--save-every", 2, "--eval-every", 2, *options)
+    whole = train(
+        script, tiny, tmp_path / "whole", "--steps", 4, "--save-every", 2, "--eval-every", 2, *options
+    )
     part = interrupt_after(whole, 2, tmp_path / "part")
     train(script, [], None, "--resume", part)
     assert (part / "checkpoints" / "last").resolve().name == "step_0000004"
@@ -145,7 +152,16 @@ def test_the_exported_policy_acts_as_it_did_in_training(script, tiny, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_components_can_be_frozen_and_taken_from_another_run(script, tiny, tmp_path):
     first = train(script, tiny, tmp_path / "first", "--steps", 2)
-    flags = ("--steps", 2, "--init-from", f"action_decoder={first}", "--freeze", "action_decoder", "--seed", 1)
+    flags = (
+        "--steps",
+        2,
+        "--init-from",
+        f"action_decoder={first}",
+        "--freeze",
+        "action_decoder",
+        "--seed",
+        1,
+    )
     second = train(script, tiny, tmp_path / "second", *flags)
     folders = [folder / "checkpoints" / "step_0000002" / "policy" for folder in (first, second)]
     decoders = [load_file(folder / "action_decoder.safetensors") for folder in folders]
@@ -168,10 +184,26 @@ def test_a_state_dict_of_another_project_can_be_taken_but_not_code(tiny, tmp_pat
     first = train(train_vfp, tiny, tmp_path / "first", "--steps", 1)
     state = load_file(first / "checkpoints" / "last" / "policy" / "action_decoder.safetensors")
     torch.save(state, tmp_path / "decoder.pt")
-    train(train_vfp, tiny, tmp_path / "a", "--steps", 1, "--init-from", f"action_decoder={tmp_path / 'decoder.pt'}")
+    train(
+        train_vfp,
+        tiny,
+        tmp_path / "a",
+        "--steps",
+        1,
+        "--init-from",
+        f"action_decoder={tmp_path / 'decoder.pt'}",
+    )
     torch.save({"weights": parse}, tmp_path / "code.pt")
     with pytest.raises(UserError, match="does not fit"):
-        train(train_vfp, tiny, tmp_path / "b", "--steps", 1, "--init-from", f"action_decoder={tmp_path / 'code.pt'}")
+        train(
+            train_vfp,
+            tiny,
+            tmp_path / "b",
+            "--steps",
+            1,
+            "--init-from",
+            f"action_decoder={tmp_path / 'code.pt'}",
+        )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -194,7 +226,19 @@ def test_a_batch_larger_than_the_data_is_refused_and_leaves_nothing(script, tiny
 
 
 def test_a_fork_with_another_backbone_and_one_camera_runs(tiny, tmp_path):
-    flags = ("--backbone", "resnet18", "--cameras", "head", "--image-size", 48, 64, "--steps", 2, "--attention", "full")
+    flags = (
+        "--backbone",
+        "resnet18",
+        "--cameras",
+        "head",
+        "--image-size",
+        48,
+        64,
+        "--steps",
+        2,
+        "--attention",
+        "full",
+    )
     run_dir = train(train_vfp, tiny, tmp_path / "run", *flags)
     assert load_policy(run_dir).spec.image_size == (48, 64)
 

@@ -22,7 +22,9 @@ def save_model(folder, kind):
             t.Dinov2WithRegistersConfig(**TINY, patch_size=14, image_size=56, num_register_tokens=4)
         )
     elif kind == "dinov3":
-        model = t.DINOv3ViTModel(t.DINOv3ViTConfig(**TINY, patch_size=16, image_size=64, num_register_tokens=4))
+        model = t.DINOv3ViTModel(
+            t.DINOv3ViTConfig(**TINY, patch_size=16, image_size=64, num_register_tokens=4)
+        )
     elif kind == "siglip-vision":
         model = t.SiglipVisionModel(t.SiglipVisionConfig(**TINY, patch_size=16, image_size=64))
     elif kind == "siglip":
@@ -38,11 +40,17 @@ def save_model(folder, kind):
             )
         )
     elif kind == "radio":
-        model = t.RadioModel(t.RadioConfig(**{k: v for k, v in TINY.items() if k != "intermediate_size"}, max_img_size=128))
+        model = t.RadioModel(
+            t.RadioConfig(**{k: v for k, v in TINY.items() if k != "intermediate_size"}, max_img_size=128)
+        )
     elif kind == "dinov3-convnext":
-        model = t.DINOv3ConvNextModel(t.DINOv3ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]))
+        model = t.DINOv3ConvNextModel(
+            t.DINOv3ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1])
+        )
     elif kind == "resnet":
-        model = t.ResNetModel(t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]))
+        model = t.ResNetModel(
+            t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1])
+        )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.1)
@@ -70,7 +78,11 @@ def test_families_of_pretrained_models(kind, tmp_path):
     backbone = vision.build_backbone(str(tmp_path / kind), size).eval()
     images = torch.rand(2, 3, *size)
     tokens, summary = backbone(images)
-    assert (backbone.num_tokens, backbone.token_dim, backbone.summary_dim) == (num_tokens, token_dim, summary_dim)
+    assert (backbone.num_tokens, backbone.token_dim, backbone.summary_dim) == (
+        num_tokens,
+        token_dim,
+        summary_dim,
+    )
     assert tokens.shape == (2, num_tokens, token_dim)
     assert summary.shape == (2, summary_dim)
     # the weights are those that were saved
@@ -107,7 +119,9 @@ def test_pixels_are_normalized_as_the_model_says(tmp_path):
         '{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "image_processor_type": "BitImageProcessor"}'
     )
     images = torch.rand(2, 3, 56, 56)
-    expected = model((images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1))
+    expected = model(
+        (images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
+    )
     tokens, summary = vision.build_backbone(str(tmp_path / "m"), (56, 56)).eval()(images)
     torch.testing.assert_close(tokens, expected.last_hidden_state[:, 1:])
     torch.testing.assert_close(summary, expected.last_hidden_state[:, 0])
@@ -149,7 +163,9 @@ def test_networks_from_scratch(name, size):
 def test_the_small_network_localises_a_disc_to_a_fraction_of_a_pixel():
     torch.manual_seed(0)
     simulator = Simulator(1200, seed=0)
-    images = torch.from_numpy(render(simulator.hands, simulator.targets)[:, 0]).permute(0, 3, 1, 2).float() / 255
+    images = (
+        torch.from_numpy(render(simulator.hands, simulator.targets)[:, 0]).permute(0, 3, 1, 2).float() / 255
+    )
     positions = torch.from_numpy(simulator.targets.reshape(-1, 4)).float()
     backbone = vision.build_backbone("conv", (64, 64))
     head = torch.nn.Linear(backbone.summary_dim, 4)
@@ -215,7 +231,9 @@ def test_shift_moves_by_at_most_its_share_and_keeps_the_picture():
 def test_rotation_turns_about_the_centre_also_in_wide_images():
     image = torch.zeros(32, 1, 3, 31, 61, dtype=torch.uint8)
     image[..., 15, 42] = 255  # 12 pixels right of the centre
-    out = vision.augment(image, vision.VisionConfig(aug_rotate=40.0), torch.Generator().manual_seed(0))[:, 0, 0]
+    out = vision.augment(image, vision.VisionConfig(aug_rotate=40.0), torch.Generator().manual_seed(0))[
+        :, 0, 0
+    ]
     weight = out.sum((1, 2))
     x = (out.sum(1) * torch.arange(61.0)).sum(1) / weight - 30
     y = (out.sum(2) * torch.arange(31.0)).sum(1) / weight - 15
@@ -232,7 +250,9 @@ def test_colour_jitter_keeps_grey_grey_and_blur_keeps_the_mean(images):
     blurred = vision.augment(images, vision.VisionConfig(aug_blur=2.0), torch.Generator().manual_seed(0))
     original = images.float() / 255
     torch.testing.assert_close(blurred.mean((-1, -2)), original.mean((-1, -2)), atol=0.02, rtol=0)
-    assert (blurred.diff(dim=-1).abs().mean((-1, -2, -3)) < original.diff(dim=-1).abs().mean((-1, -2, -3)) + 1e-6).all()
+    assert (
+        blurred.diff(dim=-1).abs().mean((-1, -2, -3)) < original.diff(dim=-1).abs().mean((-1, -2, -3)) + 1e-6
+    ).all()
 
 
 def test_augmentation_leaves_the_global_generator_alone_and_float32_under_autocast(images):

@@ -1,112 +1,167 @@
-"""Make .venv with everything in requirements.txt. Runs on any Python 3; called by `make setup`.
+"""Make .venv with everything in requirements.txt. Runs on any Python >= 3.8; called by `make setup`.
 
-A Python >= 3.12 is looked for by running what might be one: names on the PATH can be shims that fail. Only if
-there is none, uv downloads one. Index and certificate settings of pip and uv are left to them.
+A Python that the packages work with is looked for by running what might be one, since names on the PATH can
+be shims that fail; only if there is none, uv downloads one. uv itself is the system's, or comes through pip,
+which is fetched where it is missing. Settings of pip and uv (index, certificates) are honoured and never
+written down.
 """
 
+import ast
 import glob
-import io
 import os
-import platform
-import re
 import shutil
 import subprocess
 import sys
-import urllib.parse
-import urllib.request
-import zipfile
+import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 TOOLS = os.path.join(ROOT, ".venv-tools")  # holds uv where the system has none
 VERSIONS = ("3.12", "3.13")  # LeRobot needs at least the first; not every package has wheels beyond the last
+PLACES = (
+    "~/.pyenv/versions/{}*/bin/python3",
+    "~/.local/share/uv/python/cpython-{}*/bin/python3",
+    "~/*conda3/bin/python{}",
+    "~/miniforge3/bin/python{}",
+    "/opt/conda/bin/python{}",
+    "/opt/homebrew/bin/python{}",
+    "/opt/python/{}*/bin/python3",
+    "/usr/local/bin/python{}",
+)
+USABLE = (  # ordinary CPython, with the modules that one built from source may lack
+    "import sys, bz2, ctypes, lzma, ssl; assert '%d.%d' % sys.version_info[:2] in {}; "
+    "assert sys.implementation.name == 'cpython' and 't' not in sys.abiflags"
+)
+PIP_TO_UV = {  # settings that pip's users have and uv does not read
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "cert": "SSL_CERT_FILE",
+}
 
 
 def works(python, code="pass"):
     """Whether an interpreter exists, starts, and runs a line of code."""
+    silent = subprocess.DEVNULL
     try:
-        return (
-            subprocess.call([python, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
-        )
+        return subprocess.call([python, "-c", code], stdin=silent, stdout=silent, stderr=silent) == 0
     except OSError:
         return False
 
 
 def find_python():
-    """Path of a Python of one of VERSIONS, or None."""
+    """Path of a usable Python of one of VERSIONS, or None."""
+    folders = [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
     for version in VERSIONS:
-        candidates = ["python" + version, "python3", "python", sys.executable]
-        for pattern in (
-            "~/.pyenv/versions/{}*/bin/python3",
-            "~/.local/share/uv/python/*-{}*/bin/python3",
-            "/usr/local/bin/python{}",
-            "/opt/homebrew/bin/python{}",
-            "/opt/python/{}*/bin/python3",
-        ):
-            candidates += sorted(glob.glob(os.path.expanduser(pattern.format(version))), reverse=True)
-        for candidate in candidates:
-            path = shutil.which(candidate)
-            if path and works(
-                path, f"import sys; assert '%d.%d' % sys.version_info[:2] == '{version}'"
-            ):
+        names = ("python" + version, "python3", "python")
+        candidates = [os.path.join(folder, name) for folder in folders for name in names] + [sys.executable]
+        for place in PLACES:
+            candidates += sorted(glob.glob(os.path.expanduser(place.format(version))), reverse=True)
+        for path in candidates:
+            inside = os.path.abspath(path).startswith((VENV + os.sep, TOOLS + os.sep))
+            if os.path.exists(path) and not inside and works(path, USABLE.format([version])):
                 return path
     return None
 
 
+def find_pip(python):
+    """Command that runs pip, and the environment it needs: an installed one, Python's own, or Debian's."""
+    interpreters = [path for path in (python, sys.executable) if path]
+    for path in interpreters:
+        if works(path, "import pip"):
+            return [path, "-m", "pip"], {}
+    for path in interpreters:
+        if works(path, "import ensurepip") and subprocess.call([path, "-m", "venv", "--clear", TOOLS]) == 0:
+            return [os.path.join(TOOLS, "bin", "python"), "-m", "pip"], {}
+    wheels = glob.glob("/usr/share/python-wheels/pip-*.whl") or fetch_debian_wheel()
+    if wheels:
+        return [interpreters[0], "-m", "pip"], {"PYTHONPATH": wheels[0]}
+    sys.exit("error: there is neither uv nor pip: install one of them, then run make again.")
+
+
+def fetch_debian_wheel():
+    """Debian and Ubuntu ship Python without pip: take its wheel from their package. Needs no root."""
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        return []
+    print("there is no pip: fetching Debian's package of it", flush=True)
+    os.makedirs(TOOLS, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=TOOLS) as folder:
+        download = ["apt-get", "download", "-qq", "python3-pip-whl"]
+        lists = ["-o", "Dir::State::Lists=" + folder, "-o", "Dir::Cache=" + folder]
+        if subprocess.call(download, cwd=folder) != 0:  # the system's package lists may be missing
+            subprocess.call(["apt-get", "update", "-qq", *lists], cwd=folder)
+            subprocess.call([*download, *lists], cwd=folder)
+        for package in glob.glob(os.path.join(folder, "*.deb")):
+            subprocess.check_call(["dpkg-deb", "-x", package, TOOLS])
+    return glob.glob(os.path.join(TOOLS, "usr", "share", "python-wheels", "pip-*.whl"))
+
+
 def find_uv(python):
-    """Path of uv: the system's, or one installed by pip, or its wheel unpacked where there is no pip."""
-    uv = shutil.which("uv")
-    if uv and subprocess.call([uv, "--version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0:
-        return uv
-    uv = os.path.join(TOOLS, "bin", "uv")
-    if os.path.exists(uv):
-        return uv
-    for candidate in (python, sys.executable):
-        if candidate and works(candidate, "import pip"):
-            print("installing uv with pip", flush=True)
-            command = [candidate, "-m", "pip", "install", "-qqq", "--target", TOOLS, "--upgrade", "uv"]
-            if subprocess.call(command) == 0 and os.path.exists(uv):
-                return uv
-    print("there is no pip: fetching uv's wheel", flush=True)
-    unpack_uv_wheel(uv)
+    """Path of uv: the system's, that of an earlier call, or one installed by pip beside the project."""
+    for uv in (shutil.which("uv"), os.path.join(TOOLS, "bin", "uv")):
+        if uv and os.path.exists(uv) and subprocess.call([uv, "--version"], stdout=subprocess.DEVNULL) == 0:
+            return uv
+    pip, environment = find_pip(python)
+    print("installing uv with pip", flush=True)
+    command = [
+        *pip,
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--upgrade",
+        "--target",
+        TOOLS,
+        "uv",
+    ]
+    subprocess.check_call(command, env=dict(os.environ, **environment))
     return uv
 
 
-def unpack_uv_wheel(target):
-    """Take the uv program out of the newest wheel for this system; the index is pip's, else PyPI."""
-    index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_INDEX_URL") or "https://pypi.org/simple"
-    url = index.rstrip("/") + "/uv/"
-    with urllib.request.urlopen(url, timeout=60) as answer:
-        links = re.findall(r'href="([^"#]+)', answer.read().decode())
-    machine = platform.machine().lower().replace("amd64", "x86_64")
-    system = "macosx" if sys.platform == "darwin" else "manylinux"
-    wheels = [link for link in links if system in link and link.endswith(machine + ".whl")]
-    if not wheels:
-        sys.exit(
-            f"error: PyPI has no uv for {system} {machine}: install uv by hand, then run make again."
-        )
-    with urllib.request.urlopen(urllib.parse.urljoin(url, wheels[-1]), timeout=300) as answer:
-        wheel = zipfile.ZipFile(io.BytesIO(answer.read()))
-    program = next(name for name in wheel.namelist() if name.endswith("/scripts/uv"))
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    with open(target + ".part", "wb") as out:
-        out.write(wheel.read(program))
-    os.chmod(target + ".part", 0o755)
-    os.rename(target + ".part", target)
+def uv_environment(python):
+    """The environment for uv: the present one, with pip's settings where uv has none of its own."""
+    environment = dict(os.environ)
+    files = ("~/.config/uv/uv.toml", "/etc/uv/uv.toml", os.environ.get("UV_CONFIG_FILE", ""))
+    if "INDEX" in "".join(name for name in environment if name.startswith("UV_")) or any(
+        os.path.exists(os.path.expanduser(file)) for file in files
+    ):
+        return environment
+    command = [python or sys.executable, "-m", "pip", "config", "list"]
+    listed = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    lines = [line.split("=", 1) for line in listed.stdout.decode().splitlines() if "=" in line]
+    for pip_name, uv_name in PIP_TO_UV.items():
+        for section in ("install.", "global."):
+            for key, value in lines:
+                if key == section + pip_name:
+                    environment.setdefault(uv_name, " ".join(ast.literal_eval(value).split()))
+        value = os.environ.get("PIP_" + pip_name.upper().replace("-", "_"))
+        if value and uv_name not in os.environ:
+            environment[uv_name] = value
+    if "UV_INDEX" in environment:  # as pip does it: the best version of all indexes
+        environment.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
+    return environment
 
 
 def main():
+    """Set up, or bring an existing .venv up to date."""
     python = find_python()
     uv = find_uv(python)
-    if python is None:
-        print("no Python {} on this machine: uv downloads one".format(" or ".join(VERSIONS)), flush=True)
-    choice = ["--python", python] if python else ["--managed-python", "--python", VERSIONS[0]]
-    installed = os.path.join(VENV, "bin", "python")
-    if not works(installed, "import sys; assert sys.version_info >= (3, 12)"):
-        subprocess.check_call([uv, "venv", "--quiet", "--clear", *choice, VENV])
-    requirements = os.path.join(ROOT, "requirements.txt")
+    environment = uv_environment(python)
+    installed, unfinished = os.path.join(VENV, "bin", "python"), os.path.join(VENV, ".unfinished")
+    if os.path.exists(unfinished) or not works(installed, USABLE.format(list(VERSIONS))):
+        if os.path.lexists(VENV):
+            print("making .venv anew", flush=True)
+            shutil.rmtree(VENV)
+        choice = ["--python", python] if python else ["--managed-python", "--python", VERSIONS[0]]
+        if python is None:
+            print("no Python {} on this machine: uv downloads one".format(" or ".join(VERSIONS)), flush=True)
+        subprocess.check_call([uv, "venv", "--quiet", *choice, VENV], env=environment)
+    # A package that was cut off while it was copied can look installed: only a finished .venv is kept.
+    open(unfinished, "w").close()
     print("installing requirements.txt into .venv (about 6 GB with CUDA libraries)", flush=True)
-    subprocess.check_call([uv, "pip", "install", "-qqq", "--python", installed, "-r", requirements])
+    quiet = [] if sys.stderr.isatty() else ["--quiet"]
+    requirements = os.path.join(ROOT, "requirements.txt")
+    command = [uv, "pip", "install", *quiet, "--python", installed, "-r", requirements]
+    subprocess.check_call(command, env=environment)
+    os.remove(unfinished)
 
 
 if __name__ == "__main__":
@@ -114,3 +169,5 @@ if __name__ == "__main__":
         main()
     except (subprocess.CalledProcessError, OSError) as error:
         sys.exit(f"error: setting up failed ({error}): see above, then run make setup again.")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -46,7 +46,7 @@ def video_frames(
     to_planes = PlaneConverter(VideoReformatter(), size)
     count, previous, previous_time = 0, None, -np.inf
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             for time, frame in _decoded_from(container, times[0], tolerance):
                 if (frame.height, frame.width) != recorded:
                     raise FrameError(
@@ -66,8 +66,8 @@ def video_frames(
             while count < len(times) and times[count] - previous_time <= tolerance:
                 yield to_planes(previous)
                 count += 1
-    except av.FFmpegError as error:
-        raise FrameError(error.strerror or str(error)) from error
+    except (av.FFmpegError, ValueError, ArithmeticError) as error:  # damaged headers give all of these
+        raise FrameError(getattr(error, "strerror", None) or str(error)) from error
     if count < len(times):
         raise FrameError(f"the video ends after {count} of {len(times)} frames")
 
@@ -77,6 +77,8 @@ def _decoded_from(container: av.container.InputContainer, start: float, toleranc
     if not container.streams.video:
         raise FrameError("there is no video in it")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise FrameError("its codec is unknown")
     stream.thread_type, stream.codec_context.thread_count = "NONE", 1
     for begin in (max(0.0, start - tolerance), 0.0):
         if begin > 0:

@@ -1,0 +1,123 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import train_vfp
+from common.config import parse
+from common.data.demo import Simulator
+
+
+def test_wilson_interval():
+    low, high = evaluate.wilson_interval(9, 10)
+    for bound in (low, high):  # the bounds solve (p - 0.9)^2 = z^2 p (1 - p) / n
+        assert (bound - 0.9) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / 10)
+    assert low < 0.9 < high
+    assert evaluate.wilson_interval(0, 20)[0] == 0
+    assert evaluate.wilson_interval(20, 20)[1] == pytest.approx(1)
+
+
+def test_rates_of_rollouts():
+    simulator = Simulator(4, seed=0)
+    simulator.success[:] = [True, True, False, True]
+    simulator.collided[:] = [False, False, True, False]
+    simulator.sides[:] = [[-1, -1], [1, -1], [1, 1], [1, -1]]
+    summary = evaluate.summarize(simulator)
+    assert (summary["success"], summary["collisions"], summary["timeouts"]) == (0.75, 0.25, 0)
+    assert summary["modes"] == pytest.approx(
+        {"left-left": 1 / 3, "left-right": 0, "right-left": 2 / 3, "right-right": 0}
+    )
+
+
+@pytest.mark.usefixtures("accelerate_reset")
+def test_a_run_on_recorded_data_is_evaluated(tiny, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    train_vfp.main(
+        parse(train_vfp.Config, [*tiny, "--run-dir", str(run_dir), "--steps", "1"], "train_vfp.py")
+    )
+    config = parse(
+        evaluate.Config, [str(run_dir), "--sample-steps", "2", "1", "--batch-size", "5"], "evaluate.py"
+    )
+    evaluate.main(config)
+    results = json.loads((run_dir / "evaluation" / "results.json").read_text())
+    assert {path.name for path in (run_dir / "evaluation").iterdir()} == {"results.json", "heldout.png"}
+    assert set(results["latency_ms"]) == {"2", "1"}
+    assert "closed_loop" not in results
+    assert "held-out error" in capsys.readouterr().out
+
+    # the trivial predictors against loops over samples
+    policy = evaluate.load_policy(run_dir)
+    data = policy.config.data
+    store = evaluate.open_dataset(data)
+    train_episodes, held_out = evaluate.split_episodes(store.num_episodes, data.val_fraction, 0)
+    starts = store.episode_starts
+    steps = [s for e in train_episodes for s in range(starts[e], starts[e + 1])]
+    mean = store.action[steps].mean(0)
+    scale = policy.normalizer.action_scale.numpy()
+    errors = {"mean": [], "nearest": []}
+    spread = store.state[steps].std(0) + 1e-6
+    for e in held_out:
+        for s in range(starts[e], starts[e + 1]):
+            near = steps[int((((store.state[steps] - store.state[s]) / spread) ** 2).sum(1).argmin())]
+            near_end = next(starts[i + 1] for i in train_episodes if starts[i] <= near < starts[i + 1])
+            for k in range(policy.horizon):
+                if s + k < starts[e + 1]:
+                    errors["mean"].append(np.abs(store.action[s + k] - mean) / scale)
+                    guess = store.action[min(near + k, near_end - 1)]
+                    errors["nearest"].append(np.abs(store.action[s + k] - guess) / scale)
+    for name, values in errors.items():
+        assert results["heldout"][name]["mae"] == pytest.approx(np.mean(values), rel=1e-4)
+    names = list(policy.spec.action_names)
+    per_dimension = np.array(errors["mean"]).mean(0) * scale
+    for i, name in enumerate(names):
+        assert results["heldout"]["mean"]["per_dimension"][name] == pytest.approx(per_dimension[i], rel=1e-4)
+    assert (
+        results["heldout"]["linear"]["mae"] < results["heldout"]["mean"]["mae"]
+    )  # actions are linear in the state
+
+
+class Expert:
+    """Stands for a policy: knows the targets from the simulator, so that rollouts can be checked."""
+
+    horizon = 8
+
+    def __init__(self, simulator_seed, num):
+        from common.data import demo
+
+        self.demo, self.targets = demo, demo.Simulator(num, simulator_seed).targets
+        self.device = torch.device("cpu")
+
+    def reset(self):
+        self.first = 0
+
+    def sample(self, images, proprio, steps):
+        hands = proprio[:, 0].numpy().reshape(-1, 2, 2).astype(float)
+        targets = self.targets[self.first : self.first + len(hands)]
+        self.first = (self.first + len(hands)) % len(self.targets)
+        chunk = []
+        for _ in range(self.horizon):
+            action = self.demo.expert_action(hands, targets, np.ones((len(hands), 2), int))
+            hands = action.reshape(-1, 2, 2)
+            chunk.append(action)
+        return torch.from_numpy(np.stack(chunk, 1))
+
+
+def test_rollouts_execute_chunks_in_closed_loop(tmp_path):
+    config = evaluate.Config(run=tmp_path, episodes=30, batch_size=7, seed=3)
+    simulator, trace = evaluate.roll_out(Expert(3, 30), config, sample_steps=1)
+    summary = evaluate.summarize(simulator)
+    assert summary["success"] == 1
+    assert summary["modes"]["right-right"] == 1
+    assert len(trace) % 4 == 1  # half of each chunk of 8 is executed
+    assert np.abs(trace[-1] - simulator.targets).max() < 0.1
+    evaluate.draw_rollouts(simulator, trace, summary, tmp_path / "rollouts.png")
+    evaluate.save_gif(simulator, trace, tmp_path / "rollouts.gif")
+    from PIL import Image
+
+    with Image.open(tmp_path / "rollouts.gif") as gif:
+        assert gif.n_frames > 20
+        assert gif.size == (4 * 148, 2 * 148)
+    assert math.isclose(Image.open(tmp_path / "rollouts.png").width, 1210, abs_tol=2)

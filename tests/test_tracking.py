@@ -1,0 +1,309 @@
+"""Metrics: what is averaged, what is written, what a resumed run keeps, the trackers."""
+
+import json
+import math
+import os
+import pty
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from common import tracking
+from common.config import RunConfig
+from common.errors import UserError
+from common.tracking import Tracker
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    names: tuple[str, ...] = ("a", "b")
+    lr: float = 0.1
+
+
+def config(tracker):
+    return Config(run=replace(RunConfig(), tracker=tracker))
+
+
+def read(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def accelerator(accelerate_reset):
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "vfp-1"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that only moves when told to."""
+    now = [1000.0]
+    monkeypatch.setattr(tracking.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_a_line_holds_means_speed_and_rates(accelerator, run_dir, clock):
+    tracker = Tracker(accelerator, run_dir, Config(), total_steps=10, start_step=4, start_samples=400)
+    with tracker.waiting():
+        clock[0] += 1.0
+    for loss in (1.0, 2.0, 6.0):
+        tracker.add({"loss": torch.tensor(loss, requires_grad=True), "weight": 2 * loss})
+    tracker.add({"bad_step": torch.tensor(1.0)})
+    tracker.add({"bad_step": torch.tensor(0.0)})
+    clock[0] += 3.0
+    with tracker.paused():
+        clock[0] += 50.0  # an evaluation
+    returned = tracker.log(6, 600, {"head": 0.1, "tail": 0.2})
+    tracker.log(7, 700, {"head": 0.1})
+    tracker.close()
+
+    line, later = read(run_dir)
+    assert returned.items() <= line.items()
+    assert (line["step"], line["split"], line["loss"], line["weight"]) == (6, "train", 3.0, 6.0)
+    assert (line["lr/head"], line["lr/tail"], line["bad_steps"]) == (0.1, 0.2, 1)
+    assert line["samples_per_s"] == pytest.approx(200 / 4)
+    assert line["steps_per_s"] == pytest.approx(2 / 4)
+    assert line["data_wait_share"] == pytest.approx(1 / 4)
+    assert line["elapsed_s"] == pytest.approx(54)
+    assert line["eta_s"] == pytest.approx(4 * 54 / 2)
+    assert 0.05 < line["memory_gb"] < 100
+    assert "loss" not in later  # an interval does not see the one before
+    assert later["data_wait_share"] == 0
+
+
+def test_collecting_does_not_wait_for_the_device(accelerator, run_dir, monkeypatch):
+    tracker = Tracker(accelerator, run_dir, Config(), 10)
+
+    def refuse(*_):
+        raise AssertionError("read a value from the device")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "__float__", "__bool__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        for _ in range(3):
+            tracker.add({"loss": torch.ones(())})
+    assert tracker.log(3, 3, {})["loss"] == 1
+    tracker.close()
+
+
+def test_numbers_that_are_not_finite_are_null_in_strict_json(accelerator, run_dir):
+    tracker = Tracker(accelerator, run_dir, Config(), 10)
+    tracker.add({"loss": torch.tensor(math.nan), "grad_norm": torch.tensor(math.inf)})
+    tracker.log(1, 1, {})
+    tracker.log_validation(1, {"action_mae": math.nan})
+    lines = [
+        json.loads(text, parse_constant=pytest.fail)
+        for text in (run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
+    tracker.close()
+    assert lines[0]["loss"] is None
+    assert lines[0]["grad_norm"] is None
+    assert lines[1] == {"step": 1, "split": "val", "action_mae": None}
+
+
+def test_lines_are_in_the_file_as_soon_as_they_are_logged(accelerator, run_dir):
+    tracker = Tracker(accelerator, run_dir, Config(), 10)
+    tracker.log(1, 1, {})
+    assert [line["step"] for line in read(run_dir)] == [1]
+    tracker.close()
+
+
+def test_a_resumed_run_has_each_step_once(accelerator, run_dir):
+    tracker = Tracker(accelerator, run_dir, Config(), 6)
+    for step in (1, 2, 3, 4):
+        tracker.log(step, step, {})
+        tracker.log_validation(step, {"loss": step})
+    elapsed = read(run_dir)[2]["elapsed_s"]
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "split": "tra')  # killed while it wrote
+
+    resumed = Tracker(accelerator, run_dir, Config(), 6, start_step=2, start_samples=2)
+    for step in (3, 4, 5, 6):
+        resumed.log(step, step, {})
+        resumed.log_validation(step, {"loss": step})
+    resumed.close()
+    lines = read(run_dir)
+    steps = [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    assert [line["step"] for line in lines] == steps
+    assert [line["split"] for line in lines] == ["train", "val"] * 6
+    assert lines[4]["elapsed_s"] > elapsed  # the time of a run counts on
+
+    Tracker(accelerator, run_dir, Config(), 6).close()  # started anew in the same folder
+    assert read(run_dir) == []
+
+
+@pytest.mark.parametrize("damage", [b"\x00" * 40, b"\xff\xfe{", b"17\n", b"[]\n", b'{"loss": 1}\n', b"\n"])
+def test_damage_at_the_end_of_the_metrics_is_dropped(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "split": "train", "loss": 2.0}\n' + damage)
+    kept = tracking.keep_lines_up_to(path, 3)
+    assert kept == read(tmp_path) == [{"step": 1, "split": "train", "loss": 2.0}]
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_without_a_terminal_each_interval_is_a_plain_line(accelerator, run_dir, capsys):
+    tracker = Tracker(accelerator, run_dir, Config(), 100)
+    tracker.add({"loss": 0.25})
+    tracker.log(50, 50, {"head": 1e-3, "tail": 1e-4})
+    tracker.close()
+    printed = capsys.readouterr()
+    assert printed.out.startswith("step 50/100  loss 0.2500  lr 1.0e-03  ")
+    assert printed.err == ""
+
+
+def test_curves_are_drawn_and_redrawn(accelerator, run_dir):
+    tracker = Tracker(accelerator, run_dir, Config(), 4)
+    for step in (1, 2):
+        tracker.add({"loss": 1 / step, "grad_norm": 1.0, "grad_norm/head": 2.0})
+        tracker.log(step, step, {"head": 0.1})
+    tracker.log_validation(2, {"loss": 0.7, "action_mae": math.nan})
+    with Image.open(run_dir / "curves.png") as picture:
+        assert picture.size == (1200, 700)
+        before = picture.tobytes()
+    tracker.add({"loss": 0.01})
+    tracker.log(4, 4, {"head": 0.0})
+    tracker.close()
+    with Image.open(run_dir / "curves.png") as picture:
+        assert picture.tobytes() != before
+    assert sorted(path.name for path in run_dir.iterdir()) == ["curves.png", "metrics.jsonl"]
+
+
+def tensorboard_points(run_dir, tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    return [(point.step, point.value) for point in events.Scalars(tag)], events
+
+
+def test_tensorboard_gets_everything_once(accelerator, run_dir):
+    tracker = Tracker(accelerator, run_dir, config("tensorboard"), 6)
+    for step in (1, 2, 3, 4):
+        tracker.add({"loss": float(step)})
+        tracker.log(step, step, {})
+    tracker.log_validation(4, {"loss": 9.0})
+    tracker.close()
+    resumed = Accelerator(cpu=True)
+    tracker = Tracker(resumed, run_dir, config("tensorboard"), 6, start_step=2, start_samples=2)
+    for step in (3, 4, 5, 6):
+        tracker.add({"loss": float(step)})
+        tracker.log(step, step, {})
+    tracker.close()
+    points, events = tensorboard_points(run_dir, "train/loss")
+    assert points == [(step, float(step)) for step in (1, 2, 3, 4, 5, 6)]
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "lr: 0.1" in text
+    assert 'names: ["a", "b"]' in text
+
+
+WANDB = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from accelerate import Accelerator
+sys.path.insert(0, "tests")
+from test_tracking import Tracker, config
+run_dir = Path(sys.argv[1])
+for start in (0, 1):
+    tracker = Tracker(Accelerator(cpu=True), run_dir, config("wandb"), 2, start, start)
+    print(f"id {tracker.accelerator.get_tracker('wandb', unwrap=True).id}")
+    tracker.add({"loss": 1.0})
+    tracker.log(start + 1, start + 1, {})
+    tracker.close()
+print("done")
+"""
+
+
+def test_wandb_without_a_login_stays_offline_and_never_asks(run_dir, tmp_path):
+    """On a terminal, where wandb would ask for a key if it were left to itself."""
+    left_out = ("WANDB_", "NETRC")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    env |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", WANDB, str(run_dir)],
+        cwd=ROOT,
+        env=env,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    text = b""
+    while True:
+        try:
+            part = os.read(controller, 65536)
+        except OSError:  # the other side has closed it
+            break
+        text += part
+        if not part or b"choice" in text:
+            break
+    os.close(controller)
+    text = text.decode()
+    assert process.wait(timeout=60) == 0, text
+    assert "done" in text
+    ids = [line.split()[1] for line in text.splitlines() if line.startswith("id ")]
+    assert ids[0] == ids[1]  # the resumed run is the same run
+    assert len([line for line in text.splitlines() if "offline" in line]) == 2, text  # one line each start
+    assert "wandb: Tracking" not in text
+    assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 2
+    assert not (tmp_path / ".netrc").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "files", "may"),
+    [
+        ({}, {}, False),
+        ({"WANDB_API_KEY": "k" * 40}, {}, True),
+        ({"WANDB_MODE": "offline"}, {}, True),
+        ({}, {".netrc": "machine api.wandb.ai login user password " + "k" * 40}, True),
+        ({}, {".netrc": "machine example.org login user password x"}, False),
+        ({}, {".netrc": "not a netrc file"}, False),
+        (
+            {"WANDB_BASE_URL": "http://example.org"},
+            {".netrc": "machine example.org login u password x"},
+            True,
+        ),
+    ],
+)
+def test_a_wandb_login_is_recognised(monkeypatch, tmp_path, environment, files, may):
+    import wandb
+
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "NETRC"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    wandb.teardown()
+    assert tracking._wandb_may_start() is may
+    wandb.teardown()
+
+
+def test_a_tracker_without_its_package_is_refused(accelerator, run_dir, monkeypatch):
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="wandb is not installed"):
+        Tracker(accelerator, run_dir, config("wandb"), 1)
+    assert list(run_dir.iterdir()) == []
+
+
+def test_a_tracker_that_does_not_start_says_why(accelerator, run_dir, monkeypatch):
+    monkeypatch.setattr(accelerator, "init_trackers", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match=r"tensorboard does not start.*division"):
+        Tracker(accelerator, run_dir, config("tensorboard"), 1)
