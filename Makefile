@@ -3,13 +3,16 @@
 
 RUN ?= runs/demo
 CORES := $(shell getconf _NPROCESSORS_ONLN)
+# Any Python 3 that starts: a version manager's `python3` on the PATH can be one that does not.
+PYTHON = $(shell for p in python3 /usr/bin/python3 python $(HOME)/.pyenv/versions/3*/bin/python; do \
+	"$$p" -c 'f""' 2>/dev/null && echo "$$p" && break; done)
 
 .PHONY: setup demo test lint format
 
 setup: .venv/.installed
 
 .venv/.installed: requirements.txt tools/setup.py
-	@python3 tools/setup.py
+	@$(or $(PYTHON),$(error no Python 3 starts here: install one)) tools/setup.py
 	@touch $@
 
 # An interrupted demo goes on where it was, a finished one is only evaluated again; make demo RUN=runs/other

@@ -19,10 +19,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from common.config import cli
 from torch import Tensor
 from tqdm import tqdm
 
+from common.config import cli
 from common.data import ChunkDataset, open_dataset, split_episodes
 from common.errors import UserError
 from common.inference import RobotPolicy, load_policy

@@ -20,11 +20,10 @@ from typing import Literal
 
 import torch
 from accelerate.utils import set_seed
-from common.config import Flat, RunConfig, cli, resolve_steps
-from common.tracking import Tracker
 from torch import Tensor, nn
 
 from common import checkpoint, flow, losses, vision
+from common.config import Flat, RunConfig, cli, resolve_steps
 from common.data import Batch, ChunkDataset, DataConfig, make_loader, open_dataset, split_episodes
 from common.launch import check_same_data, create_run_dir, make_accelerator
 from common.normalize import Normalization, Normalizer, fit_statistics
@@ -36,6 +35,7 @@ from common.schedules import (
     clip_gradients,
     learning_rates,
 )
+from common.tracking import Tracker
 from common.transformer import ActionDecoder, Encoder
 from common.vision import VisionConfig
 
@@ -319,6 +319,7 @@ def main(config: Config) -> None:
             accelerator.backward(loss)
             tracker.add({"loss": loss})
             if accelerator.sync_gradients:
+                accelerator.unscale_gradients()  # fp16 scales them
                 tracker.add(clip_gradients(policy, optimizer.optimizer, config.optim.grad_clip))
             optimizer.step()
             optimizer.zero_grad()

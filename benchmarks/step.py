@@ -3,11 +3,11 @@
     python benchmarks/step.py
     python benchmarks/step.py --mixed-precision bf16 --batch-size 64 --backbone resnet18
 
-Both loops run in one process on the same machine, in turns, so that a machine that is busy with something else
-slows both alike. The bare loop does what no training can do without: gather a batch, loss, backward, clip, step.
-The script's loop adds accumulation, masks over processes, gradient norms by component, the schedule, EMA,
-metrics and progress. The median over rounds of the ratio is the result. EMA is timed in both with `--ema-decay`:
-averaging weights is arithmetic that the user asked for, not overhead of the loop.
+Both loops run in one process on the same machine, in turns, so that a machine that is busy with other work
+slows both alike. The bare loop does what no training can do without: gather a batch, loss, backward, clip,
+step, average the weights. The script's loop adds what Accelerate does, the count of real elements over
+processes, gradient norms by component, skipping of bad steps, the schedule, metrics and progress. The result
+is the median over turns of the ratio.
 """
 
 import statistics
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_vfp
 from common import checkpoint
 from common.config import cli
-from common.data import ChunkDataset, DataConfig, make_loader, open_dataset
+from common.data import ChunkDataset, make_loader, open_dataset
 from common.launch import make_accelerator
 from common.normalize import Normalizer, fit_statistics
 from common.schedules import AveragedPolicy, build_optimizer, build_scheduler, clip_gradients, learning_rates
@@ -129,6 +129,7 @@ def script_loop(script, accelerator, store, data, normalizer, folder: Path):
             accelerator.backward(loss)
             tracker.add({"loss": loss})
             if accelerator.sync_gradients:
+                accelerator.unscale_gradients()
                 tracker.add(clip_gradients(policy, optimizer.optimizer, script.optim.grad_clip))
             optimizer.step()
             optimizer.zero_grad()

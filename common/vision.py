@@ -27,8 +27,8 @@ class VisionConfig:
     """Vision backbone and augmentation of training images."""
 
     backbone: str = "conv"
-    """`conv` (a small network for small images), `resnet18`, `resnet34` or `resnet50` (all three from scratch),
-    or a pretrained Hugging Face vision model by name or local path, as `facebook/dinov2-base`."""
+    """`conv` (a small network for small images), `resnet18`, `resnet34`, `resnet50` (all from scratch), or
+    a pretrained Hugging Face vision model by name or local path, as `facebook/dinov2-base`."""
     aug_shift: float = 0.0
     """Largest random shift, as a share of the image's side; the rim is repeated. 0.05 is a usual value."""
     aug_rotate: float = 0.0
@@ -80,7 +80,7 @@ def build_backbone(
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    """Batch statistics misbehave with small batches, averaged weights and several processes; groups do not."""
+    """Batch statistics misbehave with small batches, averaged weights, several processes; groups do not."""
     return nn.GroupNorm(max(channels // 16, 1), channels)
 
 
@@ -93,9 +93,9 @@ def _conv(channels_in: int, channels: int, kernel: int, stride: int) -> nn.Seque
 class ConvBackbone(Backbone):
     """A small convolutional network, trained from scratch.
 
-    The summary holds the expected image coordinates of 32 learned features (spatial softmax, Finn et al. 2016,
-    "Deep spatial autoencoders for visuomotor learning"), which localise an object to a fraction of a pixel,
-    and the mean token.
+    The summary holds the expected image coordinates of 32 learned features (spatial softmax, Finn et al.
+    2016, "Deep spatial autoencoders for visuomotor learning"), which localise an object to a fraction of a
+    pixel, and the mean token.
     """
 
     def __init__(self, image_size: tuple[int, int], num_keypoints: int = 32, max_tokens: int = 64):
@@ -271,8 +271,8 @@ def _load_huggingface(name: str, image_size: tuple[int, int], pretrained: bool, 
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"--backbone {name} cannot be loaded ({type(error).__name__}: {reason}): download it where there is a "
-            f"connection and give its local folder, or choose another, as --backbone resnet18."
+            f"--backbone {name} cannot be loaded ({type(error).__name__}: {reason}): download it where "
+            f"there is a connection and give its local folder, or choose another, as --backbone resnet18."
         ) from None
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=only_local)

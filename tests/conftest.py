@@ -5,7 +5,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the n
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-
 from lerobot_factory import make_dataset
 
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_launch.py: gradients of one step, each process with its share of the same global batch.
+"""Run by torchrun from test_launch.py: gradients of one step, each process with its share of one batch.
 
 Arguments: the folder of a dataset, its cache folder, where process 0 writes the gradients.
 """
@@ -19,8 +19,8 @@ from common.normalize import Normalizer, fit_statistics
 
 def main(dataset: str, cache_dir: str, out: str) -> None:
     flags = (
-        f"--dataset {dataset} --cache-dir {cache_dir} --horizon 6 --d-model 16 --num-heads 2 --encoder-layers 1 "
-        "--decoder-layers 1 --camera-dropout 0 --ingest-workers 1"
+        f"--dataset {dataset} --cache-dir {cache_dir} --horizon 6 --d-model 16 --num-heads 2 "
+        "--encoder-layers 1 --decoder-layers 1 --camera-dropout 0 --ingest-workers 1"
     )
     config = parse(train_vfp.Config, flags.split(), "train_vfp.py")
     accelerator = make_accelerator(RunConfig())

@@ -557,11 +557,18 @@ def test_rows_that_contradict_each_other(tmp_path, refused, open_, file, column,
 
 
 @pytest.mark.parametrize("file", [DATA, EPISODES])
-@pytest.mark.parametrize("content", [b"", b"PAR1 half a file", None])
-def test_a_corrupt_table(tmp_path, refused, file, content):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: b"PAR1 half a file",
+        lambda whole: whole[: len(whole) * 2 // 3],
+        lambda whole: whole.replace(b"episode_index", b"episode\xff\xffndex"),
+    ],
+)
+def test_a_corrupt_table(tmp_path, refused, file, damage):
     root = make_dataset(tmp_path / "d")
-    whole = (root / file).read_bytes()
-    (root / file).write_bytes(whole[: len(whole) * 2 // 3] if content is None else content)
+    (root / file).write_bytes(damage((root / file).read_bytes()))
     refused(root, r"file-000\.parquet cannot be read .*finalize")
 
 
@@ -583,6 +590,14 @@ def test_a_damaged_image(tmp_path, refused, open_):
     edit_column(root / DATA, HIGH, lambda cells: cells[15].update(bytes=cells[15]["bytes"][:60]))
     refused(root, "^Episode 1 cannot be decoded from .*an image is damaged")
     assert open_(root, skip_bad_episodes=True).episode_indices.tolist() == [0]
+
+
+def test_images_that_are_missing(tmp_path, refused, open_):
+    root = make_dataset(tmp_path / "d", (12, 9, 15), (HIGH,), video=False)
+    table = pq.read_table(root / DATA, partitioning=None)
+    pq.write_table(table.drop_columns([HIGH]), root / DATA)
+    refused(root, f"^Episode 0 cannot be decoded from .*no column {HIGH}")
+    assert open_(root, skip_bad_episodes=True).episode_indices.tolist() == [2]
 
 
 def test_large_row_groups_and_files_in_many_parts(tmp_path, open_):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lerobot_factory import make_dataset
 from safetensors.torch import load_file
 
 import train_vfp
@@ -14,7 +15,6 @@ from common.errors import UserError
 from common.inference import load_policy, load_script
 from common.launch import make_accelerator
 from common.normalize import Normalizer, fit_statistics
-from lerobot_factory import make_dataset
 
 SCRIPTS = [train_vfp]
 pytestmark = pytest.mark.usefixtures("accelerate_reset")
@@ -121,7 +121,7 @@ def test_evaluating_more_often_changes_nothing(script, tiny, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_exported_policy_acts_as_it_did_in_training(script, tiny, tmp_path):
-    """The error that was measured at the last evaluation comes out again, to the last bit, from load_policy."""
+    """The error measured at the last evaluation comes out again, to the last bit, from load_policy."""
     run_dir = train(script, tiny, tmp_path / "run", "--steps", 3)
     measured = lines(run_dir, "val")[-1]
     policy = load_policy(run_dir, device="cpu")
@@ -249,3 +249,37 @@ def test_old_checkpoints_go_and_last_names_the_newest(tiny, tmp_path):
     assert folders == ["step_0000004", "step_0000005"]
     assert (run_dir / "checkpoints" / "last").resolve().name == "step_0000005"
     assert not list((run_dir / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_half_precision_trains_and_keeps_float32_weights(script, tiny, tmp_path):
+    plain = train(script, tiny, tmp_path / "plain", "--steps", 3)
+    half = train(script, tiny, tmp_path / "half", "--steps", 3, "--mixed-precision", "bf16")
+    assert all(value.dtype == torch.float32 for value in weights(half, 3).values())
+    for mine, reference in zip(lines(half), lines(plain), strict=True):
+        assert mine["loss"] == pytest.approx(reference["loss"], rel=0.02)
+    assert lines(half)[-1]["loss"] != lines(plain)[-1]["loss"]  # it was not float32 under another name
+    assert load_policy(half).act(
+        {
+            "images": dict.fromkeys(
+                ("head", "left", "right"), torch.zeros(32, 32, 3, dtype=torch.uint8).numpy()
+            ),
+            "state": [0.0, 0.0, 0.0],
+        }
+    ).shape == (4, 3)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_step_with_bad_numbers_is_skipped_and_counted(script, tiny, tmp_path, monkeypatch):
+    """The second of three steps has a loss that is not a number: weights survive, and the log says so."""
+    real, calls = script.compute_loss, []
+
+    def sometimes_bad(policy, *args, **kwargs):
+        loss = real(policy, *args, **kwargs)
+        calls.append(policy.training)
+        return loss * float("nan") if policy.training and sum(calls) == 2 else loss
+
+    monkeypatch.setattr(script, "compute_loss", sometimes_bad)
+    run_dir = train(script, tiny, tmp_path / "run", "--steps", 3)
+    assert [row["bad_steps"] for row in lines(run_dir)] == [0, 1, 0]
+    assert all(torch.isfinite(value).all() for value in weights(run_dir, 3).values())

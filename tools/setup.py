@@ -64,17 +64,18 @@ def find_python():
 
 
 def find_pip(python):
-    """Command that runs pip, and the environment it needs: an installed one, Python's own, or Debian's."""
+    """Command that runs pip, and variables it needs: an installed one, Python's own, or Debian's."""
     interpreters = [path for path in (python, sys.executable) if path]
     for path in interpreters:
         if works(path, "import pip"):
             return [path, "-m", "pip"], {}
+    venv = os.path.join(TOOLS, "pip")
     for path in interpreters:
-        if works(path, "import ensurepip") and subprocess.call([path, "-m", "venv", "--clear", TOOLS]) == 0:
-            return [os.path.join(TOOLS, "bin", "python"), "-m", "pip"], {}
+        if works(path, "import ensurepip") and subprocess.call([path, "-m", "venv", "--clear", venv]) == 0:
+            return [os.path.join(venv, "bin", "python"), "-m", "pip"], {}
     wheels = glob.glob("/usr/share/python-wheels/pip-*.whl") or fetch_debian_wheel()
-    if wheels:
-        return [interpreters[0], "-m", "pip"], {"PYTHONPATH": wheels[0]}
+    if wheels:  # made for Debian's Python, which is the one that runs this
+        return [sys.executable, "-m", "pip"], {"PYTHONPATH": wheels[0]}
     sys.exit("error: there is neither uv nor pip: install one of them, then run make again.")
 
 
@@ -87,7 +88,8 @@ def fetch_debian_wheel():
     with tempfile.TemporaryDirectory(dir=TOOLS) as folder:
         download = ["apt-get", "download", "-qq", "python3-pip-whl"]
         lists = ["-o", "Dir::State::Lists=" + folder, "-o", "Dir::Cache=" + folder]
-        if subprocess.call(download, cwd=folder) != 0:  # the system's package lists may be missing
+        # The system's package lists may be missing; then own ones are used.
+        if subprocess.call(download, cwd=folder, stderr=subprocess.DEVNULL) != 0:
             subprocess.call(["apt-get", "update", "-qq", *lists], cwd=folder)
             subprocess.call([*download, *lists], cwd=folder)
         for package in glob.glob(os.path.join(folder, "*.deb")):
@@ -97,44 +99,38 @@ def fetch_debian_wheel():
 
 def find_uv(python):
     """Path of uv: the system's, that of an earlier call, or one installed by pip beside the project."""
-    for uv in (shutil.which("uv"), os.path.join(TOOLS, "bin", "uv")):
-        if uv and os.path.exists(uv) and subprocess.call([uv, "--version"], stdout=subprocess.DEVNULL) == 0:
-            return uv
-    pip, environment = find_pip(python)
+    local = os.path.join(TOOLS, "bin", "uv")
+    for uv in (shutil.which("uv"), local):
+        if uv and os.path.exists(uv):
+            answer = subprocess.run([uv, "--version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            if answer.returncode == 0:
+                return uv
+    pip, variables = find_pip(python)
     print("installing uv with pip", flush=True)
-    command = [
-        *pip,
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--upgrade",
-        "--target",
-        TOOLS,
-        "uv",
-    ]
-    subprocess.check_call(command, env=dict(os.environ, **environment))
-    return uv
+    options = ["--quiet", "--disable-pip-version-check", "--upgrade", "--target", TOOLS]
+    variables["PIP_ROOT_USER_ACTION"] = "ignore"  # its warning is about installing into the system
+    subprocess.check_call([*pip, "install", *options, "uv"], env=dict(os.environ, **variables))
+    return local
 
 
 def uv_environment(python):
     """The environment for uv: the present one, with pip's settings where uv has none of its own."""
     environment = dict(os.environ)
     files = ("~/.config/uv/uv.toml", "/etc/uv/uv.toml", os.environ.get("UV_CONFIG_FILE", ""))
-    if "INDEX" in "".join(name for name in environment if name.startswith("UV_")) or any(
-        os.path.exists(os.path.expanduser(file)) for file in files
+    if any(os.path.exists(os.path.expanduser(file)) for file in files) or any(
+        name.startswith("UV_") and "INDEX" in name for name in environment
     ):
         return environment
     command = [python or sys.executable, "-m", "pip", "config", "list"]
-    listed = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    lines = [line.split("=", 1) for line in listed.stdout.decode().splitlines() if "=" in line]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    listed = dict(line.split("=", 1) for line in answer.stdout.decode().splitlines() if "=" in line)
     for pip_name, uv_name in PIP_TO_UV.items():
-        for section in ("install.", "global."):
-            for key, value in lines:
-                if key == section + pip_name:
-                    environment.setdefault(uv_name, " ".join(ast.literal_eval(value).split()))
         value = os.environ.get("PIP_" + pip_name.upper().replace("-", "_"))
-        if value and uv_name not in os.environ:
-            environment[uv_name] = value
+        for key in ("install." + pip_name, "global." + pip_name):
+            if not value and key in listed:
+                value = ast.literal_eval(listed[key])
+        if value:
+            environment.setdefault(uv_name, " ".join(value.split()))
     if "UV_INDEX" in environment:  # as pip does it: the best version of all indexes
         environment.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
     return environment

@@ -308,7 +308,7 @@ def read_parquet(file: Path, columns: Sequence[str], optional: Sequence[str] = (
             missing = [name for name in columns if name not in present]
             if not missing:
                 return parquet.read([*columns, *(name for name in optional if name in present)])
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
             f"{file} cannot be read ({reason}): download the dataset again, or, if you recorded it, "
@@ -414,7 +414,7 @@ class LeRobotReader:
             else:
                 yield from self._images(episode, place, segment)
         except (FrameError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise BadEpisode(
                 f"Episode {episode} cannot be decoded from {self.root / segment.file} ({reason})"
             ) from None
@@ -426,6 +426,8 @@ class LeRobotReader:
         first, last = int(segment.start), int(segment.start) + self.lengths[episode]
         try:
             with pq.ParquetFile(self.root / segment.file) as parquet:
+                if camera.key not in parquet.schema_arrow.names:
+                    raise FrameError(f"it has no column {camera.key}")
                 begin = 0
                 for group in range(parquet.num_row_groups):
                     end = begin + parquet.metadata.row_group(group).num_rows
@@ -437,8 +439,8 @@ class LeRobotReader:
                             for entry in inside.column(0).to_pylist():
                                 yield image_frame(self._encoded(entry), camera.size, self.size)
                     begin = end
-        except pa.ArrowException as error:
-            raise FrameError(str(error).splitlines()[0]) from error
+        except (pa.ArrowException, ValueError) as error:
+            raise FrameError(str(error)) from error
 
     def _encoded(self, entry: Any) -> bytes:
         """The bytes of an image cell: inside the table, or in a file of the dataset's folder."""

@@ -1,0 +1,257 @@
+"""`make setup`: finds a Python that works and a uv, and takes no cut-off set-up for a finished one."""
+
+import ast
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def setup(tmp_path, monkeypatch):
+    """tools/setup.py, working on a project of its own on a machine without any Python or uv."""
+    spec = importlib.util.spec_from_file_location("tools_setup", ROOT / "tools" / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "requirements.txt").write_text("numpy\n")
+    monkeypatch.setattr(module, "ROOT", str(project))
+    monkeypatch.setattr(module, "VENV", str(project / ".venv"))
+    monkeypatch.setattr(module, "TOOLS", str(project / ".venv-tools"))
+    monkeypatch.setattr(module, "PLACES", tuple(p for p in module.PLACES if p.startswith("~")))
+    monkeypatch.setattr(module.sys, "executable", "/nowhere/python3")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", f"{tmp_path}/a{os.pathsep}{tmp_path}/b")
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    return module
+
+
+def executable(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+THIS = sys.executable  # the tests hide it
+PYTHON = f'exec "{THIS}" "$@"'
+OTHER = 'echo "python: command not found" >&2; exit 127'  # what a version manager's shim does
+
+
+def test_a_python_that_fails_is_passed_over(setup, tmp_path):
+    executable(tmp_path / "a" / "python3.12", OTHER)
+    executable(tmp_path / "a" / "python3", "exit 0")  # starts, but is none: runs whatever it is given
+    (tmp_path / "a" / "python").mkdir()
+    (tmp_path / "a" / "python3").write_text("no program")
+    good = executable(tmp_path / "b" / "python3", PYTHON)
+    assert setup.find_python() == good
+
+
+def test_a_python_off_the_path_is_found(setup, tmp_path):
+    version = "{}.{}.1".format(*sys.version_info[:2])
+    executable(tmp_path / "home" / ".pyenv" / "versions" / "3.11.7" / "bin" / "python3", OTHER)
+    good = executable(tmp_path / "home" / ".pyenv" / "versions" / version / "bin" / "python3", PYTHON)
+    assert setup.find_python() == good
+
+
+def test_the_projects_own_environment_is_no_python_to_build_it_from(setup, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}/project/.venv/bin")
+    executable(tmp_path / "project" / ".venv" / "bin" / "python3", PYTHON)
+    assert setup.find_python() is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "sys.version_info = (3, 11, 7)",
+        "sys.version_info = (3, 99, 0)",
+        "sys.implementation.name = 'pypy'",
+        "sys.abiflags = 't'",
+        "sys.modules['lzma'] = None",
+    ],
+)
+def test_a_python_that_the_packages_do_not_work_with_is_passed_over(setup, tmp_path, answer):
+    program = f"import sys; {answer}; exec(sys.argv[1])"
+    executable(tmp_path / "a" / "python3", f'exec "{THIS}" -c "{program}" "$2"')
+    assert setup.find_python() is None
+    executable(tmp_path / "a" / "python3", f'exec "{THIS}" -c "import sys; exec(sys.argv[1])" "$2"')
+    assert setup.find_python() is not None
+
+
+def test_a_uv_that_works_is_used(setup, tmp_path):
+    executable(tmp_path / "a" / "uv", OTHER)
+    local = executable(tmp_path / "project" / ".venv-tools" / "bin" / "uv", "exit 0")
+    assert setup.find_uv("/nowhere/python") == local
+    system = executable(tmp_path / "a" / "uv", "exit 0")
+    assert setup.find_uv("/nowhere/python") == system
+
+
+# A Python that has some modules, makes environments of itself, and whose pip installs a uv that works.
+WITH_MODULES = """
+case "$1 $2" in
+  "-c import pip") [ "$HAS" = pip ] || [ -n "$PYTHONPATH" ];;
+  "-c import ensurepip") [ "$HAS" = ensurepip ];;
+  "-m venv") mkdir -p "$4/bin"; cp "$0" "$4/bin/python";;
+  "-m pip") echo "$0 $PYTHONPATH" > "$TRACE"
+            for word; do [ "$last" = --target ] && target="$word"; last="$word"; done
+            mkdir -p "$target/bin"; printf '#!/bin/sh\\n' > "$target/bin/uv"; chmod +x "$target/bin/uv";;
+  *) exit 1;;
+esac
+"""
+
+
+@pytest.mark.parametrize("has", ["pip", "ensurepip", "a Debian package"])
+def test_uv_is_installed_with_whatever_pip_there_is(setup, tmp_path, monkeypatch, has):
+    monkeypatch.setenv(
+        "PATH", f"{tmp_path}/a{os.pathsep}{os.environ['PATH']}{os.pathsep}/usr/bin{os.pathsep}/bin"
+    )
+    monkeypatch.setenv("HAS", has)
+    monkeypatch.setenv("TRACE", str(tmp_path / "trace"))
+    real_which = shutil.which
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None if name == "uv" else real_which(name))
+    monkeypatch.setattr(
+        setup.glob, "glob", lambda pattern: ["/wheels/pip.whl"] if "wheels" in pattern else []
+    )
+    python = executable(tmp_path / "a" / "python3", WITH_MODULES)
+    monkeypatch.setattr(setup.sys, "executable", python)
+    uv = setup.find_uv(None)
+    assert uv == str(tmp_path / "project" / ".venv-tools" / "bin" / "uv")
+    assert subprocess.call([uv, "--version"]) == 0
+    used, _, path = (tmp_path / "trace").read_text().strip().partition(" ")
+    assert ("pip" in Path(used).parts) == (has == "ensurepip")
+    assert path == ("/wheels/pip.whl" if has == "a Debian package" else "")
+
+
+def test_without_any_pip_the_way_out_is_named(setup, monkeypatch):
+    monkeypatch.setattr(setup.glob, "glob", lambda pattern: [])
+    with pytest.raises(SystemExit, match="neither uv nor pip: install one"):
+        setup.find_uv(None)
+
+
+# A uv that makes an environment, notes what it is asked, and fails to install on demand.
+UV = """
+echo "$@ [$UV_DEFAULT_INDEX|$UV_INDEX|$SSL_CERT_FILE]" >> "$TRACE"
+case "$1" in
+  venv) for last; do :; done; mkdir -p "$last/bin"; cp "$FAKE_PYTHON" "$last/bin/python";;
+  pip) [ -z "$FAIL" ];;
+esac
+"""
+
+
+@pytest.fixture
+def machine(setup, tmp_path, monkeypatch):
+    """A machine with a Python and a uv; `calls` tells what uv has been asked since the last look."""
+    monkeypatch.setenv("PATH", f"{tmp_path}/a{os.pathsep}/usr/bin{os.pathsep}/bin")
+    monkeypatch.setenv("TRACE", str(tmp_path / "trace"))
+    monkeypatch.setenv("FAKE_PYTHON", executable(tmp_path / "a" / "python3.12", PYTHON))
+    executable(tmp_path / "a" / "python3.13", PYTHON)
+    executable(tmp_path / "a" / "uv", UV)
+
+    def calls():
+        lines = (tmp_path / "trace").read_text().splitlines()
+        (tmp_path / "trace").write_text("")
+        return [line for line in lines if not line.startswith("--version")]
+
+    setup.calls = calls
+    return setup
+
+
+def test_a_cut_off_install_is_begun_anew_and_a_finished_one_brought_up_to_date(machine, monkeypatch):
+    monkeypatch.setenv("FAIL", "1")
+    with pytest.raises(subprocess.CalledProcessError):
+        machine.main()
+    assert [call.split()[0] for call in machine.calls()] == ["venv", "pip"]
+    monkeypatch.delenv("FAIL")
+    half = Path(machine.VENV) / "half-copied"
+    half.write_text("")
+    machine.main()
+    assert [call.split()[0] for call in machine.calls()] == ["venv", "pip"]
+    assert not half.exists()
+    kept = Path(machine.VENV) / "a-package-of-the-users-own"
+    kept.write_text("")
+    machine.main()
+    assert [call.split()[0] for call in machine.calls()] == ["pip"]
+    assert kept.exists()
+
+
+def test_without_a_python_uv_is_told_to_download_one(machine, monkeypatch):
+    monkeypatch.setattr(machine.sys, "executable", os.environ["FAKE_PYTHON"])
+    monkeypatch.setattr(machine, "find_python", lambda: None)
+    machine.main()
+    assert "--managed-python --python 3.12" in machine.calls()[0]
+
+
+def test_settings_of_pip_reach_uv_and_are_not_written_down(machine, monkeypatch):
+    listed = (
+        "global.cert='/certs/file'\nglobal.index-url='https://name:secret@example.org/one'\n"
+        "install.extra-index-url='\\nhttps://example.org/two\\nhttps://example.org/three'\n"
+    )
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    real = subprocess.run
+
+    def run(command, **options):
+        if command[1:4] == ["-m", "pip", "config"]:
+            return subprocess.CompletedProcess(command, 0, listed.encode())
+        return real(command, **options)
+
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    machine.main()
+    expected = (
+        "[https://name:secret@example.org/one|https://example.org/two https://example.org/three|/certs/file]"
+    )
+    assert machine.calls()[-1].endswith(expected)
+    monkeypatch.setenv("PIP_INDEX_URL", "https://example.org/variable")
+    machine.main()
+    assert "[https://example.org/variable|" in machine.calls()[-1]
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "https://example.org/uv")
+    machine.main()
+    assert machine.calls()[-1].endswith("[https://example.org/uv||]")
+    written = [path for path in Path(machine.ROOT).rglob("*") if path.is_file()]
+    assert not any(b"example.org" in path.read_bytes() for path in written)
+
+
+def test_an_old_python_can_read_the_script():
+    ast.parse((ROOT / "tools" / "setup.py").read_text(), feature_version=(3, 8))
+
+
+@pytest.fixture
+def make(tmp_path):
+    """What `make setup` would run in a copy of the project."""
+    for name in ("Makefile", "requirements.txt", "tools/setup.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def run(**environment):
+        command = ["make", "-n", "setup"]
+        env = os.environ | environment
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    return run
+
+
+def test_make_sets_up_once_and_again_when_the_requirements_change(make, tmp_path):
+    assert "tools/setup.py" in make().stdout
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".installed").write_text("")
+    assert "tools/setup.py" not in make().stdout
+    later = (tmp_path / ".venv" / ".installed").stat().st_mtime + 10
+    os.utime(tmp_path / "requirements.txt", (later, later))
+    assert "tools/setup.py" in make().stdout
+
+
+def test_make_passes_over_a_python_that_does_not_start(make, tmp_path):
+    executable(tmp_path / "a" / "python3", OTHER)
+    good = executable(tmp_path / "home" / ".pyenv" / "versions" / "3.9.1" / "bin" / "python", PYTHON)
+    folders = f"{tmp_path}/a{os.pathsep}{os.environ['PATH']}"
+    answer = make(PATH=folders, HOME=str(tmp_path / "home")).stdout
+    assert answer.startswith(
+        ("/usr/bin/python3 tools/setup.py", "python tools/setup.py", f"{good} tools/setup.py")
+    )
