@@ -277,6 +277,8 @@ def main(config: Config) -> None:
     spec = spec.with_backbone(getattr(policy, f"{spec.cameras[0]}_backbone"))
     checkpoint.initialise(policy, config.run.init_from)
     checkpoint.freeze(policy, config.run.freeze)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        policy = nn.SyncBatchNorm.convert_sync_batchnorm(policy)  # pretrained convolutional backbones have it
     policy.to(accelerator.device)
 
     # Optimizer, and the weights to export; their average is made before Accelerate patches `forward`

@@ -26,7 +26,6 @@ def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerat
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=grad_accumulation,
         cpu=not torch.accelerator.is_available(),
-        log_with=None if config.tracker == "none" else config.tracker,
         step_scheduler_with_optimizer=False,  # otherwise a prepared scheduler steps once per process
     )
     if accelerator.device.type == "cuda":

@@ -281,6 +281,7 @@ def draw_curves(path: Path, picture: Path) -> None:
     rates = sorted({key for line in train for key in line if key.startswith("lr/")})
     _plot(axes[1, 0], train, rates, "learning rate")
     _plot(axes[1, 1], train, ["samples_per_s"], "samples / s")
+    axes[1, 1].set_ylim(bottom=0)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:

@@ -66,29 +66,7 @@ def make_dataset(
         changes: entries of info.json to replace.
     """
     sizes = dict(cameras) if isinstance(cameras, Mapping) else dict.fromkeys(cameras, (32, 48))
-    features: dict[str, Any] = {
-        key: {"dtype": "float32", "shape": [dim], "names": _names(names, key, dim)}
-        for key, dim in ((STATE, dims[0]), (ACTION, dims[1]))
-    }
-    for key, size in sizes.items():
-        features[key] = {
-            "dtype": "video" if video else "image",
-            "shape": [*size, 3],
-            "names": ["height", "width", "channels"],
-        }
-    for key in ("timestamp", "frame_index", "episode_index", "index", "task_index"):
-        kind = "float32" if key == "timestamp" else "int64"
-        features[key] = {"dtype": kind, "shape": [1], "names": None}
-    info = {
-        "codebase_version": "v3.0",
-        "fps": FPS,
-        "features": features,
-        "total_episodes": len(lengths),
-        "total_frames": sum(lengths),
-        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
-        **(changes or {}),
-    }
+    info = _info(lengths, sizes, video, dims, names) | dict(changes or {})
     (root / "meta/episodes/chunk-000").mkdir(parents=True)
     (root / "meta/info.json").write_text(json.dumps(info))
     starts = np.cumsum([0, *lengths])
@@ -164,6 +142,31 @@ def edit_column(file: Path, name: str, edit) -> None:
     values = edit(values) or values
     place = table.schema.get_field_index(name)
     pq.write_table(table.set_column(place, name, pa.array(values)), file)
+
+
+def _info(lengths, sizes, video: bool, dims, names) -> dict[str, Any]:
+    features: dict[str, Any] = {
+        key: {"dtype": "float32", "shape": [dim], "names": _names(names, key, dim)}
+        for key, dim in ((STATE, dims[0]), (ACTION, dims[1]))
+    }
+    for key, size in sizes.items():
+        features[key] = {
+            "dtype": "video" if video else "image",
+            "shape": [*size, 3],
+            "names": ["height", "width", "channels"],
+        }
+    for key in ("timestamp", "frame_index", "episode_index", "index", "task_index"):
+        kind = "float32" if key == "timestamp" else "int64"
+        features[key] = {"dtype": kind, "shape": [1], "names": None}
+    return {
+        "codebase_version": "v3.0",
+        "fps": FPS,
+        "features": features,
+        "total_episodes": len(lengths),
+        "total_frames": sum(lengths),
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    }
 
 
 def _names(style: Any, key: str, dim: int) -> Any:

@@ -1,0 +1,91 @@
+import av
+import numpy as np
+import pytest
+from lerobot_factory import FPS, draw, read, write_video
+
+from common.data import frames
+from common.data.frames import FrameError, video_frames
+
+
+def test_reducing_does_not_alias(tmp_path):
+    board = (np.indices((96, 128)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, -1)
+    write_video(tmp_path / "board.mp4", [board] * 2)
+    moving = next(video_frames(tmp_path / "board.mp4", np.array([0.0]), 0.05, (96, 128), (36, 50)))
+    still = frames.resize_rgb(board, (36, 50))
+    assert moving.std() < 12  # a picked-out pixel would be black or white, 127 off
+    assert still.std() < 12
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libsvtav1"])
+@pytest.mark.parametrize(("colorspace", "full"), [(1, False), (5, False), (5, True), (1, True)])
+def test_marked_colours_are_decoded_as_marked(tmp_path, codec, colorspace, full):
+    rgb = np.array([[[190, 40, 60]]], np.uint8).repeat(64, 0).repeat(96, 1)
+    kr, kb = (0.2126, 0.0722) if colorspace == 1 else (0.299, 0.114)
+    r, g, b = rgb[0, 0] / 255
+    y = kr * r + (1 - kr - kb) * g + kb * b
+    u, v = (b - y) / (2 - 2 * kb), (r - y) / (2 - 2 * kr)
+    low, luma, chroma = (0, 255, 255) if full else (16, 219, 224)
+    plane = np.empty((96, 96), np.uint8)  # planar yuv420p: full luma, then quarter-size u and v
+    plane[:64] = round(low + luma * y)
+    plane[64:80], plane[80:] = round(128 + chroma * u), round(128 + chroma * v)
+    path, marks = tmp_path / "marked.mp4", {"colorspace": colorspace, "color_range": 2 if full else 1}
+    write_video(path, [plane] * 3, format="yuv420p", codec=codec, **marks)
+    decoded = next(video_frames(path, np.array([0.0]), 0.05, (64, 96), (32, 48)))
+    assert np.abs(decoded.mean((1, 2)) - rgb[0, 0]).max() < 4
+
+
+def test_a_seek_that_overshoots_is_made_up_for(tmp_path, monkeypatch):
+    write_video(tmp_path / "v.mp4", [draw(i, 0, (32, 48)) for i in range(20)])
+    places, real_open = [], av.open
+
+    class Overshooting:
+        def __init__(self, container):
+            self.streams, self.decode, self.container = container.streams, container.decode, container
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.container.close()
+
+        def seek(self, place, stream):
+            places.append(place)
+            self.container.seek(place * 2, stream=stream)
+
+    monkeypatch.setattr(av, "open", lambda *args, **kwargs: Overshooting(real_open(*args, **kwargs)))
+    found = video_frames(tmp_path / "v.mp4", np.array([0.8, 0.9]), 0.05, (32, 48), (32, 48))
+    assert [read(frame)[0] for frame in found] == [8, 9]
+    assert len(places) == 2
+    assert places[1] == 0
+
+
+def test_damaged_bytes_are_noticed(tmp_path):
+    path = tmp_path / "v.mp4"
+    write_video(path, [draw(i, 0, (64, 96)) for i in range(12)])
+    whole, times = path.read_bytes(), np.arange(12) / FPS
+    expected = [frame.copy() for frame in video_frames(path, times, 0.05, (64, 96), (64, 96))]
+    noticed, unnoticed, rng = 0, 0, np.random.default_rng(0)
+    for place in rng.permutation(len(whole))[:300]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            found = [frame.copy() for frame in video_frames(path, times, 0.05, (64, 96), (64, 96))]
+            unnoticed += not all(map(np.array_equal, found, expected))
+        except FrameError:  # and nothing else
+            noticed += 1
+    assert noticed > 50
+    assert unnoticed < 0.1 * noticed
+
+
+def test_frames_are_picked_by_time(tmp_path):
+    write_video(tmp_path / "v.mp4", [draw(i, 0, (32, 48)) for i in range(20)])
+
+    def shown(times, tolerance=0.05):
+        found = video_frames(tmp_path / "v.mp4", np.array(times), tolerance, (32, 48), (32, 48))
+        return [read(frame)[0] for frame in found]
+
+    assert shown([0.52, 0.58, 0.9, 1.1, 1.9]) == [5, 6, 9, 11, 19]
+    assert shown([0.3, 0.3, 0.34, 0.4]) == [3, 3, 3, 4]
+    with pytest.raises(FrameError, match="ends after 1 of 2"):
+        shown([1.9, 2.0])
+    with pytest.raises(FrameError, match=r"no frame at 0\.330 s"):
+        shown([0.2, 0.33, 0.4], tolerance=0.01)
