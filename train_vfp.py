@@ -272,10 +272,11 @@ def main(config: Config) -> None:
     total_steps = resolve_steps(config.optim.steps, config.optim.epochs, len(train_set), global_batch)
 
     # Policy
-    spec = checkpoint.PolicySpec.of(store)
-    policy = Policy(config, spec)
+    spec = checkpoint.PolicySpec.of(store, config.run)
+    policy = Policy(config, spec, pretrained=not config.run.resume)
     spec = spec.with_backbone(getattr(policy, f"{spec.cameras[0]}_backbone"))
-    checkpoint.initialise(policy, config.run.init_from)
+    if not config.run.resume:
+        checkpoint.initialise(policy, config.run.init_from)
     checkpoint.freeze(policy, config.run.freeze)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         policy = nn.SyncBatchNorm.convert_sync_batchnorm(policy)  # pretrained convolutional backbones have it

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.config import to_dict
+from common.config import RunConfig, to_dict
 from common.errors import UserError
 from common.normalize import Normalizer
 
@@ -58,8 +58,15 @@ class PolicySpec:
         return len(self.action_names)
 
     @classmethod
-    def of(cls, store) -> "PolicySpec":
-        """The spec of policies for an episode store."""
+    def of(cls, store, run: RunConfig | None = None) -> "PolicySpec":
+        """The spec of policies for an episode store.
+
+        A run that is resumed brings the architecture of its backbone along: the model it was once started
+        from, on the hub or in a folder, is no longer needed.
+        """
+        backbone = None
+        if run is not None and run.resume:
+            backbone = read_settings(find(run.run_dir))["spec"]["backbone_config"]
         return cls(
             tuple(store.cameras),
             tuple(store.image_size),
@@ -67,6 +74,7 @@ class PolicySpec:
             tuple(store.action_names),
             store.fps,
             store.task,
+            backbone,
         )
 
     def with_backbone(self, backbone: nn.Module) -> "PolicySpec":
@@ -180,6 +188,23 @@ def find(run_dir: Path, name: str = "last") -> Path:
             f"{run_dir} holds no finished checkpoint: give the folder of a run that has saved one."
         )
     raise UserError(f"{run_dir} holds no checkpoint {name}: choose one of {', '.join(there)}.")
+
+
+def read_settings(checkpoint: Path) -> dict:
+    """The content of a checkpoint's `policy.json`: script, spec, config and step.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    path = checkpoint / "policy" / "policy.json"
+    try:
+        settings = json.loads(path.read_text())
+        missing = {"script", "spec", "config", "step"} - set(settings)
+        if missing or "backbone_config" not in settings["spec"]:
+            raise ValueError(f"no {', '.join(sorted(missing)) or 'backbone_config'}")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): use another checkpoint.") from None
+    return settings
 
 
 def restore(accelerator: Accelerator, run_dir: Path, averaged) -> tuple[int, int]:

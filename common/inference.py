@@ -5,7 +5,6 @@ chunk = policy.act({"images": {"head": rgb, "left": rgb, "right": rgb}, "state":
 """
 
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import PolicySpec, find, load_components
+from common.checkpoint import PolicySpec, find, load_components, read_settings
 from common.config import from_dict
 from common.data.frames import resize_rgb
 from common.data.lerobot import short_name
@@ -41,24 +40,18 @@ def load_policy(
     Raises:
         UserError: if the run or checkpoint is missing, damaged, or of a script that is not here.
     """
-    folder = find(Path(run), checkpoint) / "policy"
-    try:
-        settings = json.loads((folder / "policy.json").read_text())
-        spec = PolicySpec.from_json(settings["spec"])
-        script = settings["script"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / 'policy.json'} cannot be read ({error}): use another checkpoint."
-        ) from None
-    module = load_script(script)
+    path = find(Path(run), checkpoint)
+    settings = read_settings(path)
+    spec = PolicySpec.from_json(settings["spec"])
+    module = load_script(settings["script"])
     config = from_dict(module.Config, settings["config"])
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model = module.Policy(config, spec, pretrained=False)
-    load_components(model, folder)
-    normalizer = Normalizer.load(folder / "stats.safetensors", config.normalization)
+    load_components(model, path / "policy")
+    normalizer = Normalizer.load(path / "policy" / "stats.safetensors", config.normalization)
     policy = RobotPolicy(model, normalizer, config, spec, module.sample_actions, torch.device(device), seed)
-    policy.checkpoint, policy.trained_steps = folder.parent, settings["step"]
+    policy.checkpoint, policy.trained_steps = path, settings["step"]
     return policy
 
 

@@ -283,3 +283,19 @@ def test_a_step_with_bad_numbers_is_skipped_and_counted(script, tiny, tmp_path, 
     run_dir = train(script, tiny, tmp_path / "run", "--steps", 3)
     assert [row["bad_steps"] for row in lines(run_dir)] == [0, 1, 0]
     assert all(torch.isfinite(value).all() for value in weights(run_dir, 3).values())
+
+
+def test_a_resumed_run_needs_neither_its_pretrained_model_nor_what_it_started_from(tiny, tmp_path):
+    from test_vision import save_model
+
+    save_model(tmp_path / "dino", "dinov2")
+    first = train(train_vfp, tiny, tmp_path / "first", "--steps", 1)
+    flags = ("--backbone", tmp_path / "dino", "--image-size", 56, "--init-from", f"action_decoder={first}")
+    whole = train(train_vfp, tiny, tmp_path / "whole", "--steps", 4, "--save-every", 2, *flags)
+    part = interrupt_after(whole, 2, tmp_path / "part")
+    shutil.rmtree(tmp_path / "dino")
+    shutil.rmtree(first)
+    train(train_vfp, [], None, "--resume", part)
+    mine, reference = weights(part, 4), weights(whole, 4)
+    assert all(torch.equal(mine[key], reference[key]) for key in reference)
+    assert load_policy(part).spec.backbone_config["model_type"] == "dinov2"

@@ -49,8 +49,9 @@ class DataConfig:
     """Share of the episodes that is held out for validation, at least one; 0 holds out none."""
     cache_dir: Path = field(default_factory=default_cache_dir)
     """Folder for decoded copies of datasets. Each takes image height x width x 3 bytes a camera and step."""
-    num_workers: int | None = None
-    """Processes that gather batches ahead of training. Default: 2 with a GPU, none without."""
+    num_workers: int = 0
+    """Processes that gather batches ahead of training. With 0 the training process gathers, which takes a
+    millisecond or two a batch; handing over from workers takes longer, and pays on slow disks only."""
     ingest_workers: int | None = None
     """Processes that decode a dataset when it is first used. Default: one a core."""
     skip_bad_episodes: bool = False

@@ -306,7 +306,7 @@ def make_loader(
     dataset: ChunkDataset,
     batch_size: int,
     seed: int,
-    num_workers: int | None = None,
+    num_workers: int = 0,
     rank: int = 0,
     world: int = 1,
     start: int = 0,
@@ -315,7 +315,7 @@ def make_loader(
     """An endless loader of shuffled batches, this rank's share of the `SampleStream`.
 
     Args:
-        num_workers: processes that gather ahead; None takes 2 beside a GPU and 0 without one.
+        num_workers: processes that gather ahead; 0 gathers in this one.
 
     Raises:
         UserError: if one step of all ranks takes more samples than there are.
@@ -328,8 +328,6 @@ def make_loader(
             f"{'es' * (world > 1)}) is larger than the {len(dataset)} training samples: "
             f"lower --batch-size to at most {len(dataset) // world}."
         )
-    if num_workers is None:
-        num_workers = 2 if torch.cuda.is_available() else 0
     return DataLoader(
         dataset,
         batch_sampler=SampleStream(len(dataset), batch_size, seed, rank, world, start),

@@ -1,0 +1,115 @@
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_vfp
+from common import checkpoint
+from common.config import parse
+from common.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("accelerate_reset")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """A run with checkpoints of steps 1, 2 and 3."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    argv = [*tiny, "--run-dir", str(folder), "--steps", "3", "--save-every", "1"]
+    train_vfp.main(parse(train_vfp.Config, argv, "train_vfp.py"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return folder
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run", symlinks=True)
+
+
+def resume(run_dir, *more):
+    train_vfp.main(parse(train_vfp.Config, ["--resume", str(run_dir), *more], "train_vfp.py"))
+
+
+def steps(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_checkpoints_are_found_by_name_number_and_last(run_dir):
+    assert checkpoint.find(run_dir).name == "step_0000003"
+    assert checkpoint.find(run_dir, "2").name == "step_0000002"
+    assert checkpoint.find(run_dir, "step_0000001").name == "step_0000001"
+    with pytest.raises(UserError, match="step_0000001, step_0000002, step_0000003"):
+        checkpoint.find(run_dir, "99")
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        checkpoint.find(run_dir / "nowhere")
+
+
+def test_last_is_relative_so_that_a_run_can_be_moved(run_dir, tmp_path):
+    moved = shutil.move(run_dir, tmp_path / "elsewhere")
+    assert not os.path.isabs(os.readlink(Path(moved) / "checkpoints" / "last"))
+    assert checkpoint.find(Path(moved)).name == "step_0000003"
+
+
+def test_deleting_newer_steps_goes_back_to_an_earlier_one(run_dir):
+    shutil.rmtree(run_dir / "checkpoints" / "step_0000003")
+    assert checkpoint.find(run_dir).name == "step_0000002"
+    resume(run_dir, "--save-every", "10")
+    assert steps(run_dir) == ["last", "step_0000001", "step_0000002", "step_0000003"]
+    assert checkpoint.find(run_dir).name == "step_0000003"
+
+
+def test_half_a_checkpoint_is_never_used_and_is_cleared_away(run_dir):
+    """What a process that was killed while saving leaves behind."""
+    folder = run_dir / "checkpoints"
+    shutil.copytree(folder / "step_0000003", folder / ".step_0000004.unfinished")
+    assert checkpoint.find(run_dir).name == "step_0000003"
+    resume(run_dir, "--steps", "4")
+    assert steps(run_dir) == ["last", "step_0000002", "step_0000003", "step_0000004"]
+
+
+def test_saving_failed_midway_leaves_the_earlier_checkpoint_in_place(run_dir, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        resume(run_dir, "--steps", "4")
+    assert checkpoint.find(run_dir).name == "step_0000003"
+    assert "step_0000004" not in steps(run_dir)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.bin", "trainer.json", "random_states_0.pkl"]
+)
+def test_a_damaged_checkpoint_is_named_with_the_way_out(run_dir, name):
+    file = run_dir / "checkpoints" / "step_0000003" / "state" / name
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"step_0000003.*delete"):
+        resume(run_dir, "--steps", "4")
+    assert checkpoint.find(run_dir).name == "step_0000003"
+
+
+def test_a_resumed_run_takes_new_rates_from_the_flags(run_dir):
+    resume(run_dir, "--steps", "8", "--schedule", "constant", "--lr", "0.5", "--warmup-steps", "0")
+    state = torch.load(run_dir / "checkpoints" / "last" / "state" / "optimizer.bin", weights_only=True)
+    assert {group["lr"] for group in state["param_groups"]} == {0.5}
+
+
+def test_a_checkpoint_of_another_policy_is_refused(run_dir, tiny, tmp_path):
+    other = tmp_path / "other"
+    argv = [*tiny, "--d-model", "8", "--run-dir", str(other), "--steps", "1"]
+    train_vfp.main(parse(train_vfp.Config, argv, "train_vfp.py"))
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        shutil.rmtree(folder)
+    shutil.copytree(other / "checkpoints" / "step_0000001", run_dir / "checkpoints" / "step_0000001")
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with pytest.raises(UserError, match="cannot be resumed"):
+        resume(run_dir, "--steps", "4")
