@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_vfp
 from common import checkpoint
-from common.config import cli
+from common.config import Flat, cli
 from common.data import ChunkDataset, make_loader, open_dataset
 from common.launch import make_accelerator
 from common.normalize import Normalizer, fit_statistics
@@ -36,11 +36,10 @@ from common.tracking import Tracker
 class Config:
     """Compare the training loop with a bare one."""
 
-    script: train_vfp.Config = field(default_factory=train_vfp.Config)
-    """The configuration whose steps are timed."""
+    script: Flat[train_vfp.Config] = field(default_factory=train_vfp.Config)
     rounds: int = 12
     """Turns of each loop."""
-    steps: int = 10
+    turn_steps: int = 10
     """Steps a turn."""
 
 
@@ -60,11 +59,11 @@ def main(config: Config) -> None:
             for name, loop in loops.items():
                 synchronize(accelerator.device)
                 start = time.perf_counter()
-                for _ in range(config.steps):
+                for _ in range(config.turn_steps):
                     next(loop)
                 synchronize(accelerator.device)
                 if turn:  # the first turn warms up
-                    times[name].append((time.perf_counter() - start) / config.steps * 1000)
+                    times[name].append((time.perf_counter() - start) / config.turn_steps * 1000)
         for loop in loops.values():
             loop.close()
     ratios = [s / b for s, b in zip(times["script"], times["bare"], strict=True)]
