@@ -1,6 +1,10 @@
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -529,3 +533,24 @@ def test_nested_shapes_are_flattened(tmp_path, open_):
     pq.write_table(table.set_column(place, STATE, pa.array(nested)), root / DATA)
     change_info(root, lambda info: info["features"][STATE].update(shape=[2, 2]))
     check_aligned(open_(root))
+
+
+def test_an_unguarded_program_is_told_so_instead_of_hanging(tmp_path):
+    """Decoding processes import the program anew: one that opens a dataset right then would wait for ever."""
+    make_dataset(tmp_path / "data", (6, 6), video=False)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from common.data import DataConfig, open_dataset\n"
+        f"open_dataset(DataConfig(dataset={str(tmp_path / 'data')!r}, cache_dir={str(tmp_path / 'cache')!r}, "
+        "ingest_workers=2))\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, program],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode != 0
+    assert "must do so below `if __name__" in done.stderr

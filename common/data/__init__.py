@@ -66,7 +66,7 @@ def open_dataset(config: DataConfig) -> EpisodeStore:
     """
     from common.data.lerobot import download, open_lerobot
 
-    cache = config.cache_dir.expanduser()
+    cache = Path(config.cache_dir).expanduser()
     for flag, workers, least in (
         ("--num-workers", config.num_workers, 0),
         ("--ingest-workers", config.ingest_workers, 1),

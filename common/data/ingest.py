@@ -133,6 +133,9 @@ def ensure_store(
     """
     path = info.folder(root)
     if defect(path) is not None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            # A decoding process imports the program anew; to wait here for its own parent would never end.
+            raise UserError("A program that opens a dataset must do so below `if __name__ == '__main__':`.")
         with _lock(root, path):
             if defect(path) is not None:  # nobody else has built it meanwhile
                 _build(path, info, *load(), skip_bad, workers)
