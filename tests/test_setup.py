@@ -231,7 +231,9 @@ def make(tmp_path):
 
     def run(**environment):
         command = ["make", "-n", "setup"]
-        env = os.environ | environment
+        # These tests may themselves be run by make, which would leave its marks on a make below it.
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+        env |= environment
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
     return run
