@@ -53,8 +53,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    if min(config.sample_steps, default=0) < 1:
-        raise UserError("--sample-steps needs one or more numbers of at least 1.")
+    if not config.sample_steps or min(*config.sample_steps, config.episodes, config.heldout_samples) < 1:
+        raise UserError("--sample-steps, --episodes and --heldout-samples must each be at least 1.")
     policy = load_policy(config.run, config.checkpoint, seed=config.seed)
     folder = config.run.expanduser() / "evaluation"
     folder.mkdir(exist_ok=True)

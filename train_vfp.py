@@ -175,10 +175,11 @@ def compute_loss(
         draws: noise (B * M, T, A) and flow time (B * M,), where they must be the same every time.
         count: real steps to divide by, see `losses.masked_mse`.
     """
-    images, dropped = vision.to_float(batch.images), None
     if policy.training:
         images = vision.augment(batch.images, config.vision)
         dropped = vision.random_camera_dropout(*images.shape[:2], config.camera_dropout, images.device)
+    else:
+        images, dropped = vision.to_float(batch.images), None
 
     num_draws = config.flow_samples if draws is None else len(draws[0]) // len(images)
     x_1 = normalizer.actions(batch.actions).repeat_interleave(num_draws, dim=0)  # (B * M, T, A)

@@ -37,6 +37,12 @@ MAY_CHANGE_ON_RESUME = {
 """Options that may differ when a run is resumed; any other would make it a different experiment. The
 dataset may have moved: that its content is the same is checked by its fingerprint."""
 
+AT_LEAST_ONE = {
+    *("horizon", "flow_samples", "sample_steps", "d_model", "num_heads", "encoder_layers", "decoder_layers"),
+    *("batch_size", "grad_accumulation", "log_every", "eval_every", "eval_samples", "save_every", "keep"),
+}
+SHARES = {"camera_dropout", "ema_decay", "aug_color", "aug_shift"}
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -122,11 +128,26 @@ def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
         base = from_file(resumed / "config.json")
         config = from_flags(base)
         _refuse_changes(base, config, resumed)
+        _check_ranges(config)
         return _with_run(config, run_dir=resumed, resume=str(resumed))
     if run.config is not None:
         config = from_flags(from_file(run.config))
+    _check_ranges(config)
     _refuse_used(run.run_dir, restart=run.resume == "auto")
     return _with_run(config, resume=None)
+
+
+def _check_ranges(config: Any) -> None:
+    """Refuse numbers that could only fail later, some of them after hours."""
+    options = flat_options(config)
+    for name in AT_LEAST_ONE & options.keys():
+        if options[name] is not None and options[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {options[name]}: it must be at least 1.")
+    for name in SHARES & options.keys():
+        if not 0 <= options[name] <= 1:
+            raise UserError(f"--{name.replace('_', '-')} is {options[name]}: it must lie between 0 and 1.")
+    if min(options.get("time_beta", [1])) <= 0:
+        raise UserError(f"--time-beta is {options['time_beta']}: both numbers must be positive.")
 
 
 def _tidy_help(config_type: type) -> None:

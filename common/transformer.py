@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.errors import UserError
+
 
 class Attention(nn.Module):
     """Multi-head attention of x to itself or to a context whose keys and values were computed before."""
@@ -13,7 +15,9 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, num_heads: int):
         super().__init__()
         if d_model % num_heads:
-            raise ValueError(f"d_model {d_model} must be a multiple of the number of heads, {num_heads}")
+            raise UserError(
+                f"--d-model {d_model} is not a multiple of --num-heads {num_heads}: change one of them."
+            )
         self.num_heads = num_heads
         self.query = nn.Linear(d_model, d_model)
         self.key_value = nn.Linear(d_model, 2 * d_model)

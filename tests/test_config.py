@@ -305,3 +305,20 @@ def test_help_needs_neither_lerobot_nor_wandb_nor_torchvision():
     assert "--camera-dropout" in flags
     assert len(flags) == len(set(flags)) == len(c.flat_options(VfpConfig()))
     assert "default: None" not in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--sample-steps 0", "--sample-steps is 0"),
+        ("--log-every 0", "--log-every"),
+        ("--flow-samples -1", "--flow-samples"),
+        ("--camera-dropout 1.5", "--camera-dropout"),
+        ("--ema-decay -0.1", "--ema-decay"),
+        ("--time-beta 1 0", "--time-beta"),
+        ("--keep 0", "--keep"),
+    ],
+)
+def test_numbers_that_could_only_fail_later_are_refused_at_once(flags, words):
+    with pytest.raises(UserError, match=words):
+        c.parse(VfpConfig, flags.split(), "train_vfp.py")

@@ -9,6 +9,7 @@ import evaluate
 import train_vfp
 from common.config import parse
 from common.data.demo import Simulator
+from common.errors import UserError
 
 
 def test_wilson_interval():
@@ -121,3 +122,9 @@ def test_rollouts_execute_chunks_in_closed_loop(tmp_path):
         assert gif.n_frames > 20
         assert gif.size == (4 * 148, 2 * 148)
     assert math.isclose(Image.open(tmp_path / "rollouts.png").width, 1210, abs_tol=2)
+
+
+@pytest.mark.parametrize("option", ["--sample-steps", "--episodes", "--heldout-samples"])
+def test_numbers_below_one_are_refused(option, tmp_path):
+    with pytest.raises(UserError, match=option):
+        evaluate.main(parse(evaluate.Config, [str(tmp_path), option, "0"], "evaluate.py"))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from common.errors import UserError
 from common.transformer import ActionDecoder, Attention, Encoder, TimeEmbedding, sincos_position_2d
 
 
@@ -34,7 +35,7 @@ def test_attention_is_the_softmax_average_of_the_values():
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="multiple"):
+    with pytest.raises(UserError, match="multiple"):
         Attention(10, 4)
 
 
