@@ -41,7 +41,7 @@ def sample_time(
         return 1 - torch.rand(num, device=device, generator=generator) ** (1 / b)
     if b == 1.0:
         return torch.rand(num, device=device, generator=generator) ** (1 / a)
-    concentration = torch.tensor([a, b], device=device).expand(num, 2)
+    concentration = torch.stack([torch.full((num,), float(c), device=device) for c in (a, b)], dim=1)
     # Dirichlet is what torch draws Beta from; the private function is the one that takes a generator.
     return torch._sample_dirichlet(concentration, generator=generator)[:, 0]
 

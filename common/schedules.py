@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 
 from common.errors import UserError
 
@@ -198,34 +197,33 @@ class AveragedPolicy:
         self.schedule_free = not isinstance(optimizer, torch.optim.AdamW)
         self.decay = 0.0 if self.schedule_free else decay
         self.updates = 0
-        self._average = AveragedModel(policy, multi_avg_fn=self._lerp) if self.decay else None
-        self._copy = None if self.decay else copy.deepcopy(policy).requires_grad_(False)
-
-    def _lerp(self, averages: list[Tensor], weights: list[Tensor], _: Tensor) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        self._average = copy.deepcopy(policy).requires_grad_(False)
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights after an optimizer step."""
         self.updates += 1
-        if self._average is not None:
-            self._average.update_parameters(self.policy)
+        if self.decay:
+            # torch's AveragedModel copies its counter to the device at every step, and waits for it.
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_(list(self._average.parameters()), list(self.policy.parameters()), 1 - decay)
+            buffers = list(self.policy.buffers())
+            if buffers:
+                torch._foreach_copy_(list(self._average.buffers()), buffers)
 
     @property
     def model(self) -> nn.Module:
         """The policy with the averaged weights, in eval mode."""
-        if self._average is not None:
-            return self._average.module.eval()
-        self._copy.load_state_dict(self.policy.state_dict())
+        if not self.decay:
+            self._average.load_state_dict(self.policy.state_dict())
         if self.schedule_free:
             self._schedule_free_average()
-        return self._copy.eval()
+        return self._average.eval()
 
     @torch.no_grad()
     def _schedule_free_average(self) -> None:
         """x from the training point y = (1 - beta1) z + beta1 x (Defazio et al. 2024)."""
-        mine = dict(zip(self.policy.parameters(), self._copy.parameters(), strict=True))
+        mine = dict(zip(self.policy.parameters(), self._average.parameters(), strict=True))
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state.get(parameter, {})
@@ -235,6 +233,5 @@ class AveragedPolicy:
     def load(self, weights: dict[str, Tensor], updates: int) -> None:
         """Restore an EMA from exported weights; the other averages follow from the training state."""
         self.updates = updates
-        if self._average is not None:
-            self._average.module.load_state_dict(weights)
-            self._average.n_averaged.fill_(updates)
+        if self.decay:
+            self._average.load_state_dict(weights)

@@ -122,7 +122,8 @@ class ConvBackbone(Backbone):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.stem(2 * images - 1)
         attention = self.keypoints(features).float().flatten(2).softmax(dim=-1)  # (B, keypoints, H/4 * W/4)
-        keypoints = attention @ self.coordinates
+        with torch.autocast(images.device.type, enabled=False):  # half precision would cost whole pixels
+            keypoints = attention @ self.coordinates
         tokens = self.out(features).flatten(2).transpose(1, 2) + self.position
         return tokens, torch.cat([keypoints.flatten(1), tokens.mean(dim=1)], dim=1)
 
@@ -309,8 +310,8 @@ def augment(images: Tensor, config: VisionConfig, generator: torch.Generator | N
             s = config.aug_color
             x = x * draw(1 - s, 1 + s)
             x = _blend(x, x.mean(dim=(1, 2, 3), keepdim=True), draw(1 - s, 1 + s))
-            luma = torch.tensor([0.299, 0.587, 0.114], device=x.device).view(3, 1, 1)
-            x = _blend(x, (x * luma).sum(dim=1, keepdim=True), draw(1 - s, 1 + s)).clamp(0, 1)
+            luma = 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+            x = _blend(x, luma, draw(1 - s, 1 + s)).clamp(0, 1)
         if config.aug_blur:
             x = _blur(x, draw(0, config.aug_blur), config.aug_blur)
     return x.view(images.shape)
