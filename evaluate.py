@@ -63,8 +63,7 @@ def main(config: Config) -> None:
     print(f"{config.run}, {policy.checkpoint.name}, on {policy.device}")
 
     results["heldout"] = evaluate_heldout(policy, config, folder)
-    is_demo = policy.config.data.dataset == "demo"
-    if is_demo:
+    if policy.config.data.dataset == ("demo",):
         results["closed_loop"] = evaluate_closed_loop(policy, config, folder)
     results["latency_ms"] = measure_latency(policy, config)
     (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
@@ -94,12 +93,13 @@ def evaluate_heldout(policy: RobotPolicy, config: Config, folder: Path) -> dict 
         raise UserError(
             f"{store.source} has changed since {config.run} was trained on it: restore it to evaluate."
         )
-    train_episodes, held_out = split_episodes(store.num_episodes, data.val_fraction, policy.config.run.seed)
+    train_episodes, held_out = split_episodes(store, data.val_fraction, policy.config.run.seed)
     if len(held_out) == 0:
         print("no held-out episodes (--val-fraction 0): skipping the held-out error")
         return None
-    train_set = ChunkDataset(store, train_episodes, policy.horizon)
-    val_set = ChunkDataset(store, held_out, policy.horizon)
+    chunking = (policy.horizon, data.proprio_history, data.action_offset)
+    train_set = ChunkDataset(store, train_episodes, *chunking)
+    val_set = ChunkDataset(store, held_out, *chunking)
     num = min(config.heldout_samples, len(val_set))
     chosen = np.linspace(0, len(val_set) - 1, num).astype(int)
     rows = val_set.rows[chosen]
@@ -115,9 +115,9 @@ def evaluate_heldout(policy: RobotPolicy, config: Config, folder: Path) -> dict 
     normalizer = policy.normalizer.cpu()
     results = {"steps": num, "episodes": len(held_out), "sample_steps": config.sample_steps[0]}
     for name, chunks in predictions.items():
-        error = (normalizer.actions(chunks) - normalizer.actions(target)).abs()[real]  # (real steps, A)
-        in_units = (chunks - target).abs()[real].mean(0)
-        per_dimension = dict(zip(policy.spec.action_names, in_units.tolist(), strict=True))
+        in_units = (chunks - target).abs()[real]  # (real steps, A)
+        error = in_units / normalizer.action_scale
+        per_dimension = dict(zip(policy.spec.action_names, in_units.mean(0).tolist(), strict=True))
         results[name] = {"mae": error.mean().item(), "per_dimension": per_dimension}
     normalizer.to(policy.device)
     draw_heldout(policy, store, held_out[0], config, folder / "heldout.png")
@@ -171,10 +171,13 @@ def trivial_predictions(
 def draw_heldout(policy: RobotPolicy, store, episode: int, config: Config, path: Path) -> None:
     """One held-out episode: every action dimension as recorded, and the chunks sampled along the way."""
     plt = pyplot()
-    dataset = ChunkDataset(store, np.array([episode]), policy.horizon)
+    data = policy.config.data
+    dataset = ChunkDataset(
+        store, np.array([episode]), policy.horizon, data.proprio_history, data.action_offset
+    )
     starts = np.arange(0, len(dataset), max(policy.horizon // 2, 1))
     chunks = sample_chunks(policy, dataset, starts, config).numpy()
-    recorded = store.action[dataset.rows]
+    recorded = store.action[dataset.rows + data.action_offset]
     num = recorded.shape[1]
     columns = min(4, num)
     rows = math.ceil(num / columns)
@@ -231,26 +234,27 @@ def roll_out(policy: RobotPolicy, config: Config, sample_steps: int, mismatched:
 
     simulator = Simulator(config.episodes, config.seed)
     policy.reset()
-    execute = min(config.execute_steps or max(policy.horizon // 2, 1), policy.horizon)
-    trace = [simulator.hands.copy()]
+    history, offset = policy.spec.proprio_history, policy.spec.action_offset
+    execute = config.execute_steps or max(policy.horizon // 2, 1)
+    execute = max(min(execute, policy.horizon - offset), 1)
+    trace, states = [simulator.hands.copy()], [simulator.state] * history
+    latest: np.ndarray | None = None  # the chunks being executed (E, T, A)
     with tqdm(
         total=MAX_STEPS, desc=f"rollouts, {sample_steps} sampling steps", unit="step", leave=False
     ) as bar:
         while not simulator.done.all():
             images = torch.from_numpy(simulator.images()).permute(0, 1, 4, 2, 3)  # (E, 3, 3, H, W)
             images = images.roll(1, dims=0) if mismatched else images
-            proprio = torch.from_numpy(simulator.state)[:, None]
-            chunks = torch.cat(
-                [
-                    policy.sample(i, p, sample_steps).cpu()
-                    for i, p in zip(
-                        images.split(config.batch_size), proprio.split(config.batch_size), strict=True
-                    )
-                ]
-            ).numpy()
-            for k in range(execute):
-                simulator.step(chunks[:, k])
+            proprio = torch.from_numpy(np.stack(states[-history:], axis=1))  # (E, K, P)
+            parts = zip(images.split(config.batch_size), proprio.split(config.batch_size), strict=True)
+            chunks = torch.cat([policy.sample(i, p, sample_steps).cpu() for i, p in parts]).numpy()
+            # A chunk begins `offset` steps from now; until then the one before it is still due.
+            before = chunks[:, :1].repeat(offset, 1) if latest is None else latest[:, execute:][:, :offset]
+            latest = chunks
+            for actions in np.concatenate([before, chunks], axis=1).swapaxes(0, 1)[:execute]:
+                simulator.step(actions)
                 trace.append(simulator.hands.copy())
+                states.append(simulator.state)
                 bar.update()
     return simulator, np.stack(trace)
 
@@ -338,6 +342,9 @@ def measure_latency(policy: RobotPolicy, config: Config, repeats: int = 20) -> d
     """Milliseconds from one raw observation to one chunk, for each number of sampling steps."""
     frame = np.zeros((*policy.spec.image_size, 3), np.uint8)
     state = policy.normalizer.state_offset.cpu().numpy()
+    if policy.spec.state_rotations:
+        state = policy.spec.state_rotations.decode(state)
+    state = np.stack([state] * policy.spec.proprio_history)
     observation = {"images": dict.fromkeys(policy.spec.cameras, frame), "state": state}
     results = {}
     for steps in config.sample_steps:

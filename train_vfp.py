@@ -26,7 +26,7 @@ from common import checkpoint, flow, losses, vision
 from common.config import Flat, RunConfig, cli, resolve_steps
 from common.data import Batch, ChunkDataset, DataConfig, make_loader, open_dataset, split_episodes
 from common.launch import check_same_data, create_run_dir, make_accelerator
-from common.normalize import Normalization, Normalizer, fit_statistics
+from common.normalize import Normalization, Normalizer
 from common.schedules import (
     AveragedPolicy,
     OptimConfig,
@@ -81,12 +81,13 @@ class Config:
 class InfoEmbedder(nn.Module):
     """Fuses the tokens and summaries of all cameras with the joint states into one memory."""
 
-    def __init__(self, config: Config, backbones: list[vision.Backbone], state_dim: int):
+    def __init__(self, config: Config, backbones: list[vision.Backbone], spec: checkpoint.PolicySpec):
         super().__init__()
         d_model, num_cameras = config.d_model, len(backbones)
         self.tokens_in = nn.ModuleList(nn.Linear(b.token_dim, d_model) for b in backbones)
         self.summary_in = nn.ModuleList(nn.Linear(b.summary_dim, d_model) for b in backbones)
-        self.proprio_in = nn.Linear(state_dim, d_model)
+        self.proprio_in = nn.Linear(spec.state_dim, d_model)
+        self.proprio_position = nn.Parameter(torch.zeros(spec.proprio_history, d_model))
         self.camera_embedding = nn.Parameter(torch.randn(num_cameras, d_model) * 0.02)
         self.missing = nn.Parameter(torch.randn(num_cameras, d_model) * 0.02)  # stands for a lost camera
         self.encoder = Encoder(d_model, config.num_heads, config.encoder_layers)
@@ -102,7 +103,7 @@ class InfoEmbedder(nn.Module):
         Returns:
             (B, K + N (L + 1), D).
         """
-        memory = [self.proprio_in(proprio)]
+        memory = [self.proprio_in(proprio) + self.proprio_position]
         for n, (tokens, summary) in enumerate(views):
             tokens = torch.cat([self.tokens_in[n](tokens), self.summary_in[n](summary).unsqueeze(1)], dim=1)
             if dropped is not None:
@@ -127,7 +128,7 @@ class Policy(nn.Module):
             )
             self.add_module(f"{camera}_backbone", backbone)
         backbones = [getattr(self, f"{camera}_backbone") for camera in spec.cameras]
-        self.info_embedder = InfoEmbedder(config, backbones, spec.state_dim)
+        self.info_embedder = InfoEmbedder(config, backbones, spec)
         self.action_decoder = ActionDecoder(
             spec.action_dim,
             config.horizon,
@@ -182,7 +183,8 @@ def compute_loss(
         images, dropped = vision.to_float(batch.images), None
 
     num_draws = config.flow_samples if draws is None else len(draws[0]) // len(images)
-    x_1 = normalizer.actions(batch.actions).repeat_interleave(num_draws, dim=0)  # (B * M, T, A)
+    x_1 = normalizer.actions(batch.actions, batch.proprio)  # (B, T, A)
+    x_1 = x_1.repeat_interleave(num_draws, dim=0)  # (B * M, T, A)
     is_pad = batch.is_pad.repeat_interleave(num_draws, dim=0)  # (B * M, T)
     if draws is None:
         x_0 = torch.randn_like(x_1)
@@ -247,7 +249,8 @@ def evaluate(
         with accelerator.autocast():
             loss = compute_loss(policy, batch, normalizer, config, draws)
             sampled = sample_actions(policy, batch.images, proprio, config, generator=noise)
-        error = losses.masked_l1(sampled, normalizer.actions(batch.actions), ~batch.is_pad)
+        target = normalizer.actions(batch.actions, batch.proprio)
+        error = losses.masked_l1(sampled, target, ~batch.is_pad)
         sums += torch.stack([loss, error, torch.ones_like(loss)]) * (~batch.is_pad).sum()
     loss, error, count = accelerator.reduce(sums).tolist()
     return {"loss": loss / count, "action_mae": error / count}
@@ -261,19 +264,17 @@ def main(config: Config) -> None:
     # Data
     store = open_dataset(config.data)
     check_same_data(config.run, store)
-    train_episodes, held_out = split_episodes(store.num_episodes, config.data.val_fraction, config.run.seed)
-    train_set = ChunkDataset(store, train_episodes, config.horizon)
-    val_set = ChunkDataset(store, held_out, config.horizon) if len(held_out) else None
-    normalizer = Normalizer(
-        fit_statistics(store.state[train_set.rows]),
-        fit_statistics(store.action[train_set.rows]),
-        config.normalization,
-    ).to(accelerator.device)
+    train_episodes, held_out = split_episodes(store, config.data.val_fraction, config.run.seed)
+    history, offset = config.data.proprio_history, config.data.action_offset
+    train_set = ChunkDataset(store, train_episodes, config.horizon, history, offset)
+    val_set = ChunkDataset(store, held_out, config.horizon, history, offset) if len(held_out) else None
+    normalizer = Normalizer.fit(train_set, config.normalization, config.data.relative_actions)
+    normalizer.to(accelerator.device)
     global_batch = config.optim.batch_size * config.optim.grad_accumulation * accelerator.num_processes
     total_steps = resolve_steps(config.optim.steps, config.optim.epochs, len(train_set), global_batch)
 
     # Policy
-    spec = checkpoint.PolicySpec.of(store, config.run)
+    spec = checkpoint.PolicySpec.of(train_set, config.run)
     policy = Policy(config, spec, pretrained=not config.run.resume)
     spec = spec.with_backbone(getattr(policy, f"{spec.cameras[0]}_backbone"))
     if not config.run.resume:

@@ -65,7 +65,7 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cameras = ("observation.images.cam_head", "observation.images.cam_left")
         root = options.dataset or record(Path(folder) / "dataset", cameras, 480, 640, options.steps)
-        config = DataConfig(str(root), image_size=options.image_size, ingest_workers=1)
+        config = DataConfig((str(root),), image_size=options.image_size, ingest_workers=1)
         runs = 0
 
         def ingest(config: DataConfig = config) -> int:

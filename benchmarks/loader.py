@@ -126,7 +126,7 @@ def main(options: Options) -> None:
         root = options.dataset or record(
             Path(folder) / "dataset", CAMERAS, options.size, options.size, options.steps
         )
-        store = open_dataset(DataConfig(str(root), cache_dir=Path(folder) / "cache"))
+        store = open_dataset(DataConfig((str(root),), cache_dir=Path(folder) / "cache"))
         dataset = ChunkDataset(store, range(store.num_episodes), options.horizon)
         store.images(np.arange(store.num_steps))  # every page in memory
         row_bytes = int(np.prod(store.row_shape))

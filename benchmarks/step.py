@@ -27,7 +27,7 @@ from common import checkpoint
 from common.config import Flat, cli
 from common.data import ChunkDataset, make_loader, open_dataset
 from common.launch import make_accelerator
-from common.normalize import Normalizer, fit_statistics
+from common.normalize import Normalizer
 from common.schedules import AveragedPolicy, build_optimizer, build_scheduler, clip_gradients, learning_rates
 from common.tracking import Tracker
 
@@ -48,11 +48,11 @@ def main(config: Config) -> None:
     accelerator = make_accelerator(script.run)
     store = open_dataset(script.data)
     data = ChunkDataset(store, range(store.num_episodes), script.horizon)
-    normalizer = Normalizer(fit_statistics(store.state), fit_statistics(store.action)).to(accelerator.device)
+    normalizer = Normalizer.fit(data).to(accelerator.device)
     with tempfile.TemporaryDirectory() as folder:
         loops = {
-            "bare": bare_loop(script, accelerator, store, data, normalizer),
-            "script": script_loop(script, accelerator, store, data, normalizer, Path(folder)),
+            "bare": bare_loop(script, accelerator, data, normalizer),
+            "script": script_loop(script, accelerator, data, normalizer, Path(folder)),
         }
         times = {name: [] for name in loops}
         for turn in range(config.rounds + 1):
@@ -85,10 +85,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def bare_loop(script, accelerator, store, data, normalizer):
+def bare_loop(script, accelerator, data, normalizer):
     """A loop as a tutorial writes it; yields after every step."""
     torch.manual_seed(0)
-    policy = train_vfp.Policy(script, checkpoint.PolicySpec.of(store)).to(accelerator.device).train()
+    policy = train_vfp.Policy(script, checkpoint.PolicySpec.of(data)).to(accelerator.device).train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=script.optim.lr, fused=True)
     average = torch.optim.swa_utils.AveragedModel(
         policy, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(script.optim.ema_decay)
@@ -106,10 +106,10 @@ def bare_loop(script, accelerator, store, data, normalizer):
         yield
 
 
-def script_loop(script, accelerator, store, data, normalizer, folder: Path):
+def script_loop(script, accelerator, data, normalizer, folder: Path):
     """The loop of train_vfp.py, without evaluation and checkpoints; yields after every step."""
     torch.manual_seed(0)
-    policy = train_vfp.Policy(script, checkpoint.PolicySpec.of(store)).to(accelerator.device)
+    policy = train_vfp.Policy(script, checkpoint.PolicySpec.of(data)).to(accelerator.device)
     optimizer = build_optimizer(policy, script.optim)
     averaged = AveragedPolicy(policy, optimizer, script.optim.ema_decay)
     ddp_policy, optimizer = accelerator.prepare(policy, optimizer)

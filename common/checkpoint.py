@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.config import RunConfig, to_dict
+from common.data import ChunkDataset
+from common.data.rotation import Rotations
 from common.errors import UserError
 from common.normalize import Normalizer
 
@@ -38,6 +40,9 @@ class PolicySpec:
         state_names, action_names: meaning of each dimension.
         fps: control steps per second.
         task: what the demonstrations show, if the dataset says so.
+        proprio_history: K, states in an observation.
+        action_offset: control steps from an observation to the first action of its chunk.
+        state_rotations, action_rotations: rotations that were re-expressed, see `common/data/rotation.py`.
         backbone_config: architecture of a Hugging Face backbone, so that loading needs no hub.
     """
 
@@ -47,6 +52,10 @@ class PolicySpec:
     action_names: tuple[str, ...]
     fps: float
     task: str | None = None
+    proprio_history: int = 1
+    action_offset: int = 0
+    state_rotations: Rotations | None = None
+    action_rotations: Rotations | None = None
     backbone_config: dict | None = None
 
     @property
@@ -58,22 +67,26 @@ class PolicySpec:
         return len(self.action_names)
 
     @classmethod
-    def of(cls, store, run: RunConfig | None = None) -> "PolicySpec":
-        """The spec of policies for an episode store.
+    def of(cls, dataset: ChunkDataset, run: RunConfig | None = None) -> "PolicySpec":
+        """The spec of policies for a dataset.
 
         A run that is resumed brings the architecture of its backbone along: the model it was once started
         from, on the hub or in a folder, is no longer needed.
         """
-        backbone = None
+        backbone, store = None, dataset.store
         if run is not None and run.resume:
             backbone = read_settings(find(run.run_dir))["spec"]["backbone_config"]
         return cls(
-            tuple(store.cameras),
-            tuple(store.image_size),
-            tuple(store.state_names),
-            tuple(store.action_names),
+            store.cameras,
+            store.image_size,
+            store.state_names,
+            store.action_names,
             store.fps,
             store.task,
+            dataset.proprio_history,
+            dataset.action_offset,
+            store.state_rotations,
+            store.action_rotations,
             backbone,
         )
 
@@ -83,7 +96,13 @@ class PolicySpec:
 
     @classmethod
     def from_json(cls, values: dict) -> "PolicySpec":
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        for name in ("state_rotations", "action_rotations"):
+            found = values.get(name)
+            if found:
+                kind, starts, recorded = found["kind"], tuple(found["starts"]), tuple(found["recorded"])
+                values[name] = Rotations(kind, starts, recorded)
+        return cls(**values)
 
 
 def save(

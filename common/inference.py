@@ -15,8 +15,8 @@ from torch import Tensor
 
 from common.checkpoint import PolicySpec, find, load_components, read_settings
 from common.config import from_dict
+from common.data.cameras import short_name
 from common.data.frames import resize_rgb
-from common.data.lerobot import short_name
 from common.errors import UserError
 from common.normalize import Normalizer
 
@@ -107,6 +107,7 @@ class RobotPolicy:
         else:
             self._generator.manual_seed(self._seed)
         self._chunks: list[tuple[int, np.ndarray]] = []  # (step of its first action, (T, A))
+        self._states: list[np.ndarray] = []  # the last K, for next_action
         self._step = 0
 
     def act(self, observation: Mapping, sample_steps: int | None = None, clip: bool = False) -> np.ndarray:
@@ -114,31 +115,45 @@ class RobotPolicy:
 
         Args:
             observation: `images`, a mapping from camera name (short, or the dataset's full key) to an RGB
-                frame (H, W, 3) uint8 of any size; and `state`, (P,) in recorded units and order.
+                frame (H, W, 3) uint8 of any size; and `state`, (P,) in recorded units and order. A policy
+                that sees K states needs (K, P), the present one last.
             sample_steps: integration steps, instead of the number the policy was trained to use by default.
             clip: keep every action within the range recorded in training.
 
         Returns:
-            (T, A) float32 in recorded units; row 0 is for now, row i for i / fps seconds later.
+            (T, A) float32 in recorded units; row i is for i / fps seconds from now, or, of a policy with an
+            action offset, that many steps later.
 
         Raises:
             ValueError: for a missing or unknown camera, a wrong shape or dtype, a state that is not finite.
         """
         images = self._images(observation["images"])
-        state = np.asarray(observation["state"], np.float32)
-        if state.shape != (self.spec.state_dim,):
-            raise ValueError(f"state must have shape ({self.spec.state_dim},), got {state.shape}")
-        chunk = self.sample(images[None], torch.from_numpy(state)[None, None], sample_steps, clip)
-        return chunk[0].cpu().numpy()
+        state, history = np.asarray(observation["state"], np.float32), self.spec.proprio_history
+        state = state[None] if state.ndim == 1 and history == 1 else state
+        if state.shape != (history, self.state_dim):
+            wanted = f"({self.state_dim},)" if history == 1 else f"{(history, self.state_dim)}, oldest first"
+            raise ValueError(f"state must have shape {wanted}, got {state.shape}")
+        if not np.isfinite(state).all():
+            raise ValueError("the state holds NaN or infinity: check the robot's sensors before acting on it")
+        if self.spec.state_rotations:
+            state = self.spec.state_rotations.encode(state)
+        chunk = self.sample(images[None], torch.from_numpy(state)[None], sample_steps, clip)[0].cpu().numpy()
+        return self.spec.action_rotations.decode(chunk) if self.spec.action_rotations else chunk
+
+    @property
+    def state_dim(self) -> int:
+        """P, as the robot delivers it."""
+        rotations = self.spec.state_rotations
+        return len(rotations.recorded) if rotations else self.spec.state_dim
 
     def sample(
         self, images: Tensor, proprio: Tensor, sample_steps: int | None = None, clip: bool = False
     ) -> Tensor:
-        """Sample a chunk for each of many observations at once.
+        """Sample a chunk for each of many observations at once, given as an episode store gives them.
 
         Args:
             images: (B, N, 3, H, W) uint8, ordered as `spec.cameras`, already of `spec.image_size`.
-            proprio: (B, K, P) in recorded units.
+            proprio: (B, K, P) in recorded units; rotations re-expressed, if the policy was trained so.
 
         Returns:
             (B, T, A) float32 in recorded units, on the policy's device.
@@ -148,14 +163,17 @@ class RobotPolicy:
         """
         if not torch.isfinite(proprio).all():
             raise ValueError("the state holds NaN or infinity: check the robot's sensors before acting on it")
-        proprio = self.normalizer.proprio(proprio.to(self.device))
+        proprio = proprio.to(self.device)
         actions = self._sample_actions(
-            self.model, images.to(self.device), proprio, self.config, sample_steps, self._generator
+            self.model,
+            images.to(self.device),
+            self.normalizer.proprio(proprio),
+            self.config,
+            sample_steps,
+            self._generator,
         )
-        actions = self.normalizer.unnormalize_actions(actions)
-        if clip:
-            actions = torch.clamp(actions, self.normalizer.action_min, self.normalizer.action_max)
-        return actions
+        actions = self.normalizer.unnormalize_actions(actions, proprio)
+        return torch.clamp(actions, *self.normalizer.action_range) if clip else actions
 
     def next_action(
         self,
@@ -168,27 +186,35 @@ class RobotPolicy:
         """The action for this control step; call once every 1 / fps seconds.
 
         Args:
+            observation: see `act`, with the present state alone: earlier ones are remembered here.
             execute_steps: actions of a chunk to execute before the next is sampled (default: half of it).
             ensemble: instead, sample a chunk at every step and average all predictions for now, with weight
                 exp(-ensemble * age), oldest first at age 0 (temporal ensembling, Zhao et al. 2023).
 
         Returns:
-            (A,) float32 in recorded units.
+            (A,) float32 in recorded units. Until the first action of a policy with an action offset is due,
+            that action.
         """
-        execute_steps = execute_steps or max(self.horizon // 2, 1)
-        if not 1 <= execute_steps <= self.horizon:
-            raise ValueError(f"execute_steps must lie in 1..{self.horizon}, got {execute_steps}")
-        newest = self._chunks[-1][0] if self._chunks else None
+        history, offset = self.spec.proprio_history, self.spec.action_offset
+        if execute_steps is None:
+            execute_steps = max(min(self.horizon // 2, self.horizon - offset), 1)
+        if not 1 <= execute_steps <= self.horizon - offset:
+            raise ValueError(f"execute_steps must lie in 1..{self.horizon - offset}, got {execute_steps}")
+        state = np.asarray(observation["state"], np.float32)
+        if state.shape != (self.state_dim,):
+            raise ValueError(f"state must have shape ({self.state_dim},), got {state.shape}")
+        self._states = [*(self._states or [state] * history), state][-history:]  # as at an episode's start
+        newest = self._chunks[-1][0] - offset if self._chunks else None  # the step at which it was sampled
         if newest is None or ensemble is not None or self._step - newest >= execute_steps:
-            self._chunks.append((self._step, self.act(observation, sample_steps, clip)))
+            seen = {**observation, "state": np.stack(self._states)}
+            self._chunks.append((self._step + offset, self.act(seen, sample_steps, clip)))
         self._chunks = [(s, chunk) for s, chunk in self._chunks if self._step - s < self.horizon]
-        if ensemble is None:
-            start, chunk = self._chunks[-1]
-            action = chunk[self._step - start]
-        else:
-            predictions = np.stack([chunk[self._step - start] for start, chunk in self._chunks])
-            weights = np.exp(-ensemble * np.arange(len(predictions)))
-            action = (weights[:, None] * predictions).sum(0) / weights.sum()
+        due = [chunk[self._step - start] for start, chunk in self._chunks if self._step >= start]
+        due = due or [self._chunks[0][1][0]]
+        action = due[-1]
+        if ensemble is not None:
+            weights = np.exp(-ensemble * np.arange(len(due)))
+            action = (weights[:, None] * np.stack(due)).sum(0) / weights.sum()
         self._step += 1
         return action.astype(np.float32)
 

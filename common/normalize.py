@@ -4,8 +4,9 @@ Quantiles are computed here, from the data: those stored in a LeRobot dataset ar
 quantiles, which are not the quantiles of the whole.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.data import ChunkDataset
 
 Normalization = Literal["mean-std", "min-max", "quantile"]
 
@@ -63,35 +67,105 @@ def scale_offset(statistics: dict[str, Tensor], mode: Normalization) -> tuple[Te
     return torch.where(constant, 1.0, scale), offset
 
 
+def shared_dimensions(state_names: Sequence[str], action_names: Sequence[str]) -> np.ndarray:
+    """For each action dimension the state dimension that is the same thing, or -1: (A,) int64.
+
+    They are the same where they have the same name, or, if no name agrees, where there are as many of both.
+
+    Raises:
+        UserError: if neither holds.
+    """
+    places = {name: i for i, name in enumerate(state_names)}
+    pairs = np.array([places.get(name, -1) for name in action_names], np.int64)
+    if (pairs >= 0).any():
+        return pairs
+    if len(state_names) == len(action_names):
+        return np.arange(len(action_names))
+    raise UserError(
+        f"--relative-actions: no dimension of the action ({', '.join(action_names)}) is one of the state "
+        f"({', '.join(state_names)}): choose others with --state-keys or --action-keys."
+    )
+
+
 class Normalizer(nn.Module):
     """Normalizes proprioception and actions, and inverts it for actions; always in float32.
 
+    Actions can be relative: the difference from the present state is normalized, in the dimensions that both
+    share.
+
     Args:
-        state, action: statistics from `fit_statistics`.
+        state, action: statistics from `fit_statistics`, of what is normalized.
         mode: see `scale_offset`.
+        relative_to: see `shared_dimensions`; None leaves actions as recorded.
+        action_range: (2, A), lowest and highest recorded action (default: as in the statistics).
     """
 
-    def __init__(self, state: dict[str, Tensor], action: dict[str, Tensor], mode: Normalization = "mean-std"):
+    def __init__(
+        self,
+        state: dict[str, Tensor],
+        action: dict[str, Tensor],
+        mode: Normalization = "mean-std",
+        relative_to: Tensor | None = None,
+        action_range: Tensor | None = None,
+    ):
         super().__init__()
         self.statistics = {"state": state, "action": action}
         for name, statistics in self.statistics.items():
             scale, offset = scale_offset(statistics, mode)
             self.register_buffer(f"{name}_scale", scale)
             self.register_buffer(f"{name}_offset", offset)
-        self.register_buffer("action_min", action["min"])
-        self.register_buffer("action_max", action["max"])
+        if action_range is None:
+            action_range = torch.stack([action["min"], action["max"]])
+        self.register_buffer("action_range", action_range)
+        self.is_relative = relative_to is not None
+        relative_to = torch.full(action["mean"].shape, -1) if relative_to is None else relative_to
+        self.register_buffer("relative_to", relative_to)
+        self.register_buffer("_base_index", relative_to.clamp(min=0))
+        self.register_buffer("_base_weight", (relative_to >= 0).float())
+
+    @classmethod
+    def fit(
+        cls, dataset: "ChunkDataset", mode: Normalization = "mean-std", relative: bool = False
+    ) -> "Normalizer":
+        """Fit on the steps of a dataset, each counted once whatever the datasets' weights."""
+        store, rows = dataset.store, dataset.rows
+        recorded = store.action[rows + dataset.action_offset]
+        state, action = fit_statistics(store.state[rows]), fit_statistics(recorded)
+        if not relative:
+            return cls(state, action, mode)
+        action_range = torch.stack([action["min"], action["max"]])
+        pairs = shared_dimensions(store.state_names, store.action_names)
+        for dim in np.flatnonzero(
+            pairs >= 0
+        ):  # one after the other: all chunks at once can be many gigabytes
+            chunks, is_pad = dataset.chunks(rows, dim)
+            differences = (chunks - store.state[rows, pairs[dim]][:, None])[~is_pad]
+            for name, value in fit_statistics(differences[:, None]).items():
+                action[name][dim] = value[0]
+        return cls(state, action, mode, torch.from_numpy(pairs), action_range)
 
     def proprio(self, proprio: Tensor) -> Tensor:
         """(..., P) in recorded units -> unitless float32."""
         return (proprio.float() - self.state_offset) / self.state_scale
 
-    def actions(self, actions: Tensor) -> Tensor:
-        """(..., A) in recorded units -> unitless float32."""
-        return (actions.float() - self.action_offset) / self.action_scale
+    def actions(self, actions: Tensor, proprio: Tensor) -> Tensor:
+        """Recorded units -> unitless float32.
 
-    def unnormalize_actions(self, actions: Tensor) -> Tensor:
-        """(..., A) unitless -> recorded units, float32."""
-        return actions.float() * self.action_scale + self.action_offset
+        Args:
+            actions: (B, T, A).
+            proprio: (B, K, P) in recorded units, the present state last.
+        """
+        return (actions.float() - self._base(proprio) - self.action_offset) / self.action_scale
+
+    def unnormalize_actions(self, actions: Tensor, proprio: Tensor) -> Tensor:
+        """The inverse of `actions`."""
+        return actions.float() * self.action_scale + self.action_offset + self._base(proprio)
+
+    def _base(self, proprio: Tensor) -> Tensor | float:
+        """What actions are relative to, (B, 1, A)."""
+        if not self.is_relative:
+            return 0.0
+        return proprio[:, -1:].float().index_select(-1, self._base_index) * self._base_weight
 
     def save(self, path: Path) -> None:
         """Write the statistics as safetensors: `state.mean`, `action.q99`, ..."""
@@ -100,6 +174,9 @@ class Normalizer(nn.Module):
             for name, statistics in self.statistics.items()
             for key, value in statistics.items()
         }
+        tensors["action_range"] = self.action_range.cpu().contiguous()
+        if self.is_relative:
+            tensors["relative_to"] = self.relative_to.cpu().contiguous()
         save_file(tensors, path)
 
     @classmethod
@@ -115,8 +192,9 @@ class Normalizer(nn.Module):
                 {key: tensors[f"{name}.{key}"] for key in ("mean", "std", "min", "max", "q01", "q99")}
                 for name in ("state", "action")
             ]
+            action_range = tensors["action_range"]
         except Exception as error:
             raise UserError(
                 f"{path} holds no normalization statistics ({error}): use another checkpoint."
             ) from None
-        return cls(*parts, mode)
+        return cls(*parts, mode, tensors.get("relative_to"), action_range)

@@ -14,7 +14,7 @@ from common import checkpoint
 from common.config import RunConfig, parse
 from common.data import ChunkDataset, open_dataset
 from common.launch import make_accelerator
-from common.normalize import Normalizer, fit_statistics
+from common.normalize import Normalizer
 
 
 def main(dataset: str, cache_dir: str, out: str) -> None:
@@ -26,9 +26,9 @@ def main(dataset: str, cache_dir: str, out: str) -> None:
     accelerator = make_accelerator(RunConfig())
     store = open_dataset(config.data)
     data = ChunkDataset(store, range(store.num_episodes), config.horizon)
-    normalizer = Normalizer(fit_statistics(store.state), fit_statistics(store.action))
+    normalizer = Normalizer.fit(data)
     torch.manual_seed(0)
-    policy = train_vfp.Policy(config, checkpoint.PolicySpec.of(store))
+    policy = train_vfp.Policy(config, checkpoint.PolicySpec.of(data))
     with torch.no_grad():  # zero-initialised projections would hide most gradients
         for parameter in policy.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

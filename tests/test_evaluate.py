@@ -53,7 +53,7 @@ def test_a_run_on_recorded_data_is_evaluated(tiny, tmp_path, capsys):
     policy = evaluate.load_policy(run_dir)
     data = policy.config.data
     store = evaluate.open_dataset(data)
-    train_episodes, held_out = evaluate.split_episodes(store.num_episodes, data.val_fraction, 0)
+    train_episodes, held_out = evaluate.split_episodes(store, data.val_fraction, 0)
     starts = store.episode_starts
     steps = [s for e in train_episodes for s in range(starts[e], starts[e + 1])]
     mean = store.action[steps].mean(0)

@@ -24,7 +24,7 @@ from lerobot_factory import (
 )
 
 from common.data import DataConfig, open_dataset
-from common.data.lerobot import short_name
+from common.data.cameras import short_name
 from common.errors import UserError
 
 HIGH, LEFT, RIGHT, HEAD = (f"observation.images.cam_{name}" for name in ("high", "left", "right", "head"))
@@ -35,7 +35,7 @@ VIDEO = f"videos/{HIGH}/chunk-000/file-000.mp4"
 @pytest.fixture
 def open_(tmp_path):
     def open_(root, **options):
-        return open_dataset(DataConfig(str(root), cache_dir=tmp_path / "cache", **options))
+        return open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache", **options))
 
     return open_
 
@@ -154,7 +154,7 @@ def test_other_keys_and_number_types(tmp_path, open_):
         edit_column(
             file, "robot.joints", lambda rows: [[float(x) for x in row] for row in rows]
         )  # float64 lists
-    check_aligned(open_(root, state_key="robot.joints"))
+    check_aligned(open_(root, state_keys=("robot.joints",)))
 
 
 def rename(root, old, new):
@@ -340,11 +340,11 @@ def test_missing_keys_name_those_there(tmp_path, refused):
     root = make_dataset(tmp_path / "d", (4,), (HIGH, LEFT))
     refused(
         root,
-        r"no --state-key observation.stat \(did you mean observation.state\?\): it has",
-        state_key="observation.stat",
+        r"no --state-keys observation.stat \(did you mean observation.state\?\): it has",
+        state_keys=("observation.stat",),
     )
-    refused(root, "no --action-key wheels: it has observation.state, action", action_key="wheels")
-    refused(root, "no --state-key", state_key=HIGH)
+    refused(root, "no --action-keys wheels: it has observation.state, action", action_keys=("wheels",))
+    refused(root, "no --state-keys", state_keys=(HIGH,))
     refused(root, r"no camera hihg \(did you mean high\?\): it has high, left", cameras=("hihg",))
     refused(root, "twice", cameras=("high", HIGH))
 
@@ -539,10 +539,10 @@ def test_an_unguarded_program_is_told_so_instead_of_hanging(tmp_path):
     """Decoding processes import the program anew: one that opens a dataset right then would wait for ever."""
     make_dataset(tmp_path / "data", (6, 6), video=False)
     program = tmp_path / "program.py"
+    folders = f"({str(tmp_path / 'data')!r},), cache_dir={str(tmp_path / 'cache')!r}"
     program.write_text(
         "from common.data import DataConfig, open_dataset\n"
-        f"open_dataset(DataConfig(dataset={str(tmp_path / 'data')!r}, cache_dir={str(tmp_path / 'cache')!r}, "
-        "ingest_workers=2))\n"
+        f"open_dataset(DataConfig({folders}, ingest_workers=2))\n"
     )
     root = Path(__file__).parents[1]
     done = subprocess.run(

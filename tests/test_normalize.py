@@ -40,7 +40,7 @@ def test_inverting_gives_back_the_data(values, mode):
     actions = torch.from_numpy(values)
     fitted = normalizer(values, mode)
     torch.testing.assert_close(
-        fitted.unnormalize_actions(fitted.actions(actions)), actions, rtol=1e-5, atol=1e-5
+        fitted.unnormalize_actions(fitted.actions(actions, actions), actions), actions, rtol=1e-5, atol=1e-5
     )
 
 
@@ -64,22 +64,22 @@ def test_normalized_data_have_the_promised_range(values, mode):
 def test_a_constant_dimension_neither_explodes_nor_is_lost(values, mode):
     fitted = normalizer(values, mode)
     row = torch.from_numpy(values[:1])
-    assert fitted.actions(row)[0, 2] == 0
-    assert fitted.unnormalize_actions(torch.zeros(1, 5))[0, 2] == 5
+    assert fitted.actions(row, row)[0, 2] == 0
+    assert fitted.unnormalize_actions(torch.zeros(1, 5), row)[0, 2] == 5
     off = row + 1e-3  # a sensor that never moved in training, off by a little on the robot
     assert fitted.proprio(off)[0, 2].abs() < 0.01
 
 
 def test_a_dimension_that_hardly_ever_moves_is_not_taken_for_constant(values):
     fitted = normalizer(values, "quantile")
-    normalized = fitted.actions(torch.from_numpy(values))[:, 4]
+    normalized = fitted.actions(torch.from_numpy(values), torch.from_numpy(values))[:, 4]
     assert normalized[0] == -1
     assert normalized[10] == 1
 
 
 def test_normalization_stays_in_float32_for_half_precision_input(values):
     fitted = normalizer(values, "mean-std")
-    assert fitted.actions(torch.zeros(1, 5, dtype=torch.bfloat16)).dtype == torch.float32
+    assert fitted.actions(*[torch.zeros(1, 1, 5, dtype=torch.bfloat16)] * 2).dtype == torch.float32
 
 
 def test_statistics_survive_saving(values, tmp_path):

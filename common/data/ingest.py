@@ -10,26 +10,27 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from common.data.shards import SHARDS, Storage, checksum, decode_jpeg, encode_jpeg, join_jpeg, write_jpeg
 from common.data.store import ARRAYS, FORMAT, META, EpisodeStore, defect
+from common.data.workers import Died, advance, cores, guarded_map, refuse_inside_worker
 from common.errors import UserError
 
 SHARD_BYTES = 2**30
 FRAMES_PER_WORKER = 2500  # a worker takes some seconds to start: fewer frames are not worth one more
+SECONDS_PER_FRAME = 0.5  # slower than any disk: reading that takes longer hangs
+JPEG_RATIO = 5  # raw bytes per JPEG byte, at least: for the free space to ask for
 
 
 class BadEpisode(Exception):
@@ -64,11 +65,35 @@ class Episode:
         return sha.hexdigest()
 
 
+def refuse_nonfinite(name: str, vectors: dict[str, tuple[np.ndarray, Sequence[str]]]) -> None:
+    """Raise BadEpisode for a NaN or infinity.
+
+    Args:
+        name: the episode.
+        vectors: values (L, D) and their dimensions' names, by what they are.
+    """
+    for what, (values, names) in vectors.items():
+        broken = np.argwhere(~np.isfinite(values))
+        if len(broken):
+            step, dim = broken[0]
+            value = values[step, dim]
+            raise BadEpisode(f"{name} has {value} in {what}, dimension {names[dim]}, at step {step}")
+
+
 class FrameReader(Protocol):
-    """The frames of a source; pickled to the worker processes."""
+    """The frames of a source; pickled to the worker processes.
+
+    Attributes:
+        isolated: read in other processes always, because damaged files can crash or hang the library.
+    """
+
+    isolated: bool
 
     def frames(self, episode: int, camera: int) -> Iterator[np.ndarray]:
         """All frames of one camera in order, each (3, H, W) uint8, RGB. Raises BadEpisode."""
+
+    def only(self, episode: int) -> FrameReader:
+        """A reader of this episode alone, small enough to be sent to a process."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +106,17 @@ class StoreInfo:
     camera_keys: tuple[str, ...]
     image_size: tuple[int, int]
     fps: float
-    state_key: str
-    action_key: str
+    state_keys: tuple[str, ...]
+    action_keys: tuple[str, ...]
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     task: str | None
+    color_order: str = "rgb"
+    storage: Storage = "raw"
+    episodes: tuple[int, ...] | None = None
+    """Only these episodes were asked for when the store was made; None: all."""
+    options: dict[str, Any] | None = None
+    """The data options that lead to this store, for `python -m common.data.store verify`."""
 
     @property
     def frame_bytes(self) -> int:
@@ -97,8 +128,8 @@ class StoreInfo:
 
     def choices(self) -> dict[str, Any]:
         """What was chosen, apart from the data themselves."""
-        names = ("camera_keys", "image_size", "state_key", "action_key", "task")
-        return {name: _plain(getattr(self, name)) for name in names}
+        names = ("camera_keys", "image_size", "fps", "state_keys", "action_keys", "task", "color_order")
+        return {name: _plain(getattr(self, name)) for name in (*names, "storage", "episodes")}
 
     def folder(self, root: Path) -> Path:
         """The store's folder: named after the source for people, found by the content's hash alone."""
@@ -110,35 +141,35 @@ class StoreInfo:
 
 
 Loaded = tuple[list[Episode], list[str], FrameReader]
+Load = Callable[[Sequence[int] | None], Loaded]
 Entry = dict[str, Any]  # what the JSON file beside a shard says
 
 
 def ensure_store(
-    root: Path,
-    info: StoreInfo,
-    load: Callable[[], Loaded],
-    skip_bad: bool = False,
-    workers: int | None = None,
+    root: Path, info: StoreInfo, load: Load, skip_bad: bool = False, workers: int | None = None
 ) -> EpisodeStore:
     """The store for `info` below `root`, built if it is not there; several processes at once build it once.
 
+    A store of all episodes serves when some of them are asked for, too.
+
     Args:
         root: folder of all stores.
-        load: gives the usable episodes, a clause about each one that is not, and the reader of the frames.
+        load: gives the usable ones of these episodes (None: of all), a clause about each that is not, and
+            the reader of the frames.
         skip_bad: leave unusable episodes out instead of stopping.
         workers: processes that decode; None uses every core.
 
     Raises:
         UserError: if an episode is unusable, or the disk too small.
     """
-    path = info.folder(root)
+    path, whole = info.folder(root), replace(info, episodes=None).folder(root)
+    if info.episodes is not None and defect(whole) is None:
+        return _select(EpisodeStore.open(whole), info.episodes, skip_bad)
     if defect(path) is not None:
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            # A decoding process imports the program anew; to wait here for its own parent would never end.
-            raise UserError("A program that opens a dataset must do so below `if __name__ == '__main__':`.")
+        refuse_inside_worker()
         with _lock(root, path):
             if defect(path) is not None:  # nobody else has built it meanwhile
-                _build(path, info, *load(), skip_bad, workers)
+                _build(path, info, *load(info.episodes), skip_bad, workers)
     store = EpisodeStore.open(path)
     if store.skipped and not skip_bad:
         raise _refusal(store.skipped)
@@ -147,6 +178,42 @@ def ensure_store(
         for reason in store.skipped:
             report(f"  {reason}")
     return store
+
+
+def _select(store: EpisodeStore, episodes: Sequence[int], skip_bad: bool) -> EpisodeStore:
+    missing = sorted(set(episodes) - set(store.episode_indices.tolist()))
+    if missing and not (skip_bad and store.skipped):
+        raise _refusal(store.skipped) if store.skipped else absent_episodes(store.source, missing)
+    if missing:
+        report(f"left out: episodes {', '.join(map(str, missing))}, which cannot be used")
+    return store.select(episodes)
+
+
+def absent_episodes(source: str, missing: Sequence[int]) -> UserError:
+    """The refusal of episodes that a dataset does not have."""
+    names = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+    return UserError(
+        f"{source} has no episode {names}: `python -m common.data.store inspect` lists what there is."
+    )
+
+
+def choose_storage(root: Path, info: StoreInfo, load: Load) -> Storage:
+    """`--store auto`: what is there already, else raw pixels if they take at most half of the free disk.
+
+    The choice is made once, by the first of several processes, and leaves a folder that shows it.
+    """
+    choices: tuple[Storage, ...] = ("raw", "jpeg")
+    with _lock(root, info.folder(root).with_name("choice-" + info.fingerprint[:20])):
+        for storage in choices:
+            if replace(info, storage=storage).folder(root).is_dir():
+                return storage
+        needed = sum(map(len, load(info.episodes)[0])) * info.row_bytes
+        free = shutil.disk_usage(root).free
+        storage = choices[needed > free / 2]
+        sizes = f"raw frames need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        report(f"store: {storage} ({sizes}; JPEG above half of that, or by --store jpeg)")
+        replace(info, storage=storage).folder(root).mkdir(parents=True, exist_ok=True)
+        return storage
 
 
 @contextmanager
@@ -208,14 +275,16 @@ def _build(
     missing = [episode for episode in episodes if episode.index not in have]
     first_free = 1 + max((int(entry["file"][7:12]) for entry, _ in kept), default=-1)
     shards = _plan(missing, info.row_bytes, first_free)
-    _check_disk(path, sum(shard.rows for shard in shards) * info.row_bytes + sum(map(_array_bytes, episodes)))
+    ratio = JPEG_RATIO if info.storage == "jpeg" else 1
+    pixels = sum(shard.rows for shard in shards) * info.row_bytes // ratio
+    _check_disk(path, pixels + sum(map(_array_bytes, episodes)), info.storage)
     path.mkdir(parents=True, exist_ok=True)
     try:
         _keep_only(path, [entry for entry, folder in kept if folder == path])
         for entry, folder in kept:
             if folder != path:
                 _link(folder / entry["file"], path / entry["file"])
-                _write(path / entry["file"].replace(".bin", ".json"), json.dumps(entry).encode())
+                write_whole(path / entry["file"].replace(".bin", ".json"), json.dumps(entry).encode())
         new = _decode(path, info, shards, digests, reader, skip_bad, workers, bad)
         _finish(path, info, episodes, [entry for entry, _ in kept] + new, bad)
     except OSError as error:
@@ -224,7 +293,7 @@ def _build(
         raise UserError(f"The disk of {path.parent} is full: free some, or move --cache-dir.") from error
     except BrokenProcessPool as error:
         raise UserError(
-            "A process that decodes frames died, most often for want of memory: "
+            "The processes that decode frames die at once, most often for want of memory: "
             "start again with fewer --ingest-workers, what is finished is kept."
         ) from error
     finally:
@@ -249,7 +318,8 @@ def _finished_shards(path: Path, info: StoreInfo, digests: dict[int, str]) -> li
         try:
             entry = json.loads(file.read_bytes())
             rows = sum(record["length"] for record in entry["episodes"])
-            whole = (path / entry["file"]).stat().st_size == entry["bytes"] >= rows * info.row_bytes > 0
+            whole = (path / entry["file"]).stat().st_size == entry["bytes"] > 0
+            whole &= info.storage == "jpeg" or entry["bytes"] >= rows * info.row_bytes
             known = all(digests.get(record["index"]) == record["digest"] for record in entry["episodes"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
@@ -269,7 +339,8 @@ def _earlier_shards(
     for folder in path.parent.glob("*/"):
         try:
             meta = json.loads((folder / META).read_bytes())
-            related = meta["source"] == info.source and meta["choices"] == info.choices()
+            alike = {**meta["choices"], "episodes": None} == {**info.choices(), "episodes": None}
+            related = meta["source"] == info.source and alike
             count = sum(len(entry["episodes"]) for entry in meta["shards"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
@@ -280,17 +351,23 @@ def _earlier_shards(
 
 
 def _same_frames(folder: Path, entry: Entry, info: StoreInfo, reader: FrameReader) -> bool:
-    stored = np.memmap(folder / entry["file"], np.uint8, "r").reshape(-1, len(info.cameras), info.frame_bytes)
+    if reader.isolated:
+        return True  # the digests of its episodes hold a hash of their files
+    shape = (len(info.cameras), 3, *info.image_size)
+    shard, stored = SHARDS[info.storage](folder / entry["file"], shape), np.empty((1, *shape), np.uint8)
     try:
-        return all(
-            np.array_equal(
-                next(iter(reader.frames(record["index"], camera))).ravel(), stored[record["row"], camera]
-            )
-            for record in entry["episodes"]
-            for camera in range(len(info.cameras))
-        )
-    except (BadEpisode, StopIteration):
+        for record in entry["episodes"]:
+            shard.read(np.array([record["row"]]), stored, np.array([0]))
+            for camera in range(len(info.cameras)):
+                frame = next(iter(reader.frames(record["index"], camera)))
+                if info.storage == "jpeg":
+                    encoded, frame = encode_jpeg(frame), np.empty_like(frame)
+                    decode_jpeg(np.frombuffer(encoded, np.uint8), frame, folder)
+                if not np.array_equal(frame, stored[0, camera]):
+                    return False
+    except (BadEpisode, OSError, StopIteration):
         return False
+    return True
 
 
 def _plan(episodes: list[Episode], row_bytes: int, number: int) -> list[_Shard]:
@@ -309,13 +386,14 @@ def _array_bytes(episode: Episode) -> int:
     return episode.state.nbytes + episode.action.nbytes + episode.timestamps.nbytes
 
 
-def _check_disk(path: Path, needed: int) -> None:
+def _check_disk(path: Path, needed: int, storage: Storage) -> None:
     folder = next(parent for parent in path.parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if needed * 1.01 > free:
+        other = ", --store jpeg" if storage == "raw" else ""
         raise UserError(
             f"The episode store needs {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB "
-            f"free: free some, move --cache-dir, or choose a smaller --image-size."
+            f"free: free some, move --cache-dir, or choose a smaller --image-size{other}."
         )
 
 
@@ -324,8 +402,9 @@ def _decode(path, info, shards, digests, reader, skip_bad, workers, bad) -> list
     tasks, left, failed, entries = [], {}, {}, []
     for shard in shards:
         part = _part(path, shard)
-        with part.open("wb") as file:
-            file.truncate(shard.rows * info.row_bytes)
+        if info.storage == "raw":
+            with part.open("wb") as file:
+                file.truncate(shard.rows * info.row_bytes)
         left[shard.number] = len(shard.episodes) * len(info.cameras)
         for episode, row in shard.episodes:
             tasks += [
@@ -350,17 +429,33 @@ def _part(path: Path, shard: _Shard) -> Path:
     return path / f"frames-{shard.number:05d}.bin.part"
 
 
+def _jpeg_part(part: Path, episode: int, camera: int) -> Path:
+    """Where the JPEG frames of one camera and episode wait for the rest of their shard."""
+    return part.with_name(f"{part.stem}-{episode}-{camera}.part")
+
+
 def _finish_shard(path: Path, shard: _Shard, info: StoreInfo, digests, failed) -> list[Entry]:
     """Make a filled shard permanent; rows of failed episodes stay as a hole in the file."""
     part = _part(path, shard)
     good = [(episode, row) for episode, row in shard.episodes if episode.index not in failed]
     if not good:
-        part.unlink()
+        part.unlink(missing_ok=True)
         return []
+    if info.storage == "jpeg":
+        count = len(info.cameras)
+        places = {
+            _jpeg_part(part, episode.index, camera): row * count + camera
+            for episode, row in good
+            for camera in range(count)
+        }
+        join_jpeg(list(places), list(places.values()), shard.rows, count, part)
+        for piece in places:
+            piece.unlink()
     file = part.with_suffix("")
     entry = {
         "file": file.name,
-        "bytes": shard.rows * info.row_bytes,
+        "bytes": part.stat().st_size,
+        "crc32": checksum(part),
         "episodes": [
             {"index": episode.index, "row": row, "length": len(episode), "digest": digests[episode.index]}
             for episode, row in good
@@ -369,7 +464,7 @@ def _finish_shard(path: Path, shard: _Shard, info: StoreInfo, digests, failed) -
     with part.open("rb") as handle:
         os.fsync(handle.fileno())
     part.rename(file)
-    _write(file.with_suffix(".json"), json.dumps(entry).encode())
+    write_whole(file.with_suffix(".json"), json.dumps(entry).encode())
     return [entry]
 
 
@@ -395,13 +490,14 @@ def _finish(path: Path, info: StoreInfo, episodes: list[Episode], entries, bad: 
         "episode_row": np.array([places[e.index][1] for e in episodes], np.int64),
     }
     payload = save(arrays)
-    _write(path / ARRAYS, payload)
+    write_whole(path / ARRAYS, payload)
     meta = {"format": FORMAT, **asdict(info), "choices": info.choices(), "skipped": bad}
-    meta |= {"arrays_bytes": len(payload), "shards": entries}
-    _write(path / META, json.dumps(meta, indent=1).encode())
+    meta["arrays"] = {"file": ARRAYS, "bytes": len(payload), "crc32": zlib.crc32(payload)}
+    meta["shards"] = entries
+    write_whole(path / META, json.dumps(meta, indent=1).encode())
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that it is either whole or absent, whenever the machine stops."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
@@ -437,22 +533,27 @@ class _Task(NamedTuple):
 
 
 def _write_frames(
-    task: _Task, reader: FrameReader, info: StoreInfo, advance: Callable[[int], None]
+    task: _Task, reader: FrameReader, info: StoreInfo, advance: Callable[[int], Any]
 ) -> str | None:
-    """Decode a task's frames into their rows; returns a clause if the episode is bad."""
-    camera, written = info.cameras[task.camera], 0
+    """Decode a task's frames into their place; returns a clause if the episode is bad."""
+    camera, written, encoded = info.cameras[task.camera], 0, []
     try:
-        with task.part.open("r+b", buffering=0) as file:
+        with task.part.open("r+b", buffering=0) if info.storage == "raw" else nullcontext() as file:
             for frame in reader.frames(task.episode, task.camera):
                 if written == task.length:
                     return f"Episode {task.episode} has more {camera} frames than its {task.length} steps"
-                file.seek((task.row + written) * info.row_bytes + task.camera * info.frame_bytes)
-                if file.write(frame) != info.frame_bytes:
-                    raise OSError(errno.ENOSPC, "no room for a frame")
+                if file is None:
+                    encoded.append(encode_jpeg(frame))
+                else:
+                    file.seek((task.row + written) * info.row_bytes + task.camera * info.frame_bytes)
+                    if file.write(frame) != info.frame_bytes:
+                        raise OSError(errno.ENOSPC, "no room for a frame")
                 written += 1
                 advance(1)
         if written < task.length:
             return f"Episode {task.episode} has {written} {camera} frames for its {task.length} steps"
+        if info.storage == "jpeg":
+            write_jpeg(encoded, _jpeg_part(task.part, task.episode, task.camera))
     except BadEpisode as error:
         return str(error)
     finally:
@@ -467,64 +568,28 @@ def _run(
     from tqdm import tqdm
 
     frames = sum(task.length for task in tasks)
-    if workers is None:
-        workers = min(cores(), frames // FRAMES_PER_WORKER)
+    if workers is None:  # isolated readers have started their processes already
+        workers = cores() if reader.isolated else min(cores(), frames // FRAMES_PER_WORKER)
+    workers = max(1, min(workers, len(tasks)))
     bar = tqdm(total=frames, unit="frame", desc=f"ingest {Path(info.source).name}", smoothing=0.05)
     with bar:
-        if min(workers, len(tasks)) <= 1:
+        if workers == 1 and not reader.isolated:
             for task in tasks:
                 yield task, _write_frames(task, reader, info, bar.update)
             return
-        context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
-        done = context.Value("q", 0)
-        workers = min(workers, len(tasks))
-        pool = ProcessPoolExecutor(workers, context, _start_worker, (reader, info, done))
-        try:
-            yield from _results(pool, tasks, 4 * workers, lambda: bar.update(done.value - bar.n))
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        results = guarded_map(
+            _work,
+            ((task, reader.only(task.episode), info) for task in tasks),
+            workers,
+            lambda task: SECONDS_PER_FRAME * task[0].length,
+            lambda done: bar.update(done - bar.n),
+        )
+        with closing(results):
+            for (task, _, _), fault in results:
+                if isinstance(fault, Died):
+                    fault = f"Episode {task.episode}, camera {info.cameras[task.camera]}: {fault}"
+                yield task, fault
 
 
-def _results(pool: ProcessPoolExecutor, tasks: list[_Task], ahead: int, show: Callable[[], Any]):
-    """Results as they come; tasks start in order, `ahead` of them queued, so that shards fill one by one."""
-    queue, pending = iter(tasks), {}
-
-    def submit(count: int) -> None:
-        for _, task in zip(range(count), queue, strict=False):
-            pending[pool.submit(_work, task)] = task
-
-    submit(ahead)
-    while pending:
-        finished: set[Future] = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED).done
-        show()
-        for future in finished:
-            yield pending.pop(future), future.result()
-        submit(len(finished))
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(reader: FrameReader, info: StoreInfo, done) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    parent = multiprocessing.parent_process()
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()  # a killed parent cannot stop us
-
-    def advance(count: int) -> None:
-        with done.get_lock():
-            done.value += count
-
-    _worker.update(reader=reader, info=info, advance=advance)
-
-
-def _work(task: _Task) -> str | None:
-    return _write_frames(task, _worker["reader"], _worker["info"], _worker["advance"])
+def _work(task: _Task, reader: FrameReader, info: StoreInfo) -> str | None:
+    return _write_frames(task, reader, info, advance)

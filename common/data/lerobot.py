@@ -6,12 +6,11 @@ for many episodes one after the other. Frames are picked by their timestamps, as
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,57 +19,52 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from common.data.cameras import Camera, closest, select_cameras, target_size, with_short_names
 from common.data.frames import FrameError, image_frame, video_frames
-from common.data.ingest import BadEpisode, Episode, Loaded, StoreInfo, ensure_store, report
-from common.data.store import EpisodeStore
+from common.data.ingest import (
+    BadEpisode,
+    Episode,
+    Load,
+    Loaded,
+    StoreInfo,
+    absent_episodes,
+    refuse_nonfinite,
+)
 from common.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from common.data import DataConfig
+
 CONVERTER = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-USUAL_CAMERAS = ("head", "left", "right")
+STATE_KEYS, ACTION_KEYS = ("observation.state",), ("action",)
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-MAX_IMAGE_SIDE = 4096
 
 
-def open_lerobot(
-    root: Path,
-    stores: Path,
-    *,
-    source: str,
-    cameras: Sequence[str] = (),
-    image_size: Sequence[int] = (),
-    state_key: str = "observation.state",
-    action_key: str = "action",
-    task: str | None = None,
-    skip_bad: bool = False,
-    workers: int | None = None,
-) -> EpisodeStore:
-    """The episode store of a LeRobot v3 dataset, built on first use.
+def describe(root: Path, source: str, config: DataConfig) -> tuple[StoreInfo, Load]:
+    """What the store of a LeRobot v3 dataset is, and how its episodes are read.
 
     Args:
         root: the dataset's folder.
-        stores: folder below which stores are kept.
         source: what to call the dataset.
-        cameras: short or full names; empty takes head, left, right if they exist, otherwise every camera.
-        image_size: nothing for the recorded size, one number for a square, or height and width.
-        state_key, action_key: the features to learn from.
-        task: keep only episodes with this instruction.
-        skip_bad: leave unusable episodes out instead of stopping.
-        workers: processes that decode.
 
     Raises:
         UserError: whatever is wrong with the dataset or the choices.
     """
     features, fps, video_path = read_info(root, source)
-    state = vector_feature(features, state_key, "--state-key", source)
-    action = vector_feature(features, action_key, "--action-key", source)
-    chosen = select_cameras(features, cameras, source)
-    size = target_size(chosen, image_size)
-    table, episode_task = read_episodes(root, source, [c for c in chosen if c.is_video], video_path, task)
+    if config.fps not in (None, fps):
+        raise UserError(f"{source} was recorded at {fps:g} Hz: leave out --fps {config.fps:g}.")
+    keys = {
+        "--state-keys": config.state_keys or STATE_KEYS,
+        "--action-keys": config.action_keys or ACTION_KEYS,
+    }
+    names = {flag: vector_names(features, keys[flag], flag, source) for flag in keys}
+    chosen = select_cameras(colour_cameras(features), config.camera_keys or config.cameras, source)
+    size = target_size(chosen, config.image_size)
+    table, task = read_episodes(root, source, [c for c in chosen if c.is_video], video_path, config.task)
     info = StoreInfo(
         source=source,
         fingerprint=fingerprint(root, features, fps, table),
@@ -78,13 +72,23 @@ def open_lerobot(
         camera_keys=tuple(camera.key for camera in chosen),
         image_size=size,
         fps=fps,
-        state_key=state_key,
-        action_key=action_key,
-        state_names=state,
-        action_names=action,
-        task=episode_task,
+        state_keys=tuple(keys["--state-keys"]),
+        action_keys=tuple(keys["--action-keys"]),
+        state_names=names["--state-keys"],
+        action_names=names["--action-keys"],
+        task=task,
+        color_order=config.color_order,
     )
-    return ensure_store(stores, info, lambda: load(root, info, chosen, table), skip_bad, workers)
+    dims = {key: math.prod(features[key]["shape"]) for key in (*info.state_keys, *info.action_keys)}
+
+    def load_episodes(wanted: Sequence[int] | None) -> Loaded:
+        rows = table if wanted is None else [row for row in table if row.index in set(wanted)]
+        absent = set(wanted or ()) - {row.index for row in rows}
+        if absent:
+            raise absent_episodes(source, sorted(absent))
+        return load(root, info, chosen, rows, dims)
+
+    return info, load_episodes
 
 
 # -- metadata
@@ -136,22 +140,27 @@ def _is_feature(feature: Any) -> bool:
     )
 
 
-def vector_feature(features: dict, key: str, flag: str, source: str) -> tuple[str, ...]:
-    """Names of the dimensions of a state or action feature, flattened; numbered where there are none."""
+def vector_names(features: dict, keys: Sequence[str], flag: str, source: str) -> tuple[str, ...]:
+    """Names of the dimensions of features, one after the other; numbered where the dataset has none."""
     vectors = [
         name
         for name, feature in features.items()
         if feature["dtype"] not in ("video", "image", "string") and name not in BOOKKEEPING
     ]
-    if key not in vectors:
-        raise UserError(
-            f"{source} has no {flag} {key}{_closest(key, vectors)}: it has {', '.join(vectors) or 'none'}."
-        )
-    count = math.prod(features[key]["shape"])
-    names = _flatten(features[key].get("names"))
-    if len(names) != count or len(set(names)) != count:
-        names = [f"{'state' if flag == '--state-key' else 'action'}_{i}" for i in range(count)]
+    names: list[str] = []
+    for key in keys:
+        if key not in vectors:
+            raise UserError(
+                f"{source} has no {flag} {key}{closest(key, vectors)}: it has {', '.join(vectors) or 'none'}."
+            )
+        count, own = math.prod(features[key]["shape"]), _flatten(features[key].get("names"))
+        own = own if len(set(own)) == count else [f"{short_key(key)}_{i}" for i in range(count)]
+        names += [f"{short_key(key)}_{name}" if name in names else name for name in own]
     return tuple(names)
+
+
+def short_key(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _flatten(names: Any) -> list[str]:
@@ -165,55 +174,13 @@ def _flatten(names: Any) -> list[str]:
     return [] if names is None else [str(names)]
 
 
-def _closest(wanted: str, present: Iterable[str]) -> str:
-    match = difflib.get_close_matches(wanted, list(present), n=1)
-    return f" (did you mean {match[0]}?)" if match else ""
-
-
-class Camera(NamedTuple):
-    """A camera of the dataset: its feature's name, a short name, (H, W) as recorded, and how it is stored."""
-
-    key: str
-    short: str
-    size: tuple[int, int]
-    is_video: bool
-
-
-def short_name(key: str) -> str:
-    """`observation.images.cam_high` -> `high`."""
-    for prefix in ("observation.images.", "observation.image."):
-        key = key.removeprefix(prefix)
-    return key.removeprefix("cam_") or key
-
-
-def select_cameras(features: dict, wanted: Sequence[str], source: str, quiet: bool = False) -> list[Camera]:
-    """The chosen colour cameras in their order; by default head, left, right, or else all, and said so."""
-    cameras = [
-        Camera(key, short_name(key), _recorded_size(feature), feature["dtype"] == "video")
+def colour_cameras(features: dict) -> list[Camera]:
+    """The cameras among a dataset's features."""
+    return with_short_names(
+        Camera(key, "", _recorded_size(feature), feature["dtype"] == "video")
         for key, feature in features.items()
         if feature["dtype"] in ("video", "image") and len(feature["shape"]) == 3 and not _is_depth(feature)
-    ]
-    shorts = [camera.short for camera in cameras]
-    cameras = [c._replace(short=c.key) if shorts.count(c.short) > 1 else c for c in cameras]
-    by_name = {camera.short: camera for camera in cameras} | {camera.key: camera for camera in cameras}
-    there = ", ".join(camera.short for camera in cameras) or "none"
-    if not cameras:
-        raise UserError(f"{source} has no colour camera: a policy here needs at least one.")
-    if wanted:
-        for name in wanted:
-            if name not in by_name:
-                raise UserError(f"{source} has no camera {name}{_closest(name, by_name)}: it has {there}.")
-        chosen = [by_name[name] for name in wanted]
-        if len(set(chosen)) < len(chosen):
-            raise UserError(f"--cameras {' '.join(wanted)} names a camera twice.")
-        return chosen
-    usual = set(USUAL_CAMERAS) <= by_name.keys()
-    chosen = [by_name[name] for name in USUAL_CAMERAS] if usual else cameras
-    if not quiet and (len(chosen) < len(cameras) or not usual):
-        names, share = " ".join(camera.short for camera in chosen), f"{len(chosen)} of {len(cameras)}"
-        share = "all" if len(chosen) == len(cameras) else share
-        report(f"cameras: {names} ({share} in {source}; choose others with --cameras)")
-    return chosen
+    )
 
 
 def _is_depth(feature: dict) -> bool:
@@ -227,21 +194,6 @@ def _recorded_size(feature: dict) -> tuple[int, int]:
     if names[:1] in (["channel"], ["channels"], ["c"]) or (not names and feature["shape"][0] <= 4):
         height, width = feature["shape"][1:]
     return height, width
-
-
-def target_size(cameras: Sequence[Camera], image_size: Sequence[int]) -> tuple[int, int]:
-    """(H, W) of the stored frames."""
-    given = " ".join(map(str, image_size))
-    if len(image_size) > 2 or not all(0 < side <= MAX_IMAGE_SIDE for side in image_size):
-        raise UserError(
-            f"--image-size {given} is no size: give one side, or height and width, of 1 to {MAX_IMAGE_SIDE}."
-        )
-    if image_size:
-        return image_size[0], image_size[-1]
-    if len({camera.size for camera in cameras}) > 1:
-        sizes = ", ".join(f"{c.short} {c.size[0]}x{c.size[1]}" for c in cameras)
-        raise UserError(f"The cameras have different sizes ({sizes}): choose a common one with --image-size.")
-    return cameras[0].size
 
 
 class EpisodeRow(NamedTuple):
@@ -284,7 +236,7 @@ def read_episodes(
     tasks = list(dict.fromkeys(name for _, names in rows for name in names))
     listing = ", ".join(f'"{name}"' for name in tasks) or "none"
     if task is not None and task not in tasks:
-        raise UserError(f'{source} has no task "{task}"{_closest(task, tasks)}: it has {listing}.')
+        raise UserError(f'{source} has no task "{task}"{closest(task, tasks)}: it has {listing}.')
     if task is None and len(tasks) > 1:
         raise UserError(
             f"{source} has {len(tasks)} tasks, and one policy learns one: choose with --task ({listing})."
@@ -358,7 +310,8 @@ def download(name: str, cameras: Sequence[str]) -> Path:
     try:
         root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=["meta/*"]))
         features, _, _ = read_info(root, name)
-        videos = [f"videos/{camera.key}/*" for camera in select_cameras(features, cameras, name, quiet=True)]
+        chosen = select_cameras(colour_cameras(features), cameras, name, quiet=True)
+        videos = [f"videos/{camera.key}/*" for camera in chosen]
         return Path(
             snapshot_download(name, repo_type="dataset", allow_patterns=["meta/*", "data/*", *videos])
         )
@@ -393,7 +346,10 @@ class LeRobotReader:
         lengths: steps of each episode.
         segments: per episode, one segment a camera.
         irregular: timestamps of the episodes that are not recorded at even intervals.
+        color_order: of the recorded pixels.
     """
+
+    isolated = False
 
     root: Path
     cameras: tuple[Camera, ...]
@@ -402,8 +358,18 @@ class LeRobotReader:
     lengths: dict[int, int]
     segments: dict[int, tuple[Segment, ...]]
     irregular: dict[int, np.ndarray]
+    color_order: str = "rgb"
 
     def frames(self, episode: int, camera: int) -> Iterator[np.ndarray]:
+        for frame in self._decoded(episode, camera):
+            yield frame if self.color_order == "rgb" else np.ascontiguousarray(frame[::-1])
+
+    def only(self, episode: int) -> LeRobotReader:
+        irregular = {episode: self.irregular[episode]} if episode in self.irregular else {}
+        lengths, segments = {episode: self.lengths[episode]}, {episode: self.segments[episode]}
+        return replace(self, lengths=lengths, segments=segments, irregular=irregular)
+
+    def _decoded(self, episode: int, camera: int) -> Iterator[np.ndarray]:
         segment, place = self.segments[episode][camera], self.cameras[camera]
         try:
             if place.is_video:
@@ -453,14 +419,26 @@ class LeRobotReader:
         return (self.root / path).read_bytes()
 
 
-def load(root: Path, info: StoreInfo, cameras: Sequence[Camera], table: Sequence[EpisodeRow]) -> Loaded:
-    """Episodes without their frames, a clause about each one that cannot be used, and the frames' reader."""
-    numbers = _read_numbers(root, info)
+def load(
+    root: Path,
+    info: StoreInfo,
+    cameras: Sequence[Camera],
+    table: Sequence[EpisodeRow],
+    dims: dict[str, int],
+) -> Loaded:
+    """Episodes without their frames, a clause about each one that cannot be used, and the frames' reader.
+
+    Args:
+        dims: numbers a step in each state and action feature.
+    """
+    numbers = _read_numbers(root, dims)
     episodes, bad = [], []
-    reader = LeRobotReader(root, tuple(cameras), info.image_size, info.fps, {}, {}, {})
+    reader = LeRobotReader(
+        root, tuple(cameras), info.image_size, info.fps, {}, {}, {}, color_order=info.color_order
+    )
     for row in table:
         try:
-            episode, file, first = _episode(row, numbers, info)
+            episode, file, first = _episode(row, numbers, info, dims)
             segments = []
             for camera in cameras:
                 segment = Segment(*row.videos[camera.key]) if camera.is_video else Segment(file, first)
@@ -486,14 +464,13 @@ class _Numbers(NamedTuple):
     columns: dict[str, np.ndarray]
 
 
-def _read_numbers(root: Path, info: StoreInfo) -> dict[int, list[_Numbers]]:
+def _read_numbers(root: Path, dims: dict[str, int]) -> dict[int, list[_Numbers]]:
     """Every run of rows with one episode index, by that index."""
     found: dict[int, list[_Numbers]] = {}
     for file in sorted((root / "data").glob("**/*.parquet")):
-        keys = dict.fromkeys([info.state_key, info.action_key, "timestamp", "frame_index", "episode_index"])
-        table = read_parquet(file, list(keys))
+        table = read_parquet(file, [*dims, "timestamp", "frame_index", "episode_index"])
         columns = {}
-        for name, dim in ((info.state_key, len(info.state_names)), (info.action_key, len(info.action_names))):
+        for name, dim in dims.items():
             columns[name], columns[name + "/length"] = matrix(table[name], dim, f"{file}, {name},")
         for name, kind in (
             ("timestamp", np.float64),
@@ -561,7 +538,7 @@ def _leaf_counts(array: pa.Array) -> np.ndarray:
 
 
 def _episode(
-    row: EpisodeRow, numbers: dict[int, list[_Numbers]], info: StoreInfo
+    row: EpisodeRow, numbers: dict[int, list[_Numbers]], info: StoreInfo, dims: dict[str, int]
 ) -> tuple[Episode, str, int]:
     """An episode, the parquet file it is in and its first row there; raises BadEpisode."""
     runs, name = numbers.get(row.index, []), f"Episode {row.index}"
@@ -576,17 +553,15 @@ def _episode(
     times = columns["timestamp"]
     if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
         raise BadEpisode(f"{name} has timestamps that do not increase")
-    for key, names in ((info.state_key, info.state_names), (info.action_key, info.action_names)):
-        wrong = np.flatnonzero(columns[key + "/length"] != len(names))
+    for key, dim in dims.items():
+        wrong = np.flatnonzero(columns[key + "/length"] != dim)
         if len(wrong):
             found = columns[key + "/length"][wrong[0]]
             raise BadEpisode(
-                f"{name} has {found} numbers in {key} at step {wrong[0]}, and info.json says {len(names)}"
+                f"{name} has {found} numbers in {key} at step {wrong[0]}, and info.json says {dim}"
             )
-        broken = np.argwhere(~np.isfinite(columns[key]))
-        if len(broken):
-            step, dim = broken[0]
-            value = columns[key][step, dim]
-            raise BadEpisode(f"{name} has {value} in {key}, dimension {names[dim]}, at step {step}")
-    episode = Episode(row.index, columns[info.state_key], columns[info.action_key], times, origin="")
-    return episode, runs[0].file, runs[0].first
+    state, action = (
+        np.concatenate([columns[key] for key in keys], axis=1) for keys in (info.state_keys, info.action_keys)
+    )
+    refuse_nonfinite(name, {"state": (state, info.state_names), "action": (action, info.action_names)})
+    return Episode(row.index, state, action, times, origin=""), runs[0].file, runs[0].first

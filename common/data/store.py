@@ -2,30 +2,43 @@
 
 A store is a folder:
 
-    frames-00000.bin, ...   uint8 rows (N, 3, H, W), one per control step, whole episodes, about 1 GiB a file
-    frames-00000.json, ...  which episodes such a file holds, and where
+    frames-00000.bin, ...   frames of whole episodes, about 1 GiB of pixels a file, see common/data/shards.py
+    frames-00000.json, ...  which episodes such a file holds, and where, and its checksum
     arrays.safetensors      state, action, timestamps, and the place of every episode
     meta.json               source, fingerprint, cameras, names; written last: with it the store is finished
 
-Reading copies out of memory-mapped files: nothing is decoded while training. `common/data/ingest.py` writes.
+Reading copies out of memory-mapped files: nothing is decoded while training, unless the store was made with
+`--store jpeg`. `common/data/ingest.py` writes. What there is, whether it is whole, and how to be rid of it:
+
+    python -m common.data.store inspect DATASET
+    python -m common.data.store verify DATASET
+    python -m common.data.store prune
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import weakref
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.data.shards import SHARDS, Storage
+from common.data.workers import cores
 from common.errors import UserError
 
-FORMAT = 1
+if TYPE_CHECKING:
+    from common.data.rotation import Rotations
+
+FORMAT = 2
 META, ARRAYS = "meta.json", "arrays.safetensors"
 
 
@@ -48,45 +61,68 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
+@dataclass(frozen=True)
 class EpisodeStore:
-    """A finished store, opened read-only.
+    """Recorded episodes, opened read-only: one store on disk, some episodes of it, or several stores.
 
     Attributes:
-        path: its folder.
-        source: the dataset it was made from, as a path or hub name.
-        fingerprint: hash of that dataset's content.
+        path: folder of the (first) store.
+        source: the dataset it was made from, as a path or hub name; several are joined by " + ".
+        fingerprint: hash of the content of the datasets.
         cameras, camera_keys: short and full camera names, N of each.
         image_size: (H, W) in pixels.
         fps: control steps per second.
         state_names, action_names: one name per dimension.
+        task: the instruction that all episodes share, if the dataset states one.
+        skipped: sentences about the episodes that were left out.
+        storage: how frames are kept.
         state, action: (S, P) and (S, A) float32.
         timestamps: (S,) float64, seconds since the episode began.
         episode_starts: (E + 1,) int64; episode e is the steps episode_starts[e] to episode_starts[e + 1].
-        episode_indices: (E,) int64, the episodes' numbers in the source.
-        task: the instruction that all episodes share, if the dataset states one.
-        skipped: sentences about the episodes that were left out.
+        episode_indices: (E,) int64, the episodes' numbers in their source.
+        episode_shard, episode_row: (E,) int64, the shard of an episode and its first row there.
+        shard_files: every shard's file.
+        part_episodes: episodes of each dataset, in order.
+        part_weights: how often samples of each dataset are drawn, relative to each other; None: as often as
+            they are there.
+        state_rotations, action_rotations: what `re_express` has changed in the recorded vectors.
     """
 
-    def __init__(self, path: Path, meta: dict[str, Any], arrays: dict[str, np.ndarray]):
-        self.path = path
-        self.source: str = meta["source"]
-        self.fingerprint: str = meta["fingerprint"]
-        self.cameras, self.camera_keys = tuple(meta["cameras"]), tuple(meta["camera_keys"])
-        self.image_size: tuple[int, int] = tuple(meta["image_size"])
-        self.fps: float = meta["fps"]
-        self.state_names, self.action_names = tuple(meta["state_names"]), tuple(meta["action_names"])
-        self.task: str | None = meta["task"]
-        self.skipped: list[str] = meta["skipped"]
-        self.state, self.action, self.timestamps = arrays["state"], arrays["action"], arrays["timestamps"]
-        self.episode_starts = arrays["episode_starts"]
-        self.episode_indices = arrays["episode_indices"]
-        self._episode_shard = arrays["episode_shard"]
-        self._episode_row = arrays["episode_row"]  # the row in its shard at which an episode begins
-        # A plain array over the map: indexing a np.memmap costs several times more a row.
-        self._shards = [
-            np.asarray(np.memmap(path / shard["file"], np.uint8, "r")).reshape(-1, *self.row_shape)
-            for shard in meta["shards"]
-        ]
+    path: Path
+    source: str
+    fingerprint: str
+    cameras: tuple[str, ...]
+    camera_keys: tuple[str, ...]
+    image_size: tuple[int, int]
+    fps: float
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    task: str | None
+    skipped: tuple[str, ...]
+    storage: Storage
+    state: np.ndarray
+    action: np.ndarray
+    timestamps: np.ndarray
+    episode_starts: np.ndarray
+    episode_indices: np.ndarray
+    episode_shard: np.ndarray
+    episode_row: np.ndarray
+    shard_files: tuple[Path, ...]
+    part_episodes: tuple[int, ...]
+    part_weights: tuple[float, ...] | None = None
+    state_rotations: Rotations | None = None
+    action_rotations: Rotations | None = None
+
+    def __post_init__(self):
+        shards = [SHARDS[self.storage](file, self.row_shape) for file in self.shard_files]
+        object.__setattr__(self, "_shards", shards)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_shards"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # a worker process maps the files itself
 
     @classmethod
     def open(cls, path: Path | str) -> EpisodeStore:
@@ -95,18 +131,90 @@ class EpisodeStore:
         Raises:
             UserError: if the store is unfinished, damaged or of another format.
         """
-        from safetensors.numpy import load_file
+        from safetensors.numpy import load
 
         path = Path(path)
         problem = defect(path)
+        if problem is None:
+            meta, payload = json.loads((path / META).read_text()), (path / ARRAYS).read_bytes()
+            if zlib.crc32(payload) != meta["arrays"]["crc32"]:
+                problem = f"{ARRAYS} is not what was written"
         if problem:
             raise UserError(
                 f"The episode store {path} cannot be read ({problem}): delete it to have it rebuilt."
             )
-        return cls(path, json.loads((path / META).read_text()), load_file(path / ARRAYS))
+        arrays = load(payload)
+        names = ("cameras", "camera_keys", "image_size", "state_names", "action_names", "skipped")
+        return cls(
+            path=path,
+            **{name: meta[name] for name in ("source", "fingerprint", "fps", "task", "storage")},
+            **{name: tuple(meta[name]) for name in names},
+            **arrays,
+            shard_files=tuple(path / shard["file"] for shard in meta["shards"]),
+            part_episodes=(len(arrays["episode_indices"]),),
+        )
 
-    def __reduce__(self):
-        return EpisodeStore.open, (self.path,)  # a worker process maps the files itself
+    def select(self, episodes: Sequence[int]) -> EpisodeStore:
+        """The store with these of its episodes only, numbered as in the source."""
+        kept = np.flatnonzero(np.isin(self.episode_indices, np.asarray(episodes, np.int64)))
+        starts, lengths = self.episode_starts[kept], np.diff(self.episode_starts)[kept]
+        rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+        names = ("episode_indices", "episode_shard", "episode_row")
+        return replace(
+            self,
+            **{name: getattr(self, name)[rows] for name in ("state", "action", "timestamps")},
+            **{name: getattr(self, name)[kept] for name in names},
+            episode_starts=np.cumsum([0, *lengths], dtype=np.int64),
+            part_episodes=(len(kept),),
+        )
+
+    @classmethod
+    def concatenate(
+        cls, stores: Sequence[EpisodeStore], weights: Sequence[float] | None = None
+    ) -> EpisodeStore:
+        """Several datasets as one, in their order.
+
+        Args:
+            weights: see `part_weights`.
+
+        Raises:
+            UserError: if they differ in cameras, image size, dimensions or control rate.
+        """
+        first = stores[0]
+        for other in stores[1:]:
+            for what, show in (
+                ("cameras", lambda s: " ".join(s.cameras)),
+                ("image sizes (choose one with --image-size)", lambda s: "{}x{}".format(*s.image_size)),
+                ("dimensions of the state", lambda s: _brief(s.state_names)),
+                ("dimensions of the action", lambda s: _brief(s.action_names)),
+                ("control rates", lambda s: f"{s.fps:g} Hz"),
+                ("stores (choose one with --store)", lambda s: s.storage),
+            ):
+                if show(first) != show(other):
+                    raise UserError(
+                        f"{first.source} and {other.source} have different {what}, {show(first)} and "
+                        f"{show(other)}: one run learns from datasets that agree in them."
+                    )
+        names = ("state", "action", "timestamps", "episode_indices", "episode_row")
+        arrays = {name: np.concatenate([getattr(store, name) for store in stores]) for name in names}
+        shards = np.cumsum([0, *(len(store.shard_files) for store in stores)])
+        shard = [store.episode_shard + n for store, n in zip(stores, shards, strict=False)]
+        lengths = np.concatenate([np.diff(store.episode_starts) for store in stores])
+        tasks = {store.task for store in stores}
+        parts = json.dumps([store.fingerprint for store in stores])
+        return replace(
+            first,
+            source=" + ".join(store.source for store in stores),
+            fingerprint=hashlib.sha256(parts.encode()).hexdigest(),
+            task=tasks.pop() if len(tasks) == 1 else None,
+            skipped=tuple(reason for store in stores for reason in store.skipped),
+            **arrays,
+            episode_starts=np.cumsum([0, *lengths], dtype=np.int64),
+            episode_shard=np.concatenate(shard),
+            shard_files=tuple(file for store in stores for file in store.shard_files),
+            part_episodes=tuple(store.num_episodes for store in stores),
+            part_weights=None if weights is None else tuple(weights),
+        )
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -140,16 +248,26 @@ class EpisodeStore:
         """
         if out is None:
             out = torch.empty(len(rows), *self.row_shape, dtype=torch.uint8)
-        frames = out.numpy()
+        if len(rows) == 0:
+            return out
         episodes = self.episode_of(rows)
-        places = rows - self.episode_starts[episodes] + self._episode_row[episodes]
-        if len(self._shards) == 1:
-            np.take(self._shards[0], places, axis=0, out=frames, mode="clip")  # other modes buffer the output
-        else:
-            shards = self._episode_shard[episodes]
-            for slot in np.lexsort((places, shards)).tolist():  # in disk order, for when it is not in memory
-                frames[slot] = self._shards[shards[slot]][places[slot]]
+        places = rows - self.episode_starts[episodes] + self.episode_row[episodes]
+        shards = self.episode_shard[episodes]
+        order = np.lexsort((places, shards))  # in disk order, for when it is not in memory
+        edges = np.flatnonzero(np.diff(shards[order], prepend=-1)).tolist()
+        for first, last in zip(edges, [*edges[1:], len(order)], strict=True):
+            slots = order[first:last] if len(edges) > 1 else np.arange(len(rows))
+            self._shards[shards[slots[0]]].read(places[slots], out.numpy(), slots)
         return out
+
+
+def _brief(names: Sequence[str]) -> str:
+    """A list of names in a sentence."""
+    return (
+        f"{len(names)} ({', '.join(names)})"
+        if len(names) <= 20
+        else f"{len(names)} ({', '.join(names[:20])}, ...)"
+    )
 
 
 def defect(path: Path) -> str | None:
@@ -158,7 +276,7 @@ def defect(path: Path) -> str | None:
         meta = json.loads((path / META).read_text())
         if meta["format"] != FORMAT:
             return f"it has format {meta['format']}, this program reads {FORMAT}"
-        for entry in [*meta["shards"], {"file": ARRAYS, "bytes": meta["arrays_bytes"]}]:
+        for entry in [*meta["shards"], meta["arrays"]]:
             size = (path / entry["file"]).stat().st_size
             if size != entry["bytes"]:
                 return f"{entry['file']} has {size} bytes instead of {entry['bytes']}"
@@ -194,25 +312,44 @@ class _Recycler:
 class ChunkDataset(Dataset):
     """Every step of some episodes, as the start of an action chunk.
 
-    The chunk of step i is the actions i to i + T - 1; past the episode's end the last action is repeated and
-    marked in `is_pad`. History before the episode's start repeats its first state.
+    The chunk of step i is the actions i + offset to i + offset + T - 1; past the episode's end the last
+    action is repeated and marked in `is_pad`. History before the episode's start repeats its first state.
+    A step whose chunk would lie wholly past the end is no sample.
 
     Args:
         store: where the steps are.
-        episodes: numbers of the episodes to draw from.
+        episodes: numbers of the episodes to draw from, counted in the store.
         horizon: T, actions in a chunk.
         proprio_history: K, states in a sample.
+        action_offset: control steps from an observation to the first action of its chunk.
     """
 
-    def __init__(self, store: EpisodeStore, episodes: np.ndarray, horizon: int, proprio_history: int = 1):
-        for flag, value in (("--horizon", horizon), ("--proprio-history", proprio_history)):
-            if value < 1:
-                raise UserError(f"{flag} is {value}: it counts control steps and must be at least 1.")
-        self.store, self.horizon, self.proprio_history = store, horizon, proprio_history
+    def __init__(
+        self,
+        store: EpisodeStore,
+        episodes: Sequence[int] | np.ndarray,
+        horizon: int,
+        proprio_history: int = 1,
+        action_offset: int = 0,
+    ):
+        for flag, value, least in (
+            ("--horizon", horizon, 1),
+            ("--proprio-history", proprio_history, 1),
+            ("--action-offset", action_offset, 0),
+        ):
+            if value < least:
+                raise UserError(f"{flag} is {value}: it counts control steps and must be at least {least}.")
+        self.store, self.horizon = store, horizon
+        self.proprio_history, self.action_offset = proprio_history, action_offset
         self.episodes = np.asarray(episodes, np.int64)
         starts = store.episode_starts
-        spans = [np.arange(starts[e], starts[e + 1]) for e in self.episodes]
+        spans = [np.arange(starts[e], starts[e + 1] - action_offset) for e in self.episodes]
         self.rows = np.concatenate(spans) if spans else np.empty(0, np.int64)  # step of each sample
+        if spans and not len(self.rows):
+            raise UserError(f"--action-offset {action_offset} is longer than every episode: lower it.")
+        parts = np.repeat(np.arange(len(store.part_episodes)), store.part_episodes)
+        sample_parts = np.repeat(parts[self.episodes], [len(span) for span in spans])
+        self.part_samples = np.bincount(sample_parts, minlength=len(store.part_episodes))  # of each dataset
         self._recycler = _Recycler()
 
     def __len__(self) -> int:
@@ -234,11 +371,16 @@ class ChunkDataset(Dataset):
             index=torch.from_numpy(rows),
         )
 
-    def chunks(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Actions (B, T, A) and is_pad (B, T) of the chunks that begin at the steps `rows` of the store."""
+    def chunks(self, rows: np.ndarray, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Actions (B, T, A) and is_pad (B, T) of the chunks that begin at the steps `rows` of the store.
+
+        Args:
+            dim: give this dimension of the actions only, (B, T).
+        """
         last = self.store.episode_starts[self.store.episode_of(rows) + 1] - 1
-        future = rows[:, None] + np.arange(self.horizon)
-        return self.store.action[np.minimum(future, last[:, None])], future > last[:, None]
+        future = rows[:, None] + np.arange(self.action_offset, self.action_offset + self.horizon)
+        action = self.store.action if dim is None else self.store.action[:, dim]
+        return action[np.minimum(future, last[:, None])], future > last[:, None]
 
     def history(self, rows: np.ndarray) -> np.ndarray:
         """States (B, K, P) up to and including the steps `rows` of the store."""
@@ -253,23 +395,38 @@ class ChunkDataset(Dataset):
 class SampleStream(Sampler):
     """Endless batches of sample numbers: one shuffled epoch after the other, without a seam.
 
-    Position p of the stream holds sample `permutation(seed, p // n)[p % n]`, so the order is a function of
-    the seed alone and the stream can begin anywhere. Micro-batch k of a rank covers the B positions from
+    Position p of the stream holds sample p % n of epoch p // n, so the order is a function of the seed alone
+    and the stream can begin anywhere. Micro-batch k of a rank covers the B positions from
     start + k * B * world + rank * B.
 
+    An epoch of one dataset is a permutation of its n samples. Of several with weights, it holds each in
+    proportion to its weight, and each goes through its own permutations from epoch to epoch.
+
     Args:
-        num_samples: n.
+        num_samples: samples of each dataset; n in all.
         batch_size: B, per rank.
         seed: of the shuffling.
         rank, world: this process and how many there are.
         start: samples that all ranks together have already consumed.
+        weights: one per dataset; None draws every sample once an epoch.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, start: int = 0
+        self,
+        num_samples: Sequence[int],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+        weights: Sequence[float] | None = None,
     ):
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.total, self.batch_size, self.seed = int(sum(num_samples)), batch_size, seed
         self.rank, self.world, self.start = rank, world, start
+        self.parts = [self.total] if weights is None else list(map(int, num_samples))
+        shares = np.array([1.0] if weights is None else weights, float) * (np.array(self.parts) > 0)
+        ends = np.rint(np.cumsum(shares) / shares.sum() * self.total).astype(int)
+        self.quotas = np.diff(ends, prepend=0).tolist()  # samples of each dataset in an epoch
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, order = -1, np.empty(0, np.int64)
@@ -277,36 +434,54 @@ class SampleStream(Sampler):
         while True:
             batch: list[int] = []
             while len(batch) < self.batch_size:
-                wanted, offset = divmod(position + len(batch), self.num_samples)
+                wanted, offset = divmod(position + len(batch), self.total)
                 if wanted != epoch:
-                    epoch, order = wanted, self._permutation(wanted)
+                    epoch, order = wanted, self._epoch(wanted)
                 batch += order[offset : offset + self.batch_size - len(batch)].tolist()
             yield batch
             position += self.batch_size * self.world
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch, in order."""
+        if len(self.parts) == 1:
+            return np.random.default_rng((self.seed, epoch)).permutation(self.total)
+        drawn, first = [], 0
+        for part, (size, quota) in enumerate(zip(self.parts, self.quotas, strict=True)):
+            rounds, offset = divmod(epoch * quota, max(size, 1))
+            orders = [
+                np.random.default_rng((self.seed, rounds + k, part)).permutation(size)
+                for k in range(-(-(offset + quota) // max(size, 1)))
+            ]
+            drawn.append(first + np.concatenate([np.empty(0, np.int64), *orders])[offset : offset + quota])
+            first += size
+        return np.random.default_rng((self.seed, epoch)).permutation(np.concatenate(drawn).astype(np.int64))
 
 
-def split_episodes(num_episodes: int, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted numbers of the training and the held-out episodes.
+def split_episodes(store: EpisodeStore, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted numbers of the training and the held-out episodes, split dataset by dataset.
 
-    With a positive fraction and more than one episode, at least one is held out; one is always left to train.
+    With a positive fraction and more than one episode, at least one of a dataset is held out; one is always
+    left to train.
     """
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction is {val_fraction:g}: it must be at least 0 and below 1.")
-    held_out = 0
-    if val_fraction > 0 and num_episodes > 1:
-        held_out = min(max(1, round(num_episodes * val_fraction)), num_episodes - 1)
-    order = np.random.default_rng(seed).permutation(num_episodes)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    train, val, first = [], [], 0
+    for count in store.part_episodes:
+        held_out = 0
+        if val_fraction > 0 and count > 1:
+            held_out = min(max(1, round(count * val_fraction)), count - 1)
+        order = first + np.random.default_rng(seed).permutation(count)
+        train.append(order[held_out:])
+        val.append(order[:held_out])
+        first += count
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(val))
 
 
 def make_loader(
     dataset: ChunkDataset,
     batch_size: int,
     seed: int,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     rank: int = 0,
     world: int = 1,
     start: int = 0,
@@ -315,7 +490,7 @@ def make_loader(
     """An endless loader of shuffled batches, this rank's share of the `SampleStream`.
 
     Args:
-        num_workers: processes that gather ahead; 0 gathers in this one.
+        num_workers: processes that gather ahead; 0 gathers in this one. None: as many as are worth it.
 
     Raises:
         UserError: if one step of all ranks takes more samples than there are.
@@ -328,9 +503,12 @@ def make_loader(
             f"{'es' * (world > 1)}) is larger than the {len(dataset)} training samples: "
             f"lower --batch-size to at most {len(dataset) // world}."
         )
+    if num_workers is None:  # copying is faster than handing over, decoding is not
+        num_workers = min(8, max(1, cores() // world)) if dataset.store.storage == "jpeg" else 0
+    weights = dataset.store.part_weights
     return DataLoader(
         dataset,
-        batch_sampler=SampleStream(len(dataset), batch_size, seed, rank, world, start),
+        batch_sampler=SampleStream(dataset.part_samples, batch_size, seed, rank, world, start, weights),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
@@ -342,3 +520,9 @@ def make_loader(
 
 def _identity(batch: Batch) -> Batch:
     return batch
+
+
+if __name__ == "__main__":
+    from common.data.inspect import main
+
+    main()

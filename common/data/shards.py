@@ -1,0 +1,123 @@
+"""Files of frames: raw pixels, or JPEG where raw pixels would outgrow the disk.
+
+A raw shard is rows (N, 3, H, W) uint8, one after the other. A JPEG shard begins with the int64 offsets of its
+N frames a row (and of the end), row by row; the encoded frames follow.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+Storage = Literal["raw", "jpeg"]
+QUALITY = 95
+
+
+class RawShard:
+    """Rows copied out of a memory-mapped file."""
+
+    def __init__(self, path: Path, row_shape: tuple[int, ...]):
+        # A plain array over the map: indexing a np.memmap costs several times more a row.
+        self.frames = np.asarray(np.memmap(path, np.uint8, "r")).reshape(-1, *row_shape)
+
+    def read(self, places: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
+        """Copy the rows `places` to `out[slots]`."""
+        if len(slots) == len(out):
+            np.take(self.frames, places, axis=0, out=out, mode="clip")  # other modes buffer the output
+            return
+        for place, slot in zip(places.tolist(), slots.tolist(), strict=True):
+            out[slot] = self.frames[place]
+
+
+class JpegShard:
+    """Frames decoded as they are read."""
+
+    def __init__(self, path: Path, row_shape: tuple[int, ...]):
+        self.path, self.cameras = path, row_shape[0]
+        self.bytes = np.asarray(np.memmap(path, np.uint8, "r"))
+        self.offsets = jpeg_offsets(self.bytes)
+
+    def read(self, places: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
+        """Decode the rows `places` into `out[slots]`."""
+        for place, slot in zip(places.tolist(), slots.tolist(), strict=True):
+            for camera in range(self.cameras):
+                first, last = self.offsets[place * self.cameras + camera :][:2]
+                decode_jpeg(self.bytes[first:last], out[slot, camera], self.path)
+
+
+def jpeg_offsets(content: np.ndarray) -> np.ndarray:
+    """Where the frames of a JPEG shard begin, and the last one ends; the first follows the offsets."""
+    return content[: int(content[:8].view(np.int64)[0])].view(np.int64)
+
+
+SHARDS = {"raw": RawShard, "jpeg": JpegShard}
+
+
+def encode_jpeg(frame: np.ndarray) -> bytes:
+    """(3, H, W) uint8 to JPEG, colour at full resolution: small robot cameras have few pixels to spare."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(frame.transpose(1, 2, 0)).save(file, "JPEG", quality=QUALITY, subsampling=0)
+    return file.getvalue()
+
+
+def decode_jpeg(encoded: np.ndarray, out: np.ndarray, path: Path) -> None:
+    """Decode into (3, H, W) uint8.
+
+    Raises:
+        OSError: if the bytes are no longer what was written.
+    """
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg  # three times as fast as Pillow
+
+    try:
+        # A copy, since a tensor over the file's read-only memory would be writable.
+        out[:] = decode_jpeg(torch.from_numpy(encoded.copy()), ImageReadMode.RGB).numpy()
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} is damaged ({reason}): run `python -m common.data.store verify`.") from error
+
+
+def join_jpeg(parts: list[Path], starts: list[int], rows: int, cameras: int, target: Path) -> int:
+    """Interleave the frames of (episode, camera) files to one shard; returns its size in bytes.
+
+    Args:
+        parts: one file an episode and camera, itself a shard of one camera.
+        starts: number of the first frame of each in the shard, row * cameras + camera.
+        rows: of the whole shard; rows that no part covers stay empty.
+    """
+    contents = [np.memmap(part, np.uint8, "r") for part in parts]
+    frames: list[np.ndarray | None] = [None] * (rows * cameras)
+    for content, start in zip(contents, starts, strict=True):
+        edges = jpeg_offsets(content).tolist()
+        for k, (first, last) in enumerate(pairwise(edges)):
+            frames[start + k * cameras] = content[first:last]
+    return write_jpeg(frames, target)
+
+
+def write_jpeg(frames: Sequence[np.ndarray | bytes | None], target: Path) -> int:
+    """Write encoded frames as a shard; returns its size in bytes."""
+    lengths = [0 if frame is None else len(frame) for frame in frames]
+    offsets = 8 * (len(frames) + 1) + np.cumsum([0, *lengths], dtype=np.int64)
+    with target.open("wb") as file:
+        file.write(offsets.tobytes())
+        for frame in frames:
+            if frame is not None:
+                file.write(frame)
+    return int(offsets[-1])
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: finds damage, at several GB/s."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            value = zlib.crc32(block, value)
+    return value
