@@ -7,7 +7,16 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from lerobot_factory import make_dataset
 
+from common.data.workers import kept_pool
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reading_processes():
+    """The processes that read HDF5 take seconds to start: all tests share them."""
+    with kept_pool():
+        yield
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,8 +86,10 @@ class Expert:
 
     horizon = 8
 
-    def __init__(self, simulator_seed, num):
+    def __init__(self, simulator_seed, num, history, offset):
         from common.data import demo
+
+        self.spec = SimpleNamespace(proprio_history=history, action_offset=offset)
 
         self.demo, self.targets = demo, demo.Simulator(num, simulator_seed).targets
         self.device = torch.device("cpu")
@@ -95,20 +98,22 @@ class Expert:
         self.first = 0
 
     def sample(self, images, proprio, steps):
-        hands = proprio[:, 0].numpy().reshape(-1, 2, 2).astype(float)
+        assert proprio.shape[1] == self.spec.proprio_history
+        hands = proprio[:, -1].numpy().reshape(-1, 2, 2).astype(float)
         targets = self.targets[self.first : self.first + len(hands)]
         self.first = (self.first + len(hands)) % len(self.targets)
         chunk = []
-        for _ in range(self.horizon):
+        for _ in range(self.spec.action_offset + self.horizon):
             action = self.demo.expert_action(hands, targets, np.ones((len(hands), 2), int))
             hands = action.reshape(-1, 2, 2)
             chunk.append(action)
-        return torch.from_numpy(np.stack(chunk, 1))
+        return torch.from_numpy(np.stack(chunk[-self.horizon :], 1))
 
 
-def test_rollouts_execute_chunks_in_closed_loop(tmp_path):
+@pytest.mark.parametrize(("history", "offset"), [(1, 0), (3, 2)])
+def test_rollouts_execute_chunks_in_closed_loop(tmp_path, history, offset):
     config = evaluate.Config(run=tmp_path, episodes=30, batch_size=7, seed=3)
-    simulator, trace = evaluate.roll_out(Expert(3, 30), config, sample_steps=1)
+    simulator, trace = evaluate.roll_out(Expert(3, 30, history, offset), config, sample_steps=1)
     summary = evaluate.summarize(simulator)
     assert summary["success"] == 1
     assert summary["modes"]["right-right"] == 1

@@ -38,7 +38,7 @@ def test_a_chunk_has_the_promised_shape_and_units(policy):
     chunk = policy.act(observation(policy))
     assert chunk.shape == (policy.horizon, policy.spec.action_dim)
     assert chunk.dtype == np.float32
-    low, high = policy.normalizer.action_min.numpy(), policy.normalizer.action_max.numpy()
+    low, high = policy.normalizer.action_range.numpy()
     wild = {**observation(policy), "state": np.full(policy.spec.state_dim, 1e4, np.float32)}
     clipped = policy.act(wild, clip=True)
     assert (clipped >= low).all()

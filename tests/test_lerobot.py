@@ -403,7 +403,7 @@ def test_a_broken_video_names_episode_and_file(tmp_path, refused, open_, damage,
     assert len(store.skipped) == 3 - store.num_episodes > 0
     steps = check_aligned(store)
     assert steps.tolist()[-15:] == list(range(21, 36))
-    assert json.loads((store.path / "meta.json").read_text())["skipped"] == store.skipped
+    assert json.loads((store.path / "meta.json").read_text())["skipped"] == list(store.skipped)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
@@ -411,8 +411,8 @@ def test_a_broken_video_names_episode_and_file(tmp_path, refused, open_, damage,
 def test_numbers_that_are_none_name_episode_dimension_and_step(tmp_path, refused, open_, key, value):
     root = make_dataset(tmp_path / "d", (12, 9, 15))
     edit_column(root / DATA, key, lambda rows: rows[12 + 4].__setitem__(1, value))
-    name = "joint_1" if key == STATE else "target_1"
-    refused(root, rf"^Episode 1 has (nan|inf) in {key}, dimension {name}, at step 4: ")
+    part, name = ("state", "joint_1") if key == STATE else ("action", "target_1")
+    refused(root, rf"^Episode 1 has (nan|inf) in {part}, dimension {name}, at step 4: ")
     store = open_(root, skip_bad_episodes=True)
     assert store.episode_indices.tolist() == [0, 2]
     assert np.isfinite(check_aligned(store)).all()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ def describe_dataset(item: h5py.Dataset) -> dict[str, Any]:
         if 0 < height <= MAX_IMAGE_SIDE and 0 < width <= MAX_IMAGE_SIDE:
             return {**about, "kind": "pixels", "size": [height, width]}
     elif _may_hold_encoded(item) and shape[0] > 0:
+        affordable_chunk(item)
         first = _encoded(item[0])
         if first.startswith(MAGIC):
             return {**about, "kind": "encoded", "size": _encoded_size(first)}
@@ -214,6 +216,7 @@ def read_numbers(
 
 
 def _matrix(item: h5py.Dataset) -> np.ndarray:
+    affordable_chunk(item)
     with np.errstate(over="ignore", invalid="ignore"):
         values = item[:].astype(np.float32)
     return values.reshape(len(values), -1)
@@ -278,10 +281,18 @@ class Hdf5Reader:
 
 def blocks(item: h5py.Dataset, steps: int) -> Iterator[np.ndarray]:
     """The rows of a dataset in blocks of whole chunks, so that no chunk is decompressed twice."""
-    row = max(1, item.dtype.itemsize * int(np.prod(item.shape[1:])))
-    chunk = item.chunks[0] if item.chunks else 1
-    if chunk * row > MAX_BYTES:
-        raise FrameError(f"one compressed chunk takes {chunk * row / 1e9:.1f} GB")
-    rows = chunk * max(1, READ_BYTES // (chunk * row))
+    rows = (item.chunks[0] if item.chunks else 1) * max(1, READ_BYTES // affordable_chunk(item))
     for first in range(0, steps, rows):
         yield item[first : min(first + rows, steps)]
+
+
+def affordable_chunk(item: h5py.Dataset) -> int:
+    """Bytes that must be in memory to read one row.
+
+    Raises:
+        FrameError: if they are more than any recording needs.
+    """
+    size = item.dtype.itemsize * math.prod(item.chunks or item.shape[1:])
+    if size > MAX_BYTES:
+        raise FrameError(f"one chunk of it takes {size / 1e9:.1f} GB")
+    return max(size, 1)
