@@ -129,10 +129,11 @@ class RobotPolicy:
         """
         images = self._images(observation["images"])
         state, history = np.asarray(observation["state"], np.float32), self.spec.proprio_history
-        state = state[None] if state.ndim == 1 and history == 1 else state
-        if state.shape != (history, self.state_dim):
+        rows = state[None] if state.ndim == 1 and history == 1 else state
+        if rows.shape != (history, self.state_dim):
             wanted = f"({self.state_dim},)" if history == 1 else f"{(history, self.state_dim)}, oldest first"
             raise ValueError(f"state must have shape {wanted}, got {state.shape}")
+        state = rows
         if not np.isfinite(state).all():
             raise ValueError("the state holds NaN or infinity: check the robot's sensors before acting on it")
         if self.spec.state_rotations:

@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from hdf5_factory import make_hdf5
 
 import train_vfp
 from common.config import parse
@@ -171,3 +172,110 @@ def test_nothing_that_loading_reads_can_run_code(run_dir):
 
         load(run_dir / "checkpoints" / "last" / "state" / name, weights_only=True)
     assert torch.get_default_dtype() == torch.float32
+
+
+# Policies that see more than the present, and act relative to it
+
+
+def trained(tiny, folder, *flags):
+    argv = [*tiny, *flags, "--run-dir", str(folder), "--steps", "2", "--save-every", "2"]
+    train_vfp.main(parse(train_vfp.Config, argv, "train_vfp.py"))
+    return load_policy(folder, device="cpu", seed=0)
+
+
+@pytest.fixture
+def relative_policy(tiny, tmp_path, accelerate_reset):
+    flags = "--relative-actions --proprio-history 3 --action-offset 2 --horizon 8"
+    return trained(tiny, tmp_path / "run", *flags.split())
+
+
+def test_relative_actions_come_out_absolute(relative_policy):
+    policy, seen = relative_policy, observation(relative_policy)
+    states = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
+    chunk = policy.act({**seen, "state": states})
+    proprio = torch.from_numpy(states)[None]
+    policy.reset()
+    images = policy._images(seen["images"])[None]
+    normalized = train_vfp.sample_actions(
+        policy.model, images, policy.normalizer.proprio(proprio), policy.config, None, policy._generator
+    )[0].numpy()
+    scale, offset = policy.normalizer.action_scale.numpy(), policy.normalizer.action_offset.numpy()
+    np.testing.assert_allclose(chunk, normalized * scale + offset + states[-1], rtol=1e-5, atol=1e-5)
+    low, high = policy.normalizer.action_range.numpy()
+    clipped = policy.act({**seen, "state": states + 1000}, clip=True)
+    assert ((low <= clipped) & (clipped <= high)).all()
+
+
+def test_a_policy_with_a_memory_asks_for_it(relative_policy):
+    with pytest.raises(ValueError, match=r"\(3, 3\), oldest first, got \(3,\)"):
+        relative_policy.act(observation(relative_policy))
+    with pytest.raises(ValueError, match=r"state must have shape \(3,\), got \(3, 3\)"):
+        relative_policy.next_action({**observation(relative_policy), "state": np.zeros((3, 3))})
+
+
+def test_next_action_remembers_states_and_waits_for_the_first_action(relative_policy, monkeypatch):
+    policy, asked = relative_policy, []
+
+    def act(seen, sample_steps, clip):
+        asked.append(seen["state"].copy())
+        start = seen["state"][-1, 0] + 2  # the state counts steps, and chunks begin two steps ahead
+        return np.repeat(np.arange(start, start + 8, dtype=np.float32)[:, None], 3, axis=1)
+
+    monkeypatch.setattr(policy, "act", act)
+    frames = observation(policy)["images"]
+    given = []
+    for step in range(20):
+        state = np.full(3, step, np.float32)
+        given.append(policy.next_action({"images": frames, "state": state}, execute_steps=6)[0])
+    assert given == [2, 2, *range(2, 20)]  # until step 2 is due, its action
+    assert [seen[:, 0].tolist() for seen in asked] == [[0, 0, 0], [4, 5, 6], [10, 11, 12], [16, 17, 18]]
+    with pytest.raises(ValueError, match=r"execute_steps must lie in 1..6, got 7"):
+        policy.next_action({"images": frames, "state": state}, execute_steps=7)
+    policy.reset()
+    ensembled = [
+        policy.next_action({"images": frames, "state": np.full(3, step)}, ensemble=0.1)[0]
+        for step in range(12)
+    ]
+    np.testing.assert_allclose(ensembled, [2, 2, *range(2, 12)], rtol=1e-6)
+    policy.reset()
+    asked.clear()
+    policy.next_action({"images": frames, "state": np.full(3, 7)})
+    assert asked[0][:, 0].tolist() == [7, 7, 7]  # an episode before is forgotten
+
+
+def test_rotations_are_taken_and_given_as_recorded(tiny, tmp_path, accelerate_reset):
+    import h5py
+
+    root = make_hdf5(tmp_path / "d", (12, 9), ("head", "left", "right"), "robomimic")
+    rng = np.random.default_rng(0)
+    with h5py.File(root / "demos.hdf5", "a") as file:
+        for demo, steps in (("demo_0", 12), ("demo_1", 9)):
+            quaternions = rng.normal([0, 0, 0, 3], 1, (steps, 4))
+            group = file[f"data/{demo}"]
+            group["obs/robot0_eef_quat"] = quaternions / np.linalg.norm(quaternions, axis=1, keepdims=True)
+            del group["actions"]
+            group["actions"] = np.concatenate([group["obs/robot0_eef_pos"], group["obs/robot0_eef_quat"]], 1)
+    keys = [*(f"robot0_eef_pos.{i}" for i in range(3)), *(f"robot0_eef_quat.{i}" for i in range(4))]
+    flags = ["--rotation", "3:quaternion->6d", "--dataset", str(root)]
+    with pytest.raises(UserError, match="a rotation has 4"):
+        trained(tiny, tmp_path / "wrong", *flags)
+    flags = ["--dataset", str(root), "--rotation", "quaternion->6d", "--normalization", "min-max"]
+    policy = trained(tiny, tmp_path / "run", *flags)
+    assert policy.spec.state_rotations.recorded == tuple(keys)
+    assert not policy.spec.action_rotations.starts  # "actions.3" does not say what it is
+    assert policy.state_dim == 7
+    frames = observation(policy)["images"]
+    state = np.array([1, 2, 3, 0.1, 0.2, 0.3, 0.9], np.float32)
+    chunk = policy.act({"images": frames, "state": state})
+    policy.reset()
+    negative = np.concatenate([state[:3], -state[3:]])  # the same rotation
+    np.testing.assert_allclose(policy.act({"images": frames, "state": negative}), chunk, atol=1e-5)
+    with pytest.raises(ValueError, match=r"state must have shape \(7,\), got \(9,\)"):
+        policy.act({"images": frames, "state": np.zeros(9)})
+
+    flags = ["--state-keys", "obs/robot0_eef_quat", "--action-keys", "obs/robot0_eef_quat", *flags]
+    policy = trained(tiny, tmp_path / "both", *flags, "--action-offset", "1", "--relative-actions")
+    assert policy.spec.action_dim == 6
+    chunk = policy.act({"images": frames, "state": state[3:]})
+    assert chunk.shape == (policy.horizon, 4)
+    np.testing.assert_allclose(np.linalg.norm(chunk, axis=1), 1, atol=1e-5)

@@ -93,6 +93,8 @@ def walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
                 raise BadEpisode(
                     f"has a link to another file at {key}, and a dataset must not read other files"
                 )
+            if link is None:  # the name is listed, but leads nowhere
+                raise BadEpisode(f"is damaged at {key}")
             if not isinstance(link, h5py.HardLink):
                 continue
             item = group[name]

@@ -520,9 +520,3 @@ def make_loader(
 
 def _identity(batch: Batch) -> Batch:
     return batch
-
-
-if __name__ == "__main__":
-    from common.data.inspect import main
-
-    main()

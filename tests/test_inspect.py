@@ -1,0 +1,183 @@
+import json
+import os
+
+import h5py
+import numpy as np
+import pytest
+from filelock import FileLock
+from hdf5_factory import make_hdf5
+from lerobot_factory import make_dataset
+from PIL import Image
+
+from common.config import parse
+from common.data import DataConfig, inspect, open_dataset
+from common.data.inspect import Inspect, Prune, Verify
+from common.errors import UserError
+
+LENGTHS = (12, 9, 15, 11)
+CAMERAS = ("high", "left")
+HIGH = "observations/images/cam_high"
+
+
+@pytest.fixture
+def root(tmp_path):
+    return make_hdf5(tmp_path / "d", LENGTHS, CAMERAS)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a command as its command line is parsed."""
+
+    def run(name, *flags):
+        function, options = {
+            "inspect": (inspect.inspect, Inspect),
+            "verify": (inspect.verify, Verify),
+            "prune": (inspect.prune, Prune),
+        }[name]
+        argv = [*map(str, flags), "--cache-dir", str(tmp_path / "cache")]
+        function(parse(options, argv, "store"))
+
+    return run
+
+
+def episode(root, number):
+    return root / f"day_{number % 2}/episode_{number}.hdf5"
+
+
+def test_a_dataset_with_every_flaw_is_described(tmp_path, root, run, capsys):
+    with h5py.File(episode(root, 1), "a") as file:
+        file[HIGH][:] = file[HIGH][0]  # a frozen camera
+    with h5py.File(episode(root, 2), "a") as file:
+        file["timestamps"] = np.arange(15) / 10 + np.where(np.arange(15) > 6, 0.35, 0)
+    for number in range(4):
+        with h5py.File(episode(root, number), "a") as file:
+            file["action"][:, 1] = 0.25
+            file["action"][:, 2] = np.where(np.arange(len(file["action"])) < 5, -1, file["action"][:, 2] / 99)
+    run("inspect", root, "--out", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert f"{root}: 4 episodes, 47 steps, 0.1 minutes at 10 Hz" in out
+    assert "lengths         9 to 15 steps, half of them 10 to 13, median 12" in out
+    assert "camera high does not change in episodes 1" in out
+    assert "camera left" not in out
+    assert "episode 2: 0.45 s after step 6" in out
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip().startswith("joint_")}
+    assert rows["joint_1"].endswith("constant")
+    assert "rests at its low" in rows["joint_2"]
+    assert "rests" not in rows["joint_0"]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    action = summary["dimensions"]["action"]
+    assert action[0]["min"] == pytest.approx(-46)
+    assert summary["shortest"] == {"1": 9, "3": 11, "0": 12, "2": 15}
+    for name in ("frames.png", "dimensions.png"):
+        pixels = np.asarray(Image.open(tmp_path / "out" / name))
+        assert min(pixels.shape[:2]) > 100
+        assert pixels[..., :3].std() > 10
+
+
+def test_a_sound_dataset_has_nothing_to_look_at(tmp_path, run, capsys):
+    root = make_dataset(
+        tmp_path / "d", (12, 9), [f"observation.images.cam_{c}" for c in CAMERAS], video=False
+    )
+    run("inspect", root, "--out", tmp_path / "out", "--store", "jpeg", "--image-size", "24")
+    out = capsys.readouterr().out
+    assert "look at" not in out
+    assert "fold the towel" in out
+    assert "at 24x24" in out
+    assert "(jpeg" in out
+
+
+def flip(path, at=-100):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("storage", ["raw", "jpeg"])
+@pytest.mark.parametrize("by", ["dataset", "store"])
+def test_a_damaged_store_is_found_and_rebuilt(tmp_path, root, run, capsys, storage, by):
+    store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache", store=storage))
+    flags = [root, "--store", storage] if by == "dataset" else [store.path]
+    run("verify", *flags)
+    assert "47 steps of 4 episodes equal" in capsys.readouterr().out
+    before = store.shard_files[0].read_bytes()
+    flip(store.shard_files[0])
+    with pytest.raises(UserError, match=r"is damaged: frames-00000.bin has another checksum .* --rebuild"):
+        run("verify", *flags)
+    run("verify", *flags, "--rebuild")
+    assert "rebuilding frames-00000.bin" in capsys.readouterr().out
+    assert store.shard_files[0].read_bytes() == before
+    flip(store.path / "arrays.safetensors")
+    with pytest.raises(UserError, match=r"arrays.safetensors is not what was written"):
+        open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache", store=storage))
+    run("verify", *flags, "--rebuild")
+    store.shard_files[0].write_bytes(before[:-5])
+    with pytest.raises(UserError, match=r"has .* bytes instead of"):
+        run("verify", *flags)
+    store.shard_files[0].unlink()
+    with pytest.raises(UserError, match=r"frames-00000.bin is missing"):
+        run("verify", *flags)
+    run("verify", *flags, "--rebuild")
+
+
+def test_only_the_damaged_part_is_decoded_again(tmp_path, root, run, monkeypatch):
+    monkeypatch.setattr("common.data.ingest.SHARD_BYTES", 22 * 2 * 32 * 48 * 3)
+    store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
+    assert len(store.shard_files) == 3
+    kept = store.shard_files[0].stat().st_ino
+    flip(store.shard_files[1])
+    run("verify", root, "--rebuild")
+    assert store.shard_files[0].stat().st_ino == kept
+
+
+def test_a_store_that_differs_from_its_source(tmp_path, root, run):
+    store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
+    file = store.shard_files[0]
+    flip(file)
+    meta = json.loads((store.path / "meta.json").read_text())
+    meta["shards"][0]["crc32"] = inspect.checksum(file)  # as if it had been written so
+    (store.path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"differs from .* in episode 3, camera left at step 10"):
+        run("verify", root)
+
+
+def test_a_source_that_has_changed(tmp_path, root, run):
+    store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
+    with h5py.File(episode(root, 0), "a") as file:
+        file["action"][0, 0] = 5
+    with pytest.raises(UserError, match="has no store yet"):
+        run("verify", root)
+    with pytest.raises(UserError, match=f"has changed since {store.path}"):
+        run("verify", store.path)
+
+
+def test_the_cache_is_listed_and_freed(tmp_path, root, run, capsys):
+    whole = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
+    other = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache", image_size=(16,)))
+    (other.path / "meta.json").unlink()
+    run("prune")
+    out = capsys.readouterr().out
+    assert f"{whole.path.name}: raw, 2 cameras, from {root}" in out
+    assert f"{other.path.name}: meta.json is missing" in out
+    assert "2 stores" in out
+    assert "delete with --all" in out
+    run("prune", "--unfinished")
+    assert not other.path.exists()
+    assert whole.path.exists()
+    run("prune", "--older-than", "1")
+    assert whole.path.exists()
+    os.utime(whole.path / "arrays.safetensors", (1, 1))
+    run("prune", "--older-than", "1")
+    assert not whole.path.exists()
+    again = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
+    run("prune", "--all")
+    assert not again.path.exists()
+    run("prune")
+    assert "0 stores" in capsys.readouterr().out
+
+
+def test_a_store_that_is_being_built_is_not_deleted(tmp_path, root, run):
+    store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
+    lock = FileLock(store.path.parent / f".{store.path.name.rpartition('-')[2]}.lock")
+    with lock, pytest.raises(UserError, match="is being built by another process"):
+        run("prune", "--all")
+    assert store.path.exists()

@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+from hdf5_factory import make_hdf5
+
+from common.data import DataConfig, open_dataset
+from common.data.rotation import SOURCES, Rotations, from_matrix, gram_schmidt, parse, to_matrix
+from common.errors import UserError
+
+
+def turned(values, kind, vector):
+    """Rotate a vector as the definition of each representation says, one rotation at a time."""
+    if kind == "euler":
+        for axis, angle in enumerate(values):  # about fixed x, then y, then z
+            i, j = [(1, 2), (2, 0), (0, 1)][axis]
+            c, s = np.cos(angle), np.sin(angle)
+            vector = vector.copy()
+            vector[i], vector[j] = c * vector[i] - s * vector[j], s * vector[i] + c * vector[j]
+        return vector
+    if kind == "axis-angle":  # Rodrigues
+        angle = np.linalg.norm(values)
+        k = values / angle
+        return (
+            vector * np.cos(angle)
+            + np.cross(k, vector) * np.sin(angle)
+            + k * (k @ vector) * (1 - np.cos(angle))
+        )
+    values = values / np.linalg.norm(values)
+    xyz, w = (values[:3], values[3]) if kind == "quaternion" else (values[1:], values[0])
+    return vector + 2 * np.cross(xyz, np.cross(xyz, vector) + w * vector)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_matrices_turn_vectors_as_the_definitions_say(kind):
+    rng = np.random.default_rng(0)
+    for values in rng.normal(size=(50, SOURCES[kind])):
+        vector = rng.normal(size=3)
+        matrix = to_matrix(values, kind)
+        np.testing.assert_allclose(matrix @ vector, turned(values, kind, vector), atol=1e-12)
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(3), atol=1e-12)
+        assert np.linalg.det(matrix) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_the_way_back_gives_the_same_rotation(kind):
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(300, SOURCES[kind]))
+    values[:4] = 0
+    if kind.startswith("quaternion"):  # half turns about each axis and no turn at all
+        values[:4] = np.eye(4)
+    matrix = to_matrix(values, kind)
+    again = from_matrix(matrix, kind)
+    np.testing.assert_allclose(to_matrix(again, kind), matrix, atol=1e-9)
+    assert np.isfinite(again).all()
+
+
+def test_six_numbers_are_continuous_where_quaternions_flip():
+    angles = np.linspace(0, 6 * np.pi, 400)
+    smooth = np.stack([0 * angles, np.sin(angles / 2), 0 * angles, np.cos(angles / 2)], -1)
+    flipped = smooth * np.where(np.arange(400) % 7 < 3, -1, 1)[:, None]
+    rotations = Rotations("quaternion", (0,), ("qx", "qy", "qz", "qw"))
+    six = rotations.encode(flipped)
+    assert np.abs(np.diff(flipped, axis=0)).max() > 1
+    assert np.abs(np.diff(six, axis=0)).max() < 0.05
+    np.testing.assert_allclose(six, rotations.encode(smooth), atol=1e-6)
+    back = rotations.decode(six)  # one rotation, and one sign along the whole chunk
+    assert np.abs(np.diff(back, axis=0)).max() < 0.05
+    np.testing.assert_allclose(np.abs((back * smooth).sum(-1)), 1, atol=1e-6)
+
+
+def test_gram_schmidt_makes_a_rotation_of_any_six_numbers():
+    six = np.random.default_rng(2).normal(size=(100, 6))
+    matrix = gram_schmidt(six)
+    np.testing.assert_allclose(
+        matrix.swapaxes(-1, -2) @ matrix, np.broadcast_to(np.eye(3), (100, 3, 3)), atol=1e-9
+    )
+    np.testing.assert_allclose(np.linalg.det(matrix), 1)
+    np.testing.assert_allclose(
+        gram_schmidt(matrix[..., :2].swapaxes(-1, -2).reshape(-1, 6)), matrix, atol=1e-9
+    )
+
+
+def test_dimensions_are_found_by_name_and_others_left_alone():
+    names = ("x", "left_quat.0", "left_quat.1", "left_quat.2", "left_quat.3", "grip", "qx", "qy", "qz", "qw")
+    found = Rotations.find(names, "quaternion", None)
+    assert found.starts == (1, 6)
+    assert found.names() == (
+        "x",
+        *(f"left_quat.0:r{i}" for i in range(6)),
+        "grip",
+        *(f"qx:r{i}" for i in range(6)),
+    )
+    values = np.random.default_rng(3).normal(size=(5, 10)).astype(np.float32)
+    encoded = found.encode(values)
+    assert encoded.shape == (5, 14)
+    assert (encoded[:, [0, 7]] == values[:, [0, 5]]).all()
+    back = found.decode(encoded)
+    assert (back[:, [0, 5]] == values[:, [0, 5]]).all()
+    for start in (1, 6):
+        unit = values[:, start : start + 4]
+        unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
+        np.testing.assert_allclose(np.abs((unit * back[:, start : start + 4]).sum(-1)), 1, atol=1e-6)
+    assert Rotations.find(names, "quaternion", "left").starts == (1,)
+    with pytest.raises(UserError, match="are 5 dimensions, and a rotation has 4"):
+        Rotations.find((*names[:5], "quat_valid"), "quaternion", None)
+
+
+def test_options_that_are_not_understood():
+    assert parse("quaternion->6d") == (None, "quaternion")
+    assert parse("eef:axis-angle->6d") == ("eef", "axis-angle")
+    for wrong in ("quaternion", "quaternion->7d", "spin->6d", "->6d", ""):
+        with pytest.raises(UserError, match="is not understood: write KIND->6d"):
+            parse(wrong)
+
+
+def test_a_dataset_is_re_expressed_and_its_store_shared(tmp_path):
+    import h5py
+
+    root = make_hdf5(tmp_path / "d", (6, 5), layout="robomimic", dims=(3, 3))
+    quaternions = np.random.default_rng(4).normal(size=(11, 4))
+    with h5py.File(root / "demos.hdf5", "a") as file:
+        for demo, rows in (("demo_0", slice(0, 6)), ("demo_1", slice(6, 11))):
+            file[f"data/{demo}/obs/robot0_eef_quat"] = quaternions[rows]
+
+    def open_(**options):
+        return open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache", **options))
+
+    plain, store = open_(), open_(rotation="quaternion->6d")
+    assert store.path == plain.path
+    assert plain.state.shape == (11, 7)
+    assert store.state.shape == (11, 9)
+    matrices = to_matrix(quaternions, "quaternion")
+    np.testing.assert_allclose(store.state[:, 3:6], matrices[:, :, 0], atol=1e-6)
+    np.testing.assert_allclose(store.state[:, 6:9], matrices[:, :, 1], atol=1e-6)
+    assert (store.action == plain.action).all()
+    with pytest.raises(UserError, match=r"no dimension of .* is named like one"):
+        open_(rotation="euler->6d")
+    with h5py.File(root / "demos.hdf5", "a") as file:
+        file["data/demo_1/obs/robot0_eef_quat"][2] = 0
+    with pytest.raises(UserError, match=r"episode 1 of .* a quaternion of four zeros"):
+        open_(rotation="quaternion->6d")
