@@ -1,14 +1,17 @@
-"""Camera frames per second of an ingest, beside bare PyAV decoding and resizing the same videos.
+"""Camera frames per second of an ingest, beside bare PyAV decoding and resizing, and on one core and all.
 
     python benchmarks/ingest.py                       # records two episodes at 480x640 first
     python benchmarks/ingest.py --dataset FOLDER      # any LeRobot v3 dataset with video cameras
 
-Both run in turns in one process with one decoding thread, so that frames per second are per core; seconds of
-processor time are counted, too, for a machine that does other things meanwhile. A last line has all cores.
+The first table is one process with one decoding thread, in turns with bare decoding, so that frames per
+second are per core; seconds of processor time are counted, too, for a machine that does other things
+meanwhile. The second table has one worker process and one for every core, in turns, without the seconds that
+processes take to start.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 import time
@@ -20,9 +23,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.loader import record
+from benchmarks.loader import record, write_hdf5
 from common.data import DataConfig, open_dataset
-from common.data.ingest import FRAMES_PER_WORKER, cores
+from common.data.store import EpisodeStore
+from common.data.workers import cores, guarded_map, kept_pool
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Options:
     """Steps to record, of two cameras at 480x640, in two episodes."""
     rounds: int = 5
     """Measurements of each; the best is printed."""
+    copies: int = 6
+    """How many times the recording is taken for the second table, as one dataset of so many episodes."""
 
 
 def bare(root: Path, keys: tuple[str, ...], size: tuple[int, int]) -> int:
@@ -86,10 +92,44 @@ def main(options: Options) -> None:
             print(f"{name:12}{wall:10.0f}{processor:30.0f}")
         shares = [mine / theirs for mine, theirs in zip(best["ingest"], best["bare PyAV"], strict=True)]
         print(f"{'ratio':12}{shares[0]:10.0%}{shares[1]:30.0%}")
-        frames = first.num_steps * len(first.cameras)
-        workers = max(1, min(cores(), frames // FRAMES_PER_WORKER))
-        wall, _ = measure(lambda: ingest(replace(config, ingest_workers=None)))
-        print(f"default ({workers} of {cores()} cores, with the start of workers): {wall:.0f} frames/s")
+        print_scaling(options, root, first, Path(folder))
+
+
+def print_scaling(options: Options, video: Path, store: EpisodeStore, folder: Path) -> None:
+    """Frames per second on one worker process and on one for every core."""
+    hdf5 = write_hdf5(folder / "hdf5", store)
+    for copy in range(1, options.copies):
+        for e in range(store.num_episodes):
+            shutil.copy(hdf5 / f"episode_{e}.hdf5", hdf5 / f"episode_{copy * store.num_episodes + e}.hdf5")
+    sources = {
+        "video to raw": DataConfig((str(video),), image_size=options.image_size),
+        "HDF5 to raw": DataConfig((str(hdf5),)),
+        "HDF5 to JPEG": DataConfig((str(hdf5),), store="jpeg"),
+    }
+    print(f"\n{'frames/s':14}{'1 process':>12}{f'{cores()} processes':>14}{'ratio':>8}")
+    runs = 0
+    for name, config in sources.items():
+        rates: dict[int, list[float]] = {1: [], cores(): []}
+        for _ in range(options.rounds):
+            for workers in rates:
+                runs += 1
+                rates[workers].append(timed_ingest(config, workers, folder / f"scaling{runs}"))
+        one, all_cores = (max(found) for found in rates.values())
+        print(f"{name:14}{one:12.0f}{all_cores:14.0f}{all_cores / one:8.2f}")
+
+
+def timed_ingest(config: DataConfig, workers: int, cache: Path) -> float:
+    """Frames per second, with the processes already there."""
+    config = replace(config, cache_dir=cache, ingest_workers=workers)
+    with kept_pool():
+        list(guarded_map(time.sleep, [(1.0,)] * workers, workers))  # all have started
+        begin = time.perf_counter()
+        store = open_dataset(config)
+        seconds = time.perf_counter() - begin
+    frames = store.num_steps * len(store.cameras)
+    del store
+    shutil.rmtree(cache)
+    return frames / seconds
 
 
 if __name__ == "__main__":

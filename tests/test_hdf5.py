@@ -171,6 +171,17 @@ def test_one_file_is_a_dataset_too(tmp_path, open_):
     assert check_aligned(open_(root / "demos.hdf5")).tolist() == list(range(12))
 
 
+def test_groups_that_are_episodes():
+    keys = ["data/demo_1/obs/x", "data/demo_1/actions", "data/demo_10/obs/x", "mask/train"]
+    assert hdf5_files.episode_groups(keys) == ["data/demo_1/", "data/demo_10/"]
+    assert hdf5_files.episode_groups(["traj_0/actions", "traj_0/obs/agent/qpos"]) == ["traj_0/"]
+    assert hdf5_files.episode_groups(["episode_3/demo_1/a"]) == ["episode_3/"]
+    assert hdf5_files.episode_groups(["action", "observations/qpos"]) == [""]
+    assert hdf5_files.episode_groups([]) == []
+    with pytest.raises(ingest.BadEpisode, match="in data/dem/, which is not named like data/demo_1/"):
+        hdf5_files.episode_groups(["data/demo_1/actions", "data/dem/actions", "data/dem/obs"])
+
+
 def test_any_layout_can_be_given_by_keys(tmp_path, open_, refused):
     (tmp_path / "d").mkdir()
     with h5py.File(tmp_path / "d/log.h5", "w") as file:

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,15 +111,27 @@ def walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
         pending += reversed(below)
 
 
-def episode_groups(keys: Sequence[str]) -> list[str]:
-    """Where the episodes of a file are: groups like data/demo_0/, or the file itself."""
-    groups: dict[str, None] = {}
+def episode_groups(keys: Collection[str]) -> list[str]:
+    """Where the episodes of a file are: groups like data/demo_0/, or the file itself.
+
+    Raises:
+        BadEpisode: if a group beside them holds an episode, too, but is not named like one.
+    """
+    inside: dict[str, set[str]] = {}  # keys below each group, two levels deep
     for key in keys:
-        parts = key.split("/")
-        depth = next((d for d, part in enumerate(parts[:-1][:2]) if EPISODE_GROUP.fullmatch(part)), None)
-        if depth is not None:
-            groups["/".join(parts[: depth + 1]) + "/"] = None
-    return list(groups) or ([""] if keys else [])
+        for depth in (1, 2):
+            parts = key.split("/", depth)
+            if len(parts) > depth:
+                inside.setdefault("/".join(parts[:depth]) + "/", set()).add(parts[depth])
+    groups = [group for group in inside if EPISODE_GROUP.fullmatch(group.split("/")[-2])]
+    groups = [group for group in groups if not any(g != group and group.startswith(g) for g in groups)]
+    if not groups:
+        return [""] if keys else []
+    for group, found in inside.items():
+        beside = group.count("/") == groups[0].count("/") and group not in groups
+        if beside and any(inside[episode] <= found for episode in groups):
+            raise BadEpisode(f"holds an episode in {group}, which is not named like {groups[0]}")
+    return groups
 
 
 def describe_dataset(item: h5py.Dataset) -> dict[str, Any]:
