@@ -73,6 +73,7 @@ def test_chosen_episodes_are_the_same_from_their_own_store_and_from_the_whole(ro
     assert chosen.path == full.path != own.path
     assert chosen.episode_indices.tolist() == [1, 3]
     assert equal(whole(own), whole(chosen))
+    assert own.fingerprint == chosen.fingerprint != full.fingerprint  # a resumed run meets the same choice
     starts = full.episode_starts
     rows = np.concatenate([np.arange(starts[e], starts[e + 1]) for e in (1, 3)])
     assert torch.equal(whole(own).images, full.images(rows))

@@ -89,6 +89,27 @@ def test_hdf5_and_lerobot_give_the_same_batches_to_the_bit(tmp_path, open_, layo
         check_aligned(two)
 
 
+def test_twenty_episodes_as_video_and_as_hdf5_agree_on_everything_but_pixels(tmp_path, open_):
+    lengths, size = tuple(4 + 3 * k % 7 for k in range(20)), (48, 64)
+    cameras = ("high", "left")
+    keys = dict.fromkeys([f"observation.images.cam_{camera}" for camera in cameras], size)
+    video = open_(make_dataset(tmp_path / "video", lengths, keys, dims=(3, 3), episodes_per_file=7))
+    hdf5 = open_(make_hdf5(tmp_path / "hdf5", lengths, dict.fromkeys(cameras, size), images="gzip"))
+    for name in ("cameras", "image_size", "fps", "num_episodes", "num_steps"):
+        assert getattr(video, name) == getattr(hdf5, name)
+    for name in ("state", "action", "episode_starts", "episode_indices"):
+        assert (getattr(video, name) == getattr(hdf5, name)).all()
+    np.testing.assert_allclose(video.timestamps, hdf5.timestamps, atol=1e-6)
+    one, two = (
+        ChunkDataset(store, range(20), 4, 2).__getitems__(np.arange(video.num_steps))
+        for store in (video, hdf5)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one[1:], two[1:], strict=True))
+    lossy = (one.images.float() - two.images.float()).abs().mean()
+    assert 0.1 < lossy < 10
+    assert check_aligned(video).tolist() == check_aligned(hdf5).tolist()
+
+
 def test_jpeg_frames_are_those_that_a_decoder_gives(tmp_path, open_):
     make_hdf5(tmp_path / "d", (4,))
     file = tmp_path / "d/day_0/episode_0.hdf5"

@@ -503,6 +503,14 @@ def test_no_episodes(tmp_path, refused):
     refused(root, "no episodes")
 
 
+def test_texts_that_are_no_texts(tmp_path, refused):
+    root = make_dataset(tmp_path / "d", (6, 5))
+    content = (root / EPISODES).read_bytes()
+    assert content.count(b"fold the towel") > 0
+    (root / EPISODES).write_bytes(content.replace(b"fold the towel", b"fold \xff\xfe towel"))
+    refused(root, "cannot be read .*UTF8")
+
+
 def test_a_damaged_image(tmp_path, refused, open_):
     root = make_dataset(tmp_path / "d", (12, 9), (HIGH,), video=False)
     edit_column(root / DATA, HIGH, lambda cells: cells[15].update(bytes=cells[15]["bytes"][:60]))

@@ -173,6 +173,8 @@ def ensure_store(
     store = EpisodeStore.open(path)
     if store.skipped and not skip_bad:
         raise _refusal(store.skipped)
+    if info.episodes is not None:
+        store = store.select(info.episodes)
     if store.skipped:
         report(f"left out {len(store.skipped)} of {store.num_episodes + len(store.skipped)} episodes:")
         for reason in store.skipped:

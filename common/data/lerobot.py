@@ -259,7 +259,9 @@ def read_parquet(file: Path, columns: Sequence[str], optional: Sequence[str] = (
             present = set(parquet.schema_arrow.names)
             missing = [name for name in columns if name not in present]
             if not missing:
-                return parquet.read([*columns, *(name for name in optional if name in present)])
+                table = parquet.read([*columns, *(name for name in optional if name in present)])
+                table.validate(full=True)  # damaged files can hold texts and lists that are none
+                return table
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
@@ -400,6 +402,7 @@ class LeRobotReader:
                     if begin < last and first < end:
                         row = begin
                         for batch in parquet.iter_batches(64, [group], [camera.key]):
+                            batch.validate(full=True)
                             inside = batch.slice(max(0, first - row), max(0, last - max(first, row)))
                             row += len(batch)
                             for entry in inside.column(0).to_pylist():

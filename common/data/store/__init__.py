@@ -68,7 +68,7 @@ class EpisodeStore:
     Attributes:
         path: folder of the (first) store.
         source: the dataset it was made from, as a path or hub name; several are joined by " + ".
-        fingerprint: hash of the content of the datasets.
+        fingerprint: hash of the content of the datasets, and of the choice of their episodes.
         cameras, camera_keys: short and full camera names, N of each.
         image_size: (H, W) in pixels.
         fps: control steps per second.
@@ -160,8 +160,10 @@ class EpisodeStore:
         starts, lengths = self.episode_starts[kept], np.diff(self.episode_starts)[kept]
         rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
         names = ("episode_indices", "episode_shard", "episode_row")
+        chosen = json.dumps([self.fingerprint, self.episode_indices[kept].tolist()])
         return replace(
             self,
+            fingerprint=hashlib.sha256(chosen.encode()).hexdigest(),
             **{name: getattr(self, name)[rows] for name in ("state", "action", "timestamps")},
             **{name: getattr(self, name)[kept] for name in names},
             episode_starts=np.cumsum([0, *lengths], dtype=np.int64),
