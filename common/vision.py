@@ -6,9 +6,14 @@ the image, and one summary (B, summary_dim). Whatever normalization of pixels it
 
 import logging
 import math
-import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +159,7 @@ class ResNetBackbone(Backbone):
 
 
 class HuggingFaceBackbone(Backbone):
-    """Any Hugging Face vision model: DINOv2, DINOv3, SigLIP, CLIP, C-RADIO, ConvNeXt, ResNet, ...
+    """Any Hugging Face vision model: DINOv2, DINOv3, SigLIP, CLIP, C-RADIO, ViT-MAE, Swin, ConvNeXt, ...
 
     Tokens are the patch tokens, without class and register tokens, or the last feature map of a convolutional
     model; the summary is the class token, the pooled output where there is no class token, else the mean.
@@ -164,18 +169,17 @@ class HuggingFaceBackbone(Backbone):
         self, name: str, image_size: tuple[int, int], pretrained: bool = True, hf_config: dict | None = None
     ):
         super().__init__()
-        self.network, processor = _load_huggingface(name, image_size, pretrained, hf_config)
+        self.network, processor, absent = _load_huggingface(name, pretrained, hf_config)
         config = self.network.config
         self.hf_config = config.to_dict()
-        self._interpolate = _accepts_interpolation(self.network)
+        self._interpolate = "interpolate_pos_encoding" in signature(self.network.forward).parameters
         self._is_radio = config.model_type == "radio"  # normalizes inside
         patch = getattr(config, "patch_size", None)
-        self._patch = patch if isinstance(patch, int) and config.model_type not in _CONVOLUTIONAL else None
-        step = self._patch or 32
-        if self._patch and any(side % self._patch for side in image_size):
-            near = " or ".join(str(max(step * (image_size[0] // step + i), step)) for i in (0, 1))
+        patch = patch if isinstance(patch, int) and config.model_type not in _CONVOLUTIONAL else None
+        if patch and any(side % patch for side in image_size):
+            near = " or ".join(str(max(patch * (image_size[0] // patch + i), patch)) for i in (0, 1))
             raise UserError(
-                f"--backbone {name} takes images whose sides are multiples of {step}, not "
+                f"--backbone {name} takes images whose sides are multiples of {patch}, not "
                 f"{image_size[0]}x{image_size[1]}: choose --image-size {near}."
             )
         default = (HALF, HALF) if "siglip" in config.model_type else (IMAGENET_MEAN, IMAGENET_STD)
@@ -185,101 +189,171 @@ class HuggingFaceBackbone(Backbone):
         mean, std = ((0.0,) * 3, (1.0,) * 3) if self._is_radio else (mean, std)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=True)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=True)
-        self._measure(name, image_size)
+        self._leading = 0  # tokens before those of the patches
+        self._measure(name, image_size, patch, absent)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = (images - self.mean) / self.std
-        options = {"interpolate_pos_encoding": True} if self._interpolate else {}
-        out = self.network(pixel_values=pixels, **options)
+        out = self._run(images)
         if self._is_radio:
             return out.features, out.summary
         hidden = out.last_hidden_state
         if hidden.ndim == 4:  # a feature map
             tokens = hidden.flatten(2).transpose(1, 2)
             return tokens, tokens.mean(dim=1)
-        if self._patch is None:
-            leading = 1 if hidden.shape[1] % 2 else 0
-        else:
-            leading = hidden.shape[1] - (images.shape[2] // self._patch) * (images.shape[3] // self._patch)
-        tokens = hidden[:, leading:]
-        if leading:
+        tokens = hidden[:, self._leading :]
+        if self._leading:
             return tokens, hidden[:, 0]
         pooled = getattr(out, "pooler_output", None)
-        return tokens, tokens.mean(dim=1) if pooled is None else pooled
+        return tokens, tokens.mean(dim=1) if pooled is None else pooled.flatten(1)
 
-    def _measure(self, name: str, image_size: tuple[int, int]) -> None:
-        """Run once: learn the widths, and exclude weights that cannot learn (mask tokens, unused heads).
+    def _run(self, images: Tensor):
+        options = {"interpolate_pos_encoding": True} if self._interpolate else {}
+        return self.network(pixel_values=(images - self.mean) / self.std, **options)
 
-        DistributedDataParallel would wait for the gradients of such weights.
+    def _measure(self, name: str, image_size: tuple[int, int], patch: int | None, absent: set[str]) -> None:
+        """Run once: learn the layout of the tokens, and exclude weights that cannot learn.
+
+        DistributedDataParallel would wait for the gradients of such weights (mask tokens, unused heads).
+
+        Args:
+            patch: side of a patch in pixels, if the model says so.
+            absent: weights that the model's files do not have.
         """
+        size = f"{image_size[0]}x{image_size[1]}"
+        images = torch.zeros(1, 3, *image_size)
         try:
             with torch.enable_grad():
-                tokens, summary = self(torch.zeros(1, 3, *image_size))
-                parameters = list(self.network.parameters())
-                grads = torch.autograd.grad(tokens.sum() + summary.sum(), parameters, allow_unused=True)
-        except (RuntimeError, ValueError) as error:
+                hidden = getattr(self._run(images), "last_hidden_state", None)
+                if hidden is not None and hidden.ndim == 3 and not self._is_radio:
+                    self._leading = _leading_tokens(hidden.shape[1], image_size, patch, self.network.config)
+                tokens, summary = self(images)
+                named = dict(self.network.named_parameters())
+                grads = torch.autograd.grad(
+                    tokens.sum() + summary.sum(), list(named.values()), allow_unused=True
+                )
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"--backbone {name} cannot take images of {image_size[0]}x{image_size[1]} ({reason}): choose "
-                f"another --image-size."
+                f"--backbone {name} cannot take images of {size} ({reason}): choose another --image-size, or "
+                f"another backbone."
             ) from None
-        for parameter, grad in zip(parameters, grads, strict=True):
+        for parameter, grad in zip(named.values(), grads, strict=True):
             parameter.requires_grad_(grad is not None)
+        unset = sorted(absent & {key for key, parameter in named.items() if parameter.requires_grad})
+        if unset:
+            raise UserError(
+                f"--backbone {name} holds no weights for {len(unset)} parts of its vision network "
+                f"({unset[0]}, ...), which would be random: give the vision model itself, as "
+                f"openai/clip-vit-base-patch16."
+            )
         self.num_tokens, self.token_dim, self.summary_dim = tokens.shape[1], tokens.shape[2], summary.shape[1]
 
 
 _CONVOLUTIONAL = {"convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet"}
 
 
-def _accepts_interpolation(network: nn.Module) -> bool:
-    import inspect
+def _leading_tokens(length: int, image_size: tuple[int, int], patch: int | None, config) -> int:
+    """How many of a sequence's tokens stand before those of the image's regions.
 
-    return "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
+    The regions form a grid; its stride is the patch, or, in networks that merge patches on the way, some
+    power of two times it.
+
+    Raises:
+        ValueError: if no grid fits.
+    """
+    registers = getattr(config, "num_register_tokens", None) or 0
+    for stride in [(patch or 4) * 2**k for k in range(6)]:
+        extra = length - math.prod(math.ceil(side / stride) for side in image_size)
+        if extra in {0, 1, 2, registers, 1 + registers}:
+            return extra
+    raise ValueError(f"its {length} tokens form no grid")
 
 
-def _load_huggingface(name: str, image_size: tuple[int, int], pretrained: bool, hf_config: dict | None):
-    """The vision part of a model, and its image processor's settings.
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No progress bars and warnings from loading a model; as before afterwards."""
+    from transformers.utils import logging as transformers_logging
+
+    hub, before = logging.getLogger("huggingface_hub"), transformers_logging.get_verbosity()
+    level, bars = hub.level, transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
+        transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _hub_is_near() -> bool:
+    """Whether the hub can be reached: the libraries themselves try for half a minute before they give up."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return not constants.HF_HUB_OFFLINE
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        port = address.port or {"http": 80}.get(address.scheme, 443)
+        socket.create_connection((address.hostname, port), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def _load_huggingface(name: str, pretrained: bool, hf_config: dict | None):
+    """The vision part of a model, its image processor's settings, and the weights that its files lack.
 
     A local path is never looked up on the hub. Weights must be safetensors and no code comes with a model,
     so that nothing that is loaded can run code.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, ViTConfig
     from transformers.image_processing_base import ImageProcessingMixin
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     path = Path(name).expanduser()
     is_path = path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
-    source, only_local = (str(path), True) if is_path else (name, False)
+    source, near = (str(path), True) if is_path else (name, pretrained and _hub_is_near())
+    where = {"local_files_only": is_path or not near}
     try:
-        if not pretrained and hf_config is not None:
-            settings = dict(hf_config)
-            config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-            return AutoModel.from_config(config), {}
-        if is_path and not path.exists():
-            raise OSError("there is no such folder")
-        config = AutoConfig.from_pretrained(source, local_files_only=only_local, trust_remote_code=False)
-        config = getattr(config, "vision_config", config)  # SigLIP and CLIP come with a text model
-        if not pretrained:
-            return AutoModel.from_config(config), {}
-        network = AutoModel.from_pretrained(
-            source, config=config, local_files_only=only_local, trust_remote_code=False, use_safetensors=True
-        )
-        if "pixel_values" not in str(getattr(network, "main_input_name", "")):
-            raise ValueError("it does not take images")
+        with _silence():
+            if not pretrained and hf_config is not None:
+                settings = dict(hf_config)
+                config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+                return AutoModel.from_config(config), {}, set()
+            if is_path and not path.exists():
+                raise OSError("there is no such folder")
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+            config = getattr(config, "vision_config", config)  # SigLIP and CLIP come with a text model
+            if config.model_type == "vit_mae":  # the plain network: the other drops and shuffles patches
+                known = ViTConfig().to_dict().keys() - {"model_type", "architectures"}
+                config = ViTConfig(**{key: getattr(config, key) for key in known if hasattr(config, key)})
+            if not pretrained:
+                return AutoModel.from_config(config), {}, set()
+            network, report = AutoModel.from_pretrained(
+                source,
+                config=config,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **where,
+            )
+            if "pixel_values" not in str(getattr(network, "main_input_name", "")):
+                raise ValueError("it does not take images")
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
+        if not near:
+            reason = f"it is not in the hub's cache here, and there is no connection: {reason}"
         raise UserError(
             f"--backbone {name} cannot be loaded ({type(error).__name__}: {reason}): download it where "
             f"there is a connection and give its local folder, or choose another, as --backbone resnet18."
         ) from None
     try:
-        processor, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=only_local)
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(source, **where)
     except OSError:
         processor = {}
-    return network.float(), processor
+    return network.float(), processor, set(report["missing_keys"])
 
 
 def to_float(images: Tensor) -> Tensor:

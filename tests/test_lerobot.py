@@ -507,8 +507,8 @@ def test_texts_that_are_no_texts(tmp_path, refused):
     root = make_dataset(tmp_path / "d", (6, 5))
     content = (root / EPISODES).read_bytes()
     assert content.count(b"fold the towel") > 0
-    (root / EPISODES).write_bytes(content.replace(b"fold the towel", b"fold \xff\xfe towel"))
-    refused(root, "cannot be read .*UTF8")
+    (root / EPISODES).write_bytes(content.replace(b"the towel", b"\xff\xfe\xff towel"))
+    refused(root, "cannot be read")
 
 
 def test_a_damaged_image(tmp_path, refused, open_):

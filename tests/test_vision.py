@@ -51,6 +51,32 @@ def save_model(folder, kind):
         model = t.ResNetModel(
             t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1])
         )
+    elif kind == "vit-mae":
+        model = t.ViTMAEForPreTraining(
+            t.ViTMAEConfig(
+                **TINY, patch_size=16, image_size=64, decoder_hidden_size=8, decoder_num_attention_heads=2
+            )
+        )
+    elif kind == "swin":
+        model = t.SwinModel(
+            t.SwinConfig(embed_dim=8, depths=[1, 1, 1], num_heads=[1, 2, 2], window_size=4, image_size=64)
+        )
+    elif kind == "deit":
+        model = t.DeiTModel(t.DeiTConfig(**TINY, patch_size=16, image_size=64))
+    elif kind == "beit":
+        model = t.BeitModel(t.BeitConfig(**TINY, patch_size=16, image_size=64))
+    elif kind == "ijepa":
+        model = t.IJepaModel(t.IJepaConfig(**TINY, patch_size=16, image_size=64))
+    elif kind == "convnext":
+        model = t.ConvNextModel(t.ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]))
+    elif kind == "llava":
+        vision_config = {**TINY, "model_type": "clip_vision_model", "patch_size": 16, "image_size": 64}
+        text_config = {**TINY, "model_type": "llama", "vocab_size": 50, "num_key_value_heads": 2}
+        model = t.LlavaForConditionalGeneration(
+            t.LlavaConfig(vision_config=vision_config, text_config=text_config, image_token_index=49)
+        )
+    elif kind == "siglip2-naflex":
+        model = t.Siglip2VisionModel(t.Siglip2VisionConfig(**TINY, patch_size=16, num_patches=16))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.1)
@@ -68,6 +94,12 @@ FAMILIES = {  # image size, tokens, token width, summary width
     "radio": ((64, 96), 24, 16, 32),
     "dinov3-convnext": ((64, 96), 6, 16, 16),
     "resnet": ((64, 96), 6, 16, 16),
+    "convnext": ((64, 96), 6, 16, 16),
+    "vit-mae": ((64, 96), 24, 16, 16),
+    "swin": ((64, 96), 24, 32, 32),
+    "deit": ((64, 96), 24, 16, 16),
+    "beit": ((64, 96), 24, 16, 16),
+    "ijepa": ((64, 96), 24, 16, 16),
 }
 
 
@@ -88,11 +120,11 @@ def test_families_of_pretrained_models(kind, tmp_path):
     # the weights are those that were saved
     saved = {k: v for k, v in reference.state_dict().items() if v.dtype.is_floating_point}
     mine = backbone.network.state_dict()
-    shared = [key for key in mine if key in saved]
-    shared = shared or [key for key in mine if f"vision_model.{key}" in saved]
+    prefix = next((p for p in ("", "vision_model.", "vit.") if any(p + key in saved for key in mine)), "")
+    shared = [key for key in mine if prefix + key in saved]
     assert len(shared) > 10
     for key in shared:
-        torch.testing.assert_close(mine[key], saved.get(key, saved.get(f"vision_model.{key}")))
+        torch.testing.assert_close(mine[key], saved[prefix + key])
     # every trainable weight gets a gradient: DistributedDataParallel waits for all of them
     (tokens.sum() + summary.square().sum()).backward()
     assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad)
@@ -111,6 +143,79 @@ def test_patch_tokens_are_the_patches_in_row_major_order(tmp_path):
     changed[..., 14:28, 28:42] = 1
     moved = (backbone(changed)[0] - backbone(images)[0]).norm(dim=-1)[0]
     assert moved.argmax() == 1 * 4 + 2
+
+
+@pytest.mark.parametrize(
+    "kind", ["vit-mae", "swin", "deit", "ijepa", "siglip", "dinov3", "dinov3-convnext", "radio"]
+)
+def test_tokens_lie_where_their_part_of_the_image_is(kind, tmp_path):
+    """Deterministic, and a change in a corner moves the token of that corner most."""
+    save_model(tmp_path / "m", kind)
+    size = (128, 128) if "conv" in kind or kind == "swin" else (64, 64)
+    backbone = vision.build_backbone(str(tmp_path / "m"), size).eval()
+    images = torch.full((1, 3, *size), 0.5)
+    tokens, summary = backbone(images)
+    assert torch.equal(backbone(images)[0], tokens)
+    side = round(backbone.num_tokens**0.5)
+    assert side**2 == backbone.num_tokens
+    cell = size[0] // side
+    for row, column in ((0, 0), (0, side - 1), (side - 1, 0)):
+        changed = images.clone()
+        changed[..., row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = 1
+        moved, summary_moved = backbone(changed)[0] - tokens, backbone(changed)[1] - summary
+        assert moved.norm(dim=-1)[0].argmax() == row * side + column
+        assert summary_moved.norm() > 0
+
+
+def test_weights_that_a_model_does_not_have_are_never_random(tmp_path):
+    save_model(tmp_path / "llava", "llava")
+    with pytest.raises(UserError, match=r"no weights for .* parts of its vision network|cannot be loaded"):
+        vision.build_backbone(str(tmp_path / "llava"), (64, 64))
+    from safetensors.torch import load_file, save_file
+
+    save_model(tmp_path / "dino", "dinov2")
+    weights = load_file(tmp_path / "dino/model.safetensors")
+    kept = {key: value for key, value in weights.items() if "layer.1.norm1" not in key}
+    save_file(kept, tmp_path / "dino/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"2 parts of its vision network .*norm1"):
+        vision.build_backbone(str(tmp_path / "dino"), (56, 56))
+    kept = {key: value for key, value in weights.items() if "mask_token" not in key}  # used in training alone
+    save_file(kept, tmp_path / "dino/model.safetensors", metadata={"format": "pt"})
+    vision.build_backbone(str(tmp_path / "dino"), (56, 56))
+
+
+def test_models_that_do_not_take_plain_images_are_refused(tmp_path):
+    save_model(tmp_path / "naflex", "siglip2-naflex")
+    with pytest.raises(UserError, match=r"cannot take images of 64x64 .*another backbone"):
+        vision.build_backbone(str(tmp_path / "naflex"), (64, 64))
+
+
+def test_loading_is_silent_and_leaves_the_users_settings(tmp_path, capfd):
+    from transformers.utils import logging
+
+    save_model(tmp_path / "m", "dinov2")
+    capfd.readouterr()
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    vision.build_backbone(str(tmp_path / "m"), (56, 56))
+    assert capfd.readouterr() == ("", "")
+    assert logging.get_verbosity() == logging.INFO
+    assert logging.is_progress_bar_enabled()
+    logging.set_verbosity_warning()
+
+
+def test_a_hub_that_is_far_costs_seconds(monkeypatch):
+    import time
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(vision, "getproxies", dict)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"nobody/model cannot be loaded .*there is no connection"):
+        vision.build_backbone("nobody/model", (56, 56))
+    assert time.monotonic() - began < 10
 
 
 def test_pixels_are_normalized_as_the_model_says(tmp_path):
