@@ -477,14 +477,41 @@ def test_folders_without_demonstrations(tmp_path, refused):
     refused(tmp_path / "none", "has no usable episode: a.h5 holds no datasets")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_folder_that_may_not_be_read(tmp_path, refused):
-    root = make_hdf5(tmp_path / "d", (4,))
-    root.chmod(0)
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, refused, monkeypatch):
+    root, scandir = make_hdf5(tmp_path / "d", (4, 5)), os.scandir
+
+    def guarded(path):
+        if Path(path).name == "day_1":  # as for anybody but root, whom nothing stops
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    refused(root, r"d/day_1 cannot be read \(Permission denied\)")
+
+
+def test_a_file_that_may_not_be_read(tmp_path, open_, refused, monkeypatch):
+    root = make_hdf5(tmp_path / "d", (4, 5))
+    monkeypatch.setattr("common.data.hdf5.scan_file", forbidden)
+    refused(root, f"{NAME} is unusable: day_1/episode_1.hdf5 cannot be read .*Permission denied")
+    monkeypatch.undo()
+    assert open_(root).num_episodes == 2
+
+
+def forbidden(path, name):
+    import builtins
+
+    plain = builtins.open
+
+    def guarded(file, *args, **options):
+        if str(file).endswith("_1.hdf5"):
+            raise PermissionError(13, "Permission denied", file)
+        return plain(file, *args, **options)
+
+    builtins.open = guarded
     try:
-        refused(root, "cannot be read|holds no demonstrations")
+        return hdf5_files.scan_file(path, name)
     finally:
-        root.chmod(0o755)
+        builtins.open = plain
 
 
 def test_a_file_that_crashes_or_hangs_the_library_costs_itself_only(tmp_path, open_, refused, monkeypatch):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,11 +124,14 @@ def find_files(path: Path, source: str) -> tuple[Path, list[Path]]:
     if path.is_file():
         return path.resolve().parent, [path.resolve()]
     root = path.resolve()
-    try:
-        files = [file for file in root.rglob("*") if file.suffix in SUFFIXES and not file.is_dir()]
-        next(root.iterdir(), None)
-    except OSError as error:
-        raise UserError(f"{source} cannot be read ({error.strerror}): check its permissions.") from None
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.")
+
+    found = os.walk(root, onerror=refuse)  # links to folders are not followed
+    files = [
+        Path(folder, name) for folder, _, names in found for name in names if Path(name).suffix in SUFFIXES
+    ]
     if not files:
         raise UserError(
             f"{source} holds no demonstrations: it has no meta/info.json, as a LeRobot dataset has, and no "
@@ -163,8 +167,10 @@ def scan_all(root: Path, files: Sequence[Path], stores: Path, workers: int) -> d
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"scan {root.name}") as bar:
         results = guarded_map(scan_file, missing, workers, lambda task: size[task[1]] / 1e6)
         for (_, name), scan in results:
-            if isinstance(scan, Died):  # not remembered: the fault may have been the machine's
-                scan, stamps[name] = {"sha256": "unread", "problem": str(scan)}, None
+            if isinstance(scan, Died):
+                scan = {"sha256": None, "problem": str(scan)}
+            if scan["sha256"] is None:  # not remembered: the fault may have been the machine's
+                stamps[name] = None
             known[name] = {"stamp": stamps[name], **scan}
             bar.update(size[name])
     known = {name: known[name] for name in stamps}

@@ -49,10 +49,14 @@ def scan_file(path: str, name: str) -> dict[str, Any]:
     """
     import h5py
 
-    with open(path, "rb") as file:
-        scan: dict[str, Any] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "episodes": []}
-        empty = file.tell() == 0
-    if empty:
+    scan: dict[str, Any] = {"sha256": None, "episodes": []}
+    try:
+        with open(path, "rb") as file:
+            scan["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
+    except OSError as error:
+        return {**scan, "problem": f"{name} cannot be read ({error.strerror})"}
+    if size == 0:
         return {**scan, "problem": f"{name} is empty"}
     if not h5py.is_hdf5(path):
         return {**scan, "problem": f"{name} is not an HDF5 file"}
