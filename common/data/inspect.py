@@ -29,7 +29,7 @@ from common.data.store import ARRAYS, META, EpisodeStore, defect
 from common.errors import UserError
 
 EDGE_SHARE = 0.2  # of the steps at the very lowest or highest value: a dimension saturates
-FROZEN_PAIRS = 16  # consecutive frames that are compared in an episode
+FROZEN_FRAMES, FROZEN_EPISODES = 17, 500  # frames that are compared in an episode, and in how many episodes
 SHEET_EPISODES, SHEET_MOMENTS = 6, 5
 
 
@@ -150,9 +150,10 @@ def _dimension(name: str, values: np.ndarray) -> dict[str, Any]:
 def frozen_cameras(store: EpisodeStore) -> dict[str, list[int]]:
     """Cameras whose picture does not change in an episode although the robot moves, and these episodes."""
     frozen: dict[str, list[int]] = {camera: [] for camera in store.cameras}
-    for episode in range(store.num_episodes):
+    count = min(store.num_episodes, FROZEN_EPISODES)
+    for episode in np.linspace(0, store.num_episodes - 1, count).astype(int):
         first, last = store.episode_starts[episode], store.episode_starts[episode + 1] - 1
-        rows = np.unique(np.linspace(first, last, FROZEN_PAIRS + 1).astype(int))
+        rows = np.unique(np.linspace(first, last, FROZEN_FRAMES).astype(int))
         if (store.state[rows] == store.state[first]).all() or len(rows) < 3:
             continue
         images = store.images(rows)

@@ -184,18 +184,19 @@ class EpisodeStore:
         """
         first = stores[0]
         for other in stores[1:]:
-            for what, show in (
-                ("cameras", lambda s: " ".join(s.cameras)),
-                ("image sizes (choose one with --image-size)", lambda s: "{}x{}".format(*s.image_size)),
-                ("dimensions of the state", lambda s: _brief(s.state_names)),
-                ("dimensions of the action", lambda s: _brief(s.action_names)),
-                ("control rates", lambda s: f"{s.fps:g} Hz"),
-                ("stores (choose one with --store)", lambda s: s.storage),
+            for what, name, show in (
+                ("cameras", "cameras", " ".join),
+                ("image sizes (choose one with --image-size)", "image_size", "{0[0]}x{0[1]}".format),
+                ("dimensions of the state", "state_names", _brief),
+                ("dimensions of the action", "action_names", _brief),
+                ("control rates", "fps", "{:g} Hz".format),
+                ("stores (choose one with --store)", "storage", str),
             ):
-                if show(first) != show(other):
+                mine, its = getattr(first, name), getattr(other, name)
+                if mine != its:
                     raise UserError(
-                        f"{first.source} and {other.source} have different {what}, {show(first)} and "
-                        f"{show(other)}: one run learns from datasets that agree in them."
+                        f"{first.source} and {other.source} have different {what}, {show(mine)} and "
+                        f"{show(its)}: one run learns from datasets that agree in them."
                     )
         names = ("state", "action", "timestamps", "episode_indices", "episode_row")
         arrays = {name: np.concatenate([getattr(store, name) for store in stores]) for name in names}
