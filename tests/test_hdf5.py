@@ -426,11 +426,27 @@ BAD = {
     "soft link": (lambda p: link(p, "action", h5py.SoftLink(QPOS)), "has no action"),
     "external storage": (external, "keeps action in another file"),
     "virtual": (virtual, "keeps action in another file"),
+    "scalar": (
+        lambda p: change(p, "action", lambda a: a[0, 0]),
+        "holds float64 instead of numbers in action",
+    ),
     "absurd length": (lambda p: absurd(p, QPOS, (10**12, 3)), "has 1000000000000 steps"),
     "absurd width": (lambda p: absurd(p, "action", (9, 10**7)), "has 10000000 numbers a step"),
     "absurd frames": (lambda p: absurd_chunk(p, HIGH, (32, 48, 3), "u1"), "one chunk of it takes 3.2 GB"),
     "absurd numbers": (lambda p: absurd_chunk(p, "action", (3,), "f8"), "one chunk of it takes 3.2 GB"),
 }
+
+
+def test_widths_are_compared_key_by_key(tmp_path, refused):
+    """The same number of dimensions in all, differently divided, would change places silently."""
+    root = make_hdf5(tmp_path / "d", (6, 5), layout="grouped")
+    with h5py.File(root / "day_1/episode_1.hdf5", "a") as file:
+        for part in ("observation", "action"):
+            left, hand = f"{part}/joint_pos/left", f"{part}/hand_joint_pos/left"
+            values = np.concatenate([file[left][:], file[hand][:]], 1)
+            del file[left], file[hand]
+            file[left], file[hand] = values[:, :0], values
+    refused(root, f"{NAME} has 0 numbers a step in observation/joint_pos/left instead of 1")
 
 
 @pytest.mark.parametrize("case", BAD)

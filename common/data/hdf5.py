@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -89,6 +90,7 @@ def describe(path: Path, source: str, config: DataConfig, stores: Path) -> tuple
         part: tuple(name for key in keys for name in dimension_names(key, first[key]["shape"], layout.name))
         for part, keys in (("state", layout.state_keys), ("action", layout.action_keys))
     }
+    widths = {key: math.prod(first[key]["shape"][1:]) for key in (*layout.state_keys, *layout.action_keys)}
     content = [[file, scan["sha256"]] for file, scan in scans.items()]
     info = StoreInfo(
         source=source,
@@ -110,8 +112,8 @@ def describe(path: Path, source: str, config: DataConfig, stores: Path) -> tuple
         absent = set(wanted or ()) - places.keys()
         if absent:
             raise absent_episodes(source, sorted(absent))
-        these = {index: place for index, place in places.items() if wanted is None or index in set(wanted)}
-        return load(root, info, chosen, these, {f: s["sha256"] for f, s in scans.items()}, config)
+        these = places if wanted is None else {index: places[index] for index in wanted}
+        return load(root, info, chosen, these, widths, {f: s["sha256"] for f, s in scans.items()}, config)
 
     return info, load_episodes
 
@@ -305,7 +307,7 @@ def _listing(place: Place) -> str:
 
 def dimension_names(key: str, shape: Sequence[int], layout: str) -> tuple[str, ...]:
     """One name per dimension; the same for state and action where they are the same thing."""
-    count = int(np.prod(shape[1:]))
+    count = math.prod(shape[1:])
     if layout == "ALOHA" and key in ("observations/qpos", "action"):
         return ALOHA_JOINTS if count == len(ALOHA_JOINTS) else tuple(f"joint_{i}" for i in range(count))
     group = next((group for group in GROUPS if key.startswith(group)), "")
@@ -318,7 +320,7 @@ def _print_layout(layout: Layout, cameras, datasets, info: StoreInfo, files: int
     for part, keys in (("state", layout.state_keys), ("action", layout.action_keys)):
         first = 0
         for key in keys:
-            last = first + int(np.prod(datasets[key]["shape"][1:]))
+            last = first + math.prod(datasets[key]["shape"][1:])
             report(f"  {part}[{first}:{last}]".ljust(18) + key)
             first = last
     for camera in cameras:
@@ -335,11 +337,12 @@ def load(
     info: StoreInfo,
     cameras: Sequence[Camera],
     places: dict[int, Place],
+    widths: dict[str, int],
     hashes: dict[str, str],
     config: DataConfig,
 ) -> Loaded:
     """Episodes without their frames, a clause about each one that cannot be used, and the frames' reader."""
-    faults = {index: _fault(index, place, info, cameras) for index, place in places.items()}
+    faults = {index: _fault(index, place, widths, cameras) for index, place in places.items()}
     by_file: dict[str, list[int]] = {}
     for index, place in places.items():
         if faults[index] is None:
@@ -384,37 +387,41 @@ def _times(place: Place) -> str | None:
     return None
 
 
-def _fault(index: int, place: Place, info: StoreInfo, cameras: Sequence[Camera]) -> str | None:
-    """What the scan already shows to be wrong with an episode."""
-    name = _name(index, place)
+def _fault(index: int, place: Place, widths: dict[str, int], cameras: Sequence[Camera]) -> str | None:
+    """What the scan already shows to be wrong with an episode.
+
+    Args:
+        widths: numbers a step in each dataset of state and action.
+    """
+    name, found = _name(index, place), place.datasets
     if place.problem:
         return f"{name} is unusable: {place.problem}"
-    for key in (*info.state_keys, *info.action_keys, *info.camera_keys):
-        if key not in place.datasets:
+    for key in (*widths, *(camera.key for camera in cameras)):
+        if key not in found:
             return f"{name} has no {key}, it has {_listing(place)}"
-    steps = place.datasets[info.state_keys[0]]["shape"][0]
-    for key in (*info.state_keys, *info.action_keys, *info.camera_keys):
-        shape = place.datasets[key]["shape"]
-        if shape[0] != steps:
-            return f"{name} has {steps} steps in {info.state_keys[0]} and {shape[0]} in {key}"
+    for key in widths:
+        if found[key]["kind"] != "numbers":
+            return f"{name} holds {found[key]['dtype']} instead of numbers in {key}"
+    for camera in cameras:
+        if found[camera.key]["kind"] not in ("pixels", "encoded"):
+            return f"{name} has no images in {camera.key}, which is {found[camera.key]['dtype']}"
+    first = next(iter(widths))
+    steps = found[first]["shape"][0]
+    for key in (*widths, *(camera.key for camera in cameras)):
+        if found[key]["shape"][0] != steps:
+            return f"{name} has {steps} steps in {first} and {found[key]['shape'][0]} in {key}"
     if not 2 <= steps <= MAX_STEPS:
         return f"{name} has {steps} step{'s' * (steps != 1)}, and 2 to {MAX_STEPS} are usable"
-    for camera in cameras:
-        about = place.datasets[camera.key]
-        if about["kind"] not in ("pixels", "encoded"):
-            return f"{name} has no images in {camera.key}, which is {about['dtype']}"
-        if tuple(about["size"]) != camera.size:
-            sizes = "{}x{} instead of {}x{}".format(*about["size"], *camera.size)
-            return f"{name} has images of another size in {camera.key}, {sizes}"
-    for keys, names in ((info.state_keys, info.state_names), (info.action_keys, info.action_names)):
-        for key in keys:
-            if place.datasets[key]["kind"] != "numbers":
-                return f"{name} holds {place.datasets[key]['dtype']} instead of numbers in {key}"
-        count = sum(int(np.prod(place.datasets[key]["shape"][1:], dtype=object)) for key in keys)
-        if count != len(names):
-            return f"{name} has {count} numbers a step in {' and '.join(keys)} instead of {len(names)}"
+    for key, width in widths.items():
+        count = math.prod(found[key]["shape"][1:])
+        if count != width:
+            return f"{name} has {count} numbers a step in {key} instead of {width}"
         if count > MAX_NUMBERS or steps * count * 8 > MAX_BYTES:
-            return f"{name} has an absurd shape: {steps} steps of {count} numbers in {' and '.join(keys)}"
+            return f"{name} has an absurd shape: {steps} steps of {count} numbers in {key}"
+    for camera in cameras:
+        if tuple(found[camera.key]["size"]) != camera.size:
+            sizes = "{}x{} instead of {}x{}".format(*found[camera.key]["size"], *camera.size)
+            return f"{name} has images of another size in {camera.key}, {sizes}"
     return None
 
 

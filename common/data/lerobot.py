@@ -80,12 +80,13 @@ def describe(root: Path, source: str, config: DataConfig) -> tuple[StoreInfo, Lo
         color_order=config.color_order,
     )
     dims = {key: math.prod(features[key]["shape"]) for key in (*info.state_keys, *info.action_keys)}
+    by_index = {row.index: row for row in table}
 
     def load_episodes(wanted: Sequence[int] | None) -> Loaded:
-        rows = table if wanted is None else [row for row in table if row.index in set(wanted)]
-        absent = set(wanted or ()) - {row.index for row in rows}
+        absent = set(wanted or ()) - by_index.keys()
         if absent:
             raise absent_episodes(source, sorted(absent))
+        rows = table if wanted is None else [by_index[index] for index in wanted]
         return load(root, info, chosen, rows, dims)
 
     return info, load_episodes
