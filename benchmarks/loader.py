@@ -54,7 +54,7 @@ class Options:
     horizon: int = 40
     seconds: float = 3.0
     """How long to measure each way, at least."""
-    rounds: int = 5
+    rounds: int = 6
     """Measurements of each way; their median is printed."""
     beyond_memory: float = 1.25
     """Size of the sparse store, as a share of the machine's memory; 0 leaves it out."""
@@ -170,7 +170,10 @@ def rate(draw: Callable[[], int], seconds: float) -> float:
 def memcpy(row_bytes: int, batch_size: int, rows: int) -> Callable[[], int]:
     """Copies a batch worth of bytes a call, from ever other places of an array of the store's size."""
     source = np.ones((max(rows, 2 * batch_size), row_bytes), np.uint8)
-    target, place = np.empty((batch_size, row_bytes), np.uint8), 0
+    target, place = (
+        torch.empty(batch_size, row_bytes, dtype=torch.uint8).numpy(),
+        0,
+    )  # aligned, as the store's
 
     def draw() -> int:
         nonlocal place
@@ -332,11 +335,14 @@ def print_warm(options: Options, sources: Sources) -> None:
         "LeRobot video": samples(lerobot_samples, sources.video, 0),
         "LeRobot video, 2 workers": samples(lerobot_samples, sources.video, 2),
     }
-    results, seconds = {}, options.seconds / options.rounds
-    for name, make in ways.items():
-        draw = make()
-        results[name] = statistics.median(rate(draw, seconds) for _ in range(options.rounds))
-        del draw
+    results = {}
+    for group in (("memcpy", "raw store"), *((name,) for name in list(ways)[2:])):  # workers would run on
+        draws, rates = {name: ways[name]() for name in group}, {name: [] for name in group}
+        for _ in range(options.rounds):  # in turns: the machine's speed wanders
+            for name in group:
+                rates[name].append(rate(draws[name], options.seconds / options.rounds))
+        results |= {name: statistics.median(found) for name, found in rates.items()}
+        del draws
         gc.collect()
     video = max(value for name, value in results.items() if name.startswith("LeRobot video"))
     print(f"\n{'warm':28}{'samples/s':>10}{'GB/s':>8}{'of memcpy':>11}{'of best LeRobot video':>24}")

@@ -7,6 +7,7 @@ N frames a row (and of the end), row by row; the encoded frames follow.
 from __future__ import annotations
 
 import io
+import mmap
 import zlib
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,8 +24,15 @@ class RawShard:
     """Rows copied out of a memory-mapped file."""
 
     def __init__(self, path: Path, row_shape: tuple[int, ...]):
+        self.file = _map(path)
         # A plain array over the map: indexing a np.memmap costs several times more a row.
-        self.frames = np.asarray(np.memmap(path, np.uint8, "r")).reshape(-1, *row_shape)
+        self.frames = np.frombuffer(self.file, np.uint8).reshape(-1, *row_shape)
+
+    def fetch(self, places: np.ndarray) -> None:
+        """Have the system read the rows `places` from the disk, without waiting for it."""
+        size = self.frames[0].nbytes
+        for place in places.tolist():
+            _will_need(self.file, place * size, (place + 1) * size)
 
     def read(self, places: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
         """Copy the rows `places` to `out[slots]`."""
@@ -40,8 +48,15 @@ class JpegShard:
 
     def __init__(self, path: Path, row_shape: tuple[int, ...]):
         self.path, self.cameras = path, row_shape[0]
-        self.bytes = np.asarray(np.memmap(path, np.uint8, "r"))
+        self.file = _map(path)
+        self.bytes = np.frombuffer(self.file, np.uint8)
         self.offsets = jpeg_offsets(self.bytes)
+
+    def fetch(self, places: np.ndarray) -> None:
+        """Have the system read the rows `places` from the disk, without waiting for it."""
+        for place in places.tolist():
+            edges = self.offsets[place * self.cameras :][: self.cameras + 1]
+            _will_need(self.file, int(edges[0]), int(edges[-1]))
 
     def read(self, places: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
         """Decode the rows `places` into `out[slots]`."""
@@ -49,6 +64,17 @@ class JpegShard:
             for camera in range(self.cameras):
                 first, last = self.offsets[place * self.cameras + camera :][:2]
                 decode_jpeg(self.bytes[first:last], out[slot, camera], self.path)
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _will_need(file: mmap.mmap, first: int, last: int) -> None:
+    if hasattr(mmap, "MADV_WILLNEED"):  # not on every system
+        start = first - first % mmap.PAGESIZE
+        file.madvise(mmap.MADV_WILLNEED, start, last - start)
 
 
 def jpeg_offsets(content: np.ndarray) -> np.ndarray:
@@ -60,11 +86,11 @@ SHARDS = {"raw": RawShard, "jpeg": JpegShard}
 
 
 def encode_jpeg(frame: np.ndarray) -> bytes:
-    """(3, H, W) uint8 to JPEG, colour at full resolution: small robot cameras have few pixels to spare."""
+    """(3, H, W) uint8 to JPEG, colour at half the resolution, as video has it: decodes twice as fast."""
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(frame.transpose(1, 2, 0)).save(file, "JPEG", quality=QUALITY, subsampling=0)
+    Image.fromarray(frame.transpose(1, 2, 0)).save(file, "JPEG", quality=QUALITY, subsampling="4:2:0")
     return file.getvalue()
 
 
