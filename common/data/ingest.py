@@ -14,6 +14,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -401,7 +402,7 @@ def _check_disk(path: Path, needed: int, storage: Storage) -> None:
 
 def _decode(path, info, shards, digests, reader, skip_bad, workers, bad) -> list[Entry]:
     """Fill the shards and finish each one as its last episode arrives; extends `bad` by what failed."""
-    tasks, left, failed, entries = [], {}, {}, []
+    tasks, left, failed, finished = [], {}, {}, []
     for shard in shards:
         part = _part(path, shard)
         if info.storage == "raw":
@@ -414,7 +415,8 @@ def _decode(path, info, shards, digests, reader, skip_bad, workers, bad) -> list
                 for camera in range(len(info.cameras))
             ]
     by_number = {shard.number: shard for shard in shards}
-    with closing(_run(tasks, reader, info, workers)) as results:
+    # Checksums and flushing take turns with nobody: a thread does them while the next shard is decoded.
+    with ThreadPoolExecutor(1) as finisher, closing(_run(tasks, reader, info, workers)) as results:
         for task, fault in results:
             if fault:
                 failed.setdefault(task.episode, fault)
@@ -422,9 +424,10 @@ def _decode(path, info, shards, digests, reader, skip_bad, workers, bad) -> list
                     raise _refusal([fault])
             left[task.shard] -= 1
             if left[task.shard] == 0:
-                entries += _finish_shard(path, by_number[task.shard], info, digests, failed)
+                shard = by_number[task.shard]
+                finished.append(finisher.submit(_finish_shard, path, shard, info, digests, dict(failed)))
     bad += [failed[index] for index in sorted(failed)]
-    return entries
+    return [entry for future in finished for entry in future.result()]
 
 
 def _part(path: Path, shard: _Shard) -> Path:
