@@ -185,8 +185,8 @@ def check_lerobot(root: Path, store) -> None:
         assert {tuple(row) for row in values.tolist()} <= recorded
 
 
-def fuzz(folder: Path, seconds: float, first_seed: int = 0, examples: int = 200) -> Fuzz:
-    """Fuzz for so long; raises what an example raises, after printing the example."""
+def fuzz(folder: Path, seconds: float, first_seed: int = 0, examples: int | None = None) -> Fuzz:
+    """Fuzz for so long, or for so many examples; raises what one raises, after printing it."""
     target, end, number = Fuzz(folder), time.monotonic() + seconds, first_seed
     before, workers.STALL_SECONDS = workers.STALL_SECONDS, 4.0
     try:
@@ -195,7 +195,7 @@ def fuzz(folder: Path, seconds: float, first_seed: int = 0, examples: int = 200)
 
                 @seed(number)
                 @settings(
-                    max_examples=examples,
+                    max_examples=examples or 200,
                     deadline=None,
                     database=None,
                     phases=[Phase.generate],
@@ -208,6 +208,8 @@ def fuzz(folder: Path, seconds: float, first_seed: int = 0, examples: int = 200)
 
                 run()
                 number += 1
+                if examples:
+                    break
     finally:
         workers.STALL_SECONDS = before
     return target
