@@ -2,7 +2,7 @@
 # make test   set up, lint, test
 
 RUN ?= runs/demo
-CORES := $(shell getconf _NPROCESSORS_ONLN)
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 # Any Python 3 that starts: a version manager's `python3` on the PATH can be one that does not.
 PYTHON = $(shell for p in python3 /usr/bin/python3 python $(HOME)/.pyenv/versions/3*/bin/python; do \
 	"$$p" -c 'f""' 2>/dev/null && echo "$$p" && break; done)

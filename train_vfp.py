@@ -204,6 +204,7 @@ def sample_actions(
     config: Config,
     steps: int | None = None,
     generator: torch.Generator | None = None,
+    x_0: Tensor | None = None,
 ) -> Tensor:
     """Sample one normalized action chunk per observation.
 
@@ -212,6 +213,7 @@ def sample_actions(
         proprio: (B, K, P), normalized.
         steps: integration steps, instead of the configured number.
         generator: source of the noise, on the device of the images.
+        x_0: the noise itself, (B, T, A).
 
     Returns:
         (B, T, A) float32, unitless: to be un-normalized.
@@ -219,7 +221,8 @@ def sample_actions(
     decoder = policy.action_decoder
     context = policy.observe(vision.to_float(images), proprio)
     shape = (len(images), *decoder.position.shape[:1], decoder.action_in.in_features)
-    x_0 = torch.randn(shape, device=images.device, generator=generator)
+    if x_0 is None:
+        x_0 = torch.randn(shape, device=images.device, generator=generator)
     return flow.integrate(
         lambda x, t: decoder(x, t, context).float(), x_0, steps or config.sample_steps, config.sample_method
     )
@@ -239,16 +242,15 @@ def evaluate(
     generator = torch.Generator().manual_seed(config.run.seed)
     x_0 = torch.randn(num, config.horizon, dataset.store.action.shape[1], generator=generator)
     t = flow.sample_time(num, "cpu", config.time_distribution, config.time_beta, generator)
-    noise = torch.Generator(accelerator.device).manual_seed(config.run.seed)
     sums = torch.zeros(3, device=accelerator.device)  # loss, absolute error, real elements
     mine = torch.arange(accelerator.process_index, num, accelerator.num_processes)
-    for rows in mine.split(config.optim.batch_size):
+    for rows in mine.split(config.optim.batch_size) if len(mine) else ():
         batch = dataset.__getitems__(chosen[rows].tolist()).to(accelerator.device)
         draws = (x_0[rows].to(accelerator.device), t[rows].to(accelerator.device))
         proprio = normalizer.proprio(batch.proprio)
         with accelerator.autocast():
             loss = compute_loss(policy, batch, normalizer, config, draws)
-            sampled = sample_actions(policy, batch.images, proprio, config, generator=noise)
+            sampled = sample_actions(policy, batch.images, proprio, config, x_0=draws[0])
         target = normalizer.actions(batch.actions, batch.proprio)
         error = losses.masked_l1(sampled, target, ~batch.is_pad)
         sums += torch.stack([loss, error, torch.ones_like(loss)]) * (~batch.is_pad).sum()
@@ -271,7 +273,6 @@ def main(config: Config) -> None:
     normalizer = Normalizer.fit(train_set, config.normalization, config.data.relative_actions)
     normalizer.to(accelerator.device)
     global_batch = config.optim.batch_size * config.optim.grad_accumulation * accelerator.num_processes
-    total_steps = resolve_steps(config.optim.steps, config.optim.epochs, len(train_set), global_batch)
 
     # Policy
     spec = checkpoint.PolicySpec.of(train_set, config.run)
@@ -296,6 +297,9 @@ def main(config: Config) -> None:
     set_seed(config.run.seed, device_specific=True)
     if config.run.resume:
         step, samples = checkpoint.restore(accelerator, config.run.run_dir, averaged)
+    total_steps = resolve_steps(
+        config.optim.steps, config.optim.epochs, len(train_set), global_batch, step, samples
+    )
     scheduler = build_scheduler(optimizer.optimizer, policy, config.optim, total_steps, step)
     loader = make_loader(
         train_set,
@@ -330,12 +334,13 @@ def main(config: Config) -> None:
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue  # a step is an optimizer update, not a micro-batch
+        rates = learning_rates(optimizer.optimizer)
         scheduler.step()
         averaged.update()
         step, samples = step + 1, samples + global_batch
 
         if step % config.run.log_every == 0 or step == total_steps:
-            tracker.log(step, samples, learning_rates(optimizer.optimizer))
+            tracker.log(step, samples, rates)
         with tracker.paused():
             if val_set and (step % config.run.eval_every == 0 or step == total_steps):
                 tracker.log_validation(

@@ -150,7 +150,8 @@ def save(
             shutil.rmtree(final)
         unfinished.rename(final)
         _point_last_at(final)
-        older = sorted(path for path in folder.glob("step_*") if path != final)
+        # Newer ones are of a future that this run has left by going back: not its own to count or delete.
+        older = sorted(path for path in folder.glob("step_*") if path.name < final.name)
         for path in older[: max(len(older) - (config.run.keep - 1), 0)]:
             shutil.rmtree(path)
     accelerator.wait_for_everyone()
@@ -242,6 +243,7 @@ def restore(accelerator: Accelerator, run_dir: Path, averaged) -> tuple[int, int
     try:
         trainer = json.loads((path / "state" / "trainer.json").read_text())
         accelerator.load_state(str(path / "state"))
+        accelerator.step = 0  # its count of micro-batches: a checkpoint lies between optimizer steps
         averaged.load(_read_components(path / "policy", averaged.policy), trainer["updates"])
         same = trainer["processes"] == accelerator.num_processes
         if same:
@@ -254,8 +256,15 @@ def restore(accelerator: Accelerator, run_dir: Path, averaged) -> tuple[int, int
     except UserError:
         raise
     except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, RuntimeError) and "state_dict" in reason:
+            raise UserError(
+                f"{path} was saved by another network ({reason}): put the script back as it was, or start a "
+                f"new run with --init-from {run_dir}."
+            ) from None
         raise UserError(
-            f"{path} cannot be resumed ({error}): delete this folder to resume from the checkpoint before it."
+            f"{path} cannot be resumed ({reason}): if it is damaged, move it away to resume from the "
+            f"checkpoint before it."
         ) from None
     return trainer["step"], trainer["samples"]
 
@@ -266,7 +275,7 @@ def _check_random_state(path: Path) -> None:
     state = torch.get_rng_state().numpy().tobytes()
     if state not in path.read_bytes():
         raise UserError(
-            f"{path} does not hold the random state: delete its checkpoint to use the one before it."
+            f"{path} does not hold the random state: move its checkpoint away to use the one before it."
         )
 
 
@@ -337,7 +346,10 @@ def initialise(policy: nn.Module, sources: tuple[str, ...]) -> None:
 
 def _load_file_into(component: nn.Module, name: str, file: Path) -> None:
     try:
-        weights = torch.load(file, weights_only=True) if file.suffix in (".pt", ".pth") else load_file(file)
+        if file.suffix in (".pt", ".pth"):
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            weights = load_file(file)
         component.load_state_dict(weights)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

@@ -7,6 +7,7 @@ Values come from, later ones winning: the dataclass's defaults, `--config FILE` 
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,19 +29,28 @@ Flat = Annotated[T, tyro.conf.OmitArgPrefixes]
 """A nested option group with a heading of its own in the help and flat flags: `config.optim.lr` is `--lr`."""
 
 MAY_CHANGE_ON_RESUME = {
-    *("dataset", "cache_dir", "num_workers", "ingest_workers", "batch_size", "grad_accumulation"),
+    *(
+        "dataset",
+        "episodes_file",
+        "cache_dir",
+        "num_workers",
+        "ingest_workers",
+        "batch_size",
+        "grad_accumulation",
+    ),
     *("steps", "epochs", "lr", "backbone_lr", "component_lr", "weight_decay", "component_weight_decay"),
     *("schedule", "warmup_steps", "grad_clip", "ema_decay", "sample_steps", "sample_method"),
     *("run_dir", "resume", "config", "log_every", "eval_every", "eval_samples", "save_every", "keep"),
     *("mixed_precision", "compile", "tracker", "project"),
 }
 """Options that may differ when a run is resumed; any other would make it a different experiment. The
-dataset may have moved: that its content is the same is checked by its fingerprint."""
+dataset may have moved: that its content and the choice of episodes are the same is checked by fingerprint."""
 
 AT_LEAST_ONE = {
     *("horizon", "flow_samples", "sample_steps", "d_model", "num_heads", "encoder_layers", "decoder_layers"),
     *("batch_size", "grad_accumulation", "log_every", "eval_every", "eval_samples", "save_every", "keep"),
 }
+NOT_NEGATIVE = {"lr", "backbone_lr", "weight_decay", "warmup_steps", "aug_rotate", "aug_blur", "seed"}
 SHARES = {"camera_dropout", "ema_decay", "aug_color", "aug_shift"}
 
 
@@ -146,6 +156,18 @@ def _check_ranges(config: Any) -> None:
     for name in SHARES & options.keys():
         if not 0 <= options[name] <= 1:
             raise UserError(f"--{name.replace('_', '-')} is {options[name]}: it must lie between 0 and 1.")
+    for name, value in options.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"--{name.replace('_', '-')} is not a number: give one.")
+    for name in NOT_NEGATIVE & options.keys():
+        if options[name] is not None and not 0 <= options[name] < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {options[name]}: it must not be negative.")
+    if not options.get("grad_clip", 1.0) > 0:
+        raise UserError(f"--grad-clip is {options['grad_clip']}: it must be positive; inf clips nothing.")
+    if not 0 <= options.get("beta2", 0.0) < 1:
+        raise UserError(f"--beta2 is {options['beta2']}: it must be at least 0 and below 1.")
+    if options.get("seed", 0) >= 2**32:
+        raise UserError(f"--seed is {options['seed']}: it must be below 2^32.")
     if min(options.get("time_beta", [1])) <= 0:
         raise UserError(f"--time-beta is {options['time_beta']}: both numbers must be positive.")
 
@@ -396,8 +418,19 @@ def _git() -> dict[str, Any]:
     return {"git_commit": commit.stdout.strip(), "git_dirty": bool(changes.stdout.strip())}
 
 
-def resolve_steps(steps: int | None, epochs: float | None, num_samples: int, global_batch: int) -> int:
-    """Optimizer steps to train for.
+def resolve_steps(
+    steps: int | None,
+    epochs: float | None,
+    num_samples: int,
+    global_batch: int,
+    done_steps: int = 0,
+    done_samples: int = 0,
+) -> int:
+    """Optimizer steps to train for, from the beginning of the run.
+
+    Args:
+        num_samples: in an epoch.
+        done_steps, done_samples: where a resumed run stands; its global batch may have been another.
 
     Raises:
         UserError: if both are given, or they come to less than one step.
@@ -406,7 +439,7 @@ def resolve_steps(steps: int | None, epochs: float | None, num_samples: int, glo
         raise UserError("--steps and --epochs both say how long to train: give one of them.")
     total = DEFAULT_STEPS if steps is None else steps
     if epochs is not None:
-        total = round(epochs * num_samples / global_batch)
+        total = done_steps + math.floor((epochs * num_samples - done_samples) / global_batch + 0.5)
     if total < 1:
         given = f"--steps {steps}" if epochs is None else f"--epochs {epochs}"
         raise UserError(f"{given} comes to {total} optimizer steps: train for at least 1.")

@@ -23,9 +23,9 @@ def sample_time(
     """Draw flow times, (num,) float32 in [0, 1].
 
     "beta" draws from Beta(a, b); the default Beta(1.0, 1.5) favours the noisy end, where the velocity field
-    decides which mode a sample goes to (as pi0 does, Black et al. 2024; its time runs the other way on
-    paper but weights the noisy end as well). "logit-normal" is sigmoid(n), n standard normal (Esser et al.
-    2024): few draws at either end.
+    decides which mode a sample goes to (as pi0 does, Black et al. 2024; its code runs time the other way, and
+    weights the noisy end as well). "logit-normal" is sigmoid(n), n standard normal (Esser et al. 2024): few
+    draws at either end.
 
     Raises:
         ValueError: if a parameter of the Beta distribution is not positive.

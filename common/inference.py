@@ -74,7 +74,11 @@ def load_script(name: str):
     if stem not in sys.modules:
         module_spec = importlib.util.spec_from_file_location(stem, path)
         sys.modules[stem] = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(sys.modules[stem])
+        try:
+            module_spec.loader.exec_module(sys.modules[stem])
+        except BaseException:
+            del sys.modules[stem]  # a half of it must not be found by the next call
+            raise
     return sys.modules[stem]
 
 
@@ -221,7 +225,8 @@ class RobotPolicy:
 
     def _images(self, images: Mapping) -> Tensor:
         """Frames by camera -> (N, 3, H, W) uint8 in the policy's order and size."""
-        frames = {short_name(key): frame for key, frame in images.items()}
+        known = self.spec.cameras
+        frames = {key if key in known else short_name(key): frame for key, frame in images.items()}
         if set(frames) != set(self.spec.cameras):
             raise ValueError(
                 f"the policy needs the cameras {', '.join(self.spec.cameras)}; "

@@ -73,7 +73,10 @@ def create_run_dir(
     """
     method = Path(script).stem.removeprefix("train_").replace("_", "-")
     default = Path("runs") / f"{method}-{datetime.now():%Y%m%d-%H%M%S}"
-    run_dir = Path(broadcast_object_list([str(config.run.run_dir or default)])[0])
+    run_dir = config.run.run_dir
+    if run_dir is None and accelerator.is_main_process:
+        run_dir = _new_folder(default)
+    run_dir = Path(broadcast_object_list([str(run_dir)])[0])
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
         data = {"fingerprint": store.fingerprint, "dataset": store.source}
@@ -86,3 +89,16 @@ def create_run_dir(
         )
     accelerator.wait_for_everyone()
     return run_dir
+
+
+def _new_folder(path: Path) -> Path:
+    """Make a folder of that name, numbered if there is one: jobs of an array start in the same second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 10_000):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise UserError(f"{path} and its numbered successors all exist: give --run-dir.")

@@ -135,9 +135,8 @@ class Normalizer(nn.Module):
             return cls(state, action, mode)
         action_range = torch.stack([action["min"], action["max"]])
         pairs = shared_dimensions(store.state_names, store.action_names)
-        for dim in np.flatnonzero(
-            pairs >= 0
-        ):  # one after the other: all chunks at once can be many gigabytes
+        for dim in np.flatnonzero(pairs >= 0):
+            # One dimension after the other: all chunks at once can be many gigabytes.
             chunks, is_pad = dataset.chunks(rows, dim)
             differences = (chunks - store.state[rows, pairs[dim]][:, None])[~is_pad]
             for name, value in fit_statistics(differences[:, None]).items():

@@ -45,7 +45,7 @@ class OptimConfig:
     epochs: float | None = None
     """Passes over the training episodes to train for, converted to steps at the start."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient; it is scaled down to this."""
+    """Largest norm of the gradient; it is scaled down to this. inf clips nothing."""
     ema_decay: float = 0.999
     """Decay of the averaged weights that are evaluated and exported; 0 exports the raw weights."""
 
@@ -101,6 +101,8 @@ def _per_component(options: tuple[str, ...], components: dict, flag: str) -> dic
             values[name] = float(value)
         except ValueError:
             raise UserError(f"{flag} {option}: write it as {name}=NUMBER.") from None
+        if not 0 <= values[name] < math.inf:
+            raise UserError(f"{flag} {option}: it must not be negative.")
     return values
 
 

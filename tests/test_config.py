@@ -240,6 +240,10 @@ def test_steps_and_epochs():
     assert c.resolve_steps(7, None, 100, 10) == 7
     assert c.resolve_steps(None, 2.5, 100, 10) == 25
     assert c.resolve_steps(None, None, 100, 10) == c.DEFAULT_STEPS
+    # 4 epochs of 32 samples; 20 steps of 4 are done, and 8 more samples a step follow
+    assert c.resolve_steps(None, 4.0, 32, 8, done_steps=20, done_samples=80) == 26
+    for done in range(40):  # a resumed run ends where it would have ended
+        assert c.resolve_steps(None, 2.5, 33, 2, done, 2 * done) == c.resolve_steps(None, 2.5, 33, 2)
     for steps, epochs in ((5, 1.0), (0, None), (None, 0.01)):
         with pytest.raises(UserError, match=r"--(steps|epochs)"):
             c.resolve_steps(steps, epochs, 100, 10)
@@ -317,6 +321,14 @@ def test_help_needs_neither_lerobot_nor_wandb_nor_torchvision():
         ("--ema-decay -0.1", "--ema-decay"),
         ("--time-beta 1 0", "--time-beta"),
         ("--keep 0", "--keep"),
+        ("--lr -1", "--lr is -1.0: it must not be negative"),
+        ("--lr nan", "--lr is not a number"),
+        ("--grad-clip 0", "--grad-clip is 0.0: it must be positive"),
+        ("--grad-clip nan", "--grad-clip is not a number"),
+        ("--beta2 1.5", "--beta2"),
+        ("--warmup-steps -3", "--warmup-steps"),
+        ("--aug-blur -1", "--aug-blur"),
+        ("--seed -1", "--seed"),
     ],
 )
 def test_numbers_that_could_only_fail_later_are_refused_at_once(flags, words):

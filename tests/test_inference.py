@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -44,6 +45,13 @@ def test_a_chunk_has_the_promised_shape_and_units(policy):
     clipped = policy.act(wild, clip=True)
     assert (clipped >= low).all()
     assert (clipped <= high).all()
+
+
+def test_cameras_whose_short_names_could_be_shortened_again(policy):
+    spec = dataclasses.replace(policy.spec, cameras=("head_image", "obs_left_image", "right"))
+    policy.spec = spec
+    frame = np.full((32, 32, 3), 100, np.uint8)
+    assert policy._images(dict.fromkeys(spec.cameras, frame)).shape == (3, 3, 32, 32)
 
 
 def test_a_seed_repeats_the_noise_and_reset_restarts_it(policy):

@@ -13,7 +13,7 @@ import train_vfp
 from common.config import parse
 from common.errors import UserError
 from common.inference import load_policy, load_script
-from common.launch import make_accelerator
+from common.launch import _new_folder, make_accelerator
 from common.normalize import Normalizer
 
 SCRIPTS = [train_vfp]
@@ -251,6 +251,30 @@ def test_old_checkpoints_go_and_last_names_the_newest(tiny, tmp_path):
     assert folders == ["step_0000004", "step_0000005"]
     assert (run_dir / "checkpoints" / "last").resolve().name == "step_0000005"
     assert not list((run_dir / "checkpoints").glob(".*"))
+
+
+def test_going_back_keeps_the_checkpoints_of_the_run_that_goes_on(tiny, tmp_path):
+    run_dir = train(train_vfp, tiny, tmp_path / "run", "--steps", 8, "--save-every", 2)
+    checkpoints = run_dir / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == [f"step_000000{k}" for k in (4, 6, 8)]
+    (checkpoints / "last").unlink()
+    (checkpoints / "last").symlink_to("step_0000004")
+    train(train_vfp, tiny, None, "--resume", run_dir, "--steps", 7, "--save-every", 1)
+    names = [path.name for path in checkpoints.glob("step_*")]
+    assert sorted(names) == [f"step_000000{k}" for k in (5, 6, 7, 8)]
+    assert (checkpoints / "last").resolve().name == "step_0000007"
+
+
+def test_accumulation_may_change_between_two_parts_of_a_run(tiny, tmp_path):
+    run_dir = train(train_vfp, tiny, tmp_path / "run", "--steps", 3)
+    train(train_vfp, tiny, None, "--resume", run_dir, "--steps", 5, "--grad-accumulation", 2)
+    trainer = json.loads((run_dir / "checkpoints/last/state/trainer.json").read_text())
+    assert (trainer["step"], trainer["samples"]) == (5, 3 * 4 + 2 * 8)
+
+
+def test_jobs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path):
+    folders = [_new_folder(tmp_path / "runs" / "vfp-20260101-000000") for _ in range(3)]
+    assert [folder.name for folder in folders] == [f"vfp-20260101-000000{end}" for end in ("", "-2", "-3")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
