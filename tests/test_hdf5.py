@@ -475,7 +475,7 @@ def test_groups_inside_themselves_end(tmp_path, refused):
     refused(root, "groups inside each other without end")
 
 
-def test_files_outside_the_folder_are_not_read(tmp_path, refused):
+def test_files_outside_the_folder_are_not_read(tmp_path, open_, refused):
     root = make_hdf5(tmp_path / "d", (12,))
     secret = make_hdf5(tmp_path / "secret", (5,))
     (root / "link.hdf5").symlink_to(secret / "day_0/episode_0.hdf5")
@@ -483,6 +483,7 @@ def test_files_outside_the_folder_are_not_read(tmp_path, refused):
     (root / "link.hdf5").unlink()
     (root / "folder").symlink_to(secret)  # not followed
     (root / "inside.hdf5").symlink_to(root / "day_0/episode_0.hdf5")
+    assert open_(root).num_steps == 2 * 12
 
 
 def test_folders_without_demonstrations(tmp_path, refused):
