@@ -18,6 +18,7 @@ import torch
 
 from common.data import ingest
 from common.data.ingest import BadEpisode, Episode, StoreInfo, ensure_store
+from common.data.shards import write_whole
 from common.data.store import ChunkDataset, EpisodeStore, SampleStream, make_loader, split_episodes
 from common.errors import UserError
 
@@ -445,3 +446,24 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="choose another --cache-dir"):
         build(tmp_path / "file" / "stores")
+
+
+def test_a_file_that_several_write_at_once_is_always_whole(tmp_path):
+    contents = [bytes([n]) * (1000 + n) for n in range(4)]
+    path, problems = tmp_path / "scan.json", []
+
+    def write(content):
+        try:
+            for _ in range(50):
+                write_whole(path, content)
+                assert path.read_bytes() in contents
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems
+    assert [file.name for file in tmp_path.iterdir()] == ["scan.json"]

@@ -37,8 +37,8 @@ from common.data.ingest import (
     absent_episodes,
     refuse_nonfinite,
     report,
-    write_whole,
 )
+from common.data.shards import write_whole
 from common.data.workers import Died, cores, guarded_map
 from common.errors import UserError
 

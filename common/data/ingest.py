@@ -23,7 +23,16 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from common.data.shards import SHARDS, Storage, checksum, decode_jpeg, encode_jpeg, join_jpeg, write_jpeg
+from common.data.shards import (
+    SHARDS,
+    Storage,
+    checksum,
+    decode_jpeg,
+    encode_jpeg,
+    join_jpeg,
+    write_jpeg,
+    write_whole,
+)
 from common.data.store import ARRAYS, FORMAT, META, EpisodeStore, defect
 from common.data.workers import Died, advance, cores, guarded_map, refuse_inside_worker
 from common.errors import UserError
@@ -500,16 +509,6 @@ def _finish(path: Path, info: StoreInfo, episodes: list[Episode], entries, bad: 
     meta["arrays"] = {"file": ARRAYS, "bytes": len(payload), "crc32": zlib.crc32(payload)}
     meta["shards"] = entries
     write_whole(path / META, json.dumps(meta, indent=1).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or absent, whenever the machine stops."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import mmap
+import os
+import uuid
 import zlib
 from collections.abc import Sequence
 from itertools import pairwise
@@ -147,3 +149,16 @@ def checksum(path: Path) -> int:
         while block := file.read(2**22):
             value = zlib.crc32(block, value)
     return value
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is either whole or absent, whatever stops or writes beside it."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
