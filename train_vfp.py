@@ -36,7 +36,7 @@ from common.schedules import (
     learning_rates,
 )
 from common.tracking import Tracker
-from common.transformer import ActionDecoder, Encoder
+from common.transformer import ActionDecoder, InfoEmbedder
 from common.vision import VisionConfig
 
 
@@ -78,40 +78,6 @@ class Config:
     """Integrator when sampling actions; midpoint and heun evaluate the network twice a step."""
 
 
-class InfoEmbedder(nn.Module):
-    """Fuses the tokens and summaries of all cameras with the joint states into one memory."""
-
-    def __init__(self, config: Config, backbones: list[vision.Backbone], spec: checkpoint.PolicySpec):
-        super().__init__()
-        d_model, num_cameras = config.d_model, len(backbones)
-        self.tokens_in = nn.ModuleList(nn.Linear(b.token_dim, d_model) for b in backbones)
-        self.summary_in = nn.ModuleList(nn.Linear(b.summary_dim, d_model) for b in backbones)
-        self.proprio_in = nn.Linear(spec.state_dim, d_model)
-        self.proprio_position = nn.Parameter(torch.zeros(spec.proprio_history, d_model))
-        self.camera_embedding = nn.Parameter(torch.randn(num_cameras, d_model) * 0.02)
-        self.missing = nn.Parameter(torch.randn(num_cameras, d_model) * 0.02)  # stands for a lost camera
-        self.encoder = Encoder(d_model, config.num_heads, config.encoder_layers)
-
-    def forward(self, views: list[tuple[Tensor, Tensor]], proprio: Tensor, dropped: Tensor | None) -> Tensor:
-        """Fuse.
-
-        Args:
-            views: for each camera its tokens (B, L, D_v) and summary (B, D_s).
-            proprio: (B, K, P), normalized.
-            dropped: (B, N), True where a sample has lost a camera.
-
-        Returns:
-            (B, K + N (L + 1), D).
-        """
-        memory = [self.proprio_in(proprio) + self.proprio_position]
-        for n, (tokens, summary) in enumerate(views):
-            tokens = torch.cat([self.tokens_in[n](tokens), self.summary_in[n](summary).unsqueeze(1)], dim=1)
-            if dropped is not None:
-                tokens = torch.where(dropped[:, n, None, None], self.missing[n], tokens)
-            memory.append(tokens + self.camera_embedding[n])
-        return self.encoder(torch.cat(memory, dim=1))
-
-
 class Policy(nn.Module):
     """Velocity field of action chunks given camera images and joint states.
 
@@ -128,7 +94,15 @@ class Policy(nn.Module):
             )
             self.add_module(f"{camera}_backbone", backbone)
         backbones = [getattr(self, f"{camera}_backbone") for camera in spec.cameras]
-        self.info_embedder = InfoEmbedder(config, backbones, spec)
+        self.info_embedder = InfoEmbedder(
+            [(backbone.token_dim, backbone.summary_dim) for backbone in backbones],
+            spec.state_dim,
+            spec.proprio_history,
+            config.d_model,
+            config.num_heads,
+            config.encoder_layers,
+            cameras_may_drop=True,
+        )
         self.action_decoder = ActionDecoder(
             spec.action_dim,
             config.horizon,

@@ -1,4 +1,4 @@
-"""Flow matching: time sampling, the path from noise to data, integration of the learned velocity.
+"""Flow matching: time sampling, the path from noise to data, guidance, integration of the learned velocity.
 
 Flow time t runs from 0 (noise) to 1 (data). x_0 is standard normal noise, x_1 the normalized action chunk.
 """
@@ -64,6 +64,17 @@ def linear_path(x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"t must be one value per sample, {tuple(x_1.shape[:1])}, got {tuple(t.shape)}")
     t = t.view(-1, *[1] * (x_1.ndim - 1))
     return (1 - t) * x_0 + t * x_1, x_1 - x_0
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022): v_null + w (v_z - v_null).
+
+    Args:
+        conditional: velocity given the latent, any shape.
+        unconditional: velocity given the null token, the same shape.
+        scale: w; 0 ignores the latent, 1 leaves the conditional velocity as it is, above 1 exaggerates it.
+    """
+    return unconditional + scale * (conditional - unconditional)
 
 
 def integrate(

@@ -1,4 +1,9 @@
-"""Losses over action chunks. Padded steps never count, and a mean divides by the number of real elements."""
+"""Losses over action chunks, between clouds of chunks, and of a codebook.
+
+Padded steps never count, and a mean divides by the number of real elements.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,3 +39,117 @@ def _real_difference(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def _mean(values: Tensor, mask: Tensor, count: Tensor | None) -> Tensor:
     count = mask.sum() if count is None else count
     return values.sum() / (count * values.shape[-1]).clamp(min=1)
+
+
+class Transport(NamedTuple):
+    """A transport loss, and how far its plans are from moving all mass: both scalars."""
+
+    divergence: Tensor
+    marginal_error: Tensor
+
+
+def transport_points(chunks: Tensor, states: Tensor, state_weight: float = 0.2) -> Tensor:
+    """Chunks and the states they belong to as points, (B, T * A + P), float32.
+
+    Their squared distance is C_ij = mean_d (a_i - a_j)^2 + lambda mean_d (s_i - s_j)^2. A mean over
+    dimensions keeps the blur's meaning whatever the size of a chunk; a sum would need another for each robot.
+
+    Args:
+        chunks: (B, T, A), normalized.
+        states: (B, P), normalized.
+        state_weight: lambda; what it costs to take a chunk for that of another state.
+    """
+    chunks, states = chunks.float().flatten(1), states.float()
+    return torch.cat(
+        [chunks / chunks.shape[1] ** 0.5, states * (state_weight / states.shape[1]) ** 0.5], dim=1
+    )
+
+
+def sinkhorn_divergence(
+    x: Tensor, y: Tensor, mass: Tensor | None = None, blur: float = 0.05, iterations: int = 40
+) -> Transport:
+    """Debiased entropic optimal transport between two clouds of points that have the same masses.
+
+    S = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2, with cost |x_i - y_j|^2 and epsilon = blur^2 (Cuturi 2013;
+    Feydy et al. 2019; their library halves the cost). In the log domain. Epsilon starts at the clouds'
+    diameter and is halved at every iteration down to its value, for a dozen iterations; the rest stay there.
+    Their number is fixed and the three problems are solved side by side: nothing waits for the device.
+
+    The gradient is that of the optimum (envelope theorem): potentials are constants, only costs are
+    differentiated, in OT(x, x) by both arguments, so that no iteration is kept in memory.
+
+    Args:
+        x, y: (B, D); only x gets a gradient.
+        mass: (B,), not negative; the same everywhere by default. Points without mass count for nothing.
+            Without any mass the divergence is 0.
+        blur: length below which differences are smeared out.
+        iterations: of Sinkhorn's algorithm. Too few show in the marginal error.
+
+    Returns:
+        The divergence, in squared units of the points, at least 0 up to rounding; and the mass that the plan
+        between x and y leaves in a wrong place, in [0, 2].
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = x.to(dtype), y.detach().to(dtype)
+        mass = torch.ones(len(x), device=x.device, dtype=dtype) if mass is None else mass.to(dtype)
+        total, real = mass.sum(), (mass > 0)[:, None]
+        weight = torch.where(total > 0, mass / total.clamp(min=1e-30), 1 / len(x))
+        log_weight = weight.log()
+        # Squared distances between numbers near zero lose fewer digits; what has no mass must not be far away.
+        centre = weight @ torch.where(real, y, 0.0)
+        x, y = torch.where(real, x - centre, 0.0), torch.where(real, y - centre, 0.0)
+        with torch.no_grad():
+            costs = torch.stack(
+                [_squared_distances(x, y), _squared_distances(x, x), _squared_distances(y, y)]
+            )
+            halves = 0.5 ** torch.arange(iterations, device=x.device, dtype=dtype)
+            epsilons = (costs.amax() * halves).clamp(min=blur**2)
+            f = g = torch.zeros_like(costs[:, 0])  # potentials of the three problems, (3, B)
+            for epsilon in epsilons:
+                # Both at once, and half of the way: the potentials of a symmetric problem stay alike.
+                f, g = (
+                    (f + _soft_min(costs, g, log_weight, epsilon)) / 2,
+                    (g + _soft_min(costs.mT, f, log_weight, epsilon)) / 2,
+                )
+            epsilon = epsilons[-1]
+            g = _soft_min(costs.mT, f, log_weight, epsilon)  # the columns of the plan are exact
+            log_plan = log_weight[:, None] + log_weight + (f[0, :, None] + g[0] - costs[0]) / epsilon
+            error = (log_plan.exp().sum(dim=1) - weight).abs().sum()
+            f_yy = _soft_min(costs[2], g[2], log_weight, epsilon)
+        f_xy = _soft_min(_squared_distances(x, y), g[0], log_weight, epsilon)
+        f_xx = _soft_min(_squared_distances(x, x), g[1], log_weight, epsilon)
+        # OT = sum_i w_i f_i + sum_j w_j g_j
+        divergence = (weight * (f_xy + g[0] - (f_xx + g[1]) / 2 - (f_yy + g[2]) / 2)).sum()
+    return Transport(torch.where(total > 0, divergence, 0.0), torch.where(total > 0, error, 0.0))
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """(I, D), (J, D) -> (I, J)."""
+    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp(min=0)
+
+
+def _soft_min(cost: Tensor, potential: Tensor, log_weight: Tensor, epsilon: Tensor) -> Tensor:
+    """-epsilon log sum_j w_j exp((g_j - C_ij) / epsilon): (..., I, J), (..., J) -> (..., I)."""
+    return -epsilon * torch.logsumexp(log_weight + (potential.unsqueeze(-2) - cost) / epsilon, dim=-1)
+
+
+def nearest_code(z: Tensor, codes: Tensor) -> Tensor:
+    """Index of the nearest code vector: z (B, D), codes (K, D) -> (B,)."""
+    return torch.cdist(z.detach().float(), codes.detach().float()).argmin(dim=1)
+
+
+def noise_substitution(z: Tensor, code: Tensor, noise: Tensor) -> Tensor:
+    """Vector quantization whose gradient reaches encoder and codebook (NSVQ, Vali & Backstrom 2022).
+
+    z + |z - q| n / |n|: the quantization error is replaced by noise of the same length, which, unlike a
+    rounding, has a derivative by z and by q.
+
+    Args:
+        z: encoder output, (B, D).
+        code: q, the code vector nearest to each, (B, D).
+        noise: n, (B, D), standard normal.
+    """
+    # the square root's derivative is infinite at 0: an encoder that hits a code must not get NaN for it
+    distance = ((z - code).square().sum(-1, keepdim=True) + 1e-12).sqrt()
+    return z + distance * noise / noise.norm(dim=-1, keepdim=True).clamp(min=1e-12)

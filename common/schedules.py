@@ -232,6 +232,24 @@ class AveragedPolicy:
                 if "z" in state:
                     mine[parameter].lerp_(state["z"], 1 - 1 / group["betas"][0])
 
+    @torch.no_grad()
+    def replace_rows(self, parameter: nn.Parameter, rows: Tensor, values: Tensor) -> None:
+        """Start some rows of a parameter anew: there, in its average, and in what the optimizer remembers.
+
+        Args:
+            parameter: of the policy, (K, D).
+            rows: (K,), True where a row is replaced.
+            values: (K, D), the new rows; others are not looked at.
+        """
+        rows = rows[:, None]
+        averages = dict(zip(self.policy.parameters(), self._average.parameters(), strict=True))
+        for tensor in (parameter, averages[parameter]):
+            tensor.copy_(torch.where(rows, values, tensor))
+        for name, moment in self.optimizer.state.get(parameter, {}).items():
+            if torch.is_tensor(moment) and moment.shape == parameter.shape:
+                # schedule-free's z is not a moment, but where the parameter itself is
+                moment.copy_(torch.where(rows, values if name == "z" else torch.zeros_like(moment), moment))
+
     def load(self, weights: dict[str, Tensor], updates: int) -> None:
         """Restore an EMA from exported weights; the other averages follow from the training state."""
         self.updates = updates

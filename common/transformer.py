@@ -1,6 +1,7 @@
 """Transformer blocks: scaled-dot-product attention, an encoder, a decoder conditioned on flow time."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,59 @@ class Encoder(nn.Module):
         return self.norm(x)
 
 
+class InfoEmbedder(nn.Module):
+    """Fuses the tokens and summaries of all cameras with the joint states into one memory.
+
+    Args:
+        widths: of each camera's tokens and summary.
+        state_dim: P.
+        proprio_history: K, states in an observation.
+        cameras_may_drop: learn tokens that stand for a lost camera. Without camera dropout they would never
+            get a gradient, which DistributedDataParallel takes for a mistake.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[tuple[int, int]],
+        state_dim: int,
+        proprio_history: int,
+        d_model: int,
+        num_heads: int,
+        num_layers: int,
+        cameras_may_drop: bool = False,
+    ):
+        super().__init__()
+        self.tokens_in = nn.ModuleList(nn.Linear(token_dim, d_model) for token_dim, _ in widths)
+        self.summary_in = nn.ModuleList(nn.Linear(summary_dim, d_model) for _, summary_dim in widths)
+        self.proprio_in = nn.Linear(state_dim, d_model)
+        self.proprio_position = nn.Parameter(torch.zeros(proprio_history, d_model))
+        self.camera_embedding = nn.Parameter(torch.randn(len(widths), d_model) * 0.02)
+        if cameras_may_drop:
+            self.missing = nn.Parameter(torch.randn(len(widths), d_model) * 0.02)
+        self.encoder = Encoder(d_model, num_heads, num_layers)
+
+    def forward(
+        self, views: Sequence[tuple[Tensor, Tensor]], proprio: Tensor, dropped: Tensor | None = None
+    ) -> Tensor:
+        """Fuse.
+
+        Args:
+            views: for each camera its tokens (B, L, D_v) and summary (B, D_s).
+            proprio: (B, K, P), normalized.
+            dropped: (B, N), True where a sample has lost a camera.
+
+        Returns:
+            (B, K + N (L + 1), D).
+        """
+        memory = [self.proprio_in(proprio) + self.proprio_position]
+        for n, (tokens, summary) in enumerate(views):
+            tokens = torch.cat([self.tokens_in[n](tokens), self.summary_in[n](summary).unsqueeze(1)], dim=1)
+            if dropped is not None:
+                tokens = torch.where(dropped[:, n, None, None], self.missing[n], tokens)
+            memory.append(tokens + self.camera_embedding[n])
+        return self.encoder(torch.cat(memory, dim=1))
+
+
 class TimeEmbedding(nn.Module):
     """Flow time (B,) in [0, 1] -> (B, D): sinusoids of geometrically spaced frequencies, then an MLP."""
 
@@ -164,12 +218,18 @@ class ActionDecoder(nn.Module):
         num_heads: int,
         num_layers: int,
         causal: bool = True,
+        latent_dim: int | None = None,
     ):
+        """`latent_dim` is the width of a latent that tells what kind of chunk to make, if there is one."""
         super().__init__()
         self.causal = causal
         self.action_in = nn.Linear(action_dim, d_model)
         self.position = nn.Parameter(torch.randn(horizon, d_model) * 0.02)
         self.time = TimeEmbedding(d_model)
+        if latent_dim is not None:
+            self.latent_in = nn.Sequential(
+                nn.Linear(latent_dim, d_model), nn.SiLU(), nn.Linear(d_model, d_model)
+            )
         self.blocks = nn.ModuleList(DecoderBlock(d_model, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(d_model)
         self.velocity_out = nn.Linear(d_model, action_dim)
@@ -181,7 +241,12 @@ class ActionDecoder(nn.Module):
         return [block.cross_attention.keys_values(memory) for block in self.blocks]
 
     def forward(
-        self, x_t: Tensor, t: Tensor, context: list[tuple[Tensor, Tensor]], is_pad: Tensor | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        context: list[tuple[Tensor, Tensor]],
+        is_pad: Tensor | None = None,
+        latent: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity.
 
@@ -191,13 +256,14 @@ class ActionDecoder(nn.Module):
             context: from `context`.
             is_pad: (B * M, T), True for steps past the episode's end. Without a causal mask they must not be
                 seen; with it the real steps, which come first, cannot see them anyway.
+            latent: (B * M, latent_dim), of a decoder that has one; modulates the blocks as flow time does.
 
         Returns:
             (B * M, T, A).
         """
         key_mask = None if is_pad is None or self.causal else ~is_pad
         x = self.action_in(x_t) + self.position
-        condition = self.time(t)
+        condition = self.time(t) if latent is None else self.time(t) + self.latent_in(latent)
         for block, keys_values in zip(self.blocks, context, strict=True):
             x = block(x, condition, keys_values, key_mask, self.causal)
         return self.velocity_out(self.norm(x))

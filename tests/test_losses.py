@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -50,3 +52,188 @@ def test_the_mean_over_processes_is_the_mean_over_all_their_elements():
     count = torch.stack([mask[:4].sum(), mask[4:].sum()]).float().mean()
     halves = [losses.masked_mse(pred[h], target[h], mask[h], count) for h in (slice(0, 4), slice(4, 8))]
     torch.testing.assert_close(sum(halves) / 2, losses.masked_mse(pred, target, mask))
+
+
+# Transport
+
+
+def gaussian_divergence(shift, a, b, epsilon):
+    """Debiased entropic transport from N(0, a) to N(shift, b) in one dimension (Janati et al. 2020)."""
+    s = epsilon / 2
+
+    def d(u, v):
+        return math.sqrt(4 * u * v + s * s)
+
+    traces = d(a, a) / 2 - d(a, b) + d(b, b) / 2
+    return shift**2 + traces + s / 2 * math.log((d(a, b) + s) ** 2 / ((d(a, a) + s) * (d(b, b) + s)))
+
+
+@pytest.mark.parametrize("blur", [0.3, 0.5, 1.0])
+def test_transport_between_gaussians_is_what_theory_says(blur):
+    quantiles = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
+    y = torch.distributions.Normal(0, 1).icdf(quantiles)[:, None]
+    transport = losses.sinkhorn_divergence(2 * y + 1, y, blur=blur, iterations=300)
+    assert transport.marginal_error < 0.01
+    assert transport.divergence.item() == pytest.approx(gaussian_divergence(1, 4, 1, blur**2), rel=0.01)
+
+
+def test_transport_of_a_cloud_that_only_moved_is_the_square_of_the_way():
+    x, way = torch.randn(40, 3), torch.tensor([0.5, -1.0, 2.0])
+    transport = losses.sinkhorn_divergence(x + way, x, blur=0.5, iterations=200)
+    assert transport.divergence.item() == pytest.approx(way.square().sum().item(), rel=1e-3)
+
+
+def test_identical_clouds_are_at_distance_zero_and_do_not_move():
+    x = torch.randn(30, 5, requires_grad=True)
+    transport = losses.sinkhorn_divergence(x, x[torch.randperm(30)].detach())
+    transport.divergence.backward()
+    assert abs(transport.divergence.item()) < 1e-5
+    assert x.grad.abs().max() < 1e-5
+
+
+def test_the_order_of_points_does_not_matter():
+    x, y, mass = torch.randn(20, 4), torch.randn(20, 4), torch.rand(20)
+    value = losses.sinkhorn_divergence(x, y, mass).divergence
+    p = torch.randperm(20)
+    torch.testing.assert_close(losses.sinkhorn_divergence(x[p], y[p], mass[p]).divergence, value)
+    p = torch.randperm(20)
+    torch.testing.assert_close(
+        losses.sinkhorn_divergence(x[p], y).divergence, losses.sinkhorn_divergence(x, y).divergence
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gradient_is_that_of_finite_differences(weighted):
+    x = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
+    y, mass = torch.randn(8, 2, dtype=torch.float64) + 1, torch.rand(8) if weighted else None
+
+    def value(points):
+        return losses.sinkhorn_divergence(points, y, mass, blur=0.7, iterations=2000).divergence
+
+    (gradient,) = torch.autograd.grad(value(x), x)
+    with torch.no_grad():
+        for i in range(8):
+            for d in range(2):
+                step = torch.zeros_like(x)
+                step[i, d] = 1e-5
+                slope = (value(x + step) - value(x - step)) / 2e-5
+                assert gradient[i, d].item() == pytest.approx(slope.item(), abs=1e-6)
+
+
+def test_points_without_mass_count_for_nothing():
+    x, y = torch.randn(2, 12, 3)
+    x.requires_grad_()
+    mass = (torch.arange(12) < 7).float()
+    values = []
+    for filling in (0.0, 1e6, math.nan):
+        real = (mass > 0)[:, None]
+        transport = losses.sinkhorn_divergence(
+            torch.where(real, x, 0.5 * filling), torch.where(real, y, filling), mass, blur=0.3
+        )
+        values.append(transport.divergence)
+    alone = losses.sinkhorn_divergence(x[:7], y[:7], blur=0.3).divergence
+    assert values[0] == values[1] == values[2]
+    torch.testing.assert_close(values[0], alone, rtol=1e-3, atol=1e-4)
+    (gradient,) = torch.autograd.grad(values[2], x)
+    assert (gradient[7:] == 0).all()
+
+
+def test_without_mass_the_divergence_is_zero_and_so_is_its_gradient():
+    x = torch.randn(5, 2, requires_grad=True)
+    transport = losses.sinkhorn_divergence(x, torch.randn(5, 2), torch.zeros(5))
+    transport.divergence.backward()
+    assert transport.divergence == 0
+    assert transport.marginal_error == 0
+    assert (x.grad == 0).all()
+
+
+def test_the_cost_is_the_mean_over_dimensions_and_the_weighted_mean_over_the_state():
+    chunks, states = torch.randn(3, 4, 2), torch.randn(3, 5)
+    points = losses.transport_points(chunks, states, 0.2)
+    for i in range(3):
+        for j in range(3):
+            cost = (chunks[i] - chunks[j]).square().mean() + 0.2 * (states[i] - states[j]).square().mean()
+            torch.testing.assert_close((points[i] - points[j]).square().sum(), cost)
+
+
+def test_gradient_descent_on_the_divergence_carries_one_cloud_to_the_other():
+    x, y = torch.randn(24, 2) * 0.2, torch.randn(24, 2).sign() + 0.1 * torch.randn(24, 2)
+    x.requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.05)
+    divergences = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        divergences.append(losses.sinkhorn_divergence(x, y, blur=0.3).divergence)
+        divergences[-1].backward()
+        optimizer.step()
+    assert divergences[-1] < 0.02 * divergences[0]
+    assert torch.cdist(y, x.detach()).amin(dim=1).max() < 0.3  # no point of y is left alone
+
+
+def test_half_precision_and_autocast_are_computed_in_float32():
+    x, y = torch.randn(2, 16, 8)
+    reference = losses.sinkhorn_divergence(x, y).divergence
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(losses.sinkhorn_divergence(x, y).divergence, reference)
+    assert losses.sinkhorn_divergence(x.bfloat16(), y.bfloat16()).divergence.dtype == torch.float32
+
+
+def test_transport_agrees_with_geomloss():
+    """`pip install --no-deps geomloss`. Its cost is |x - y|^2 / 2, with p = 2 and epsilon = blur^2."""
+    geomloss = pytest.importorskip("geomloss")
+    x, y = torch.randn(2, 50, 4)
+    y = y + 0.5
+    x.requires_grad_()
+    blur = 0.5
+    theirs = geomloss.SamplesLoss("sinkhorn", p=2, blur=blur / 2**0.5, scaling=0.999)(x, y)
+    ours = losses.sinkhorn_divergence(x, y, blur=blur, iterations=1000).divergence
+    assert ours.item() == pytest.approx(2 * theirs.item(), rel=1e-3)
+    (mine,), (reference,) = torch.autograd.grad(ours, x), torch.autograd.grad(2 * theirs, x)
+    torch.testing.assert_close(mine, reference, rtol=0, atol=0.01 * reference.abs().max().item())
+
+
+@pytest.mark.parametrize("blur", [0.3, 1.0])
+def test_transport_agrees_with_pot(blur):
+    """`pip install POT`. Its regularization is the entropy of the plan, with a constant that cancels."""
+    ot = pytest.importorskip("ot")
+    x, y = torch.randn(2, 40, 3, dtype=torch.float64)
+    y = 0.7 * y + 0.5
+    weights = torch.full((40,), 1 / 40, dtype=torch.float64)
+
+    def cost(a, b):
+        distances = torch.cdist(a, b).square()
+        plan = ot.sinkhorn(
+            weights, weights, distances, blur**2, method="sinkhorn_log", numItermax=20_000, stopThr=1e-12
+        )
+        return (plan * distances).sum() + blur**2 * (plan * (plan * 40 * 40).log()).sum()
+
+    expected = cost(x, y) - cost(x, x) / 2 - cost(y, y) / 2
+    ours = losses.sinkhorn_divergence(x, y, blur=blur, iterations=1000).divergence
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+# Vector quantization
+
+
+def test_the_nearest_code_is_found():
+    codes = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    z = torch.tensor([[0.2, 0.1], [1.6, 0.3], [-0.2, 5.0]])
+    assert losses.nearest_code(z, codes).tolist() == [0, 1, 2]
+
+
+def test_noise_takes_the_place_of_the_quantization_error():
+    z, code = torch.randn(2, 5000, 4)
+    out = losses.noise_substitution(z, code, torch.randn(5000, 4))
+    torch.testing.assert_close((out - z).norm(dim=1), (z - code).norm(dim=1))
+    direction = torch.nn.functional.normalize(out - z, dim=1)
+    assert direction.mean(0).abs().max() < 0.05  # no direction is preferred
+    torch.testing.assert_close(losses.noise_substitution(z, z, torch.randn(5000, 4)), z, atol=1e-5, rtol=0)
+
+
+def test_gradients_reach_encoder_and_codebook():
+    z, code = torch.randn(2, 6, 3, dtype=torch.float64).requires_grad_().unbind()
+    noise = torch.randn(6, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda a, b: losses.noise_substitution(a, b, noise), (z, code))
+    at_code = torch.zeros(2, 3, requires_grad=True)
+    losses.noise_substitution(at_code, torch.zeros(2, 3), torch.randn(2, 3)).sum().backward()
+    assert torch.isfinite(at_code.grad).all()
