@@ -2,17 +2,19 @@
 
     python evaluate.py runs/vfp-20260301-101500
     python evaluate.py runs/vfp-20260301-101500 --sample-steps 1 2 10 --episodes 500
+    python evaluate.py runs/cfg-vqvae-20260301-101500 --guidance 0 1 2 4
 
 Held-out episodes: the mean absolute error of sampled action chunks (normalized actions, so that dimensions
 can be averaged) beside predictors that need no network. A run on the built-in task is rolled out in closed
 loop as well, all episodes in one batch. Everything lands in RUN/evaluation: `results.json`, `heldout.png`,
-and for the built-in task `rollouts.png` and `rollouts.gif`.
+for the built-in task `rollouts.png` and `rollouts.gif`, for a policy with codes or experts
+`alternatives.png`, and `guidance.png` if a sweep was asked for.
 """
 
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +44,8 @@ class Config:
     """Closed-loop episodes; only for runs on the built-in task."""
     sample_steps: tuple[int, ...] = (10, 2, 1)
     """Numbers of integration steps to evaluate; the first is used for held-out error and pictures."""
+    guidance: tuple[float, ...] = ()
+    """Guidance scales to compare, with the first number of steps; for policies trained with guidance."""
     execute_steps: int | None = None
     """Actions of a chunk that are executed before the next is sampled (default: half of it)."""
     seed: int = 1_000_000
@@ -56,6 +60,8 @@ def main(config: Config) -> None:
     if not config.sample_steps or min(*config.sample_steps, config.episodes, config.heldout_samples) < 1:
         raise UserError("--sample-steps, --episodes and --heldout-samples must each be at least 1.")
     policy = load_policy(config.run, config.checkpoint, seed=config.seed)
+    if config.guidance and not hasattr(policy.config, "guidance"):
+        raise UserError(f"{policy.script.__name__} trains no guidance: leave --guidance out.")
     folder = config.run.expanduser() / "evaluation"
     folder.mkdir(exist_ok=True)
     results = {"checkpoint": policy.checkpoint.name, "step": policy.trained_steps, "seed": config.seed}
@@ -66,6 +72,8 @@ def main(config: Config) -> None:
     if policy.config.data.dataset == ("demo",):
         results["closed_loop"] = evaluate_closed_loop(policy, config, folder)
     results["latency_ms"] = measure_latency(policy, config)
+    if config.guidance:
+        results["guidance"] = sweep_guidance(policy, config, folder)
     (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     report(results, folder)
 
@@ -86,6 +94,33 @@ def evaluate_heldout(policy: RobotPolicy, config: Config, folder: Path) -> dict 
     - nearest: the chunk that followed the training state nearest to the present one.
     - mismatched: the policy itself, shown the images of another held-out step; how much it uses its eyes.
     """
+    data = held_out_data(policy, config)
+    if data is None:
+        print("no held-out episodes (--val-fraction 0): skipping the held-out error")
+        return None
+    store, train_set, val_set, chosen = data
+    rows = val_set.rows[chosen]
+    predictions = {
+        "policy": sample_chunks(policy, val_set, chosen, config),
+        "mismatched": sample_chunks(
+            policy, val_set, chosen, config, images_from=np.roll(chosen, len(chosen) // 2)
+        ),
+        **trivial_predictions(store, train_set, rows, policy),
+    }
+    episodes = np.unique(store.episode_of(val_set.rows))
+    results = {"steps": len(chosen), "episodes": len(episodes), "sample_steps": config.sample_steps[0]}
+    for name, chunks in predictions.items():
+        error, per_dimension = chunk_error(chunks, val_set, rows, policy)
+        results[name] = {"mae": error, "per_dimension": per_dimension}
+    draw_heldout(policy, store, episodes[0], config, folder / "heldout.png")
+    if hasattr(policy.script, "draw_alternatives"):
+        draw = policy.script.draw_alternatives
+        draw(policy.model, val_set, policy.normalizer, policy.config, folder / "alternatives.png")
+    return results
+
+
+def held_out_data(policy: RobotPolicy, config: Config) -> tuple | None:
+    """The store, its training set, its held-out set, and which of that set's samples are compared."""
     data = policy.config.data
     store = open_dataset(data)
     saved = json.loads((config.run.expanduser() / "config.json").read_text()).get("fingerprint")
@@ -95,33 +130,22 @@ def evaluate_heldout(policy: RobotPolicy, config: Config, folder: Path) -> dict 
         )
     train_episodes, held_out = split_episodes(store, data.val_fraction, policy.config.run.seed)
     if len(held_out) == 0:
-        print("no held-out episodes (--val-fraction 0): skipping the held-out error")
         return None
     chunking = (policy.horizon, data.proprio_history, data.action_offset)
     train_set = ChunkDataset(store, train_episodes, *chunking)
     val_set = ChunkDataset(store, held_out, *chunking)
     num = min(config.heldout_samples, len(val_set))
-    chosen = np.linspace(0, len(val_set) - 1, num).astype(int)
-    rows = val_set.rows[chosen]
+    return store, train_set, val_set, np.linspace(0, len(val_set) - 1, num).astype(int)
 
-    predictions = {
-        "policy": sample_chunks(policy, val_set, chosen, config),
-        "mismatched": sample_chunks(policy, val_set, chosen, config, images_from=np.roll(chosen, num // 2)),
-        **trivial_predictions(store, train_set, rows, policy),
-    }
-    recorded, is_pad = val_set.chunks(rows)
-    real = torch.from_numpy(~is_pad)
-    target = torch.from_numpy(recorded)
-    normalizer = policy.normalizer.cpu()
-    results = {"steps": num, "episodes": len(held_out), "sample_steps": config.sample_steps[0]}
-    for name, chunks in predictions.items():
-        in_units = (chunks - target).abs()[real]  # (real steps, A)
-        error = in_units / normalizer.action_scale
-        per_dimension = dict(zip(policy.spec.action_names, in_units.mean(0).tolist(), strict=True))
-        results[name] = {"mae": error.mean().item(), "per_dimension": per_dimension}
-    normalizer.to(policy.device)
-    draw_heldout(policy, store, held_out[0], config, folder / "heldout.png")
-    return results
+
+def chunk_error(
+    chunks: Tensor, dataset: ChunkDataset, rows: np.ndarray, policy: RobotPolicy
+) -> tuple[float, dict[str, float]]:
+    """Mean absolute error of chunks in recorded units: of normalized actions; by dimension, in units."""
+    recorded, is_pad = dataset.chunks(rows)
+    in_units = (chunks - torch.from_numpy(recorded)).abs()[torch.from_numpy(~is_pad)]  # (real steps, A)
+    error = (in_units / policy.normalizer.action_scale.cpu()).mean().item()
+    return error, dict(zip(policy.spec.action_names, in_units.mean(0).tolist(), strict=True))
 
 
 def sample_chunks(
@@ -335,6 +359,54 @@ def save_gif(
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // FPS, loop=0)
 
 
+# Guidance
+
+
+def sweep_guidance(policy: RobotPolicy, config: Config, folder: Path) -> dict[str, dict]:
+    """Held-out error and, on the built-in task, closed-loop rates for each guidance scale."""
+    data, results, trained = held_out_data(policy, config), {}, policy.config
+    for scale in config.guidance:
+        policy.config = replace(trained, guidance=scale)
+        result = {}
+        if data:
+            _, _, val_set, chosen = data
+            chunks = sample_chunks(policy, val_set, chosen, config)
+            result["mae"] = chunk_error(chunks, val_set, val_set.rows[chosen], policy)[0]
+        if trained.data.dataset == ("demo",):
+            result |= summarize(roll_out(policy, config, config.sample_steps[0])[0])
+        results[f"{scale:g}"] = result
+    policy.config = trained
+    draw_guidance(results, folder / "guidance.png")
+    return results
+
+
+def draw_guidance(results: dict[str, dict], path: Path) -> None:
+    """What grows and falls with the guidance scale: error, success, collisions, shares of the modes."""
+    plt = pyplot()
+    scales = [float(scale) for scale in results]
+    panels = {"held-out error": {"mae": [result.get("mae", math.nan) for result in results.values()]}}
+    if all("success" in result for result in results.values()):
+        panels["episodes"] = {
+            name: [result[name] for result in results.values()]
+            for name in ("success", "collisions", "timeouts")
+        }
+        panels["modes among successes"] = {
+            mode: [result["modes"][mode] for result in results.values()]
+            for mode in next(iter(results.values()))["modes"]
+        }
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for name, values in lines.items():
+            axis.plot(scales, values, marker="o", label=name)
+        axis.set(title=title, xlabel="guidance scale")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 # Latency and report
 
 
@@ -379,6 +451,14 @@ def report(results: dict, folder: Path) -> None:
             f"success, {name}: {rates['success']:.1%} [{rates['low']:.1%}, {rates['high']:.1%}] of "
             f"{rates['episodes']} episodes, collisions {rates['collisions']:.1%}, modes {modes} %"
         )
+    for scale, rates in results.get("guidance", {}).items():
+        error = f"held-out error {rates['mae']:.4f}  " if "mae" in rates else ""
+        success = (
+            f"success {rates['success']:.1%}, collisions {rates['collisions']:.1%}"
+            if "success" in rates
+            else ""
+        )
+        print(f"guidance {scale:>4}: {error}{success}")
     for path in sorted([*folder.glob("*.png"), *folder.glob("*.gif"), *folder.parent.glob("*.png")]):
         print(f"picture: {path}")
     print(f"numbers: {folder / 'results.json'}")

@@ -222,7 +222,7 @@ def end_window(
     """
     codebook.usage.copy_(codebook.counts / codebook.counts.sum().clamp(min=1))
     codebook.counts.zero_()
-    spread = codebook.error.sqrt()
+    spread = codebook.error.nan_to_num(0.0, 0.0).sqrt()  # a batch with bad numbers must not reach the codes
     unused = (codebook.usage < 0.1 / config.num_codes) & (progress <= config.replace_until)
     generator = torch.Generator(codebook.usage.device).manual_seed(config.run.seed + step)
     source = torch.multinomial(codebook.usage, config.num_codes, replacement=True, generator=generator)
@@ -673,7 +673,9 @@ def main(config: Config) -> None:
                     step, evaluate(averaged.model, val_set, normalizer, config, accelerator)
                 )
                 if accelerator.is_main_process:
-                    draw_alternatives(averaged.model, val_set, normalizer, config, run_dir / "codes.png")
+                    draw_alternatives(
+                        averaged.model, val_set, normalizer, config, run_dir / "alternatives.png"
+                    )
             if step % config.run.save_every == 0 or step == total_steps:
                 checkpoint.save(accelerator, run_dir, step, samples, averaged, normalizer, spec, config)
     tracker.close()

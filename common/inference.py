@@ -50,7 +50,7 @@ def load_policy(
     model = module.Policy(config, spec, pretrained=False)
     load_components(model, path / "policy")
     normalizer = Normalizer.load(path / "policy" / "stats.safetensors", config.normalization)
-    policy = RobotPolicy(model, normalizer, config, spec, module.sample_actions, torch.device(device), seed)
+    policy = RobotPolicy(model, normalizer, config, spec, module, torch.device(device), seed)
     policy.checkpoint, policy.trained_steps = path, settings["step"]
     return policy
 
@@ -89,17 +89,16 @@ class RobotPolicy:
         spec: what the policy knows of its data: `cameras`, `image_size`, `state_names`, `action_names`,
             `fps` (a chunk's actions are 1 / fps seconds apart).
         horizon: T, actions in a chunk.
+        script: the training script, as a module.
         checkpoint, trained_steps: where the weights come from.
     """
 
-    def __init__(
-        self, model, normalizer: Normalizer, config, spec: PolicySpec, sample_actions, device, seed=None
-    ):
+    def __init__(self, model, normalizer: Normalizer, config, spec: PolicySpec, script, device, seed=None):
         self.model = model.to(device).eval()
         self.normalizer = normalizer.to(device)
         self.config, self.spec, self.device = config, spec, device
         self.horizon = config.horizon
-        self._sample_actions = sample_actions
+        self.script = script
         self._generator = torch.Generator(device)
         self._seed = seed
         self.reset()
@@ -169,7 +168,7 @@ class RobotPolicy:
         if not torch.isfinite(proprio).all():
             raise ValueError("the state holds NaN or infinity: check the robot's sensors before acting on it")
         proprio = proprio.to(self.device)
-        actions = self._sample_actions(
+        actions = self.script.sample_actions(
             self.model,
             images.to(self.device),
             self.normalizer.proprio(proprio),

@@ -96,7 +96,7 @@ def sinkhorn_divergence(
         total, real = mass.sum(), (mass > 0)[:, None]
         weight = torch.where(total > 0, mass / total.clamp(min=1e-30), 1 / len(x))
         log_weight = weight.log()
-        # Squared distances between numbers near zero lose fewer digits; what has no mass must not be far away.
+        # Squared distances of numbers near zero lose fewer digits; what has no mass must not be far away.
         centre = weight @ torch.where(real, y, 0.0)
         x, y = torch.where(real, x - centre, 0.0), torch.where(real, y - centre, 0.0)
         with torch.no_grad():

@@ -261,7 +261,10 @@ def _wandb_may_start() -> bool:
 
 
 def draw_curves(path: Path, picture: Path) -> None:
-    """Draw metrics.jsonl: loss, held-out error, gradient norms, learning rates, speed."""
+    """Draw metrics.jsonl: loss, held-out error, gradient norms, learning rates, speed.
+
+    What a method logs besides, named `group/name`, gets a panel for each group.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -272,21 +275,28 @@ def draw_curves(path: Path, picture: Path) -> None:
     val = [line for line in lines if line["split"] == "val"]
     if not train:
         return
-    figure, axes = plt.subplots(2, 2, figsize=(12, 7), sharex=True)
+    groups: dict[str, list[str]] = {}
+    for name in sorted({key for line in train for key in line if "/" in key}):
+        groups.setdefault(name.split("/")[0], []).append(name)
+    norms, rates = groups.pop("grad_norm", []), groups.pop("lr", [])
+    rows = 2 + (len(groups) + 1) // 2
+    figure, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), sharex=True)
     _plot(axes[0, 0], train, ["loss"], "loss", log=True)
     for name in sorted({key for line in val for key in line} - {"step", "split"}):
         _plot(axes[0, 0], val, [name], "loss", log=True, label=f"held out: {name}", marker="o", ms=3)
-    components = sorted({key for line in train for key in line if key.startswith("grad_norm/")})
-    _plot(axes[0, 1], train, components, "gradient norm", log=True)
-    rates = sorted({key for line in train for key in line if key.startswith("lr/")})
+    _plot(axes[0, 1], train, norms, "gradient norm", log=True)
     _plot(axes[1, 0], train, rates, "learning rate")
     _plot(axes[1, 1], train, ["samples_per_s"], "samples / s")
     axes[1, 1].set_ylim(bottom=0)
+    for axis, (group, names) in zip(axes.flat[4:], groups.items(), strict=False):
+        _plot(axis, train, names, group, log=group == "loss")
+    for axis in axes.flat[4 + len(groups) :]:
+        axis.axis("off")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("step")
     figure.suptitle(path.parent.name)
     figure.tight_layout()
@@ -297,10 +307,12 @@ def draw_curves(path: Path, picture: Path) -> None:
 
 
 def _plot(axis, lines: list[dict], names: list[str], title: str, log: bool = False, **style) -> None:
+    positive = False
     for name in names:
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        positive |= any(value > 0 for _, value in points)
         if points:
             axis.plot(*zip(*points, strict=True), **{"lw": 1.2, "label": name.split("/")[-1], **style})
     axis.set_title(title, fontsize=10)
-    if log and axis.lines:
+    if log and positive:
         axis.set_yscale("log")

@@ -107,3 +107,10 @@ def test_integration_refuses_what_makes_no_sense():
         flow.integrate(lambda x, t: x, torch.zeros(1), 0)
     with pytest.raises(ValueError, match="unknown integrator"):
         flow.integrate(lambda x, t: x, torch.zeros(1), 1, "rk45")
+
+
+def test_guidance_goes_from_unconditional_through_conditional_and_beyond():
+    with_latent, without = torch.randn(2, 3, 4, 2)
+    assert torch.equal(flow.guide(with_latent, without, 0.0), without)
+    torch.testing.assert_close(flow.guide(with_latent, without, 1.0), with_latent)
+    torch.testing.assert_close(flow.guide(with_latent, without, 3.0), 3 * with_latent - 2 * without)

@@ -197,3 +197,29 @@ def test_schedule_free_exports_what_its_eval_mode_would_without_touching_trainin
     optimizer.eval()
     for mine, reference in zip(exported, policy.parameters(), strict=True):
         torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "schedule-free"])
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_replaced_rows_start_anew_everywhere(policy, schedule, decay):
+    optimizer = build_optimizer(policy, OptimConfig(lr=0.01, schedule=schedule))
+    averaged = AveragedPolicy(policy, optimizer, decay)
+    for _ in range(10):
+        train_step(policy, optimizer)
+        averaged.update()
+    weight = policy.head_backbone.weight
+    before = weight.detach().clone()
+    moments = {name: moment.clone() for name, moment in optimizer.state[weight].items() if moment.ndim == 2}
+    rows, values = torch.tensor([False, True, False, True]), torch.randn(4, 4)
+    averaged.replace_rows(weight, rows, values)
+    for tensor in (weight, averaged.model.head_backbone.weight):
+        torch.testing.assert_close(tensor[rows], values[rows])
+    assert torch.equal(weight[~rows], before[~rows])
+    assert len(moments) == 2
+    for name, moment in optimizer.state[weight].items():
+        if name in moments:
+            assert torch.equal(moment[~rows], moments[name][~rows])
+            assert torch.equal(moment[rows], values[rows] if name == "z" else torch.zeros(2, 4))
+    train_step(policy, optimizer)
+    step = (weight - torch.where(rows[:, None], values, before)).norm(dim=1)
+    assert (step[rows] < 0.05).all()  # not thrown about by what the optimizer remembers

@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.transformer import ActionDecoder, Attention, Encoder, TimeEmbedding, sincos_position_2d
+from common.transformer import (
+    ActionDecoder,
+    Attention,
+    Encoder,
+    InfoEmbedder,
+    TimeEmbedding,
+    sincos_position_2d,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +124,40 @@ def test_grid_positions_are_distinct_and_row_major():
     quarter = 4
     y_part = positions[:, :quarter].reshape(3, 5, quarter)
     assert torch.equal(y_part, y_part[:, :1].expand_as(y_part))  # sin(y) is the same along a row
+
+
+def embedder(cameras_may_drop=False):
+    return InfoEmbedder([(6, 5), (6, 5)], 3, 2, 16, 4, 1, cameras_may_drop)
+
+
+def test_the_memory_holds_states_and_every_camera():
+    views = [(torch.randn(3, 7, 6).double(), torch.randn(3, 5).double()) for _ in range(2)]
+    proprio = torch.randn(3, 2, 3).double()
+    model = randomized(embedder())
+    memory = model(views, proprio)
+    assert memory.shape == (3, 2 + 2 * (7 + 1), 16)
+    assert not torch.allclose(model(views[::-1], proprio), memory)  # cameras are told apart
+
+
+def test_a_lost_camera_leaves_nothing_of_what_it_saw():
+    model = randomized(embedder(cameras_may_drop=True))
+    proprio, dropped = torch.randn(2, 2, 3).double(), torch.tensor([[False, True], [False, False]])
+    first, second = ([(torch.randn(2, 7, 6).double(), torch.randn(2, 5).double())] * 2 for _ in range(2))
+    memory = [model([first[0], seen], proprio, dropped) for seen in (first[1], second[1])]
+    torch.testing.assert_close(memory[0][0], memory[1][0])
+    assert not torch.allclose(memory[0][1], memory[1][1])
+
+
+def test_a_latent_changes_the_velocity_and_its_absence_is_allowed():
+    model = randomized(ActionDecoder(3, 6, 16, 4, 2, latent_dim=5))
+    context = model.context(torch.randn(2, 4, 16, dtype=torch.float64))
+    x, t = torch.randn(2, 6, 3, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
+    velocities = [model(x, t, context, latent=z) for z in torch.randn(2, 2, 5, dtype=torch.float64)]
+    assert not torch.allclose(*velocities)
+    # draws of one observation with their own latents, in one call: as one after the other
+    z = torch.randn(2, 3, 5, dtype=torch.float64)
+    wide = model(x.repeat_interleave(3, 0), t.repeat_interleave(3), context, latent=z.flatten(0, 1))
+    for draw in range(3):
+        torch.testing.assert_close(
+            wide.unflatten(0, (2, 3))[:, draw], model(x, t, context, latent=z[:, draw])
+        )
