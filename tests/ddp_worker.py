@@ -1,5 +1,7 @@
 """Run by torchrun from test_launch.py: gradients of one step, each process with its share of one batch.
 
+For every script whose loss is a mean over samples alone, whatever else is in the batch.
+
 Arguments: the folder of a dataset, its cache folder, where process 0 writes the gradients.
 """
 
@@ -9,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+import train_naive_fm
 import train_vfp
 from common import checkpoint
 from common.config import RunConfig, parse
@@ -18,17 +21,27 @@ from common.normalize import Normalizer
 
 
 def main(dataset: str, cache_dir: str, out: str) -> None:
-    flags = (
-        f"--dataset {dataset} --cache-dir {cache_dir} --horizon 6 --d-model 16 --num-heads 2 "
-        "--encoder-layers 1 --decoder-layers 1 --camera-dropout 0 --ingest-workers 1"
-    )
-    config = parse(train_vfp.Config, flags.split(), "train_vfp.py")
     accelerator = make_accelerator(RunConfig())
+    grads = {}
+    for script, flags in ((train_vfp, "--camera-dropout 0"), (train_naive_fm, "")):
+        for name, grad in gradients(script, flags, dataset, cache_dir, accelerator).items():
+            grads[f"{script.__name__}.{name}"] = grad
+    if accelerator.is_main_process:
+        save_file(grads, Path(out))
+    accelerator.end_training()
+
+
+def gradients(script, flags: str, dataset: str, cache_dir: str, accelerator) -> dict[str, torch.Tensor]:
+    flags += (
+        f" --dataset {dataset} --cache-dir {cache_dir} --horizon 6 --d-model 16 --num-heads 2 "
+        "--encoder-layers 1 --decoder-layers 1 --ingest-workers 1"
+    )
+    config = parse(script.Config, flags.split(), f"{script.__name__}.py")
     store = open_dataset(config.data)
     data = ChunkDataset(store, range(store.num_episodes), config.horizon)
     normalizer = Normalizer.fit(data)
     torch.manual_seed(0)
-    policy = train_vfp.Policy(config, checkpoint.PolicySpec.of(data))
+    policy = script.Policy(config, checkpoint.PolicySpec.of(data))
     with torch.no_grad():  # zero-initialised projections would hide most gradients
         for parameter in policy.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -45,11 +58,9 @@ def main(dataset: str, cache_dir: str, out: str) -> None:
     wide = slice(mine.start * draws, mine.stop * draws)
     batch = data.__getitems__(rows[mine])
     count = accelerator.reduce((~batch.is_pad).sum().float(), "mean")
-    loss = train_vfp.compute_loss(ddp_policy, batch, normalizer, config, (x_0[wide], t[wide]), count)
+    loss = script.compute_loss(ddp_policy, batch, normalizer, config, (x_0[wide], t[wide]), count)
     accelerator.backward(loss)
-    if accelerator.is_main_process:
-        save_file({name: p.grad for name, p in policy.named_parameters() if p.grad is not None}, Path(out))
-    accelerator.end_training()
+    return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
 
 if __name__ == "__main__":

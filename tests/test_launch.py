@@ -38,7 +38,7 @@ def test_two_processes_give_the_gradients_of_one_with_the_same_global_batch(data
         launch(processes, "tests/ddp_worker.py", dataset, cache_dir, tmp_path / f"{processes}.safetensors")
     one, two = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))
     assert one.keys() == two.keys()
-    assert len(one) > 50
+    assert len(one) > 100
     assert sum(grad.abs().max() > 1e-6 for grad in one.values()) > 0.9 * len(one)
     for name, grad in one.items():
         torch.testing.assert_close(
@@ -61,3 +61,9 @@ def test_a_run_of_two_processes_trains_saves_and_resumes(tiny, tmp_path):
     assert "saved by 2 processes" in printed
     state = json.loads((run_dir / "checkpoints" / "last" / "state" / "trainer.json").read_text())
     assert state["samples"] == 28
+
+
+def test_codes_are_replaced_alike_in_all_processes(tiny, tmp_path):
+    flags = ["--num-codes", 8, "--latent-dim", 4, "--code-window", 1, "--replace-until", 1, "--steps", 5]
+    printed = launch(2, "tests/ddp_codebook.py", *tiny, *flags, "--run-dir", tmp_path / "run")
+    assert int(printed.split("replaced ")[1].split()[0]) > 5

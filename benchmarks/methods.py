@@ -1,0 +1,222 @@
+"""The methods side by side on the built-in task: success, collisions, modes, cost.
+
+    python benchmarks/methods.py                        # every method, seeds 0 1 2; hours on two cores
+    python benchmarks/methods.py --methods train_naive_fm train_vfp --seeds 0 --out /tmp
+
+Each method is trained with `configs/METHOD/demo.json` and evaluated on the same fresh episodes. Runs that are
+finished are not repeated and interrupted ones go on, so that the comparison can be made in parts. All methods
+run with one seed before the next begins, so that a machine busy with other work slows all alike. The table
+and the figure are written to `docs/`, beside the text that is there.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.checkpoint import find
+from common.config import cli
+from common.data.workers import cores
+from common.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+STEPS = ("10", "2", "1")  # sampling steps
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train and evaluate methods on the built-in task, and compare them."""
+
+    methods: tuple[str, ...] = ("train_naive_fm", "train_vfp", "train_cfg_vqvae")
+    """Training scripts, without .py; each has a configs/METHOD/demo.json."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs."""
+    jobs: int | None = None
+    """Runs at once, sharing the cores (default: one for each core)."""
+    runs: Path = ROOT / "runs" / "methods"
+    """Folder of the runs."""
+    out: Path = ROOT / "docs"
+    """Folder for methods.md and methods.png."""
+
+
+def main(config: Config) -> None:
+    for method in config.methods:
+        if not (ROOT / "configs" / method / "demo.json").is_file():
+            raise UserError(f"There is no configs/{method}/demo.json: choose other --methods.")
+    wanted = [(method, seed) for seed in config.seeds for method in config.methods]
+    jobs = min(config.jobs or cores(), len(wanted))
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(run, method, seed, config.runs, cores() // jobs) for method, seed in wanted]
+        for future in futures:
+            future.result()
+    results = {
+        method: [collect(config.runs / f"{method}-{seed}") for seed in config.seeds]
+        for method in config.methods
+    }
+    config.out.mkdir(parents=True, exist_ok=True)
+    text = table(results, config.seeds, jobs)
+    print(text)
+    insert(config.out / "methods.md", text)
+    draw(results, config.out / "methods.png")
+    print(f"{config.out / 'methods.md'}\n{config.out / 'methods.png'}")
+
+
+def run(method: str, seed: int, runs: Path, threads: int) -> None:
+    """Train and evaluate one run, as far as that has not been done."""
+    folder = runs / f"{method}-{seed}"
+    config = ROOT / "configs" / method / "demo.json"
+    steps = json.loads(config.read_text())["config"]["optim"]["steps"]
+    if not (folder / "checkpoints" / f"step_{steps:07d}").is_dir():
+        flags = ["--config", config, "--run-dir", folder, "--seed", seed, "--resume", "auto"]
+        call([f"{method}.py", *flags], threads, folder)
+    results = folder / "evaluation" / "results.json"
+    if not results.is_file() or json.loads(results.read_text())["checkpoint"] != find(folder).name:
+        call(["evaluate.py", folder, "--sample-steps", *STEPS], threads, folder)
+
+
+def call(command: list, threads: int, folder: Path) -> None:
+    """Run a script of this project; its last words are shown if it fails."""
+    started = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(threads, 1))}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise UserError(f"{folder}: {command[0]} failed: {done.stderr.strip()[-1500:]}")
+    print(f"{folder.name}: {command[0]} took {(time.perf_counter() - started) / 60:.1f} min", flush=True)
+
+
+def collect(folder: Path) -> dict:
+    """What is compared of one run."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["split"] == "train"]
+    closed_loop = json.loads((folder / "evaluation" / "results.json").read_text())["closed_loop"]
+    seconds = statistics.median(1 / line["steps_per_s"] for line in train[1:])
+    codes = [line for line in train if "codes/in_use" in line]
+    return {
+        "closed_loop": closed_loop,
+        "step_s": seconds,
+        "minutes": seconds * train[-1]["step"] / 60,
+        "parameters": count_parameters(find(folder) / "policy"),
+        "codes": (codes[-1]["codes/in_use"], codes[-1]["codes/perplexity"]) if codes else None,
+    }
+
+
+def count_parameters(policy: Path) -> int:
+    """Parameters of an exported policy, without averages that only training needs."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in policy.glob("*.safetensors"):
+        if file.stem != "stats" and not file.stem.endswith("_average"):
+            with safe_open(file, "pt") as tensors:
+                names = tensors.keys()
+                total += sum(np.prod(tensors.get_slice(name).get_shape(), dtype=int) for name in names)
+    return int(total)
+
+
+def table(results: dict[str, list[dict]], seeds: tuple[int, ...], jobs: int) -> str:
+    """Markdown: a row for each method, means over seeds with the seeds' own figures."""
+
+    def rates(runs: list[dict], steps: str, name: str) -> str:
+        values = [100 * run["closed_loop"][steps][name] for run in runs]
+        return f"{np.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
+
+    episodes = next(iter(results.values()))[0]["closed_loop"][STEPS[0]]["episodes"]
+    fastest = min(np.mean([run["step_s"] for run in runs]) for runs in results.values())
+    lines = [
+        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {episodes} fresh episodes each, the same for "
+        f"all. Means, and each seed in brackets, in percent. {jobs} runs at a time on {cores()} cores.",
+        "",
+        "| | success, 10 steps | 2 steps | 1 step | collisions, 10 steps | 2 steps | 1 step |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for method, runs in results.items():
+        cells = [rates(runs, steps, name) for name in ("success", "collisions") for steps in STEPS]
+        lines.append(f"| `{method}.py` | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| | rarest mode, 10 / 2 / 1 steps | parameters | s per step | of least | training | codes in use |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for method, runs in results.items():
+        rarest = [
+            min(100 * share for run in runs for share in run["closed_loop"][steps]["modes"].values())
+            for steps in STEPS
+        ]
+        step = np.mean([run["step_s"] for run in runs])
+        codes = ", ".join(f"{run['codes'][0]:.0f}" for run in runs) if runs[0]["codes"] else ""
+        lines.append(
+            f"| `{method}.py` | {' / '.join(f'{share:.0f} %' for share in rarest)} | "
+            f"{runs[0]['parameters'] / 1e6:.2f} M | {step:.3f} | {step / fastest:.2f} | "
+            f"{np.mean([run['minutes'] for run in runs]):.1f} min | {codes} |"
+        )
+    lines += ["", "The rarest mode is the smallest share of any of the four among the successes of any seed."]
+    return "\n".join(lines)
+
+
+def insert(path: Path, text: str) -> None:
+    """Put the measured part between its marks, leaving what people wrote around it."""
+    old = path.read_text() if path.exists() else f"# Methods compared\n\n{BEGIN}\n{END}\n"
+    before, _, rest = old.partition(BEGIN)
+    after = rest.partition(END)[2]
+    path.write_text(
+        f"{before}{BEGIN}\n\n{text}\n\n![success, collisions, modes](methods.png)\n\n{END}{after}"
+    )
+
+
+def draw(results: dict[str, list[dict]], path: Path) -> None:
+    """Success and collisions by sampling steps, and the shares of the modes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
+    colors = [f"C{n}" for n in range(len(results))]
+    at = np.arange(len(STEPS))
+    for axis, name in zip(axes, ("success", "collisions"), strict=False):
+        for n, (method, runs) in enumerate(results.items()):
+            values = np.array([[100 * run["closed_loop"][s][name] for s in STEPS] for run in runs])
+            shifted = at + 0.08 * (n - (len(results) - 1) / 2)
+            axis.plot(shifted, values.mean(0), color=colors[n], marker="o", label=method)
+            axis.plot(shifted, values.T, ".", color=colors[n], alpha=0.5)
+        axis.set_xticks(at, STEPS)
+        axis.set(xlabel="sampling steps", title=f"{name}, %")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(top=100)
+    axes[0].legend(fontsize=8)
+    width = 0.8 / len(STEPS)
+    labels = list(results)
+    for s, steps in enumerate(STEPS):
+        bottom = np.zeros(len(labels))
+        x = np.arange(len(labels)) + (s - 1) * width
+        for m, mode in enumerate(results[labels[0]][0]["closed_loop"][steps]["modes"]):
+            share = [
+                100 * np.mean([run["closed_loop"][steps]["modes"][mode] for run in results[label]])
+                for label in labels
+            ]
+            axes[2].bar(
+                x, share, width * 0.92, bottom=bottom, color=f"C{m + 4}", label=mode if s == 0 else None
+            )
+            bottom += share
+    axes[2].set_xticks(np.arange(len(labels)), [label.removeprefix("train_") for label in labels])
+    axes[2].set(title=f"modes among successes, % ({', '.join(STEPS)} steps)")
+    axes[2].legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    cli(main, Config)
