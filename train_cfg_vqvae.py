@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from common import checkpoint, flow, losses, vision
 from common.config import Flat, RunConfig, cli, resolve_steps
 from common.data import Batch, ChunkDataset, DataConfig, make_loader, open_dataset, split_episodes
+from common.errors import UserError
 from common.launch import check_same_data, create_run_dir, make_accelerator
 from common.normalize import Normalization, Normalizer
 from common.pictures import draw_chunks
@@ -182,6 +183,8 @@ class Codebook(nn.Module):
 
     def __init__(self, num_codes: int, latent_dim: int):
         super().__init__()
+        if latent_dim < 2:
+            raise UserError("--latent-dim must be at least 2: a latent of fixed scale needs a direction.")
         self.vectors = nn.Parameter(F.layer_norm(torch.randn(num_codes, latent_dim), (latent_dim,)))
         self.null = nn.Parameter(torch.randn(latent_dim) * 0.02)
         self.register_buffer("usage", torch.full((num_codes,), 1 / num_codes))

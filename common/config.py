@@ -39,7 +39,7 @@ MAY_CHANGE_ON_RESUME = {
         "grad_accumulation",
     ),
     *("steps", "epochs", "lr", "backbone_lr", "component_lr", "weight_decay", "component_weight_decay"),
-    *("schedule", "warmup_steps", "grad_clip", "ema_decay", "sample_steps", "sample_method"),
+    *("schedule", "warmup_steps", "grad_clip", "ema_decay", "sample_steps", "guidance", "sample_method"),
     *("run_dir", "resume", "config", "log_every", "eval_every", "eval_samples", "save_every", "keep"),
     *("mixed_precision", "compile", "tracker", "project"),
 }
@@ -49,9 +49,17 @@ dataset may have moved: that its content and the choice of episodes are the same
 AT_LEAST_ONE = {
     *("horizon", "flow_samples", "sample_steps", "d_model", "num_heads", "encoder_layers", "decoder_layers"),
     *("batch_size", "grad_accumulation", "log_every", "eval_every", "eval_samples", "save_every", "keep"),
+    *("num_codes", "posterior_layers", "prior_layers", "code_window"),
 }
-NOT_NEGATIVE = {"lr", "backbone_lr", "weight_decay", "warmup_steps", "aug_rotate", "aug_blur", "seed"}
-SHARES = {"camera_dropout", "ema_decay", "aug_color", "aug_shift"}
+NOT_NEGATIVE = {
+    *("lr", "backbone_lr", "weight_decay", "warmup_steps", "aug_rotate", "aug_blur", "seed"),
+    *("prior_weight", "commitment_weight", "transport_weight"),
+}
+POSITIVE = {"grad_clip", "transport_blur"}
+SHARES = {
+    *("camera_dropout", "ema_decay", "aug_color", "aug_shift"),
+    *("posterior_decay", "cfg_dropout", "cfg_ramp", "replace_until"),
+}
 
 
 @dataclass(frozen=True)
@@ -162,8 +170,9 @@ def _check_ranges(config: Any) -> None:
     for name in NOT_NEGATIVE & options.keys():
         if options[name] is not None and not 0 <= options[name] < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {options[name]}: it must not be negative.")
-    if not options.get("grad_clip", 1.0) > 0:
-        raise UserError(f"--grad-clip is {options['grad_clip']}: it must be positive; inf clips nothing.")
+    for name in POSITIVE & options.keys():
+        if not options[name] > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {options[name]}: it must be positive.")
     if not 0 <= options.get("beta2", 0.0) < 1:
         raise UserError(f"--beta2 is {options['beta2']}: it must be at least 0 and below 1.")
     if options.get("seed", 0) >= 2**32:

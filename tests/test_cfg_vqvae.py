@@ -22,7 +22,7 @@ CODES = ("--num-codes", "4", "--latent-dim", "4", "--posterior-layers", "1")
 
 def prepare(tiny, *flags):
     """A policy whose every weight has a value, one batch, and what else the loss needs."""
-    config = parse(train_cfg_vqvae.Config, [*tiny, *CODES, *flags], "train_cfg_vqvae.py")
+    config = parse(train_cfg_vqvae.Config, [*CODES, *tiny, *flags], "train_cfg_vqvae.py")
     store = open_dataset(config.data)
     data = ChunkDataset(store, range(store.num_episodes), config.horizon)
     torch.manual_seed(0)
@@ -200,3 +200,24 @@ def test_a_policy_without_guidance_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "load_policy", lambda *args, **kwargs: policy)
     with pytest.raises(UserError, match="train_vfp trains no guidance"):
         evaluate.main(evaluate.Config(run=tmp_path, guidance=(1.0,)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--num-codes 0", "--num-codes is 0: it must be at least 1"),
+        ("--cfg-dropout 1.5", "--cfg-dropout is 1.5: it must lie between 0 and 1"),
+        ("--transport-blur 0", "--transport-blur is 0.0: it must be positive"),
+        ("--prior-weight -1", "--prior-weight is -1.0: it must not be negative"),
+        ("--latent-dim 1", "--latent-dim must be at least 2"),
+    ],
+)
+def test_numbers_that_train_nothing_are_refused(tiny, flags, words):
+    with pytest.raises(UserError, match=words):
+        prepare([*tiny, *flags.split()])
+
+
+def test_one_code_is_allowed(tiny):
+    config, policy, batch, normalizer = prepare(tiny, "--num-codes", "1")
+    loss = train_cfg_vqvae.compute_loss(policy, batch, normalizer, config)
+    assert torch.isfinite(loss.total)

@@ -1,0 +1,66 @@
+"""The comparison of methods: what it reads out of runs, and what it writes."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+
+@pytest.fixture(scope="module")
+def methods():
+    path = Path(__file__).parents[1] / "benchmarks" / "methods.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_methods", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def finished_run(folder, success, codes=False):
+    """What training and evaluating leave."""
+    policy = folder / "checkpoints" / "step_0000020" / "policy"
+    policy.mkdir(parents=True)
+    (policy / "policy.json").write_text("{}")
+    save_file({"weight": torch.zeros(1000, 250)}, policy / "action_decoder.safetensors")
+    save_file({"weight": torch.zeros(1000, 250)}, policy / "posterior_average.safetensors")
+    save_file({"state_offset": torch.zeros(3)}, policy / "stats.safetensors")
+    more = {"codes/in_use": 15, "codes/perplexity": 12.5} if codes else {}
+    lines = [
+        {"step": step, "split": "train", "steps_per_s": 2 + (step == 10), **more} for step in (10, 15, 20)
+    ]
+    lines.append({"step": 20, "split": "val", "loss": 1.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "evaluation").mkdir()
+    modes = {"left-left": 0.4, "left-right": 0.3, "right-left": 0.2, "right-right": 0.1}
+    rates = {"success": success, "collisions": 1 - success, "modes": modes, "episodes": 200}
+    results = {"checkpoint": "step_0000020", "closed_loop": dict.fromkeys(("10", "2", "1"), rates)}
+    (folder / "evaluation" / "results.json").write_text(json.dumps(results))
+
+
+def test_runs_are_compared_and_what_people_wrote_stays(methods, tmp_path):
+    finished_run(tmp_path / "a-0", 0.9)
+    finished_run(tmp_path / "a-1", 0.8)
+    finished_run(tmp_path / "b-0", 1.0, codes=True)
+    finished_run(tmp_path / "b-1", 1.0, codes=True)
+    results = {name: [methods.collect(tmp_path / f"{name}-{seed}") for seed in (0, 1)] for name in "ab"}
+    assert results["a"][0]["parameters"] == 250_000
+    assert results["a"][0]["step_s"] == 0.5  # the first line holds the start-up
+    assert results["a"][0]["minutes"] == pytest.approx(20 * 0.5 / 60)
+    text = methods.table(results, (0, 1), 2)
+    assert "| `a.py` | 85.0 (90.0, 80.0) |" in text
+    assert "| `b.py` | 10 % / 10 % / 10 % | 0.25 M | 0.500 | 1.00 | 0.2 min | 15, 15 |" in text
+    path = tmp_path / "methods.md"
+    path.write_text(f"# Title\n\nbefore\n\n{methods.BEGIN}\nold\n{methods.END}\n\nafter\n")
+    methods.insert(path, text)
+    methods.insert(path, text)
+    written = path.read_text()
+    assert written.startswith("# Title\n\nbefore\n")
+    assert written.endswith("\n\nafter\n")
+    assert written.count("| `a.py` | 85.0") == 1
+    assert "old" not in written
+    methods.draw(results, tmp_path / "methods.png")
+    with Image.open(tmp_path / "methods.png") as picture:
+        assert picture.width > 1000
