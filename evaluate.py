@@ -62,6 +62,8 @@ def main(config: Config) -> None:
     policy = load_policy(config.run, config.checkpoint, seed=config.seed)
     if config.guidance and not hasattr(policy.config, "guidance"):
         raise UserError(f"{policy.script.__name__} trains no guidance: leave --guidance out.")
+    if not all(map(math.isfinite, config.guidance)):
+        raise UserError("--guidance must be finite numbers.")
     folder = config.run.expanduser() / "evaluation"
     folder.mkdir(exist_ok=True)
     results = {"checkpoint": policy.checkpoint.name, "step": policy.trained_steps, "seed": config.seed}

@@ -6,13 +6,15 @@ the recorded chunk x_1, a prior predicts the code from the observation s alone, 
 conditioned on it. With z_e the posterior's output, q the nearest of K code vectors, n normal noise, and x_t,
 t and u = x_1 - x_0 as in plain flow matching,
 
-    z = z_e + |z_e - q| n / |n|                                            (NSVQ, Vali & Backstrom 2022)
-    L = E || v(x_t, t, s, z) - u ||^2                                      z replaced by a null token at times
-        + 0.2 S(x_0 + v(x_0, 0, s, z), x_1)                                Sinkhorn divergence over the batch
-        + 0.25 |z_e - sg(q)|^2 - 0.1 log p(k | s)                          commitment; prior
+    z = z_e + |z_e - q| n / |n|                                        (NSVQ, Vali & Backstrom 2022)
+    L = E || v(x_t, t, s, z) - u ||^2                                  z replaced by a null token at times
+        + 0.2 S(x_0 + v(x_0, 0, s, z), x_1)                            K-OT: Sinkhorn divergence of clouds
+        + 0.25 |z_e - sg(q)|^2 / d_z - log p(k | sg(s))                commitment; prior
 
-where k is the code that a slowly moving average of the posterior assigns (cross-entropy over codes:
-regressing the latent would average the very modes that the codebook separates). To act, a code is sampled
+where sg stops the gradient, the clouds are the chunks of one micro-batch on one process, and k is the code
+that a slowly moving average of the posterior assigns (cross-entropy over codes: regressing the latent would
+average the very modes that the codebook separates). The commitment is a mean over the d_z dimensions, so that
+its weight means the same for every width of the latent. To act, a code is sampled
 from the prior and dx/dt = v_null + w (v_z - v_null) is integrated (Ho & Salimans 2022). Codes that are hardly
 used are replaced by perturbed copies of popular ones early in training.
 
@@ -98,8 +100,6 @@ class Config:
     """Transformer layers that predict the code from the observation."""
     prior: Literal["categorical", "regression"] = "categorical"
     """What the prior predicts: a distribution over the codes, or the code vector itself (averages modes)."""
-    prior_weight: float = 0.1
-    """Weight of the prior's loss."""
     posterior_decay: float = 0.999
     """Decay of the averaged posterior whose codes the prior learns."""
     commitment_weight: float = 0.25
@@ -173,12 +173,12 @@ class Prior(nn.Module):
 
 
 class Codebook(nn.Module):
-    """K code vectors, a null token that stands for no code, and how much the codes are used.
+    """K code vectors, the null token of unconditional draws, and how much the codes are used.
 
     Attributes:
         usage: (K,), shares of the samples of the last whole window, over all processes.
         counts: (K,), samples assigned to each code since then.
-        error: of the latest samples, mean squared distance to their codes.
+        error: of the latest samples, mean squared distance to their codes, in each dimension.
     """
 
     def __init__(self, num_codes: int, latent_dim: int):
@@ -209,32 +209,6 @@ class Codebook(nn.Module):
         }
 
 
-@torch.no_grad()
-def end_window(
-    codebook: Codebook, averaged: AveragedPolicy, step: int, progress: float, config: Config
-) -> dict[str, Tensor]:
-    """Look at how codes were used; early in training, replace those that were not.
-
-    A code used less than a tenth of its share becomes a copy of another, popular ones more often, so that one
-    that serves too many gets company. The copy is moved by a tenth of the distance of a sample to its code:
-    whatever the size of a cluster, this cuts it in two, while a longer way, in a random one of many
-    directions, would lead out of it. Nothing waits for the device, and all processes do the same.
-
-    Returns:
-        Metrics: those of `Codebook.diagnostics`, and the number of codes replaced.
-    """
-    codebook.usage.copy_(codebook.counts / codebook.counts.sum().clamp(min=1))
-    codebook.counts.zero_()
-    spread = codebook.error.nan_to_num(0.0, 0.0).sqrt()  # a batch with bad numbers must not reach the codes
-    unused = (codebook.usage < 0.1 / config.num_codes) & (progress <= config.replace_until)
-    generator = torch.Generator(codebook.usage.device).manual_seed(config.run.seed + step)
-    source = torch.multinomial(codebook.usage, config.num_codes, replacement=True, generator=generator)
-    noise = torch.randn(codebook.vectors.shape, generator=generator, device=spread.device)
-    copies = codebook.vectors[source] + 0.1 * spread * noise
-    averaged.replace_rows(codebook.vectors, unused, copies)
-    return {**codebook.diagnostics(), "codes/replaced": unused.sum()}
-
-
 class Prediction(NamedTuple):
     """What the policy makes of recorded chunks."""
 
@@ -249,7 +223,7 @@ class Prediction(NamedTuple):
     prior: Tensor
     """Output of the prior, (B, K) logits or (B, latent_dim)."""
     target: Tensor
-    """What it should have been: the code that the averaged posterior assigns, (B,), or its vector."""
+    """Target of the prior: the code that the averaged posterior assigns, (B,), or its vector."""
 
 
 class Policy(nn.Module):
@@ -286,7 +260,7 @@ class Policy(nn.Module):
             latent_dim=config.latent_dim,
         )
 
-    def observe(self, images: Tensor, proprio: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, images: Tensor, proprio: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens of the head camera (B, L, D_v) and memory of the whole observation (B, M, D).
 
         Args:
@@ -311,12 +285,15 @@ class Policy(nn.Module):
 
         Args:
             x_t, t: points (B * M, T, A) and flow times (B * M,).
-            images, proprio: the observations, as for `observe`.
+            images, proprio: the observations, as for `encode`.
             actions, is_pad: the recorded chunks (B, T, A), normalized, and their padding (B, T).
             dropped: (B * M,), True where the null token takes the latent's place.
         """
         num_draws = len(x_t) // len(images)
-        head_tokens, memory = self.observe(images, proprio)
+        head_tokens, memory = self.encode(images, proprio)
+        # Posterior and prior look at what the decoder made the encoder see, and do not change it: codes move
+        # while they are found, and an encoder that runs after them learns late to see what is to be done.
+        head_tokens = head_tokens.detach()
         latent = self.posterior(proprio, head_tokens, actions, is_pad)
         with torch.no_grad():
             averaged = self.posterior_average(proprio, head_tokens, actions, is_pad)
@@ -332,7 +309,7 @@ class Policy(nn.Module):
             z = torch.where(dropped[:, None], self.codebook.null, z)
         context = self.action_decoder.context(memory)
         velocity = self.action_decoder(x_t, t, context, is_pad.repeat_interleave(num_draws, dim=0), z)
-        return Prediction(velocity, latent, code, quantized, self.prior(memory), target)
+        return Prediction(velocity, latent, code, quantized, self.prior(memory.detach()), target)
 
     @torch.no_grad()
     def update_posterior_average(self, step: int, decay: float) -> None:
@@ -353,6 +330,41 @@ class Policy(nn.Module):
             return prior
         below = prior.softmax(dim=1).cumsum(dim=1) <= uniform[:, None]
         return self.codebook.vectors[below.sum(dim=1).clamp(max=prior.shape[1] - 1)]
+
+
+@torch.no_grad()
+def end_window(
+    policy: Policy, averaged: AveragedPolicy, step: int, progress: float, config: Config
+) -> dict[str, Tensor]:
+    """Look at how codes were used; early in training, replace those that were not.
+
+    A code used less than a tenth of its share becomes a copy of one that is in use, popular ones more often,
+    so that one that serves too many gets company; the prior takes them for the same at first. The copy is
+    moved by a tenth of the distance of a sample to its code: whatever the size of a cluster, this cuts it in
+    two, while a longer way, in a random one of many directions, would lead out of it. Nothing waits for the
+    device, and all processes do the same.
+
+    Returns:
+        Metrics: those of `Codebook.diagnostics`, and the number of codes replaced.
+    """
+    codebook, prior = policy.codebook, policy.prior.out
+    codebook.usage.copy_(codebook.counts / codebook.counts.sum().clamp(min=1))
+    codebook.counts.zero_()
+    unused = codebook.usage < 0.1 / config.num_codes
+    generator = torch.Generator(codebook.usage.device).manual_seed(config.run.seed + step)
+    popular = torch.where(unused, 0.0, codebook.usage)
+    source = torch.multinomial(popular, config.num_codes, replacement=True, generator=generator)
+    spread = codebook.error.nan_to_num(0.0, 0.0).sqrt()  # a batch with bad numbers must not reach the codes
+    noise = torch.randn(codebook.vectors.shape, generator=generator, device=spread.device)
+    metrics = codebook.diagnostics()
+    replaced = torch.zeros_like(unused)
+    if progress <= config.replace_until and codebook.vectors.requires_grad:
+        replaced = unused
+        averaged.replace_rows(codebook.vectors, replaced, codebook.vectors[source] + 0.1 * spread * noise)
+        if not policy.prior.regression:
+            averaged.replace_rows(prior.weight, replaced, prior.weight[source])
+            averaged.replace_rows(prior.bias, replaced, prior.bias[source])
+    return {**metrics, "codes/replaced": replaced.sum()}
 
 
 class Loss(NamedTuple):
@@ -429,14 +441,14 @@ def compute_loss(
         velocity_loss
         + config.transport_weight * transport.divergence
         + config.commitment_weight * commitment
-        + config.prior_weight * prior
+        + prior
     )
     metrics = {
         "loss/velocity": velocity_loss,
         "loss/transport": transport.divergence,
         "loss/commitment": commitment,
         "loss/prior": prior,
-        "transport_marginal_error": transport.marginal_error,
+        "transport/marginal_error": transport.marginal_error,
         **diagnosis,
     }
     return Loss(total, metrics, F.one_hot(prediction.code, config.num_codes).sum(dim=0))
@@ -466,7 +478,7 @@ def sample_actions(
     Returns:
         (B, T, A) float32, unitless: to be un-normalized.
     """
-    memory = policy.observe(vision.to_float(images), proprio)[1]
+    _, memory = policy.encode(vision.to_float(images), proprio)
     if x_0 is None:
         shape = (len(images), config.horizon, policy.action_decoder.action_in.in_features)
         x_0 = torch.randn(shape, device=images.device, generator=generator)
@@ -511,7 +523,7 @@ def sample_alternatives(
         Chunks (K, T, A), normalized, and the prior's probabilities (K,); of a regression prior, 1 at the code
         that is nearest to what it predicts.
     """
-    memory = policy.observe(vision.to_float(images), proprio)[1]
+    _, memory = policy.encode(vision.to_float(images), proprio)
     vectors, prior = policy.codebook.vectors, policy.prior(memory)
     if policy.prior.regression:
         probabilities = F.one_hot(losses.nearest_code(prior, vectors)[0], len(vectors)).float()
@@ -526,7 +538,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and error of sampled chunks on held-out episodes, with the same noise and flow times every time.
 
-    `loss` is that of the velocity given the recorded chunk's own code, `action_mae` the error of chunks whose
+    `loss_velocity` is given the code of the recorded chunk itself, `action_mae` is the error of chunks whose
     code came from the prior. At most `--eval-samples` evenly spaced steps are used, shared out over the
     processes. The training noise is not touched: evaluating more or less often changes nothing else.
     """
@@ -558,7 +570,7 @@ def evaluate(
         sums[:3] += torch.stack([metrics["loss/velocity"], error, one]) * real
         sums[3:] += torch.stack([metrics["loss/prior"], one]) * len(rows)
     loss, error, real, prior, samples = accelerator.reduce(sums).tolist()
-    return {"loss": loss / real, "action_mae": error / real, "loss_prior": prior / samples}
+    return {"loss_velocity": loss / real, "loss_prior": prior / samples, "action_mae": error / real}
 
 
 def draw_alternatives(
@@ -576,6 +588,7 @@ def draw_alternatives(
         chunks.cpu().numpy(),
         recorded=batch.actions[0][~batch.is_pad[0]].cpu().numpy(),
         names=dataset.store.action_names,
+        scale=normalizer.action_scale.cpu().numpy(),
         shares={"prior": probabilities.cpu().numpy(), "usage": policy.codebook.usage.cpu().numpy()},
         title=f"the chunk of each of {len(chunks)} codes at the start of a held-out episode",
     )
@@ -666,7 +679,7 @@ def main(config: Config) -> None:
         averaged.update()
         step, samples = step + 1, samples + global_batch
         if step % config.code_window == 0:
-            tracker.add(end_window(policy.codebook, averaged, step, step / total_steps, config))
+            tracker.add(end_window(policy, averaged, step, step / total_steps, config))
 
         if step % config.run.log_every == 0 or step == total_steps:
             tracker.log(step, samples, rates)

@@ -183,7 +183,7 @@ def sample_actions(
     """
     decoder = policy.action_decoder
     context = policy.observe(vision.to_float(images), proprio)
-    shape = (len(images), *decoder.position.shape[:1], decoder.action_in.in_features)
+    shape = (len(images), config.horizon, decoder.action_in.in_features)
     if x_0 is None:
         x_0 = torch.randn(shape, device=images.device, generator=generator)
     return flow.integrate(

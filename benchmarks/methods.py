@@ -113,7 +113,7 @@ def collect(folder: Path) -> dict:
 
 
 def count_parameters(policy: Path) -> int:
-    """Parameters of an exported policy, without averages that only training needs."""
+    """Parameters that were trained: those of an exported policy without averages of others."""
     from safetensors import safe_open
 
     total = 0
@@ -161,7 +161,10 @@ def table(results: dict[str, list[dict]], seeds: tuple[int, ...], jobs: int) -> 
             f"{runs[0]['parameters'] / 1e6:.2f} M | {step:.3f} | {step / fastest:.2f} | "
             f"{np.mean([run['minutes'] for run in runs]):.1f} min | {codes} |"
         )
-    lines += ["", "The rarest mode is the smallest share of any of the four among the successes of any seed."]
+    lines += [
+        "",
+        "Parameters are all that were trained. The rarest mode is the smallest share of any of the four among the successes of any seed.",
+    ]
     return "\n".join(lines)
 
 

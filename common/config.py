@@ -53,7 +53,7 @@ AT_LEAST_ONE = {
 }
 NOT_NEGATIVE = {
     *("lr", "backbone_lr", "weight_decay", "warmup_steps", "aug_rotate", "aug_blur", "seed"),
-    *("prior_weight", "commitment_weight", "transport_weight"),
+    *("commitment_weight", "transport_weight"),
 }
 POSITIVE = {"grad_clip", "transport_blur"}
 SHARES = {

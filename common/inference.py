@@ -193,7 +193,8 @@ class RobotPolicy:
             observation: see `act`, with the present state alone: earlier ones are remembered here.
             execute_steps: actions of a chunk to execute before the next is sampled (default: half of it).
             ensemble: instead, sample a chunk at every step and average all predictions for now, with weight
-                exp(-ensemble * age), oldest first at age 0 (temporal ensembling, Zhao et al. 2023).
+                exp(-ensemble * age), oldest first at age 0 (temporal ensembling, Zhao et al. 2023). Chunks
+                that took different modes are averaged, too: where that is harmful, execute chunks instead.
 
         Returns:
             (A,) float32 in recorded units. Until the first action of a policy with an action offset is due,

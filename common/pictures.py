@@ -12,6 +12,7 @@ def draw_chunks(
     chunks: np.ndarray,
     recorded: np.ndarray,
     names: Sequence[str],
+    scale: np.ndarray,
     shares: Mapping[str, np.ndarray],
     title: str,
     most_dimensions: int = 15,
@@ -23,16 +24,17 @@ def draw_chunks(
         chunks: (K, T, A) in recorded units. The more a chunk has of the first share, the stronger its line.
         recorded: (T, A), what was demonstrated.
         names: of the A dimensions.
+        scale: of each dimension, (A,), how far it moves in the dataset.
         shares: named, each (K,) and summing to 1.
         title: of the picture.
-        most_dimensions: draw no more dimensions than this, those in which the chunks differ most.
+        most_dimensions: draw no more dimensions than this, those in which the chunks differ most by `scale`.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    spread = np.ptp(chunks, axis=0).max(axis=0) / (np.ptp(recorded, axis=0) + 1e-6)
+    spread = np.ptp(chunks, axis=0).max(axis=0) / scale
     dimensions = np.sort(np.argsort(-spread)[:most_dimensions])
     columns = min(4, len(dimensions) + 1)
     rows = math.ceil((len(dimensions) + 1) / columns)

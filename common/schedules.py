@@ -33,7 +33,8 @@ class OptimConfig:
     beta2: float = 0.95
     """Decay of Adam's second moment."""
     schedule: Literal["cosine", "onecycle", "constant", "schedule-free"] = "cosine"
-    """cosine: linear warmup, cosine decay. onecycle: cosine up, cosine down. schedule-free: RAdam."""
+    """cosine: linear warmup, cosine decay. onecycle: cosine up, cosine down. schedule-free: RAdam, which does
+    without --warmup-steps and --ema-decay."""
     warmup_steps: int | None = None
     """Steps of linear warmup, or of onecycle's rise (default: 5 %, onecycle 30 %, of the steps)."""
     batch_size: int = 32
@@ -237,11 +238,11 @@ class AveragedPolicy:
         """Start some rows of a parameter anew: there, in its average, and in what the optimizer remembers.
 
         Args:
-            parameter: of the policy, (K, D).
+            parameter: of the policy, (K, ...).
             rows: (K,), True where a row is replaced.
-            values: (K, D), the new rows; others are not looked at.
+            values: (K, ...), the new rows; others are not looked at.
         """
-        rows = rows[:, None]
+        rows = rows.view(-1, *[1] * (parameter.ndim - 1))
         averages = dict(zip(self.policy.parameters(), self._average.parameters(), strict=True))
         for tensor in (parameter, averages[parameter]):
             tensor.copy_(torch.where(rows, values, tensor))

@@ -61,6 +61,20 @@ def test_every_component_learns_and_the_averaged_posterior_does_not(tiny, prior)
             assert sum(grad.abs().sum() for grad in grads) > 0
 
 
+def test_codes_and_prior_do_not_train_the_encoder(tiny):
+    """Backbone and encoder have the gradient of the velocity and transport losses alone."""
+    config, policy, batch, normalizer = prepare(tiny)
+    grads = []
+    for parts in (("velocity", "transport"), ("velocity", "transport", "commitment", "prior")):
+        torch.manual_seed(0)
+        metrics = train_cfg_vqvae.compute_loss(policy, batch, normalizer, config).metrics
+        seeing = [*policy.backbone.parameters(), *policy.info_embedder.parameters()]
+        grads.append(torch.autograd.grad(sum(metrics[f"loss/{part}"] for part in parts), seeing))
+    assert any(grad.abs().sum() > 0 for grad in grads[0])
+    for alone, whole in zip(*grads, strict=True):
+        torch.testing.assert_close(alone, whole)
+
+
 def test_the_latent_is_dropped_more_often_as_the_ramp_goes_up(tiny, monkeypatch):
     config, policy, batch, normalizer = prepare(tiny, "--cfg-dropout", "0.4", "--flow-samples", "500")
     seen = []
@@ -102,16 +116,18 @@ def test_unused_codes_become_copies_of_used_ones_without_memory(tiny):
     optimizer.step()
     before = codebook.vectors.detach().clone()
     codebook.count(torch.tensor([50.0, 50.0, 0.0, 2.0]), torch.tensor(0.04))
-    metrics = train_cfg_vqvae.end_window(codebook, averaged, 100, 0.1, config)
+    metrics = train_cfg_vqvae.end_window(policy, averaged, 100, 0.1, config)
     assert codebook.usage.tolist() == pytest.approx([50 / 102, 50 / 102, 0, 2 / 102])
     assert metrics["codes/replaced"] == 2  # 2 / 102 is below a tenth of a quarter
     assert metrics["codes/in_use"] == 2
     expected = np.exp(-2 * 50 / 102 * np.log(50 / 102) - 2 / 102 * np.log(2 / 102))
     assert metrics["codes/perplexity"].item() == pytest.approx(expected, rel=1e-5)
     assert torch.equal(codebook.vectors[:2], before[:2])
-    way = torch.cdist(codebook.vectors[2:], before).amin(dim=1)
-    assert (way > 0).all()
-    assert (way < 5 * 0.1 * 0.2 * 2).all()  # a tenth of the distance 0.2 in each of 4 dimensions
+    distance, source = torch.cdist(codebook.vectors[2:], before[:2]).min(dim=1)
+    assert (distance > 0).all()
+    assert (distance < 5 * 0.1 * 0.2 * 2).all()  # a tenth of the distance 0.2 in each of 4 dimensions
+    logits = policy.prior.out(torch.randn(16))
+    torch.testing.assert_close(logits[2:], logits[source])  # the prior takes copy and source for the same
     assert torch.equal(averaged.model.codebook.vectors[2:], codebook.vectors[2:])
     assert (optimizer.state[codebook.vectors]["exp_avg"][2:] == 0).all()
     assert (optimizer.state[codebook.vectors]["exp_avg"][:2] != 0).all()
@@ -120,10 +136,10 @@ def test_unused_codes_become_copies_of_used_ones_without_memory(tiny):
     # the same step draws the same; late in training, and after a batch with bad numbers, nothing is spoilt
     codebook.count(torch.tensor([100.0, 0.0, 0.0, 0.0]), torch.tensor(float("nan")))
     kept = codebook.vectors.detach().clone()
-    assert train_cfg_vqvae.end_window(codebook, averaged, 200, 0.9, config)["codes/replaced"] == 0
+    assert train_cfg_vqvae.end_window(policy, averaged, 200, 0.9, config)["codes/replaced"] == 0
     assert torch.equal(codebook.vectors, kept)
     codebook.count(torch.tensor([100.0, 0.0, 0.0, 0.0]), torch.tensor(float("nan")))
-    train_cfg_vqvae.end_window(codebook, averaged, 300, 0.2, config)
+    train_cfg_vqvae.end_window(policy, averaged, 300, 0.2, config)
     assert torch.isfinite(codebook.vectors).all()
 
 
@@ -157,7 +173,7 @@ def test_guided_sampling_is_two_velocities_in_one_call(tiny):
     x_0, uniform = torch.randn(4, 4, 3), torch.rand(4)
     chunks = train_cfg_vqvae.sample_actions(policy, batch.images, proprio, config, x_0=x_0, uniform=uniform)
     with torch.no_grad():
-        memory = policy.observe(images, proprio)[1]
+        _, memory = policy.encode(images, proprio)
         context, t = policy.action_decoder.context(memory), torch.zeros(4)
         z = policy.draw_latent(memory, uniform)
         v_z = policy.action_decoder(x_0, t, context, latent=z)
@@ -208,7 +224,7 @@ def test_a_policy_without_guidance_says_so(monkeypatch, tmp_path):
         ("--num-codes 0", "--num-codes is 0: it must be at least 1"),
         ("--cfg-dropout 1.5", "--cfg-dropout is 1.5: it must lie between 0 and 1"),
         ("--transport-blur 0", "--transport-blur is 0.0: it must be positive"),
-        ("--prior-weight -1", "--prior-weight is -1.0: it must not be negative"),
+        ("--commitment-weight -1", "--commitment-weight is -1.0: it must not be negative"),
         ("--latent-dim 1", "--latent-dim must be at least 2"),
     ],
 )
@@ -221,3 +237,15 @@ def test_one_code_is_allowed(tiny):
     config, policy, batch, normalizer = prepare(tiny, "--num-codes", "1")
     loss = train_cfg_vqvae.compute_loss(policy, batch, normalizer, config)
     assert torch.isfinite(loss.total)
+
+
+def test_a_frozen_codebook_is_not_replaced(tiny):
+    config, policy, _, _ = prepare(tiny)
+    checkpoint.freeze(policy, ("codebook",))
+    averaged = AveragedPolicy(policy, build_optimizer(policy, config.optim), 0.9)
+    before = policy.codebook.vectors.clone()
+    policy.codebook.count(torch.tensor([100.0, 0.0, 0.0, 0.0]), torch.tensor(0.1))
+    metrics = train_cfg_vqvae.end_window(policy, averaged, 100, 0.1, config)
+    assert metrics["codes/replaced"] == 0
+    assert metrics["codes/in_use"] == 1
+    assert torch.equal(policy.codebook.vectors, before)

@@ -120,6 +120,22 @@ def test_the_gradient_is_that_of_finite_differences(weighted):
                 assert gradient[i, d].item() == pytest.approx(slope.item(), abs=1e-6)
 
 
+@pytest.mark.parametrize(("share", "tolerance"), [(0.0, 0.25), (0.5, 0.001), (0.9, 0.001)])
+def test_the_default_settings_are_good_enough_while_a_policy_learns(share, tolerance):
+    """Clouds as they are when predictions are noise, half right, nearly right: 32 chunks of 68 numbers."""
+    y = losses.transport_points(torch.randn(32, 16, 4), torch.randn(32, 4))
+    x = share * y + (1 - share) * losses.transport_points(torch.randn(32, 16, 4), torch.zeros(32, 4))
+    x.requires_grad_()
+    quick = losses.sinkhorn_divergence(x, y)
+    exact = losses.sinkhorn_divergence(x.double(), y.double(), iterations=5000)
+    assert quick.divergence.item() == pytest.approx(exact.divergence.item(), rel=0.002)
+    (gradient,), (reference,) = (
+        torch.autograd.grad(quick.divergence, x),
+        torch.autograd.grad(exact.divergence, x),
+    )
+    assert (gradient - reference).norm() <= tolerance * reference.norm()
+
+
 def test_points_without_mass_count_for_nothing():
     x, y = torch.randn(2, 12, 3)
     x.requires_grad_()
