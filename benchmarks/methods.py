@@ -75,13 +75,25 @@ def run(method: str, seed: int, runs: Path, threads: int) -> None:
     """Train and evaluate one run, as far as that has not been done."""
     folder = runs / f"{method}-{seed}"
     config = ROOT / "configs" / method / "demo.json"
-    steps = json.loads(config.read_text())["config"]["optim"]["steps"]
+    wanted = json.loads(config.read_text())["config"]
+    steps = wanted["optim"]["steps"]
+    if (folder / "config.json").is_file():
+        refuse_other_settings(folder, json.loads((folder / "config.json").read_text())["config"], wanted)
     if not (folder / "checkpoints" / f"step_{steps:07d}").is_dir():
         flags = ["--config", config, "--run-dir", folder, "--seed", seed, "--resume", "auto"]
         call([f"{method}.py", *flags], threads, folder)
     results = folder / "evaluation" / "results.json"
     if not results.is_file() or json.loads(results.read_text())["checkpoint"] != find(folder).name:
         call(["evaluate.py", folder, "--sample-steps", *STEPS], threads, folder)
+
+
+def refuse_other_settings(folder: Path, had: dict, wanted: dict) -> None:
+    """Old runs must not be compared as if they had been made with the present configuration."""
+    for name, value in wanted.items():
+        if isinstance(value, dict):
+            refuse_other_settings(folder, had[name], value)
+        elif had[name] != value:
+            raise UserError(f"{folder} was made with {name} {had[name]}, now it is {value}: move it away.")
 
 
 def call(command: list, threads: int, folder: Path) -> None:
@@ -163,7 +175,8 @@ def table(results: dict[str, list[dict]], seeds: tuple[int, ...], jobs: int) -> 
         )
     lines += [
         "",
-        "Parameters are all that were trained. The rarest mode is the smallest share of any of the four among the successes of any seed.",
+        "Parameters are all that were trained. The rarest mode is the smallest share of any of the four "
+        "among the successes of any seed.",
     ]
     return "\n".join(lines)
 

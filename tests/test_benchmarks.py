@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from common.errors import UserError
+
 
 @pytest.fixture(scope="module")
 def methods():
@@ -38,6 +40,20 @@ def finished_run(folder, success, codes=False):
     rates = {"success": success, "collisions": 1 - success, "modes": modes, "episodes": 200}
     results = {"checkpoint": "step_0000020", "closed_loop": dict.fromkeys(("10", "2", "1"), rates)}
     (folder / "evaluation" / "results.json").write_text(json.dumps(results))
+
+
+def test_every_method_that_is_compared_has_a_configuration(methods):
+    for method in methods.Config().methods:
+        path = methods.ROOT / "configs" / method / "demo.json"
+        assert json.loads(path.read_text())["script"] == f"{method}.py"
+        assert (methods.ROOT / f"{method}.py").is_file()
+
+
+def test_runs_of_other_settings_are_not_compared(methods, tmp_path):
+    had = {"optim": {"lr": 1e-3, "steps": 10, "beta2": 0.9}, "d_model": 128}
+    methods.refuse_other_settings(tmp_path, had, {"optim": {"lr": 1e-3}, "d_model": 128})
+    with pytest.raises(UserError, match=r"made with lr 0\.001, now it is 0\.002"):
+        methods.refuse_other_settings(tmp_path, had, {"optim": {"lr": 2e-3}})
 
 
 def test_runs_are_compared_and_what_people_wrote_stays(methods, tmp_path):
