@@ -51,7 +51,7 @@ from common.schedules import (
     learning_rates,
 )
 from common.tracking import Tracker
-from common.transformer import ActionDecoder, Encoder, InfoEmbedder
+from common.transformer import ActionDecoder, Encoder, InfoEmbedder, Observation
 from common.vision import VisionConfig
 
 
@@ -164,14 +164,16 @@ class Prior(nn.Module):
         super().__init__()
         width = config.num_codes if config.prior == "categorical" else config.latent_dim
         self.readout = nn.Parameter(torch.randn(1, config.d_model) * 0.02)
+        self.summary_in = nn.Linear(config.d_model, config.d_model)
         self.encoder = Encoder(config.d_model, config.num_heads, config.prior_layers)
         self.out = nn.Linear(config.d_model, width)
         self.regression = config.prior == "regression"
 
-    def forward(self, memory: Tensor) -> Tensor:
-        """memory (B, L, D) -> (B, K) logits or (B, latent_dim)."""
-        x = torch.cat([self.readout.expand(len(memory), 1, -1), memory], dim=1)
-        return self.out(self.encoder(x)[:, 0]).float()
+    def forward(self, observation: Observation) -> Tensor:
+        """(B, K) logits or (B, latent_dim); no gradient reaches the observation."""
+        memory, summary = (tensor.detach() for tensor in observation)
+        readout = self.summary_in(summary).unsqueeze(1) + self.readout
+        return self.out(self.encoder(torch.cat([readout, memory], dim=1))[:, 0]).float()
 
 
 class Codebook(nn.Module):
@@ -262,8 +264,8 @@ class Policy(nn.Module):
             latent_dim=config.latent_dim,
         )
 
-    def encode(self, images: Tensor, proprio: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens of the head camera (B, L, D_v) and memory of the whole observation (B, M, D).
+    def encode(self, images: Tensor, proprio: Tensor) -> tuple[Tensor, Observation]:
+        """Tokens of the head camera (B, L, D_v), and the whole observation, fused.
 
         Args:
             images: (B, N, 3, H, W) float in [0, 1].
@@ -292,7 +294,7 @@ class Policy(nn.Module):
             dropped: (B * M,), True where the null token takes the latent's place.
         """
         num_draws = len(x_t) // len(images)
-        head_tokens, memory = self.encode(images, proprio)
+        head_tokens, observation = self.encode(images, proprio)
         # Posterior and prior look at what the decoder made the encoder see, and do not change it: codes move
         # while they are found, and an encoder that runs after them learns late to see what is to be done.
         head_tokens = head_tokens.detach()
@@ -309,9 +311,9 @@ class Policy(nn.Module):
             z = losses.noise_substitution(repeated, z, torch.randn_like(z))
         if dropped is not None:
             z = torch.where(dropped[:, None], self.codebook.null, z)
-        context = self.action_decoder.context(memory)
+        context = self.action_decoder.context(observation)
         velocity = self.action_decoder(x_t, t, context, is_pad.repeat_interleave(num_draws, dim=0), z)
-        return Prediction(velocity, latent, code, quantized, self.prior(memory.detach()), target)
+        return Prediction(velocity, latent, code, quantized, self.prior(observation), target)
 
     @torch.no_grad()
     def update_posterior_average(self, step: int, decay: float) -> None:
@@ -320,14 +322,14 @@ class Policy(nn.Module):
         average, now = self.posterior_average.parameters(), self.posterior.parameters()
         torch._foreach_lerp_(list(average), list(now), weight)
 
-    def draw_latent(self, memory: Tensor, uniform: Tensor) -> Tensor:
+    def draw_latent(self, observation: Observation, uniform: Tensor) -> Tensor:
         """Latent of each observation, from the prior: (B, latent_dim).
 
         Args:
-            memory: (B, M, D).
+            observation: of B samples.
             uniform: (B,), uniform in [0, 1), picks the code; a regression prior leaves no choice.
         """
-        prior = self.prior(memory)
+        prior = self.prior(observation)
         if self.prior.regression:
             return prior
         below = prior.softmax(dim=1).cumsum(dim=1) <= uniform[:, None]
@@ -481,21 +483,21 @@ def sample_actions(
     Returns:
         (B, T, A) float32, unitless: to be un-normalized.
     """
-    _, memory = policy.encode(vision.to_float(images), proprio)
+    _, observation = policy.encode(vision.to_float(images), proprio)
     if x_0 is None:
         shape = (len(images), config.horizon, policy.action_decoder.action_in.in_features)
         x_0 = torch.randn(shape, device=images.device, generator=generator)
     if uniform is None:
         uniform = torch.rand(len(images), device=images.device, generator=generator)
-    return integrate_guided(policy, memory, policy.draw_latent(memory, uniform), x_0, config, steps)
+    return integrate_guided(policy, observation, policy.draw_latent(observation, uniform), x_0, config, steps)
 
 
 def integrate_guided(
-    policy: Policy, memory: Tensor, z: Tensor, x_0: Tensor, config: Config, steps: int | None = None
+    policy: Policy, observation: Observation, z: Tensor, x_0: Tensor, config: Config, steps: int | None = None
 ) -> Tensor:
     """Chunks (B * M, T, A) from noise x_0 (B * M, T, A) and latents z (B * M, latent_dim)."""
     decoder = policy.action_decoder
-    context = decoder.context(memory)
+    context = decoder.context(observation)
     # Both velocities in one call: every draw becomes two, one with the latent and one with the null token.
     both = torch.stack([z, policy.codebook.null.expand_as(z)], dim=1).flatten(0, 1)
 
@@ -526,13 +528,15 @@ def sample_alternatives(
         Chunks (K, T, A), normalized, and the prior's probabilities (K,); of a regression prior, 1 at the code
         that is nearest to what it predicts.
     """
-    _, memory = policy.encode(vision.to_float(images), proprio)
-    vectors, prior = policy.codebook.vectors, policy.prior(memory)
+    _, observation = policy.encode(vision.to_float(images), proprio)
+    vectors, prior = policy.codebook.vectors, policy.prior(observation)
     if policy.prior.regression:
         probabilities = F.one_hot(losses.nearest_code(prior, vectors)[0], len(vectors)).float()
     else:
         probabilities = prior[0].softmax(dim=0)
-    return integrate_guided(policy, memory, vectors, x_0.expand(len(vectors), -1, -1), config), probabilities
+    return integrate_guided(
+        policy, observation, vectors, x_0.expand(len(vectors), -1, -1), config
+    ), probabilities
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from common.schedules import (
     learning_rates,
 )
 from common.tracking import Tracker
-from common.transformer import ActionDecoder, InfoEmbedder
+from common.transformer import ActionDecoder, Context, InfoEmbedder
 from common.vision import VisionConfig
 
 
@@ -106,7 +106,7 @@ class Policy(nn.Module):
             causal=config.attention == "causal",
         )
 
-    def observe(self, images: Tensor, proprio: Tensor) -> list:
+    def observe(self, images: Tensor, proprio: Tensor) -> Context:
         """What the decoder needs of an observation, computed once however often the decoder runs.
 
         Args:
@@ -115,8 +115,8 @@ class Policy(nn.Module):
         """
         tokens, summary = self.backbone(images.flatten(0, 1))  # all cameras at once, (B * N, ...)
         tokens, summary = (x.unflatten(0, images.shape[:2]).unbind(1) for x in (tokens, summary))
-        memory = self.info_embedder(list(zip(tokens, summary, strict=True)), proprio)
-        return self.action_decoder.context(memory)
+        views = list(zip(tokens, summary, strict=True))
+        return self.action_decoder.context(self.info_embedder(views, proprio))
 
     def forward(
         self,

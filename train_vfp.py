@@ -36,7 +36,7 @@ from common.schedules import (
     learning_rates,
 )
 from common.tracking import Tracker
-from common.transformer import ActionDecoder, InfoEmbedder
+from common.transformer import ActionDecoder, Context, InfoEmbedder
 from common.vision import VisionConfig
 
 
@@ -112,7 +112,7 @@ class Policy(nn.Module):
             causal=config.attention == "causal",
         )
 
-    def observe(self, images: Tensor, proprio: Tensor, dropped: Tensor | None = None) -> list:
+    def observe(self, images: Tensor, proprio: Tensor, dropped: Tensor | None = None) -> Context:
         """What the decoder needs of an observation, computed once however often the decoder runs.
 
         Args:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,8 +91,17 @@ class Encoder(nn.Module):
         return self.norm(x)
 
 
+class Observation(NamedTuple):
+    """What a decoder is conditioned on."""
+
+    memory: Tensor
+    """Fused tokens to attend to, (B, L, D)."""
+    summary: Tensor
+    """One vector for all of it, (B, D), that did not pass through attention."""
+
+
 class InfoEmbedder(nn.Module):
-    """Fuses the tokens and summaries of all cameras with the joint states into one memory.
+    """Fuses the tokens and summaries of all cameras with the joint states.
 
     Args:
         widths: of each camera's tokens and summary.
@@ -123,7 +133,7 @@ class InfoEmbedder(nn.Module):
 
     def forward(
         self, views: Sequence[tuple[Tensor, Tensor]], proprio: Tensor, dropped: Tensor | None = None
-    ) -> Tensor:
+    ) -> Observation:
         """Fuse.
 
         Args:
@@ -132,7 +142,7 @@ class InfoEmbedder(nn.Module):
             dropped: (B, N), True where a sample has lost a camera.
 
         Returns:
-            (B, K + N (L + 1), D).
+            A memory of K + N (L + 1) tokens, and the sum of the states' and the cameras' summary tokens.
         """
         memory = [self.proprio_in(proprio) + self.proprio_position]
         for n, (tokens, summary) in enumerate(views):
@@ -140,7 +150,17 @@ class InfoEmbedder(nn.Module):
             if dropped is not None:
                 tokens = torch.where(dropped[:, n, None, None], self.missing[n], tokens)
             memory.append(tokens + self.camera_embedding[n])
-        return self.encoder(torch.cat(memory, dim=1))
+        summary = memory[0].sum(dim=1) + sum(tokens[:, -1] for tokens in memory[1:])
+        return Observation(self.encoder(torch.cat(memory, dim=1)), summary)
+
+
+class Context(NamedTuple):
+    """An observation as a decoder uses it, computed once however often the decoder runs."""
+
+    keys_values: list[tuple[Tensor, Tensor]]
+    """Of the memory, for the cross-attention of every block."""
+    summary: Tensor
+    """(B, 1, D), to be added to the action tokens."""
 
 
 class TimeEmbedding(nn.Module):
@@ -207,7 +227,12 @@ class DecoderBlock(nn.Module):
 class ActionDecoder(nn.Module):
     """Velocity of a noisy action chunk, given an observation's memory and the flow time.
 
-    `context(memory)` is computed once per observation, `forward` once per integration step.
+    `context(observation)` is computed once per observation, `forward` once per integration step.
+
+    The observation enters twice: by cross-attention to its memory, and its summary is added to every action
+    token. Attention alone learns late to look: at first it averages over all tokens, and what the few that
+    matter say is drowned. Regressing noisy targets from images of the built-in task, a network like this one
+    began to find them after about 100 steps with the summary, after more than 300 without it.
     """
 
     def __init__(
@@ -225,6 +250,7 @@ class ActionDecoder(nn.Module):
         self.causal = causal
         self.action_in = nn.Linear(action_dim, d_model)
         self.position = nn.Parameter(torch.randn(horizon, d_model) * 0.02)
+        self.summary_in = nn.Linear(d_model, d_model)
         self.time = TimeEmbedding(d_model)
         if latent_dim is not None:
             self.latent_in = nn.Sequential(
@@ -236,15 +262,16 @@ class ActionDecoder(nn.Module):
         nn.init.zeros_(self.velocity_out.weight)
         nn.init.zeros_(self.velocity_out.bias)
 
-    def context(self, memory: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Memory (B, L, D) -> the cross-attention keys and values of every block."""
-        return [block.cross_attention.keys_values(memory) for block in self.blocks]
+    def context(self, observation: Observation) -> Context:
+        """What `forward` needs of B observations."""
+        keys_values = [block.cross_attention.keys_values(observation.memory) for block in self.blocks]
+        return Context(keys_values, self.summary_in(observation.summary).unsqueeze(1))
 
     def forward(
         self,
         x_t: Tensor,
         t: Tensor,
-        context: list[tuple[Tensor, Tensor]],
+        context: Context,
         is_pad: Tensor | None = None,
         latent: Tensor | None = None,
     ) -> Tensor:
@@ -262,9 +289,10 @@ class ActionDecoder(nn.Module):
             (B * M, T, A).
         """
         key_mask = None if is_pad is None or self.causal else ~is_pad
-        x = self.action_in(x_t) + self.position
+        num_draws = len(x_t) // len(context.summary)
+        x = self.action_in(x_t) + self.position + context.summary.repeat_interleave(num_draws, dim=0)
         condition = self.time(t) if latent is None else self.time(t) + self.latent_in(latent)
-        for block, keys_values in zip(self.blocks, context, strict=True):
+        for block, keys_values in zip(self.blocks, context.keys_values, strict=True):
             x = block(x, condition, keys_values, key_mask, self.causal)
         return self.velocity_out(self.norm(x))
 

@@ -158,7 +158,7 @@ def test_distances_between_codes():
 def test_codes_are_drawn_as_the_prior_says(tiny):
     _, policy, _, _ = prepare(tiny)
     logits = torch.tensor([0.1, 0.6, 0.0001, 0.2999]).log()
-    policy.prior.forward = lambda memory: logits.expand(len(memory), 4)
+    policy.prior.forward = lambda observation: logits.expand(len(observation), 4)
     uniform = (torch.arange(1000) + 0.5) / 1000
     z = policy.draw_latent(torch.zeros(1000, 1, 1), uniform)
     counts = torch.cdist(z, policy.codebook.vectors).argmin(1).bincount(minlength=4)
@@ -175,9 +175,9 @@ def test_guided_sampling_is_two_velocities_in_one_call(tiny):
     x_0, uniform = torch.randn(4, 4, 3), torch.rand(4)
     chunks = train_cfg_vqvae.sample_actions(policy, batch.images, proprio, config, x_0=x_0, uniform=uniform)
     with torch.no_grad():
-        _, memory = policy.encode(images, proprio)
-        context, t = policy.action_decoder.context(memory), torch.zeros(4)
-        z = policy.draw_latent(memory, uniform)
+        _, observation = policy.encode(images, proprio)
+        context, t = policy.action_decoder.context(observation), torch.zeros(4)
+        z = policy.draw_latent(observation, uniform)
         v_z = policy.action_decoder(x_0, t, context, latent=z)
         v_null = policy.action_decoder(x_0, t, context, latent=policy.codebook.null.expand(4, -1))
     assert not torch.allclose(v_z, v_null)

@@ -7,6 +7,7 @@ from common.transformer import (
     Attention,
     Encoder,
     InfoEmbedder,
+    Observation,
     TimeEmbedding,
     sincos_position_2d,
 )
@@ -23,6 +24,12 @@ def randomized(module):
         for parameter in module.parameters():
             parameter.normal_(0, 0.2)
     return module.double().eval()
+
+
+def observed(*memory):
+    """An observation with a memory of this shape, or this memory."""
+    memory = memory[0] if torch.is_tensor(memory[0]) else torch.randn(*memory, dtype=torch.float64)
+    return Observation(memory, memory[:, 0])
 
 
 def decoder(causal):
@@ -59,7 +66,7 @@ def test_masked_keys_cannot_be_seen():
 @pytest.mark.parametrize("causal", [True, False])
 def test_padded_actions_change_nothing(causal):
     model = decoder(causal)
-    context = model.context(torch.randn(2, 4, 16, dtype=torch.float64))
+    context = model.context(observed(2, 4, 16))
     x, t = torch.randn(2, 6, 3, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
     is_pad = torch.arange(6).expand(2, 6) >= torch.tensor([[4], [2]])
     noisy = torch.where(is_pad[..., None], 50.0, x)
@@ -74,10 +81,12 @@ def test_causal_actions_do_not_see_the_future():
     changed = x.clone()
     changed[:, 4:] += 1
     torch.testing.assert_close(
-        model(x, t, model.context(memory))[:, :4], model(changed, t, model.context(memory))[:, :4]
+        model(x, t, model.context(observed(memory)))[:, :4],
+        model(changed, t, model.context(observed(memory)))[:, :4],
     )
     assert not torch.allclose(
-        full(x, t, full.context(memory))[:, :4], full(changed, t, full.context(memory))[:, :4]
+        full(x, t, full.context(observed(memory)))[:, :4],
+        full(changed, t, full.context(observed(memory)))[:, :4],
     )
 
 
@@ -86,23 +95,27 @@ def test_draws_of_one_observation_equal_separate_passes():
     model = decoder(True)
     memory = torch.randn(2, 4, 16, dtype=torch.float64)
     x, t = torch.randn(6, 6, 3, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
-    together = model(x, t, model.context(memory))
+    together = model(x, t, model.context(observed(memory)))
     for draw in range(6):
         alone = model(
-            x[draw : draw + 1], t[draw : draw + 1], model.context(memory[draw // 3 : draw // 3 + 1])
+            x[draw : draw + 1], t[draw : draw + 1], model.context(observed(memory[draw // 3 : draw // 3 + 1]))
         )
         torch.testing.assert_close(together[draw : draw + 1], alone)
 
 
 def test_an_untrained_decoder_predicts_no_velocity():
     model = ActionDecoder(3, 6, 16, 4, 2)
-    out = model(torch.randn(2, 6, 3), torch.rand(2), model.context(torch.randn(2, 4, 16)))
+    out = model(
+        torch.randn(2, 6, 3),
+        torch.rand(2),
+        model.context(Observation(torch.randn(2, 4, 16), torch.randn(2, 16))),
+    )
     assert (out == 0).all()
 
 
 def test_time_changes_the_velocity_and_is_resolved_finely():
     model = decoder(True)
-    context = model.context(torch.randn(1, 4, 16, dtype=torch.float64))
+    context = model.context(observed(1, 4, 16))
     x = torch.randn(1, 6, 3, dtype=torch.float64)
     near, far = (model(x, torch.tensor([t], dtype=torch.float64), context) for t in (0.50, 0.52))
     assert not torch.allclose(near, far, rtol=1e-3)
@@ -134,23 +147,26 @@ def test_the_memory_holds_states_and_every_camera():
     views = [(torch.randn(3, 7, 6).double(), torch.randn(3, 5).double()) for _ in range(2)]
     proprio = torch.randn(3, 2, 3).double()
     model = randomized(embedder())
-    memory = model(views, proprio)
-    assert memory.shape == (3, 2 + 2 * (7 + 1), 16)
-    assert not torch.allclose(model(views[::-1], proprio), memory)  # cameras are told apart
+    observation = model(views, proprio)
+    assert observation.memory.shape == (3, 2 + 2 * (7 + 1), 16)
+    assert observation.summary.shape == (3, 16)
+    for swapped, plain in zip(model(views[::-1], proprio), observation, strict=True):
+        assert not torch.allclose(swapped, plain)  # cameras are told apart
 
 
 def test_a_lost_camera_leaves_nothing_of_what_it_saw():
     model = randomized(embedder(cameras_may_drop=True))
     proprio, dropped = torch.randn(2, 2, 3).double(), torch.tensor([[False, True], [False, False]])
     first, second = ([(torch.randn(2, 7, 6).double(), torch.randn(2, 5).double())] * 2 for _ in range(2))
-    memory = [model([first[0], seen], proprio, dropped) for seen in (first[1], second[1])]
-    torch.testing.assert_close(memory[0][0], memory[1][0])
-    assert not torch.allclose(memory[0][1], memory[1][1])
+    one, other = (model([first[0], seen], proprio, dropped) for seen in (first[1], second[1]))
+    for mine, theirs in zip(one, other, strict=True):  # memory and summary
+        torch.testing.assert_close(mine[0], theirs[0])
+        assert not torch.allclose(mine[1], theirs[1])
 
 
 def test_a_latent_changes_the_velocity_and_its_absence_is_allowed():
     model = randomized(ActionDecoder(3, 6, 16, 4, 2, latent_dim=5))
-    context = model.context(torch.randn(2, 4, 16, dtype=torch.float64))
+    context = model.context(observed(2, 4, 16))
     x, t = torch.randn(2, 6, 3, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
     velocities = [model(x, t, context, latent=z) for z in torch.randn(2, 2, 5, dtype=torch.float64)]
     assert not torch.allclose(*velocities)
@@ -161,3 +177,13 @@ def test_a_latent_changes_the_velocity_and_its_absence_is_allowed():
         torch.testing.assert_close(
             wide.unflatten(0, (2, 3))[:, draw], model(x, t, context, latent=z[:, draw])
         )
+
+
+def test_the_summary_reaches_the_velocity_of_every_draw_of_its_observation():
+    model, memory = decoder(causal=True), torch.randn(2, 4, 16, dtype=torch.float64)
+    x, t = torch.randn(6, 6, 3, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    summary = torch.randn(2, 16, dtype=torch.float64)
+    changed = torch.stack([summary[0], summary[1] + 1])
+    one, other = (model(x, t, model.context(Observation(memory, s))) for s in (summary, changed))
+    torch.testing.assert_close(one[:3], other[:3])
+    assert ((one[3:] - other[3:]).abs().amax(dim=(1, 2)) > 1e-6).all()
