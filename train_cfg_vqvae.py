@@ -106,10 +106,8 @@ class Config:
     """Weight of the distance between the posterior's output and its code."""
     cfg_dropout: float = 0.5
     """Share of the draws whose latent is replaced by the null token, once the ramp is over."""
-    cfg_dropout_start: float = 1.0
-    """That share when training starts."""
-    cfg_ramp: float = 0.5
-    """Share of training over which it goes from one to the other."""
+    cfg_ramp: float = 0.1
+    """Share of training over which that share rises from 0."""
     guidance: float = 1.0
     """Guidance scale w when sampling actions; other than 1 the decoder runs with and without the latent."""
     transport_weight: float = 0.2
@@ -416,8 +414,7 @@ def compute_loss(
     t = F.pad(t.unflatten(0, (-1, num_draws)), (1, 0)).flatten()  # (B * (1 + M),)
     dropped = None
     if policy.training:
-        ramp = min(progress / max(config.cfg_ramp, 1e-9), 1.0)
-        share = config.cfg_dropout_start + ramp * (config.cfg_dropout - config.cfg_dropout_start)
+        share = config.cfg_dropout * min(progress / max(config.cfg_ramp, 1e-9), 1.0)
         dropped = F.pad(torch.rand(len(images), num_draws, device=images.device) < share, (1, 0)).flatten()
     prediction = policy(x_t, t, images, proprio, chunks, batch.is_pad, dropped)
 

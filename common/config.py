@@ -58,7 +58,7 @@ NOT_NEGATIVE = {
 POSITIVE = {"grad_clip", "transport_blur"}
 SHARES = {
     *("camera_dropout", "ema_decay", "aug_color", "aug_shift"),
-    *("posterior_decay", "cfg_dropout", "cfg_dropout_start", "cfg_ramp", "replace_until"),
+    *("posterior_decay", "cfg_dropout", "cfg_ramp", "replace_until"),
 }
 
 
