@@ -21,7 +21,7 @@ used are replaced by perturbed copies of popular ones early in training.
 Differs from `train_naive_fm.py` in: posterior, prior, codebook and their losses; the decoder takes a latent;
 AdamW by default.
 
-    accelerate launch train_cfg_vqvae.py --lr 1e-3
+    accelerate launch train_cfg_vqvae.py --lr 2e-3 --schedule schedule-free
     accelerate launch train_cfg_vqvae.py --dataset me/fold_towel --image-size 224 --num-codes 64
 """
 

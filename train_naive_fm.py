@@ -1,9 +1,9 @@
 """Plain flow matching over action chunks: the baseline, and the script to read first.
 
 One backbone looks at all cameras in one batched forward. A transformer encoder fuses the camera tokens and
-joint states into a memory; a transformer decoder, conditioned on flow time, turns a noisy action chunk into
-the velocity that carries it to the demonstrated one. With x_t = (1 - t) x_0 + t x_1, x_0 ~ N(0, 1),
-t ~ Beta(1.0, 1.5), and x_1 the normalized chunk recorded after observation s, the objective is
+joint states into a memory and a summary; a transformer decoder, conditioned on flow time, turns a noisy
+action chunk into the velocity that carries it to the demonstrated one. With x_t = (1 - t) x_0 + t x_1,
+x_0 ~ N(0, 1), t ~ Beta(1.0, 1.5), and x_1 the normalized chunk recorded after observation s, the objective is
 
     L = E || v(x_t, t, s) - (x_1 - x_0) ||^2      over actions that exist, not past an episode's end
 
@@ -11,7 +11,7 @@ t ~ Beta(1.0, 1.5), and x_1 the normalized chunk recorded after observation s, t
 schedule-free RAdam (Defazio et al. 2024): no learning-rate schedule, no separate average of the weights. To
 act, dx/dt = v is integrated from noise at t = 0 to actions at t = 1.
 
-    accelerate launch train_naive_fm.py --lr 1e-3
+    accelerate launch train_naive_fm.py --lr 2e-3
     accelerate launch train_naive_fm.py --dataset me/fold_towel --image-size 224 --backbone resnet18
 """
 

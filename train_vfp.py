@@ -1,9 +1,9 @@
 """Variational-flow-policy family, single expert: flow matching over action chunks from several cameras.
 
-Every camera has its own backbone. A transformer encoder fuses camera tokens and joint states into a memory;
-a transformer decoder, conditioned on flow time, turns a noisy action chunk into the velocity that carries it
-to the demonstrated one. With x_t = (1 - t) x_0 + t x_1, x_0 ~ N(0, 1), t ~ Beta(1.0, 1.5), and x_1 the
-normalized chunk recorded after observation s, the objective is
+Every camera has its own backbone. A transformer encoder fuses camera tokens and joint states into a memory
+and a summary; a transformer decoder, conditioned on flow time, turns a noisy action chunk into the velocity
+that carries it to the demonstrated one. With x_t = (1 - t) x_0 + t x_1, x_0 ~ N(0, 1), t ~ Beta(1.0, 1.5),
+and x_1 the normalized chunk recorded after observation s, the objective is
 
     L = E || v(x_t, t, s) - (x_1 - x_0) ||^2      over actions that exist, not past an episode's end
 
