@@ -363,7 +363,7 @@ def end_window(
     if progress <= config.replace_until and codebook.vectors.requires_grad:
         replaced = unused
         averaged.replace_rows(codebook.vectors, replaced, codebook.vectors[source] + 0.1 * spread * noise)
-        if not policy.prior.regression:
+        if prior.weight.requires_grad and not policy.prior.regression:
             averaged.replace_rows(prior.weight, replaced, prior.weight[source])
             averaged.replace_rows(prior.bias, replaced, prior.bias[source])
     return {**metrics, "codes/replaced": replaced.sum()}

@@ -298,8 +298,14 @@ def load_components(policy: nn.Module, folder: Path) -> None:
     try:
         policy.load_state_dict(_read_components(folder, policy))
     except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, RuntimeError) and "state_dict" in reason:
+            raise UserError(
+                f"The weights in {folder} cannot be loaded into this network ({reason}): use them with the "
+                f"scripts they were trained with, or train again."
+            ) from None
         raise UserError(
-            f"The weights in {folder} cannot be loaded ({error}): use another checkpoint."
+            f"The weights in {folder} cannot be loaded ({reason}): use another checkpoint."
         ) from None
 
 

@@ -36,7 +36,7 @@ def draw_chunks(
 
     spread = np.ptp(chunks, axis=0).max(axis=0) / scale
     dimensions = np.sort(np.argsort(-spread)[:most_dimensions])
-    columns = min(4, len(dimensions) + 1)
+    columns = min(5, len(dimensions) + 1)
     rows = math.ceil((len(dimensions) + 1) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 0.6 + 2.6 * rows), squeeze=False)
     colors = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(chunks)))

@@ -250,3 +250,13 @@ def test_a_frozen_codebook_is_not_replaced(tiny):
     assert metrics["codes/replaced"] == 0
     assert metrics["codes/in_use"] == 1
     assert torch.equal(policy.codebook.vectors, before)
+
+
+def test_a_frozen_prior_keeps_its_rows(tiny):
+    config, policy, _, _ = prepare(tiny)
+    checkpoint.freeze(policy, ("prior",))
+    averaged = AveragedPolicy(policy, build_optimizer(policy, config.optim), 0.9)
+    before = policy.prior.out.weight.clone()
+    policy.codebook.count(torch.tensor([100.0, 0.0, 0.0, 0.0]), torch.tensor(0.1))
+    assert train_cfg_vqvae.end_window(policy, averaged, 100, 0.1, config)["codes/replaced"] == 3
+    assert torch.equal(policy.prior.out.weight, before)

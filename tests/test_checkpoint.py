@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train_vfp
 from common import checkpoint
 from common.config import parse
 from common.errors import UserError
+from common.inference import load_policy
 
 pytestmark = pytest.mark.usefixtures("accelerate_reset")
 
@@ -113,3 +115,17 @@ def test_a_checkpoint_of_another_policy_is_refused(run_dir, tiny, tmp_path):
     GradientState._reset_state()
     with pytest.raises(UserError, match="was saved by another network"):
         resume(run_dir, "--steps", "4")
+
+
+def test_weights_of_another_network_or_damaged_ones_are_refused_in_one_sentence(run_dir):
+    folder = run_dir / "checkpoints" / "step_0000003" / "policy"
+    weights = load_file(folder / "action_decoder.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("summary_in")}
+    assert len(kept) == len(weights) - 2
+    save_file(kept, folder / "action_decoder.safetensors")
+    with pytest.raises(UserError, match=r"into this network .*summary_in.*they were trained with") as refused:
+        load_policy(run_dir)
+    assert "\n" not in str(refused.value)
+    (folder / "action_decoder.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"cannot be loaded \(.*use another checkpoint"):
+        load_policy(run_dir)
