@@ -37,7 +37,15 @@ from torch import Tensor, nn
 
 from common import checkpoint, flow, losses, vision
 from common.config import Flat, RunConfig, cli, resolve_steps
-from common.data import Batch, ChunkDataset, DataConfig, make_loader, open_dataset, split_episodes
+from common.data import (
+    Batch,
+    ChunkDataset,
+    DataConfig,
+    evenly_spaced,
+    make_loader,
+    open_dataset,
+    split_episodes,
+)
 from common.errors import UserError
 from common.launch import check_same_data, create_run_dir, make_accelerator
 from common.normalize import Normalization, Normalizer
@@ -547,15 +555,14 @@ def evaluate(
     processes. The training noise is not touched: evaluating more or less often changes nothing else.
     """
     num = min(config.run.eval_samples, len(dataset))
-    chosen = torch.linspace(0, len(dataset) - 1, num).long()
     generator = torch.Generator().manual_seed(config.run.seed)
     x_0 = torch.randn(num, config.horizon, dataset.store.action.shape[1], generator=generator)
     t = flow.sample_time(num, "cpu", config.time_distribution, config.time_beta, generator)
     uniform = torch.rand(num, generator=generator)
     sums = torch.zeros(5, device=accelerator.device)  # loss, absolute error, real elements; prior, samples
-    mine = torch.arange(accelerator.process_index, num, accelerator.num_processes)
-    for rows in mine.split(config.optim.batch_size) if len(mine) else ():
-        batch = dataset.__getitems__(chosen[rows].tolist()).to(accelerator.device)
+    share = (config.optim.batch_size, accelerator.process_index, accelerator.num_processes)
+    for rows, batch in evenly_spaced(dataset, num, *share):
+        batch = batch.to(accelerator.device)
         draws = (x_0[rows].to(accelerator.device), t[rows].to(accelerator.device))
         proprio = normalizer.proprio(batch.proprio)
         with accelerator.autocast():

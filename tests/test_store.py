@@ -19,7 +19,14 @@ import torch
 from common.data import ingest
 from common.data.ingest import BadEpisode, Episode, StoreInfo, ensure_store
 from common.data.shards import write_whole
-from common.data.store import ChunkDataset, EpisodeStore, SampleStream, make_loader, split_episodes
+from common.data.store import (
+    ChunkDataset,
+    EpisodeStore,
+    SampleStream,
+    evenly_spaced,
+    make_loader,
+    split_episodes,
+)
 from common.errors import UserError
 
 LENGTHS = (5, 2, 9, 4)
@@ -264,6 +271,20 @@ def test_split_without_a_held_out_part():
     for fraction in (-0.1, 1.0):
         with pytest.raises(UserError, match="--val-fraction"):
             split_episodes(of_episodes(5), fraction, 0)
+
+
+@pytest.mark.parametrize("world", [1, 3, 9])
+def test_evaluation_sees_evenly_spaced_samples_once_whatever_the_processes(store, world):
+    dataset = ChunkDataset(store, range(4), 3)
+    seen = {}
+    for rank in range(world):
+        for rows, batch in evenly_spaced(dataset, 7, 2, rank, world):
+            assert 1 <= len(rows) <= 2
+            assert len(batch.index) == len(rows)
+            seen |= dict(zip(rows.tolist(), batch.index.tolist(), strict=True))
+    # 20 samples, the first and the last among the 7; with 9 processes two have no share
+    assert [seen[row] for row in range(7)] == [0, 3, 6, 9, 12, 15, 19]
+    assert len(seen) == 7
 
 
 def test_loader_follows_the_stream_and_leaves_the_global_generator_alone(store):

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 from common.data.ingest import Load, StoreInfo, choose_storage, ensure_store
-from common.data.store import Batch, ChunkDataset, EpisodeStore, SampleStream, make_loader, split_episodes
+from common.data.store import (
+    Batch,
+    ChunkDataset,
+    EpisodeStore,
+    SampleStream,
+    evenly_spaced,
+    make_loader,
+    split_episodes,
+)
 from common.data.workers import kept_pool
 from common.errors import UserError
 
@@ -20,6 +28,7 @@ __all__ = [
     "DataConfig",
     "EpisodeStore",
     "SampleStream",
+    "evenly_spaced",
     "make_loader",
     "open_dataset",
     "split_episodes",

@@ -493,6 +493,27 @@ def split_episodes(store: EpisodeStore, val_fraction: float, seed: int) -> tuple
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(val))
 
 
+def evenly_spaced(
+    dataset: ChunkDataset, num: int, batch_size: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Batch]]:
+    """Batches of `num` samples spread evenly over a dataset, for evaluation: the same ones every time.
+
+    Args:
+        dataset: to take them from.
+        num: of all processes together, at most the size of the dataset.
+        batch_size: at most so many in a batch.
+        rank, world: this process and their number; each sample is seen by one of them, and one that has no
+            share sees none.
+
+    Yields:
+        Which of the `num` samples these are, (B,), and their batch.
+    """
+    chosen = torch.linspace(0, len(dataset) - 1, num).long()
+    mine = torch.arange(num)[rank::world]
+    for rows in mine.split(batch_size) if len(mine) else ():
+        yield rows, dataset.__getitems__(chosen[rows].tolist())
+
+
 def make_loader(
     dataset: ChunkDataset,
     batch_size: int,
