@@ -27,7 +27,7 @@ class OptimConfig:
     component_lr: tuple[str, ...] = ()
     """Peak learning rate of single components, as `action_decoder=3e-4 info_embedder=1e-4`."""
     weight_decay: float = 1e-4
-    """Decoupled weight decay of matrices and kernels; norms and biases are never decayed."""
+    """Decoupled weight decay of matrices and kernels; norms, biases, embeddings and learned tokens have none."""
     component_weight_decay: tuple[str, ...] = ()
     """Weight decay of single components, as `head_backbone=0.05`."""
     beta2: float = 0.95
@@ -80,13 +80,25 @@ def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
         is_backbone = name.endswith("backbone") and config.backbone_lr is not None
         lr = rates.get(name, config.backbone_lr if is_backbone else config.lr)
         trainable = [parameter for parameter in component.parameters() if parameter.requires_grad]
+        decayed = {id(parameter) for parameter in _matrices(component)}
         for decay, matrices in ((decays.get(name, config.weight_decay), True), (0.0, False)):
-            parameters = [parameter for parameter in trainable if (parameter.ndim >= 2) == matrices]
+            parameters = [parameter for parameter in trainable if (id(parameter) in decayed) == matrices]
             if parameters:
                 groups.append({"component": name, "params": parameters, "lr": lr, "weight_decay": decay})
     if not groups:
         raise UserError("Every component is frozen, so nothing would be trained: leave one out of --freeze.")
     return groups
+
+
+def _matrices(component: nn.Module) -> list[nn.Parameter]:
+    """Weights of linear and convolutional layers: what multiplies an input, not what is added or looked up."""
+    return [
+        parameter
+        for module in component.modules()
+        if not isinstance(module, nn.Embedding)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name.endswith("weight") and parameter.ndim >= 2
+    ]
 
 
 def _per_component(options: tuple[str, ...], components: dict, flag: str) -> dict[str, float]:

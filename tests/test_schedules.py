@@ -108,6 +108,25 @@ def test_groups_follow_components_and_decay_only_matrices(policy):
     assert {g["component"] for g in parameter_groups(policy, config)} == {"action_decoder"}
 
 
+def test_what_is_added_or_looked_up_does_not_decay():
+    class Component(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.zeros(5, 4))
+            self.task = nn.Embedding(3, 4)
+            self.conv = nn.Conv2d(3, 4, 2)
+            self.attention = nn.MultiheadAttention(4, 1)
+            self.norm = nn.LayerNorm(4)
+
+    policy = nn.Module()
+    policy.encoder = Component()
+    groups = parameter_groups(policy, OptimConfig(weight_decay=0.5))
+    names = {id(parameter): name for name, parameter in policy.encoder.named_parameters()}
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {"conv.weight", "attention.in_proj_weight", "attention.out_proj.weight"}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
