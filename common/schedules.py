@@ -27,7 +27,7 @@ class OptimConfig:
     component_lr: tuple[str, ...] = ()
     """Peak learning rate of single components, as `action_decoder=3e-4 info_embedder=1e-4`."""
     weight_decay: float = 1e-4
-    """Decoupled weight decay of matrices and kernels; norms, biases, embeddings and learned tokens have none."""
+    """Decoupled weight decay of matrices and kernels; norms, biases, embeddings and tokens have none."""
     component_weight_decay: tuple[str, ...] = ()
     """Weight decay of single components, as `head_backbone=0.05`."""
     beta2: float = 0.95
@@ -91,7 +91,7 @@ def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def _matrices(component: nn.Module) -> list[nn.Parameter]:
-    """Weights of linear and convolutional layers: what multiplies an input, not what is added or looked up."""
+    """Weights of linear and convolutional layers: what multiplies an input, is not added or looked up."""
     return [
         parameter
         for module in component.modules()
