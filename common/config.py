@@ -41,7 +41,7 @@ MAY_CHANGE_ON_RESUME = {
     *("steps", "epochs", "lr", "backbone_lr", "component_lr", "weight_decay", "component_weight_decay"),
     *("schedule", "warmup_steps", "grad_clip", "ema_decay", "sample_steps", "guidance", "sample_method"),
     *("run_dir", "resume", "config", "log_every", "eval_every", "eval_samples", "save_every", "keep"),
-    *("mixed_precision", "compile", "tracker", "project"),
+    *("mixed_precision", "compile", "tracker", "project", "depth_cache", "depth_weights"),
 }
 """Options that may differ when a run is resumed; any other would make it a different experiment. The
 dataset may have moved: that its content and the choice of episodes are the same is checked by fingerprint."""
@@ -49,7 +49,7 @@ dataset may have moved: that its content and the choice of episodes are the same
 AT_LEAST_ONE = {
     *("horizon", "flow_samples", "sample_steps", "d_model", "num_heads", "encoder_layers", "decoder_layers"),
     *("batch_size", "grad_accumulation", "log_every", "eval_every", "eval_samples", "save_every", "keep"),
-    *("num_codes", "posterior_layers", "prior_layers", "code_window"),
+    *("num_codes", "posterior_layers", "prior_layers", "code_window", "depth_pool"),
 }
 NOT_NEGATIVE = {
     *("lr", "backbone_lr", "weight_decay", "warmup_steps", "aug_rotate", "aug_blur", "seed"),

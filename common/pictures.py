@@ -68,3 +68,43 @@ def draw_chunks(
     figure.savefig(temporary, dpi=100)
     plt.close(figure)
     temporary.replace(path)
+
+
+def draw_features(
+    path: Path, images: np.ndarray, features: np.ndarray, grid: tuple[int, int], title: str
+) -> None:
+    """Images, and below each its features: their first three principal components as red, green and blue.
+
+    What has the same colour looks the same to the network that made the features.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        features: (B, L, D), L tokens row by row.
+        grid: rows and columns of the tokens.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    flat = features.reshape(-1, features.shape[-1]).astype(np.float64)
+    flat = flat - flat.mean(axis=0)
+    _, _, directions = np.linalg.svd(flat, full_matrices=False)
+    colors = np.zeros((len(flat), 3))
+    components = flat @ directions[:3].T  # fewer than three if there are fewer tokens or features
+    low, high = np.quantile(components, [0.01, 0.99], axis=0)
+    colors[:, : components.shape[1]] = ((components - low) / np.maximum(high - low, 1e-9)).clip(0, 1)
+    colors = colors.reshape(len(images), *grid, 3)
+    figure, axes = plt.subplots(2, len(images), figsize=(2 * len(images), 4.4), squeeze=False)
+    extent = (0, images.shape[-1], images.shape[-2], 0)
+    for column, (image, color) in enumerate(zip(images, colors, strict=True)):
+        axes[0, column].imshow(image.transpose(1, 2, 0), extent=extent)
+        axes[1, column].imshow(color, extent=extent)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel("camera")
+    axes[1, 0].set_ylabel("features")
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

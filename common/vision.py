@@ -292,7 +292,7 @@ def _silence() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _hub_is_near() -> bool:
+def hub_is_near() -> bool:
     """Whether the hub can be reached: the libraries themselves try for half a minute before they give up."""
     from huggingface_hub import constants
 
@@ -318,7 +318,7 @@ def _load_huggingface(name: str, pretrained: bool, hf_config: dict | None):
 
     path = Path(name).expanduser()
     is_path = path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
-    source, near = (str(path), True) if is_path else (name, pretrained and _hub_is_near())
+    source, near = (str(path), True) if is_path else (name, pretrained and hub_is_near())
     where = {"local_files_only": is_path or not near}
     try:
         with _silence():

@@ -36,6 +36,16 @@ def dataset(tmp_path_factory):
     return make_dataset(root, (12, 9, 15, 11), sizes, video=False, dims=(3, 3), names=None)
 
 
+@pytest.fixture
+def tiny_depth(monkeypatch):
+    """A small network in place of Depth Anything 3 SMALL."""
+    from common import depth
+
+    architecture = depth.Architecture("da3-small", 32, 4, 2, (1, 3), 2)
+    monkeypatch.setitem(depth.ARCHITECTURES, "small", architecture)
+    return architecture
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")

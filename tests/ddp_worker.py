@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 import train_naive_fm
 import train_vfp
-from common import checkpoint
+import train_vfp_depth
+from common import checkpoint, depth
 from common.config import RunConfig, parse
 from common.data import ChunkDataset, open_dataset
 from common.launch import make_accelerator
@@ -23,7 +24,12 @@ from common.normalize import Normalizer
 def main(dataset: str, cache_dir: str, out: str) -> None:
     accelerator = make_accelerator(RunConfig())
     grads = {}
-    for script, flags in ((train_vfp, "--camera-dropout 0"), (train_naive_fm, "")):
+    depth.ARCHITECTURES["small"] = depth.Architecture("da3-small", 32, 4, 2, (1, 3), 2)
+    for script, flags in (
+        (train_vfp, "--camera-dropout 0"),
+        (train_vfp_depth, "--camera-dropout 0 --depth-weights random"),
+        (train_naive_fm, ""),
+    ):
         for name, grad in gradients(script, flags, dataset, cache_dir, accelerator).items():
             grads[f"{script.__name__}.{name}"] = grad
     if accelerator.is_main_process:
@@ -57,6 +63,8 @@ def gradients(script, flags: str, dataset: str, cache_dir: str, accelerator) -> 
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     wide = slice(mine.start * draws, mine.stop * draws)
     batch = data.__getitems__(rows[mine])
+    if script is train_vfp_depth:
+        batch = script.with_depth(batch, policy)
     count = accelerator.reduce((~batch.is_pad).sum().float(), "mean")
     loss = script.compute_loss(ddp_policy, batch, normalizer, config, (x_0[wide], t[wide]), count)
     accelerator.backward(loss)

@@ -13,15 +13,19 @@ from safetensors.torch import load_file
 import train_cfg_vqvae
 import train_naive_fm
 import train_vfp
+import train_vfp_depth
 from common.config import parse
 from common.errors import UserError
 from common.inference import load_policy, load_script
 from common.launch import _new_folder, make_accelerator
 from common.normalize import Normalizer
 
-SCRIPTS = [train_vfp, train_naive_fm, train_cfg_vqvae]
-SMALL = {train_cfg_vqvae: "--num-codes 4 --latent-dim 4 --posterior-layers 1 --code-window 1"}
-pytestmark = pytest.mark.usefixtures("accelerate_reset")
+SCRIPTS = [train_vfp, train_vfp_depth, train_naive_fm, train_cfg_vqvae]
+SMALL = {
+    train_vfp_depth: "--depth-weights random",
+    train_cfg_vqvae: "--num-codes 4 --latent-dim 4 --posterior-layers 1 --code-window 1",
+}
+pytestmark = pytest.mark.usefixtures("accelerate_reset", "tiny_depth")
 
 
 def train(script, tiny, run_dir, *more):
@@ -32,6 +36,11 @@ def train(script, tiny, run_dir, *more):
     argv = [*tiny, *SMALL.get(script, "").split(), "--run-dir", str(run_dir)] if run_dir else []
     script.main(parse(script.Config, [*argv, *map(str, more)], Path(script.__file__).name))
     return run_dir
+
+
+def prepared(script, batch, policy):
+    """A batch as the script's loop gives it to `compute_loss`."""
+    return script.with_depth(batch, policy) if script is train_vfp_depth else batch
 
 
 def total(loss):
@@ -64,7 +73,10 @@ def weights(run_dir, step):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_loss_falls_on_one_batch(script, tiny):
-    flags = [*SMALL.get(script, "").split(), *(("--camera-dropout", "0") if script is train_vfp else ())]
+    flags = [
+        *SMALL.get(script, "").split(),
+        *(("--camera-dropout", "0") if script in (train_vfp, train_vfp_depth) else ()),
+    ]
     config = parse(script.Config, [*tiny, "--flow-samples", "4", *flags], "")
     store = script.open_dataset(config.data)
     data = script.ChunkDataset(store, range(store.num_episodes), config.horizon)
@@ -72,7 +84,7 @@ def test_the_loss_falls_on_one_batch(script, tiny):
     torch.manual_seed(0)
     policy = script.Policy(config, script.checkpoint.PolicySpec.of(data))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
-    batch = data.__getitems__([0, 5, 13, 30])
+    batch = prepared(script, data.__getitems__([0, 5, 13, 30]), policy)
     history = []
     for _ in range(150):
         loss = total(script.compute_loss(policy, batch, normalizer, config))

@@ -319,7 +319,7 @@ def _keep_only(path: Path, entries: list[Entry]) -> None:
     """Remove everything but these shards from an unfinished store."""
     names = {name for entry in entries for name in (entry["file"], entry["file"].replace(".bin", ".json"))}
     for file in path.iterdir():
-        if file.name not in names:
+        if file.is_file() and file.name not in names:
             file.unlink()
 
 

@@ -340,6 +340,9 @@ def damaged_files(path: Path) -> dict[str, str]:
     try:
         meta = json.loads((path / META).read_text())
         entries = [*meta["shards"], meta["arrays"]]
+        for note in sorted(path.glob("features-*/frames-*.json")):
+            name = f"{note.parent.name}/{note.stem}.bin"
+            entries.append({**json.loads(note.read_text()), "file": name})
     except (OSError, ValueError, KeyError, TypeError):
         return {META: defect(path) or "is damaged"}
     damaged = {}
@@ -348,11 +351,11 @@ def damaged_files(path: Path) -> dict[str, str]:
         for entry in entries:
             file = path / entry["file"]
             if not file.is_file():
-                damaged[file.name] = "is missing"
+                damaged[entry["file"]] = "is missing"
             elif file.stat().st_size != entry["bytes"]:
-                damaged[file.name] = f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
+                damaged[entry["file"]] = f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
             elif checksum(file) != entry["crc32"]:
-                damaged[file.name] = "has another checksum than was written"
+                damaged[entry["file"]] = "has another checksum than was written"
             bar.update(entry["bytes"])
     return damaged
 

@@ -25,10 +25,10 @@ QUALITY = 95
 class RawShard:
     """Rows copied out of a memory-mapped file."""
 
-    def __init__(self, path: Path, row_shape: tuple[int, ...]):
+    def __init__(self, path: Path, row_shape: tuple[int, ...], dtype: type = np.uint8):
         self.file = _map(path)
         # A plain array over the map: indexing a np.memmap costs several times more a row.
-        self.frames = np.frombuffer(self.file, np.uint8).reshape(-1, *row_shape)
+        self.frames = np.frombuffer(self.file, dtype).reshape(-1, *row_shape)
 
     def fetch(self, places: np.ndarray) -> None:
         """Have the system read the rows `places` from the disk, without waiting for it."""

@@ -5,6 +5,7 @@ A store is a folder:
     frames-00000.bin, ...   frames of whole episodes, about 1 GiB of pixels a file, see common/data/shards.py
     frames-00000.json, ...  which episodes such a file holds, and where, and its checksum
     arrays.safetensors      state, action, timestamps, and the place of every episode
+    features-*/             features of frozen networks, see common/data/features.py
     meta.json               source, fingerprint, cameras, names; written last: with it the store is finished
 
 Reading copies out of memory-mapped files: nothing is decoded while training, unless the store was made with
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.data.shards import SHARDS, Storage
+from common.data.shards import SHARDS, RawShard, Storage
 from common.data.workers import cores
 from common.errors import UserError
 
@@ -58,10 +59,12 @@ class Batch(NamedTuple):
     """(B, T) bool, true where the action lies past the episode's end (there the last action is repeated)."""
     index: Tensor
     """(B,) int64, the step's number in the store."""
+    features: Tensor | None = None
+    """(B, ...) float16, features of a frozen network, where the store has them."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; asynchronous where the memory is pinned."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class EpisodeStore:
         part_weights: how often samples of each dataset are drawn, relative to each other; None: as often as
             they are there.
         state_rotations, action_rotations: what `re_express` has changed in the recorded vectors.
+        feature_files, feature_shape: file of features for each of `shard_files`, and the shape of a step's
+            features; empty if there are none.
     """
 
     path: Path
@@ -115,13 +120,20 @@ class EpisodeStore:
     part_weights: tuple[float, ...] | None = None
     state_rotations: Rotations | None = None
     action_rotations: Rotations | None = None
+    feature_files: tuple[Path, ...] = ()
+    feature_shape: tuple[int, ...] = ()
 
     def __post_init__(self):
         shards = [SHARDS[self.storage](file, self.row_shape) for file in self.shard_files]
-        self.__dict__.update(_shards=shards, _ahead=0)  # gathers that shall ask for their rows first
+        features = {
+            number: RawShard(self.feature_files[number], self.feature_shape, np.float16)
+            for number in (np.unique(self.episode_shard).tolist() if self.feature_files else ())
+        }
+        # _ahead: gathers that shall ask for their rows first
+        self.__dict__.update(_shards=shards, _features=features, _ahead=0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_shards"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_shards", "_features")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -218,6 +230,7 @@ class EpisodeStore:
             episode_starts=np.cumsum([0, *lengths], dtype=np.int64),
             episode_shard=np.concatenate(shard),
             shard_files=tuple(file for store in stores for file in store.shard_files),
+            feature_files=(),
             part_episodes=tuple(store.num_episodes for store in stores),
             part_weights=None if weights is None else tuple(weights),
         )
@@ -257,20 +270,34 @@ class EpisodeStore:
         """
         if out is None:
             out = torch.empty(len(rows), *self.row_shape, dtype=torch.uint8)
+        return self._gather(self._shards, rows, out)
+
+    def features(self, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
+        """Features at the steps `rows`, (B, *feature_shape) float16, of a store that has some.
+
+        Args:
+            out: tensor of that shape to fill, instead of a new one.
+        """
+        if out is None:
+            out = torch.empty(len(rows), *self.feature_shape, dtype=torch.float16)
+        return self._gather(self._features, rows, out)
+
+    def _gather(self, files: Any, rows: np.ndarray, out: Tensor) -> Tensor:
+        """Copy the steps `rows` from the shards `files`, by number, to `out`."""
         if len(rows) == 0:
             return out
         began = time.perf_counter()
         episodes = self.episode_of(rows)
         places = rows - self.episode_starts[episodes] + self.episode_row[episodes]
         shards = self.episode_shard[episodes]
-        order = np.lexsort((places, shards)) if len(self._shards) > 1 else np.arange(len(rows))  # disk order
+        order = np.lexsort((places, shards)) if len(files) > 1 else np.arange(len(rows))  # disk order
         edges = np.flatnonzero(np.diff(shards[order], prepend=-1)).tolist()
         parts = [order[first:last] for first, last in zip(edges, [*edges[1:], len(order)], strict=True)]
         if self._ahead:
             for slots in parts:
-                self._shards[shards[slots[0]]].fetch(places[slots])
+                files[shards[slots[0]]].fetch(places[slots])
         for slots in parts:
-            self._shards[shards[slots[0]]].read(places[slots], out.numpy(), slots)
+            files[shards[slots[0]]].read(places[slots], out.numpy(), slots)
         waited = out.nbytes / (time.perf_counter() - began) < MEMORY_SPEED
         self.__dict__["_ahead"] = FETCH_AHEAD if waited else max(self._ahead - 1, 0)
         return out
@@ -314,15 +341,16 @@ class _Recycler:
         self.keep = keep
         self.loans: list[tuple[np.ndarray, weakref.ref]] = []
 
-    def take(self, shape: tuple[int, ...]) -> Tensor:
-        """An uninitialised uint8 tensor."""
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:
+        """An uninitialised tensor."""
+        shape = (*shape[:-1], shape[-1] * dtype.itemsize)
         free = [buffer for buffer, loan in self.loans if loan() is None and buffer.shape == shape]
         # PyTorch aligns to 64 bytes and NumPy to 16, with which copying takes half as long again.
         buffer = free[0] if free else torch.empty(shape, dtype=torch.uint8).numpy()
         others = [loan for loan in self.loans if loan[0] is not buffer]
         view = buffer.view()
         self.loans = [*others[1 - self.keep :], (buffer, weakref.ref(view))]
-        return torch.from_numpy(view)
+        return torch.from_numpy(view).view(dtype)
 
 
 class ChunkDataset(Dataset):
@@ -366,26 +394,35 @@ class ChunkDataset(Dataset):
         parts = np.repeat(np.arange(len(store.part_episodes)), store.part_episodes)
         sample_parts = np.repeat(parts[self.episodes], [len(span) for span in spans])
         self.part_samples = np.bincount(sample_parts, minlength=len(store.part_episodes))  # of each dataset
-        self._recycler = _Recycler()
+        self._recycler, self._feature_recycler = _Recycler(), _Recycler()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Batch:
         """One sample, without the batch dimension."""
-        return Batch(*(tensor[0] for tensor in self.__getitems__([index])))
+        return Batch(*(None if x is None else x[0] for x in self.__getitems__([index])))
 
     def __getitems__(self, indices: list[int] | np.ndarray) -> Batch:
         """The samples at `indices` as one batch, gathered whole."""
         store, rows = self.store, self.rows[np.asarray(indices, np.int64)]
         actions, is_pad = self.chunks(rows)
+        features = None
+        if store.feature_files:
+            out = self._feature_recycler.take((len(rows), *store.feature_shape), torch.float16)
+            features = store.features(rows, out)
         return Batch(
             images=store.images(rows, self._recycler.take((len(rows), *store.row_shape))),
             proprio=torch.from_numpy(self.history(rows)),
             actions=torch.from_numpy(actions),
             is_pad=torch.from_numpy(is_pad),
             index=torch.from_numpy(rows),
+            features=features,
         )
+
+    def on(self, store: EpisodeStore) -> ChunkDataset:
+        """The same samples of a store that holds the same steps, with features for instance."""
+        return ChunkDataset(store, self.episodes, self.horizon, self.proprio_history, self.action_offset)
 
     def chunks(self, rows: np.ndarray, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Actions (B, T, A) and is_pad (B, T) of the chunks that begin at the steps `rows` of the store.
@@ -405,7 +442,7 @@ class ChunkDataset(Dataset):
         return self.store.state[np.maximum(past, first[:, None])]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_recycler": _Recycler()}
+        return {**self.__dict__, "_recycler": _Recycler(), "_feature_recycler": _Recycler()}
 
 
 class SampleStream(Sampler):

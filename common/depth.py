@@ -1,0 +1,467 @@
+"""Depth Anything 3 (Lin et al. 2025) as a frozen source of features: images in, tokens out.
+
+`DepthNetwork` is the single-view backbone of DA3, a DINOv2 vision transformer with changes, and loads the
+official files. Its own package cannot be installed beside LeRobot. `DepthBackbone` is what a policy uses:
+chosen layers, pooled, at any image size. Since the network is frozen and what it sees is not augmented, its
+features can be computed once for every frame, see `cached`.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.data.cameras import short_name
+from common.data.features import ensure_features
+from common.data.ingest import report
+from common.data.store import EpisodeStore
+from common.errors import UserError
+from common.vision import IMAGENET_MEAN, IMAGENET_STD, hub_is_near
+
+PATCH = 14
+PREFIX = "model.backbone.pretrained."  # of the backbone's weights in official files
+
+
+@dataclass(frozen=True)
+class DepthConfig:
+    """Depth Anything 3 as a further visual stream."""
+
+    depth_model: Literal["small", "base", "large", "mono", "metric"] = "small"
+    """Depth Anything 3 model. small, base, and of large's size mono and metric are Apache-2.0; the weights of
+    large may not be used commercially (CC BY-NC 4.0)."""
+    depth_weights: str | None = None
+    """Where its weights are: a folder with the official config.json and model.safetensors, a hub name, or
+    `random` (`random:SEED`), with which all works but the features mean nothing. Default: the official
+    ones."""
+    depth_layers: tuple[int, ...] = ()
+    """Blocks whose tokens become features, counted from 0, side by side. Default: the last."""
+    depth_pool: int = 1
+    """Tokens to average along each side of the image: 2 makes features a quarter of the size."""
+    depth_cameras: tuple[str, ...] = ()
+    """Cameras that get depth features. Default: the head camera."""
+    depth_cache: Literal["on", "off"] = "on"
+    """Compute the features of every frame once and keep them beside the episode store, or in every step."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of a DA3 backbone.
+
+    Attributes:
+        name: what the official config.json calls the model.
+        alt_start: the block from which blocks with odd numbers are global, the class token is the camera's,
+            and queries and keys are normalized and rotated; None in models that were made for one view.
+        out_layers: blocks whose output DA3's heads take.
+    """
+
+    name: str
+    dim: int
+    num_blocks: int
+    num_heads: int
+    out_layers: tuple[int, ...]
+    alt_start: int | None = None
+
+    def is_global(self, block: int) -> bool:
+        return self.alt_start is not None and block >= self.alt_start and block % 2 == 1
+
+
+ARCHITECTURES = {
+    "small": Architecture("da3-small", 384, 12, 6, (5, 7, 9, 11), 4),
+    "base": Architecture("da3-base", 768, 12, 12, (5, 7, 9, 11), 4),
+    "large": Architecture("da3-large", 1024, 24, 16, (11, 15, 19, 23), 8),
+    "mono": Architecture("da3mono-large", 1024, 24, 16, (4, 11, 17, 23)),
+    "metric": Architecture("da3metric-large", 1024, 24, 16, (4, 11, 17, 23)),
+}
+HUB = {
+    "small": "depth-anything/DA3-SMALL",
+    "base": "depth-anything/DA3-BASE",
+    "large": "depth-anything/DA3-LARGE-1.1",
+    "mono": "depth-anything/DA3MONO-LARGE",
+    "metric": "depth-anything/DA3METRIC-LARGE",
+}
+
+
+class _Attention(nn.Module):
+    """Self-attention, with normalized and rotated queries and keys in the blocks that have that."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = _rotate(q, *rotation), _rotate(k, *rotation)
+        # Under autocast norms give float32, while v stays in half precision.
+        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class _LayerScale(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class _Mlp(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class _Block(nn.Module):
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn, self.mlp = _Attention(dim, num_heads, qk_norm), _Mlp(dim)
+        self.ls1, self.ls2 = _LayerScale(dim), _LayerScale(dim)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), rotation))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def _rotations(positions: Tensor, head_dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (L, head_dim) of rotary embedding in two dimensions (Su et al. 2021).
+
+    The first half of a head's features turns with y, the second with x.
+
+    Args:
+        positions: (L, 2), y and x.
+    """
+    quarter = head_dim // 4
+    exponents = torch.arange(quarter, device=positions.device) / quarter
+    angles = positions.unsqueeze(-1) * (1.0 / base**exponents)  # (L, 2, quarter)
+    angles = angles.repeat(1, 1, 2).flatten(1)  # y y x x
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, heads, L, head_dim), each half of it turned by itself."""
+    first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)
+    turned = torch.stack([-second, first], dim=-2).flatten(-3)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+class _PatchEmbed(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, PATCH, PATCH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class DepthNetwork(nn.Module):
+    """The single-view backbone of Depth Anything 3; parameters are named as in the official files."""
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        self.architecture, dim = architecture, architecture.dim
+        self.patch_embed = _PatchEmbed(dim)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(1, 37 * 37 + 1, dim) * 0.02)
+        start = math.inf if architecture.alt_start is None else architecture.alt_start
+        if architecture.alt_start is not None:
+            self.camera_token = nn.Parameter(torch.randn(1, 2, dim) * 0.02)
+        self.blocks = nn.ModuleList(
+            _Block(dim, architecture.num_heads, i >= start) for i in range(architecture.num_blocks)
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, images: Tensor, layers: Sequence[int] = ()) -> tuple[list[Tensor], list[Tensor]]:
+        """Run on images (B, 3, H, W), normalized, whose sides are multiples of 14.
+
+        Args:
+            layers: blocks to export.
+
+        Returns:
+            What DA3's heads take, for each of `out_layers` (B, L, 2 dim), of models made for one view
+            (B, L, dim); and the exported layers, each (B, L, dim).
+        """
+        architecture = self.architecture
+        grid = images.shape[-2] // PATCH, images.shape[-1] // PATCH
+        x = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = x + self._positions(grid).to(x.dtype)
+        rotations = self._rotations(grid, x.device) if architecture.alt_start is not None else None
+        outputs, exported, local = [], [], x
+        last = max([*architecture.out_layers, *layers])
+        for i, block in enumerate(self.blocks[: last + 1]):
+            if i == architecture.alt_start:
+                x = torch.cat([self.camera_token[:, :1].expand(len(x), -1, -1).to(x.dtype), x[:, 1:]], dim=1)
+            rotated = rotations is not None and i >= architecture.alt_start
+            x = block(x, rotations[architecture.is_global(i)] if rotated else None)
+            if not architecture.is_global(i):
+                local = x
+            if i in architecture.out_layers:
+                out = self.norm(x)
+                out = out if architecture.alt_start is None else torch.cat([local.to(out.dtype), out], dim=-1)
+                outputs.append(out[:, 1:])
+            if i in layers:
+                exported.append(self.norm(x)[:, 1:])
+        return outputs, exported
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """The learned positions, 37 x 37 and one for the class token, for another grid."""
+        if grid == (37, 37):
+            return self.pos_embed
+        of_class, of_patches = self.pos_embed.float().split([1, 37 * 37], dim=1)
+        of_patches = of_patches.transpose(1, 2).unflatten(2, (37, 37))
+        # The tenth is what the network was trained with: without it positions are scaled a little otherwise.
+        scale = tuple((side + 0.1) / 37 for side in grid)
+        of_patches = F.interpolate(of_patches, scale_factor=scale, mode="bicubic")
+        return torch.cat([of_class, of_patches.flatten(2).transpose(1, 2)], dim=1)
+
+    def _rotations(self, grid: tuple[int, int], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """For local and for global blocks; among views, the patches of one have no order."""
+        y, x = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
+        local = F.pad(torch.stack([y, x], dim=-1).flatten(0, 1) + 1, (0, 0, 1, 0))  # class token at (0, 0)
+        head_dim = self.architecture.dim // self.architecture.num_heads
+        return [_rotations(positions.float(), head_dim) for positions in (local, local.clamp(max=1))]
+
+
+class DepthBackbone(nn.Module):
+    """Frozen features of Depth Anything 3, for policies.
+
+    Attributes:
+        token_dim: width of the features, those of all chosen layers together.
+        num_tokens: L, at the image size that it was made for.
+        feature_grid: rows and columns of the tokens.
+    """
+
+    def __init__(self, config: DepthConfig, image_size: tuple[int, int], pretrained: bool = True):
+        """`pretrained` = False leaves the weights to the checkpoint that is loaded next.
+
+        Raises:
+            UserError: for weights that cannot be loaded, layers that the model does not have.
+        """
+        super().__init__()
+        architecture = ARCHITECTURES[config.depth_model]
+        self.layers = tuple(sorted(set(config.depth_layers))) or (architecture.num_blocks - 1,)
+        if not 0 <= self.layers[0] <= self.layers[-1] < architecture.num_blocks:
+            raise UserError(
+                f"--depth-layers {' '.join(map(str, config.depth_layers))}: --depth-model "
+                f"{config.depth_model} has the blocks 0 to {architecture.num_blocks - 1}."
+            )
+        self.image_size, self.pool = image_size, config.depth_pool
+        self.grid = tuple(max(round(side / PATCH), 1) for side in image_size)
+        self.token_dim = architecture.dim * len(self.layers)
+        self.feature_grid = tuple(math.ceil(side / self.pool) for side in self.grid)
+        self.num_tokens = math.prod(self.feature_grid)
+        self.network = load_network(config, architecture) if pretrained else DepthNetwork(architecture)
+        self.requires_grad_(False)
+        self.eval()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        if pretrained and self.input_size != image_size:
+            height, width = self.input_size
+            report(
+                f"depth: images of {image_size[0]}x{image_size[1]} are resized to {height}x{width} for Depth "
+                f"Anything 3, which takes multiples of {PATCH}"
+            )
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(H, W) at which the network looks at images."""
+        return PATCH * self.grid[0], PATCH * self.grid[1]
+
+    def train(self, mode: bool = True) -> "DepthBackbone":
+        return super().train(False)
+
+    def __deepcopy__(self, memo: dict) -> "DepthBackbone":
+        return self  # it never changes: averages of a policy's weights share it
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), uint8 or float in [0, 1], to features (B, L, token_dim) float32.
+
+        Computed in bfloat16 on CUDA.
+        """
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        if images.shape[-2:] != self.input_size:
+            images = F.interpolate(images, self.input_size, mode="bilinear", antialias=True)
+        device = images.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            _, layers = self.network((images - self.mean) / self.std, self.layers)
+        features = torch.cat(layers, dim=-1).float()  # (B, L, token_dim)
+        if self.pool > 1:
+            features = features.transpose(1, 2).unflatten(2, self.grid)
+            features = F.avg_pool2d(features, self.pool, ceil_mode=True, count_include_pad=False)
+            features = features.flatten(2).transpose(1, 2)
+        return features
+
+    def of_cameras(self, images: Tensor, cameras: Sequence[int]) -> Tensor:
+        """Features (B, C, L, token_dim) of C cameras of images (B, N, 3, H, W)."""
+        chosen = images[:, list(cameras)]
+        return self(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])
+
+    def identity(self) -> dict:
+        """What features follow from, apart from the images: settings and a hash of the weights."""
+        sha = hashlib.sha256()
+        for name, tensor in self.network.state_dict().items():
+            sha.update(name.encode())
+            sha.update(tensor.cpu().numpy())
+        return {
+            "network": self.network.architecture.name,
+            "weights": sha.hexdigest(),
+            "layers": list(self.layers),
+            "pool": self.pool,
+            "input_size": list(self.input_size),
+        }
+
+
+def load_network(config: DepthConfig, architecture: Architecture) -> DepthNetwork:
+    """The network with the weights that the options ask for.
+
+    Raises:
+        UserError: if they cannot be found or read, or are those of another model.
+    """
+    source = config.depth_weights or HUB[config.depth_model]
+    kind, _, seed = source.partition(":")
+    if kind == "random":
+        if not (seed or "0").isdigit():
+            raise UserError(f"--depth-weights {source}: write it as random:SEED, with a whole number.")
+        report("depth: the weights of Depth Anything 3 are RANDOM, its features mean nothing")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(seed or 0))
+            return DepthNetwork(architecture)
+    folder, retry = _snapshot(source, config.depth_model), f"give another --depth-weights than {source}"
+    _check_model_name(folder / "config.json", config.depth_model, source)
+    weights = _read_weights(folder / "model.safetensors", retry)
+    with torch.device("meta"):
+        network = DepthNetwork(architecture)
+    wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    missing, extra = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
+    other = sorted(name for name in wanted.keys() & weights if weights[name].shape != wanted[name])
+    if missing or extra or other:
+        faults = [
+            f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            for what, names in (
+                ("lacks", missing),
+                ("has the unknown", extra),
+                ("has another shape of", other),
+            )
+            if names
+        ]
+        raise UserError(
+            f"{folder / 'model.safetensors'} is no {architecture.name}: below {PREFIX} it "
+            f"{', '.join(faults)}; {retry}."
+        )
+    network.load_state_dict(weights, assign=True)
+    if config.depth_model == "large":
+        report(
+            "depth: the weights of Depth Anything 3 LARGE are licensed CC BY-NC 4.0: no commercial use, of "
+            "policies trained with them either"
+        )
+    return network.float()
+
+
+def _snapshot(source: str, model: str) -> Path:
+    """Folder with config.json and model.safetensors; downloaded, if it is a hub name."""
+    path = Path(source).expanduser()
+    if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") != 1:
+        absent = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
+        if absent:
+            what = "does not exist" if not path.exists() else f"has no {' and no '.join(absent)}"
+            raise UserError(
+                f"--depth-weights {source} {what}: give the folder of an official snapshot, as of "
+                f"{HUB[model]}."
+            )
+        return path
+    from huggingface_hub import hf_hub_download
+
+    near = hub_is_near()
+    try:
+        files = [
+            hf_hub_download(source, name, local_files_only=not near)
+            for name in ("config.json", "model.safetensors")
+        ]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        if not near:
+            reason = "it is not in the hub's cache here, and there is no connection"
+        raise UserError(
+            f"Depth Anything 3 cannot be loaded from {source} ({reason}): download it where there is a "
+            f"connection and give its folder as --depth-weights, or try without, by --depth-weights random."
+        ) from None
+    return Path(files[0]).parent
+
+
+def _check_model_name(path: Path, model: str, source: str) -> None:
+    try:
+        name = json.loads(path.read_text())["model_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} does not name a Depth Anything 3 model ({type(error).__name__}): give the folder of an "
+            f"official snapshot as --depth-weights."
+        ) from None
+    if name != ARCHITECTURES[model].name:
+        known = [key for key, architecture in ARCHITECTURES.items() if architecture.name == name]
+        way = f"give --depth-model {known[0]}" if known else f"only {', '.join(ARCHITECTURES)} are known"
+        raise UserError(f"--depth-weights {source} is {name}, not {ARCHITECTURES[model].name}: {way}.")
+
+
+def _read_weights(path: Path, retry: str) -> dict[str, Tensor]:
+    """The backbone's weights in an official file; heads and the rest are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118, no mapping
+            return {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): download it again, or {retry}.") from None
+
+
+def camera_numbers(config: DepthConfig, cameras: Sequence[str]) -> list[int]:
+    """Places of the cameras with depth among a policy's cameras.
+
+    Raises:
+        UserError: for a camera that the policy does not see.
+    """
+    names = [name if name in cameras else short_name(name) for name in config.depth_cameras]
+    for name in names:
+        if name not in cameras:
+            raise UserError(
+                f"--depth-cameras {name}: there is no such camera; there are {', '.join(cameras)}."
+            )
+    return [cameras.index(name) for name in dict.fromkeys(names or cameras[:1])]
+
+
+def cached(
+    store: EpisodeStore, backbone: DepthBackbone, cameras: Sequence[int], device: torch.device
+) -> EpisodeStore:
+    """The store with the features of these cameras, float16, computed now if they are not there yet.
+
+    Raises:
+        UserError: if the disk is too small, or features are not finite.
+    """
+
+    def compute(images: Tensor) -> Tensor:
+        return backbone.of_cameras(images.to(device), cameras).half().cpu()
+
+    identity = {**backbone.identity(), "cameras": [store.cameras[n] for n in cameras]}
+    shape = (len(cameras), backbone.num_tokens, backbone.token_dim)
+    remedy = "--depth-pool 2, fewer --depth-layers, --depth-cache off"
+    batch_size = 256 if device.type == "cuda" else 16
+    return ensure_features(store, "depth", identity, shape, compute, batch_size, remedy)

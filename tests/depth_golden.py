@@ -1,0 +1,77 @@
+"""How `golden/depth.safetensors` was made: the official Depth Anything 3 network's outputs for seeded weights.
+
+    uv pip install --target official --no-deps depth-anything-3 omegaconf addict einops antlr4-python3-runtime
+    PYTHONPATH=official python tests/depth_golden.py
+
+Its dependencies are left out since they conflict with LeRobot's; the backbone needs none of them.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from common.depth import Architecture
+
+SIZE = (56, 84)  # pixels
+ARCHITECTURES = {
+    "views": Architecture("golden", 64, 6, 2, (1, 3, 5), 2),  # as small, base and large are
+    "one_view": Architecture("golden", 64, 6, 2, (1, 3, 5)),  # as mono and metric are
+}
+
+
+def official(architecture: Architecture) -> torch.nn.Module:
+    """The official network of that shape."""
+    from depth_anything_3.model.dinov2.vision_transformer import DinoVisionTransformer
+
+    start = -1 if architecture.alt_start is None else architecture.alt_start
+    return DinoVisionTransformer(
+        img_size=518,
+        patch_size=14,
+        embed_dim=architecture.dim,
+        depth=architecture.num_blocks,
+        num_heads=architecture.num_heads,
+        alt_start=start,
+        qknorm_start=start,
+        rope_start=start,
+        cat_token=architecture.alt_start is not None,
+    ).eval()
+
+
+@torch.no_grad()
+def randomise(network: torch.nn.Module) -> None:
+    """Fill every parameter: as they are initialised, unit scales and zero positions hide mistakes."""
+    random = np.random.default_rng(0)
+    for _, parameter in sorted(network.named_parameters()):
+        values = torch.from_numpy(random.standard_normal(parameter.shape).astype(np.float32))
+        parameter.copy_(0.1 * values if parameter.ndim > 1 else 0.5 + 0.3 * values)
+
+
+def images(size: tuple[int, int] = SIZE) -> torch.Tensor:
+    """(1, 3, H, W), as if normalized."""
+    return torch.from_numpy(np.random.default_rng(1).standard_normal((1, 3, *size)).astype(np.float32))
+
+
+@torch.no_grad()
+def run(network: torch.nn.Module, architecture: Architecture, size: tuple[int, int] = SIZE) -> dict:
+    """Outputs of the official network: `feats` of every output layer, `layer` of every block."""
+    blocks = list(range(architecture.num_blocks))
+    feats, layers = network.get_intermediate_layers(
+        images(size)[:, None], list(architecture.out_layers), export_feat_layers=blocks
+    )
+    named = {f"feats.{n}": feat[0][:, 0] for n, feat in enumerate(feats)}
+    return named | {f"layer.{n}": layer[:, 0] for n, layer in enumerate(layers)}
+
+
+if __name__ == "__main__":
+    tensors = {}
+    for name, architecture in ARCHITECTURES.items():
+        network = official(architecture)
+        randomise(network)
+        outputs = run(network, architecture)
+        tensors |= {f"{name}.{key}": value.contiguous() for key, value in outputs.items()}
+    save_file(tensors, Path(__file__).parent / "golden" / "depth.safetensors")
