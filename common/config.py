@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -108,8 +109,12 @@ def cli[T](main: Callable[[Any], None], config_type: type[T], argv: Sequence[str
     try:
         main(parse(config_type, argv, Path(sys.modules[config_type.__module__].__file__).name))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr)
+        else:  # most errors are those of all processes; the launcher ends this one once the first has spoken
+            time.sleep(3)
+            print(f"error in process {rank}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""How `golden/depth.safetensors` was made: the official Depth Anything 3 network's outputs for seeded weights.
+"""How `golden/depth.safetensors` was made: what the official Depth Anything 3 gives for seeded weights.
 
     uv pip install --target official --no-deps depth-anything-3 omegaconf addict einops antlr4-python3-runtime
     PYTHONPATH=official python tests/depth_golden.py

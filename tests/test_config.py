@@ -262,7 +262,7 @@ def test_errors_for_people_come_as_one_sentence_and_exit_code_1(tmp_path):
     ("error", "rank", "code", "printed"),
     [
         (UserError("Do this."), "0", 1, "error: Do this.\n"),
-        (UserError("Do this."), "1", 1, ""),
+        (UserError("Do this."), "1", 1, "error in process 1: Do this.\n"),
         (KeyboardInterrupt(), "0", 130, ""),
     ],
 )
@@ -271,6 +271,7 @@ def test_exit_codes(error, rank, code, printed, monkeypatch, capsys):
         raise error
 
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(c.time, "sleep", lambda seconds: None)
     with pytest.raises(SystemExit) as stop:
         c.cli(main, Config, [])
     assert stop.value.code == code

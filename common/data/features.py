@@ -154,7 +154,8 @@ def _fill_all(
     report(f"{name} features: {needed / 1e9:.2f} GB beside {folder}, computed once")
     steps = sum(len(readers[file].steps) for file in pending)
     try:
-        with tqdm(total=steps, desc=f"{name} features", unit="step") as bar:
+        shown = os.environ.get("RANK", "0") == "0"
+        with tqdm(total=steps, desc=f"{name} features", unit="step", disable=not shown) as bar:
             waiting = False  # first what nobody works on, then wait for what others do
             while pending:
                 for file in list(pending):
@@ -172,6 +173,8 @@ def _fill_all(
                     finally:
                         lock.release()
                     pending.remove(file)
+                if pending and not waiting:
+                    bar.set_postfix_str("the rest is being computed by other processes")
                 waiting = True
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
