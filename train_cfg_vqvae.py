@@ -36,6 +36,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from common import checkpoint, flow, losses, vision
+from common.codebook import Codebook, end_window
 from common.config import Flat, RunConfig, cli, resolve_steps
 from common.data import (
     Batch,
@@ -46,7 +47,6 @@ from common.data import (
     open_dataset,
     split_episodes,
 )
-from common.errors import UserError
 from common.launch import check_same_data, create_run_dir, make_accelerator
 from common.normalize import Normalization, Normalizer
 from common.pictures import draw_chunks
@@ -59,7 +59,7 @@ from common.schedules import (
     learning_rates,
 )
 from common.tracking import Tracker
-from common.transformer import ActionDecoder, Encoder, InfoEmbedder, Observation
+from common.transformer import ActionDecoder, ChunkEncoder, InfoEmbedder, Observation, ObservationHead
 from common.vision import VisionConfig
 
 
@@ -128,97 +128,6 @@ class Config:
     """Share of training during which a code is replaced that a window used less than a tenth of 1 / K."""
 
 
-class Posterior(nn.Module):
-    """Latent of a recorded chunk: a transformer over joint states, head tokens and the chunk."""
-
-    def __init__(self, config: Config, spec: checkpoint.PolicySpec, token_dim: int):
-        super().__init__()
-        d_model = config.d_model
-        self.readout = nn.Parameter(torch.randn(1, d_model) * 0.02)
-        self.proprio_in = nn.Linear(spec.state_dim, d_model)
-        self.tokens_in = nn.Linear(token_dim, d_model)
-        self.action_in = nn.Linear(spec.action_dim, d_model)
-        self.position = nn.Parameter(torch.randn(spec.proprio_history + config.horizon, d_model) * 0.02)
-        self.encoder = Encoder(d_model, config.num_heads, config.posterior_layers)
-        self.latent_out = nn.Linear(d_model, config.latent_dim)
-
-    def forward(self, proprio: Tensor, head_tokens: Tensor, actions: Tensor, is_pad: Tensor) -> Tensor:
-        """Encode.
-
-        Args:
-            proprio: (B, K, P), normalized.
-            head_tokens: (B, L, D_v), of the first camera.
-            actions: (B, T, A), normalized; steps that do not exist are not seen.
-            is_pad: (B, T).
-
-        Returns:
-            (B, latent_dim), each of mean 0 and variance 1: with a fixed scale, neither the noise of NSVQ nor
-            the commitment loss can be escaped by growing or shrinking.
-        """
-        steps = torch.cat([self.proprio_in(proprio), self.action_in(actions)], dim=1) + self.position
-        x = torch.cat([self.readout.expand(len(actions), 1, -1), self.tokens_in(head_tokens), steps], dim=1)
-        seen = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        seen[:, -is_pad.shape[1] :] = ~is_pad
-        z = self.latent_out(self.encoder(x, seen)[:, 0])
-        return F.layer_norm(z.float(), z.shape[-1:])
-
-
-class Prior(nn.Module):
-    """What the observation says of the latent: logits over the codes, or the latent itself."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        width = config.num_codes if config.prior == "categorical" else config.latent_dim
-        self.readout = nn.Parameter(torch.randn(1, config.d_model) * 0.02)
-        self.summary_in = nn.Linear(config.d_model, config.d_model)
-        self.encoder = Encoder(config.d_model, config.num_heads, config.prior_layers)
-        self.out = nn.Linear(config.d_model, width)
-        self.regression = config.prior == "regression"
-
-    def forward(self, observation: Observation) -> Tensor:
-        """(B, K) logits or (B, latent_dim); no gradient reaches the observation."""
-        memory, summary = (tensor.detach() for tensor in observation)
-        readout = self.summary_in(summary).unsqueeze(1) + self.readout
-        return self.out(self.encoder(torch.cat([readout, memory], dim=1))[:, 0]).float()
-
-
-class Codebook(nn.Module):
-    """K code vectors, the null token of unconditional draws, and how much the codes are used.
-
-    Attributes:
-        usage: (K,), shares of the samples of the last whole window, over all processes.
-        counts: (K,), samples assigned to each code since then.
-        error: of the latest samples, mean squared distance to their codes, in each dimension.
-    """
-
-    def __init__(self, num_codes: int, latent_dim: int):
-        super().__init__()
-        if latent_dim < 2:
-            raise UserError("--latent-dim must be at least 2: a latent of fixed scale needs a direction.")
-        self.vectors = nn.Parameter(F.layer_norm(torch.randn(num_codes, latent_dim), (latent_dim,)))
-        self.null = nn.Parameter(torch.randn(latent_dim) * 0.02)
-        self.register_buffer("usage", torch.full((num_codes,), 1 / num_codes))
-        self.register_buffer("counts", torch.zeros(num_codes))
-        self.register_buffer("error", torch.zeros(()))
-
-    def count(self, counts: Tensor, error: Tensor) -> None:
-        """Take in a batch: how many samples each code got (K,), and their mean squared distance to it."""
-        self.counts += counts
-        self.error.copy_(error)
-
-    def diagnostics(self) -> dict[str, Tensor]:
-        """Perplexity of the usage, codes in use, distances to nearest and farthest codes."""
-        vectors = self.vectors.detach()
-        distances = torch.cdist(vectors, vectors)
-        others = distances + torch.diag(torch.full_like(self.usage, torch.inf))
-        return {
-            "codes/perplexity": torch.special.entr(self.usage).sum().exp(),
-            "codes/in_use": (self.usage >= 0.1 / len(self.usage)).sum(),
-            "codes/nearest_distance": others.amin(dim=1).mean(),
-            "codes/farthest_distance": distances.amax(dim=1).mean(),
-        }
-
-
 class Prediction(NamedTuple):
     """What the policy makes of recorded chunks."""
 
@@ -245,6 +154,7 @@ class Policy(nn.Module):
     def __init__(self, config: Config, spec: checkpoint.PolicySpec, pretrained: bool = True):
         """`pretrained` = False leaves the backbone's weights to the checkpoint that is loaded next."""
         super().__init__()
+        self.regression = config.prior == "regression"
         self.backbone = vision.build_backbone(
             config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
         )
@@ -256,10 +166,24 @@ class Policy(nn.Module):
             config.num_heads,
             config.encoder_layers,
         )
-        self.posterior = Posterior(config, spec, self.backbone.token_dim)
+        self.posterior = ChunkEncoder(
+            spec.state_dim,
+            self.backbone.token_dim,
+            spec.action_dim,
+            spec.proprio_history + config.horizon,
+            config.d_model,
+            config.num_heads,
+            config.posterior_layers,
+            out_dim=config.latent_dim,
+        )
         self.posterior_average = copy.deepcopy(self.posterior).requires_grad_(False)
-        self.prior = Prior(config)
-        self.codebook = Codebook(config.num_codes, config.latent_dim)
+        self.prior = ObservationHead(
+            config.d_model,
+            config.num_heads,
+            config.prior_layers,
+            out_dim=config.latent_dim if self.regression else config.num_codes,
+        )
+        self.codebook = Codebook(config.num_codes, config.latent_dim, null=True)
         self.action_decoder = ActionDecoder(
             spec.action_dim,
             config.horizon,
@@ -304,11 +228,15 @@ class Policy(nn.Module):
         # Posterior and prior look at what the decoder made the encoder see, and do not change it: codes move
         # while they are found, and an encoder that runs after them learns late to see what is to be done.
         head_tokens = head_tokens.detach()
+        # With a fixed scale, neither the noise of NSVQ nor the commitment loss can be escaped by growing or
+        # shrinking.
         latent = self.posterior(proprio, head_tokens, actions, is_pad)
+        latent = F.layer_norm(latent, latent.shape[-1:])
         with torch.no_grad():
             averaged = self.posterior_average(proprio, head_tokens, actions, is_pad)
+            averaged = F.layer_norm(averaged, averaged.shape[-1:])
             target = losses.nearest_code(averaged, self.codebook.vectors)
-            target = self.codebook.vectors[target] if self.prior.regression else target
+            target = self.codebook.vectors[target] if self.regression else target
         code = losses.nearest_code(latent, self.codebook.vectors)
         quantized = self.codebook.vectors[code]
         z = quantized.repeat_interleave(num_draws, dim=0)
@@ -319,7 +247,7 @@ class Policy(nn.Module):
             z = torch.where(dropped[:, None], self.codebook.null, z)
         context = self.action_decoder.context(observation)
         velocity = self.action_decoder(x_t, t, context, is_pad.repeat_interleave(num_draws, dim=0), z)
-        return Prediction(velocity, latent, code, quantized, self.prior(observation), target)
+        return Prediction(velocity, latent, code, quantized, self.prior(observation.detach()), target)
 
     @torch.no_grad()
     def update_posterior_average(self, step: int, decay: float) -> None:
@@ -335,46 +263,8 @@ class Policy(nn.Module):
             observation: of B samples.
             uniform: (B,), uniform in [0, 1), picks the code; a regression prior leaves no choice.
         """
-        prior = self.prior(observation)
-        if self.prior.regression:
-            return prior
-        below = prior.softmax(dim=1).cumsum(dim=1) <= uniform[:, None]
-        return self.codebook.vectors[below.sum(dim=1).clamp(max=prior.shape[1] - 1)]
-
-
-@torch.no_grad()
-def end_window(
-    policy: Policy, averaged: AveragedPolicy, step: int, progress: float, config: Config
-) -> dict[str, Tensor]:
-    """Look at how codes were used; early in training, replace those that were not.
-
-    A code used less than a tenth of its share becomes a copy of one that is in use, popular ones more often,
-    so that one that serves too many gets company; the prior takes them for the same at first. The copy is
-    moved by a tenth of the distance of a sample to its code: whatever the size of a cluster, this cuts it in
-    two, while a longer way, in a random one of many directions, would lead out of it. Nothing waits for the
-    device, and all processes do the same.
-
-    Returns:
-        Metrics: those of `Codebook.diagnostics`, and the number of codes replaced.
-    """
-    codebook, prior = policy.codebook, policy.prior.out
-    codebook.usage.copy_(codebook.counts / codebook.counts.sum().clamp(min=1))
-    codebook.counts.zero_()
-    unused = codebook.usage < 0.1 / config.num_codes
-    generator = torch.Generator(codebook.usage.device).manual_seed(config.run.seed + step)
-    popular = torch.where(unused, 0.0, codebook.usage)
-    source = torch.multinomial(popular, config.num_codes, replacement=True, generator=generator)
-    spread = codebook.error.nan_to_num(0.0, 0.0).sqrt()  # a batch with bad numbers must not reach the codes
-    noise = torch.randn(codebook.vectors.shape, generator=generator, device=spread.device)
-    metrics = codebook.diagnostics()
-    replaced = torch.zeros_like(unused)
-    if progress <= config.replace_until and codebook.vectors.requires_grad:
-        replaced = unused
-        averaged.replace_rows(codebook.vectors, replaced, codebook.vectors[source] + 0.1 * spread * noise)
-        if prior.weight.requires_grad and not policy.prior.regression:
-            averaged.replace_rows(prior.weight, replaced, prior.weight[source])
-            averaged.replace_rows(prior.bias, replaced, prior.bias[source])
-    return {**metrics, "codes/replaced": replaced.sum()}
+        prior = self.prior(observation.detach())
+        return prior if self.regression else self.codebook.draw(prior, uniform)
 
 
 class Loss(NamedTuple):
@@ -535,7 +425,7 @@ def sample_alternatives(
     """
     _, observation = policy.encode(vision.to_float(images), proprio)
     vectors, prior = policy.codebook.vectors, policy.prior(observation)
-    if policy.prior.regression:
+    if policy.regression:
         probabilities = F.one_hot(losses.nearest_code(prior, vectors)[0], len(vectors)).float()
     else:
         probabilities = prior[0].softmax(dim=0)
@@ -690,7 +580,9 @@ def main(config: Config) -> None:
         averaged.update()
         step, samples = step + 1, samples + global_batch
         if step % config.code_window == 0:
-            tracker.add(end_window(policy, averaged, step, step / total_steps, config))
+            prior_out = None if policy.regression else policy.prior.out
+            early = step <= config.replace_until * total_steps
+            tracker.add(end_window(policy.codebook, prior_out, averaged, config.run.seed + step, early))
 
         if step % config.run.log_every == 0 or step == total_steps:
             tracker.log(step, samples, rates)

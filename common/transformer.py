@@ -99,6 +99,10 @@ class Observation(NamedTuple):
     summary: Tensor
     """One vector for all of it, (B, D), that did not pass through attention."""
 
+    def detach(self) -> "Observation":
+        """The same for something that shall not train what made it."""
+        return Observation(self.memory.detach(), self.summary.detach())
+
 
 class InfoEmbedder(nn.Module):
     """Fuses the tokens and summaries of all cameras with the joint states.
@@ -152,6 +156,68 @@ class InfoEmbedder(nn.Module):
             memory.append(tokens + self.camera_embedding[n])
         summary = memory[0].sum(dim=1) + sum(tokens[:, -1] for tokens in memory[1:])
         return Observation(self.encoder(torch.cat(memory, dim=1)), summary)
+
+
+class ObservationHead(nn.Module):
+    """A vector predicted from an observation, as a prior of a latent is: read at a token of its own."""
+
+    def __init__(self, d_model: int, num_heads: int, num_layers: int, out_dim: int):
+        super().__init__()
+        self.readout = nn.Parameter(torch.randn(1, d_model) * 0.02)
+        self.summary_in = nn.Linear(d_model, d_model)
+        self.encoder = Encoder(d_model, num_heads, num_layers)
+        self.out = nn.Linear(d_model, out_dim)
+
+    def forward(self, observation: Observation) -> Tensor:
+        """(B, out_dim) float32."""
+        readout = self.summary_in(observation.summary).unsqueeze(1) + self.readout
+        return self.out(self.encoder(torch.cat([readout, observation.memory], dim=1))[:, 0]).float()
+
+
+class ChunkEncoder(nn.Module):
+    """A vector that describes a recorded chunk where it was recorded, as a posterior of a latent does.
+
+    A transformer over states, tokens of the head camera and the chunk, read at a token of its own.
+    """
+
+    def __init__(
+        self,
+        state_dim: int,
+        token_dim: int,
+        action_dim: int,
+        num_steps: int,
+        d_model: int,
+        num_heads: int,
+        num_layers: int,
+        out_dim: int,
+    ):
+        """`num_steps` is the number of states and actions together, K + T."""
+        super().__init__()
+        self.readout = nn.Parameter(torch.randn(1, d_model) * 0.02)
+        self.proprio_in = nn.Linear(state_dim, d_model)
+        self.tokens_in = nn.Linear(token_dim, d_model)
+        self.action_in = nn.Linear(action_dim, d_model)
+        self.position = nn.Parameter(torch.randn(num_steps, d_model) * 0.02)
+        self.encoder = Encoder(d_model, num_heads, num_layers)
+        self.latent_out = nn.Linear(d_model, out_dim)
+
+    def forward(self, proprio: Tensor, head_tokens: Tensor, actions: Tensor, is_pad: Tensor) -> Tensor:
+        """Encode.
+
+        Args:
+            proprio: (B, K, P), normalized.
+            head_tokens: (B, L, D_v), of the first camera.
+            actions: (B, T, A), normalized; steps that do not exist are not seen.
+            is_pad: (B, T).
+
+        Returns:
+            (B, out_dim) float32.
+        """
+        steps = torch.cat([self.proprio_in(proprio), self.action_in(actions)], dim=1) + self.position
+        x = torch.cat([self.readout.expand(len(actions), 1, -1), self.tokens_in(head_tokens), steps], dim=1)
+        seen = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        seen[:, -is_pad.shape[1] :] = ~is_pad
+        return self.latent_out(self.encoder(x, seen)[:, 0]).float()
 
 
 class Context(NamedTuple):

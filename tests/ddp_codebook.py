@@ -15,10 +15,10 @@ def main(argv: list[str]) -> None:
     kept, real = {}, train_cfg_vqvae.end_window
     counted = []
 
-    def end_window(policy, averaged, *args):
-        samples = policy.codebook.counts.sum().item()
-        metrics = real(policy, averaged, *args)
-        kept.update(codebook=policy.codebook, averaged=averaged)
+    def end_window(codebook, prior_out, averaged, *args):
+        samples = codebook.counts.sum().item()
+        metrics = real(codebook, prior_out, averaged, *args)
+        kept.update(codebook=codebook, averaged=averaged)
         counted.append((samples, int(metrics["codes/replaced"])))
         return metrics
 

@@ -11,6 +11,7 @@ import evaluate
 import train_cfg_vqvae
 import train_vfp
 from common import checkpoint
+from common.codebook import Codebook, end_window
 from common.config import parse
 from common.data import ChunkDataset, open_dataset
 from common.errors import UserError
@@ -42,6 +43,13 @@ def test_the_code_is_read_off_the_chunk_but_not_off_its_padding(tiny):
     filled = torch.where(is_pad[..., None], 100.0, actions)
     torch.testing.assert_close(policy.posterior(proprio, tokens, filled, is_pad), z)
     assert not torch.allclose(policy.posterior(proprio, tokens, actions + 1, is_pad), z)
+
+
+def test_latents_have_a_fixed_scale(tiny):
+    config, policy, batch, normalizer = prepare(tiny)
+    chunks = normalizer.actions(batch.actions, batch.proprio)
+    proprio = normalizer.proprio(batch.proprio)
+    z = policy(chunks, torch.rand(4), batch.images / 255, proprio, chunks, batch.is_pad).latent
     torch.testing.assert_close(z.mean(1), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(z.var(1, unbiased=False), torch.ones(4), atol=1e-3, rtol=0)
 
@@ -117,7 +125,7 @@ def test_unused_codes_become_copies_of_used_ones_without_memory(tiny):
     optimizer.step()
     before = codebook.vectors.detach().clone()
     codebook.count(torch.tensor([50.0, 50.0, 0.0, 2.0]), torch.tensor(0.04))
-    metrics = train_cfg_vqvae.end_window(policy, averaged, 100, 0.1, config)
+    metrics = end_window(policy.codebook, policy.prior.out, averaged, 100, True)
     assert codebook.usage.tolist() == pytest.approx([50 / 102, 50 / 102, 0, 2 / 102])
     assert metrics["codes/replaced"] == 2  # 2 / 102 is below a tenth of a quarter
     assert metrics["codes/in_use"] == 2
@@ -137,15 +145,15 @@ def test_unused_codes_become_copies_of_used_ones_without_memory(tiny):
     # the same step draws the same; late in training, and after a batch with bad numbers, nothing is spoilt
     codebook.count(torch.tensor([100.0, 0.0, 0.0, 0.0]), torch.tensor(float("nan")))
     kept = codebook.vectors.detach().clone()
-    assert train_cfg_vqvae.end_window(policy, averaged, 200, 0.9, config)["codes/replaced"] == 0
+    assert end_window(policy.codebook, policy.prior.out, averaged, 200, False)["codes/replaced"] == 0
     assert torch.equal(codebook.vectors, kept)
     codebook.count(torch.tensor([100.0, 0.0, 0.0, 0.0]), torch.tensor(float("nan")))
-    train_cfg_vqvae.end_window(policy, averaged, 300, 0.2, config)
+    end_window(policy.codebook, policy.prior.out, averaged, 300, True)
     assert torch.isfinite(codebook.vectors).all()
 
 
 def test_distances_between_codes():
-    codebook = train_cfg_vqvae.Codebook(3, 2)
+    codebook = Codebook(3, 2)
     with torch.no_grad():
         codebook.vectors.copy_(torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]]))
     metrics = codebook.diagnostics()
@@ -246,7 +254,7 @@ def test_a_frozen_codebook_is_not_replaced(tiny):
     averaged = AveragedPolicy(policy, build_optimizer(policy, config.optim), 0.9)
     before = policy.codebook.vectors.clone()
     policy.codebook.count(torch.tensor([100.0, 0.0, 0.0, 0.0]), torch.tensor(0.1))
-    metrics = train_cfg_vqvae.end_window(policy, averaged, 100, 0.1, config)
+    metrics = end_window(policy.codebook, policy.prior.out, averaged, 100, True)
     assert metrics["codes/replaced"] == 0
     assert metrics["codes/in_use"] == 1
     assert torch.equal(policy.codebook.vectors, before)
@@ -258,5 +266,5 @@ def test_a_frozen_prior_keeps_its_rows(tiny):
     averaged = AveragedPolicy(policy, build_optimizer(policy, config.optim), 0.9)
     before = policy.prior.out.weight.clone()
     policy.codebook.count(torch.tensor([100.0, 0.0, 0.0, 0.0]), torch.tensor(0.1))
-    assert train_cfg_vqvae.end_window(policy, averaged, 100, 0.1, config)["codes/replaced"] == 3
+    assert end_window(policy.codebook, policy.prior.out, averaged, 100, True)["codes/replaced"] == 3
     assert torch.equal(policy.prior.out.weight, before)
