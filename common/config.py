@@ -51,15 +51,17 @@ AT_LEAST_ONE = {
     *("horizon", "flow_samples", "sample_steps", "d_model", "num_heads", "encoder_layers", "decoder_layers"),
     *("batch_size", "grad_accumulation", "log_every", "eval_every", "eval_samples", "save_every", "keep"),
     *("num_codes", "posterior_layers", "prior_layers", "code_window", "depth_pool"),
+    *("num_experts", "latent_dim"),
 }
 NOT_NEGATIVE = {
     *("lr", "backbone_lr", "weight_decay", "warmup_steps", "aug_rotate", "aug_blur", "seed"),
-    *("commitment_weight", "transport_weight"),
+    *("commitment_weight", "transport_weight", "gate_noise", "z_loss_weight", "balance_weight", "kl_weight"),
+    *("free_bits", "top_k"),
 }
 POSITIVE = {"grad_clip", "transport_blur"}
 SHARES = {
     *("camera_dropout", "ema_decay", "aug_color", "aug_shift"),
-    *("posterior_decay", "cfg_dropout", "cfg_ramp", "replace_until"),
+    *("posterior_decay", "cfg_dropout", "cfg_ramp", "replace_until", "kl_warmup"),
 }
 
 

@@ -31,6 +31,20 @@ def masked_l1(pred: Tensor, target: Tensor, mask: Tensor, count: Tensor | None =
     return _mean(_real_difference(pred, target, mask).abs(), mask, count)
 
 
+def expert_mse(
+    pred: Tensor, target: Tensor, mask: Tensor, gates: Tensor, count: Tensor | None = None
+) -> Tensor:
+    """Mean squared error of E experts over real steps, each sample's weighted by its gates.
+
+    Args:
+        pred: (E, B, T, A).
+        gates: (B, E), summing to 1 over the experts.
+        target, mask, count: as for `masked_mse`.
+    """
+    squared = _real_difference(pred, target, mask).square()
+    return _mean(squared * gates.T[:, :, None, None], mask, count)
+
+
 def _real_difference(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     # Padding is cut out before it is squared: the derivative of NaN^2 would be NaN even times zero.
     return torch.where(mask.unsqueeze(-1), pred.float() - target.float(), 0.0)
@@ -150,3 +164,28 @@ def noise_substitution(z: Tensor, code: Tensor, noise: Tensor) -> Tensor:
     # the square root's derivative is infinite at 0: an encoder that hits a code must not get NaN for it
     distance = ((z - code).square().sum(-1, keepdim=True) + 1e-12).sqrt()
     return z + distance * noise / noise.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def gaussian_kl(mean: Tensor, log_var: Tensor, prior_mean: Tensor, prior_log_var: Tensor) -> Tensor:
+    """KL divergence of N(mean, exp(log_var)) from the prior's normal, in nats, element by element."""
+    difference = (mean - prior_mean).square() * (-prior_log_var).exp()
+    return 0.5 * (prior_log_var - log_var + (log_var - prior_log_var).exp() + difference - 1)
+
+
+def router_z_loss(logits: Tensor) -> Tensor:
+    """Mean squared log-sum-exp of a gate's logits (B, E), to keep them small (ST-MoE, Zoph et al. 2022)."""
+    return logits.float().logsumexp(dim=-1).square().mean()
+
+
+def load_balance(probabilities: Tensor) -> Tensor:
+    """E sum_e f_e P_e, least, 1, when experts are used alike (Switch Transformers, Fedus et al. 2021).
+
+    f_e is the share of samples whose most probable expert is e, P_e the mean probability of e; gradients
+    reach P_e alone.
+
+    Args:
+        probabilities: (B, E), of the gate.
+    """
+    num_experts = probabilities.shape[-1]
+    chosen = torch.nn.functional.one_hot(probabilities.argmax(dim=-1), num_experts).float().mean(dim=0)
+    return num_experts * (chosen * probabilities.float().mean(dim=0)).sum()

@@ -1,4 +1,4 @@
-"""Pictures of action chunks."""
+"""Pictures of action chunks, features and latents."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -105,6 +105,37 @@ def draw_features(
     axes[0, 0].set_ylabel("camera")
     axes[1, 0].set_ylabel("features")
     figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_latents(path: Path, latents: np.ndarray, labels: Mapping[str, np.ndarray], title: str) -> None:
+    """Latents in the plane of their first two principal components, once for each labelling.
+
+    Args:
+        latents: (N, D).
+        labels: named, each (N,) small integers.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    centred = latents - latents.mean(axis=0)
+    _, spread, directions = np.linalg.svd(centred.astype(np.float64), full_matrices=False)
+    plane = np.zeros((len(latents), 2))
+    plane[:, : min(2, len(directions))] = centred @ directions[:2].T
+    explained = (spread**2)[:2].sum() / max((spread**2).sum(), 1e-12)
+    figure, axes = plt.subplots(1, len(labels), figsize=(5 * len(labels), 4.6), squeeze=False)
+    for axis, (name, values) in zip(axes[0], labels.items(), strict=True):
+        for value in np.unique(values):
+            chosen = plane[values == value]
+            axis.scatter(*chosen.T, s=14, color=f"C{value % 10}", label=str(value), alpha=0.8)
+        axis.set_title(f"by {name}", fontsize=10)
+        axis.tick_params(labelsize=7)
+        axis.legend(fontsize=7)
+    figure.suptitle(f"{title} ({100 * explained:.0f} % of the variance)", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -1,7 +1,8 @@
 """Transformer blocks: scaled-dot-product attention, an encoder, a decoder conditioned on flow time."""
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,22 +12,52 @@ from torch import Tensor, nn
 from common.errors import UserError
 
 
+class StackedLinear(nn.Module):
+    """E linear layers, applied in one batched product: (E, ..., in) -> (E, ..., out).
+
+    A block made with these instead of `nn.Linear` is E blocks that run as one.
+    """
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int):
+        super().__init__()
+        bound = 1 / math.sqrt(in_features)  # as nn.Linear draws them
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, in_features, out_features).uniform_(-bound, bound)
+        )
+        self.bias = nn.Parameter(torch.empty(num_experts, out_features).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.baddbmm(self.bias.unsqueeze(1), x.flatten(1, -2), self.weight)
+        return out.unflatten(1, x.shape[1:-1])
+
+
+def take_expert(module: nn.Module, expert: int) -> nn.Module:
+    """The module with one expert of each of its stacked layers, for inference: it shares their memory."""
+    taken = copy.copy(module)
+    children = {name: take_expert(child, expert) for name, child in module.named_children()}
+    parameters = dict(module._parameters)  # with those that are None
+    if isinstance(module, StackedLinear):
+        parameters = {name: p[expert : expert + 1] for name, p in parameters.items()}
+    taken.__dict__.update(_modules=children, _parameters=parameters)
+    return taken
+
+
 class Attention(nn.Module):
     """Multi-head attention of x to itself or to a context whose keys and values were computed before."""
 
-    def __init__(self, d_model: int, num_heads: int):
+    def __init__(self, d_model: int, num_heads: int, linear: Callable[[int, int], nn.Module] = nn.Linear):
         super().__init__()
         if d_model % num_heads:
             raise UserError(
                 f"--d-model {d_model} is not a multiple of --num-heads {num_heads}: change one of them."
             )
         self.num_heads = num_heads
-        self.query = nn.Linear(d_model, d_model)
-        self.key_value = nn.Linear(d_model, 2 * d_model)
-        self.out = nn.Linear(d_model, d_model)
+        self.query = linear(d_model, d_model)
+        self.key_value = linear(d_model, 2 * d_model)
+        self.out = linear(d_model, d_model)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, D) -> keys and values, each (B, heads, L, D / heads)."""
+        """(..., L, D) -> keys and values, each (..., heads, L, D / heads)."""
         return tuple(self._heads(part) for part in self.key_value(context).chunk(2, dim=-1))
 
     def forward(
@@ -39,26 +70,30 @@ class Attention(nn.Module):
         """Attend.
 
         Args:
-            x: queries, (B, L, D).
+            x: queries, (..., L, D).
             keys_values: of a context, from `keys_values`; x itself when absent.
-            key_mask: (B, L of the keys), False where a key must not be seen.
+            key_mask: (B, L of the keys), False where a key must not be seen; the same for all experts.
             causal: position i sees positions <= i only.
         """
         keys, values = self.keys_values(x) if keys_values is None else keys_values
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        x = F.scaled_dot_product_attention(
-            self._heads(self.query(x)), keys, values, attn_mask=mask, is_causal=causal
-        )
-        return self.out(x.transpose(1, 2).flatten(2))
+        queries, stack = self._heads(self.query(x)), x.shape[:-3]
+        if key_mask is not None:
+            key_mask = key_mask[:, None, None, :].repeat(math.prod(stack), 1, 1, 1)  # expert by expert
+        if stack:  # fused kernels know one batch dimension
+            queries, keys, values = (part.flatten(0, -4) for part in (queries, keys, values))
+        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=key_mask, is_causal=causal)
+        return self.out(seen.transpose(-3, -2).reshape(x.shape))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
 
-def mlp(d_model: int, expansion: int = 4) -> nn.Sequential:
+def mlp(
+    d_model: int, expansion: int = 4, linear: Callable[[int, int], nn.Module] = nn.Linear
+) -> nn.Sequential:
     """Feed-forward part of a block; SiLU costs half of what GELU does on a CPU and learns as well."""
     return nn.Sequential(
-        nn.Linear(d_model, expansion * d_model), nn.SiLU(), nn.Linear(expansion * d_model, d_model)
+        linear(d_model, expansion * d_model), nn.SiLU(), linear(expansion * d_model, d_model)
     )
 
 
@@ -252,13 +287,14 @@ class DecoderBlock(nn.Module):
     start at zero (adaLN-Zero), so that an untrained decoder passes its input through.
     """
 
-    def __init__(self, d_model: int, num_heads: int):
+    def __init__(self, d_model: int, num_heads: int, linear: Callable[[int, int], nn.Module] = nn.Linear):
+        """`linear` makes the layers: stacked ones for a block of several experts."""
         super().__init__()
         self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
-        self.self_attention = Attention(d_model, num_heads)
-        self.cross_attention = Attention(d_model, num_heads)
-        self.mlp = mlp(d_model)
-        self.modulation = nn.Linear(d_model, 9 * d_model)
+        self.self_attention = Attention(d_model, num_heads, linear)
+        self.cross_attention = Attention(d_model, num_heads, linear)
+        self.mlp = mlp(d_model, linear=linear)
+        self.modulation = linear(d_model, 9 * d_model)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
@@ -270,7 +306,7 @@ class DecoderBlock(nn.Module):
         key_mask: Tensor | None,
         causal: bool,
     ) -> Tensor:
-        """Refine action tokens.
+        """Refine action tokens; of E experts, all but the mask with a leading dimension E.
 
         Args:
             x: action tokens, (B * M, T, D), M draws per observation one after the other.
@@ -278,13 +314,14 @@ class DecoderBlock(nn.Module):
             context: keys and values of B observations.
             key_mask: (B * M, T), False for padded actions.
         """
-        modulation = self.modulation(F.silu(condition)).unsqueeze(1).chunk(9, dim=-1)
+        modulation = self.modulation(F.silu(condition)).unsqueeze(-2).chunk(9, dim=-1)
         shift, scale, gate = modulation[:3]
         h = self.norm(x) * (1 + scale) + shift
         x = x + gate * self.self_attention(h, key_mask=key_mask, causal=causal)
         shift, scale, gate = modulation[3:6]
         # The M draws of one observation are M * T queries to the same keys: no copies of the keys are made.
-        h = (self.norm(x) * (1 + scale) + shift).reshape(len(context[0]), -1, x.shape[-1])
+        h = self.norm(x) * (1 + scale) + shift
+        h = h.unflatten(-3, (context[0].shape[-4], -1)).flatten(-3, -2)  # (..., B, M * T, D)
         x = x + gate * self.cross_attention(h, keys_values=context).reshape(x.shape)
         shift, scale, gate = modulation[6:]
         return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)

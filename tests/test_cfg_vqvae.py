@@ -46,7 +46,7 @@ def test_the_code_is_read_off_the_chunk_but_not_off_its_padding(tiny):
 
 
 def test_latents_have_a_fixed_scale(tiny):
-    config, policy, batch, normalizer = prepare(tiny)
+    _config, policy, batch, normalizer = prepare(tiny)
     chunks = normalizer.actions(batch.actions, batch.proprio)
     proprio = normalizer.proprio(batch.proprio)
     z = policy(chunks, torch.rand(4), batch.images / 255, proprio, chunks, batch.is_pad).latent
