@@ -4,9 +4,10 @@
     python benchmarks/methods.py --methods train_naive_fm train_vfp --seeds 0 --out /tmp
 
 Each method is trained with `configs/METHOD/demo.json` and evaluated on the same fresh episodes. Runs that are
-finished are not repeated and interrupted ones go on, so that the comparison can be made in parts. All methods
-run with one seed before the next begins, so that a machine busy with other work slows all alike. The table
-and the figure are written to `docs/`, beside the text that is there.
+finished are not repeated and interrupted ones go on, so that the comparison can be made in parts. What a
+training step costs is measured afterwards, the methods taking turns in one process on one thread, so that a
+machine busy with other work slows all alike; nothing else should run then. The table and the figure are
+written to `docs/`, beside the text that is there.
 """
 
 import json
@@ -63,8 +64,9 @@ def main(config: Config) -> None:
         method: [collect(config.runs / f"{method}-{seed}") for seed in config.seeds]
         for method in config.methods
     }
+    seconds = measure_steps(config.methods)
     config.out.mkdir(parents=True, exist_ok=True)
-    text = table(results, config.seeds, jobs)
+    text = table(results, seconds, config.seeds)
     print(text)
     insert(config.out / "methods.md", text)
     draw(results, config.out / "methods.png")
@@ -108,17 +110,62 @@ def call(command: list, threads: int, folder: Path) -> None:
     print(f"{folder.name}: {command[0]} took {(time.perf_counter() - started) / 60:.1f} min", flush=True)
 
 
+def measure_steps(methods: tuple[str, ...], rounds: int = 15, turn_steps: int = 2) -> dict[str, float]:
+    """Seconds of a training step of each method with its demo configuration, on one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    loops, times = {method: training_steps(method) for method in methods}, {method: [] for method in methods}
+    for turn in range(rounds + 1):
+        for method, loop in loops.items():
+            start = time.perf_counter()
+            for _ in range(turn_steps):
+                next(loop)
+            if turn:  # the first turn warms up
+                times[method].append((time.perf_counter() - start) / turn_steps)
+    return {method: statistics.median(values) for method, values in times.items()}
+
+
+def training_steps(method: str):
+    """What a script does between two batches, without what Accelerate adds; yields after every step."""
+    import importlib
+
+    import torch
+
+    from common.checkpoint import PolicySpec
+    from common.config import parse
+    from common.data import ChunkDataset, make_loader, open_dataset
+    from common.normalize import Normalizer
+    from common.schedules import AveragedPolicy, build_optimizer, clip_gradients
+
+    script = importlib.import_module(method)
+    config = parse(script.Config, ["--config", str(ROOT / "configs" / method / "demo.json")], f"{method}.py")
+    store = open_dataset(config.data)
+    data = ChunkDataset(store, range(store.num_episodes), config.horizon)
+    normalizer = Normalizer.fit(data)
+    torch.manual_seed(0)
+    policy = script.Policy(config, PolicySpec.of(data)).train()
+    optimizer = build_optimizer(policy, config.optim)
+    averaged = AveragedPolicy(policy, optimizer, config.optim.ema_decay)
+    for batch in make_loader(data, config.optim.batch_size, seed=0):
+        loss = script.compute_loss(policy, batch, normalizer, config)
+        getattr(loss, "total", loss).backward()  # some give the parts of their loss as well
+        clip_gradients(policy, optimizer, config.optim.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        averaged.update()
+        yield
+
+
 def collect(folder: Path) -> dict:
     """What is compared of one run."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["split"] == "train"]
     closed_loop = json.loads((folder / "evaluation" / "results.json").read_text())["closed_loop"]
-    seconds = statistics.median(1 / line["steps_per_s"] for line in train[1:])
     codes = [line for line in train if "codes/in_use" in line]
     return {
         "closed_loop": closed_loop,
-        "step_s": seconds,
-        "minutes": seconds * train[-1]["step"] / 60,
+        "steps": train[-1]["step"],
         "parameters": count_parameters(find(folder) / "policy"),
         "codes": (codes[-1]["codes/in_use"], codes[-1]["codes/perplexity"]) if codes else None,
     }
@@ -137,7 +184,7 @@ def count_parameters(policy: Path) -> int:
     return int(total)
 
 
-def table(results: dict[str, list[dict]], seeds: tuple[int, ...], jobs: int) -> str:
+def table(results: dict[str, list[dict]], seconds: dict[str, float], seeds: tuple[int, ...]) -> str:
     """Markdown: a row for each method, means over seeds with the seeds' own figures."""
 
     def rates(runs: list[dict], steps: str, name: str) -> str:
@@ -145,10 +192,10 @@ def table(results: dict[str, list[dict]], seeds: tuple[int, ...], jobs: int) -> 
         return f"{np.mean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
 
     episodes = next(iter(results.values()))[0]["closed_loop"][STEPS[0]]["episodes"]
-    fastest = min(np.mean([run["step_s"] for run in runs]) for runs in results.values())
+    fastest = min(seconds.values())
     lines = [
         f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {episodes} fresh episodes each, the same for "
-        f"all. Means, and each seed in brackets, in percent. {jobs} runs at a time on {cores()} cores.",
+        "all. Means, and each seed in brackets, in percent.",
         "",
         "| | success, 10 steps | 2 steps | 1 step | collisions, 10 steps | 2 steps | 1 step |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -158,24 +205,26 @@ def table(results: dict[str, list[dict]], seeds: tuple[int, ...], jobs: int) -> 
         lines.append(f"| `{method}.py` | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "| | rarest mode, 10 / 2 / 1 steps | parameters | s per step | of least | training | codes in use |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| | rarest mode, 10 / 2 / 1 steps | parameters | s per step | of least | steps | training | "
+        "codes in use |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method, runs in results.items():
         rarest = [
             min(100 * share for run in runs for share in run["closed_loop"][steps]["modes"].values())
             for steps in STEPS
         ]
-        step = np.mean([run["step_s"] for run in runs])
+        step = seconds[method]
         codes = ", ".join(f"{run['codes'][0]:.0f}" for run in runs) if runs[0]["codes"] else ""
         lines.append(
             f"| `{method}.py` | {' / '.join(f'{share:.0f} %' for share in rarest)} | "
-            f"{runs[0]['parameters'] / 1e6:.2f} M | {step:.3f} | {step / fastest:.2f} | "
-            f"{np.mean([run['minutes'] for run in runs]):.1f} min | {codes} |"
+            f"{runs[0]['parameters'] / 1e6:.2f} M | {step:.3f} | {step / fastest:.2f} | {runs[0]['steps']} | "
+            f"{step * runs[0]['steps'] / 60:.1f} min | {codes} |"
         )
     lines += [
         "",
-        "Parameters are all that were trained. The rarest mode is the smallest share of any of the four "
+        "Parameters are all that were trained. Seconds are of one thread; training is their product with the "
+        "number of steps. The rarest mode is the smallest share of any of the four "
         "among the successes of any seed.",
     ]
     return "\n".join(lines)

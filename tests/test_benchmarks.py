@@ -30,9 +30,7 @@ def finished_run(folder, success, codes=False):
     save_file({"weight": torch.zeros(1000, 250)}, policy / "posterior_average.safetensors")
     save_file({"state_offset": torch.zeros(3)}, policy / "stats.safetensors")
     more = {"codes/in_use": 15, "codes/perplexity": 12.5} if codes else {}
-    lines = [
-        {"step": step, "split": "train", "steps_per_s": 2 + (step == 10), **more} for step in (10, 15, 20)
-    ]
+    lines = [{"step": step, "split": "train", **more} for step in (10, 15, 20)]
     lines.append({"step": 20, "split": "val", "loss": 1.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "evaluation").mkdir()
@@ -63,11 +61,9 @@ def test_runs_are_compared_and_what_people_wrote_stays(methods, tmp_path):
     finished_run(tmp_path / "b-1", 1.0, codes=True)
     results = {name: [methods.collect(tmp_path / f"{name}-{seed}") for seed in (0, 1)] for name in "ab"}
     assert results["a"][0]["parameters"] == 250_000
-    assert results["a"][0]["step_s"] == 0.5  # the first line holds the start-up
-    assert results["a"][0]["minutes"] == pytest.approx(20 * 0.5 / 60)
-    text = methods.table(results, (0, 1), 2)
+    text = methods.table(results, {"a": 0.25, "b": 0.5}, (0, 1))
     assert "| `a.py` | 85.0 (90.0, 80.0) |" in text
-    assert "| `b.py` | 10 % / 10 % / 10 % | 0.25 M | 0.500 | 1.00 | 0.2 min | 15, 15 |" in text
+    assert "| `b.py` | 10 % / 10 % / 10 % | 0.25 M | 0.500 | 2.00 | 20 | 0.2 min | 15, 15 |" in text
     path = tmp_path / "methods.md"
     path.write_text(f"# Title\n\nbefore\n\n{methods.BEGIN}\nold\n{methods.END}\n\nafter\n")
     methods.insert(path, text)

@@ -259,3 +259,63 @@ def test_gradients_reach_encoder_and_codebook():
     at_code = torch.zeros(2, 3, requires_grad=True)
     losses.noise_substitution(at_code, torch.zeros(2, 3), torch.randn(2, 3)).sum().backward()
     assert torch.isfinite(at_code.grad).all()
+
+
+def test_the_divergence_of_normals_and_its_gradient_are_those_of_torch():
+    from torch.distributions import Normal, kl_divergence
+
+    torch.manual_seed(0)
+    parameters = [torch.randn(6, 3, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    mean, log_var, prior_mean, prior_log_var = parameters
+    mine = losses.gaussian_kl(*parameters)
+    theirs = kl_divergence(
+        Normal(mean, (0.5 * log_var).exp()), Normal(prior_mean, (0.5 * prior_log_var).exp())
+    )
+    torch.testing.assert_close(mine, theirs)
+    weights = torch.rand(6, 3, dtype=torch.float64)
+    gradients = [torch.autograd.grad((weights * kl).sum(), parameters) for kl in (mine, theirs)]
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
+    assert losses.gaussian_kl(mean, log_var, mean, log_var).abs().max() < 1e-12
+
+
+def test_experts_are_balanced_at_uniform_use():
+    uniform = torch.eye(4).repeat(5, 1) * 0.4 + 0.15  # each expert is the most probable of as many samples
+    assert losses.load_balance(uniform).item() == pytest.approx(1.0)
+    torch.manual_seed(0)
+    for _ in range(20):
+        assert losses.load_balance(torch.softmax(3 * torch.randn(400, 4), dim=1)) > 0.99
+    collapsed = torch.tensor([[0.97, 0.01, 0.01, 0.01]]).repeat(8, 1)
+    assert losses.load_balance(collapsed).item() == pytest.approx(4 * 0.97)
+
+
+def test_the_balancing_gradient_takes_from_those_who_have():
+    logits = torch.zeros(8, 4)
+    logits[:, 0], logits[0, 1] = 1.0, 2.0
+    logits.requires_grad_()
+    losses.load_balance(logits.softmax(dim=1)).backward()
+    assert (logits.grad[:, 0] > 0).all()
+    assert (logits.grad[:, 2:] < 0).all()
+
+
+def test_the_router_loss_is_least_at_small_logits():
+    assert losses.router_z_loss(torch.full((5, 4), -math.log(4))).item() == pytest.approx(0, abs=1e-6)
+    logits = torch.randn(5, 4)
+    expected = logits.exp().sum(dim=1).log().square().mean()
+    assert losses.router_z_loss(logits).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_error_of_experts_is_weighted_by_their_gates():
+    torch.manual_seed(0)
+    pred, target, mask = torch.randn(3, 5, 4, 2), torch.randn(5, 4, 2), torch.rand(5, 4) < 0.7
+    for e in range(3):
+        gates = torch.eye(3)[e].expand(5, 3)
+        torch.testing.assert_close(
+            losses.expert_mse(pred, target, mask, gates), losses.masked_mse(pred[e], target, mask)
+        )
+    gates = torch.rand(5, 3).softmax(dim=1)
+    squared = ((pred - target) ** 2).mean(-1)  # (E, B, T)
+    expected = torch.einsum("ebt,be,bt->", squared, gates, mask.float()) / mask.sum()
+    torch.testing.assert_close(losses.expert_mse(pred, target, mask, gates), expected)
+    doubled = losses.expert_mse(pred, target, mask, gates, count=2 * mask.sum())
+    torch.testing.assert_close(doubled, expected / 2)

@@ -14,16 +14,18 @@ import train_cfg_vqvae
 import train_naive_fm
 import train_vfp
 import train_vfp_depth
+import train_vfp_moe
 from common.config import parse
 from common.errors import UserError
 from common.inference import load_policy, load_script
 from common.launch import _new_folder, make_accelerator
 from common.normalize import Normalizer
 
-SCRIPTS = [train_vfp, train_vfp_depth, train_naive_fm, train_cfg_vqvae]
+SCRIPTS = [train_vfp, train_vfp_depth, train_naive_fm, train_cfg_vqvae, train_vfp_moe]
 SMALL = {
     train_vfp_depth: "--depth-weights random",
     train_cfg_vqvae: "--num-codes 4 --latent-dim 4 --posterior-layers 1 --code-window 1",
+    train_vfp_moe: "--num-experts 2 --latent-dim 4 --posterior-layers 1",
 }
 pytestmark = pytest.mark.usefixtures("accelerate_reset", "tiny_depth")
 

@@ -5,11 +5,14 @@ from common.errors import UserError
 from common.transformer import (
     ActionDecoder,
     Attention,
+    DecoderBlock,
     Encoder,
     InfoEmbedder,
     Observation,
+    StackedLinear,
     TimeEmbedding,
     sincos_position_2d,
+    take_expert,
 )
 
 
@@ -187,3 +190,60 @@ def test_the_summary_reaches_the_velocity_of_every_draw_of_its_observation():
     one, other = (model(x, t, model.context(Observation(memory, s))) for s in (summary, changed))
     torch.testing.assert_close(one[:3], other[:3])
     assert ((one[3:] - other[3:]).abs().amax(dim=(1, 2)) > 1e-6).all()
+
+
+def separate(stacked_block, expert, d_model, num_heads):
+    """A block of ordinary layers with the weights of one expert."""
+    block = DecoderBlock(d_model, num_heads)
+    weights = {
+        name: p[expert].T if name.endswith("weight") else p[expert]
+        for name, p in stacked_block.state_dict().items()
+    }
+    block.load_state_dict(weights)
+    return block
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_stacked_experts_equal_separate_modules(causal):
+    torch.manual_seed(0)
+    num_experts, batch, draws, steps, length, d_model = 3, 2, 4, 5, 7, 16
+    stacked = DecoderBlock(d_model, 2, lambda i, o: StackedLinear(num_experts, i, o))
+    for p in stacked.parameters():
+        p.data.normal_(0, 0.2)
+    x = torch.randn(num_experts, batch * draws, steps, d_model)
+    condition = torch.randn(batch * draws, d_model)
+    memory = torch.randn(batch, length, d_model)
+    mask = torch.rand(batch * draws, steps) < 0.7
+    mask[:, 0] = True
+    mask = None if causal else mask
+    keys_values = stacked.cross_attention.keys_values(memory.expand(num_experts, -1, -1, -1))
+    together = stacked(x, condition.expand(num_experts, -1, -1), keys_values, mask, causal)
+    together.sum().backward()
+    for e in range(num_experts):
+        block = separate(stacked, e, d_model, 2)
+        alone = block(x[e], condition, block.cross_attention.keys_values(memory), mask, causal)
+        torch.testing.assert_close(together[e], alone, atol=1e-5, rtol=1e-5)
+        alone.sum().backward()
+        for (name, p), q in zip(block.named_parameters(), stacked.parameters(), strict=True):
+            grad = q.grad[e].T if name.endswith("weight") else q.grad[e]
+            torch.testing.assert_close(p.grad, grad, atol=2e-4, rtol=1e-4)
+
+
+def test_a_taken_expert_shares_memory_and_acts_alone():
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(StackedLinear(3, 4, 5), torch.nn.LayerNorm(5), StackedLinear(3, 5, 2))
+    x = torch.randn(3, 6, 4)
+    whole = layers(x)
+    for e in range(3):
+        taken = take_expert(layers, e)
+        torch.testing.assert_close(taken(x[e : e + 1])[0], whole[e])
+        assert taken[0].weight.data_ptr() == layers[0].weight[e].data_ptr()
+        assert taken[0].weight.shape == (1, 4, 5)
+    assert layers[0].weight.shape == (3, 4, 5)
+
+
+def test_stacked_layers_start_as_ordinary_ones_do():
+    torch.manual_seed(0)
+    stacked, plain = StackedLinear(40, 30, 50), torch.nn.Linear(30, 50)
+    assert stacked.weight.std().item() == pytest.approx(plain.weight.std().item(), rel=0.05)
+    assert stacked.bias.std().item() == pytest.approx((1 / 30) ** 0.5 / 3**0.5, rel=0.05)
