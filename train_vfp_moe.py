@@ -113,9 +113,12 @@ class Config:
     num_experts: int = 4
     """E, decoders among which the gate chooses."""
     top_k: int = 0
-    """Experts that learn from a sample, the most probable ones; 0 lets all learn, weighted by the gate."""
+    """Experts that learn from a sample once the gate has warmed up, the most probable ones; 0 lets all learn,
+    weighted by the gate. All are computed either way."""
     gate_noise: float = 0.3
     """Standard deviation of the noise on the gate's logits while training."""
+    gate_warmup: float = 0.3
+    """Share of training over which the gate's weights take over from equal ones."""
     z_loss_weight: float = 1e-3
     """Weight of the squared log-sum-exp of the gate's logits."""
     balance_weight: float = 1e-2
@@ -426,7 +429,7 @@ def compute_loss(
     """Velocity, latent, transport and router losses.
 
     Args:
-        progress: share of training that is done, for the warm-up of the KL divergence.
+        progress: share of training that is done, for the warm-up of gate and KL divergence.
         draws: noise (B * M, T, A) and flow time (B * M,), where they must be the same every time.
         count: real steps to divide by, see `losses.masked_mse`.
     """
@@ -454,6 +457,10 @@ def compute_loss(
     if config.top_k and config.top_k < config.num_experts:
         least = prediction.gate.topk(config.top_k, dim=1).values[:, -1:]
         gates = prediction.gate.masked_fill(prediction.gate < least, -torch.inf).softmax(dim=1)
+    # At first all experts learn alike: while errors are large, the one that happens to be ahead would be
+    # given every sample, learn all the more, and never be caught up with.
+    trust = min(progress / max(config.gate_warmup, 1e-9), 1.0)
+    gates = trust * gates + (1 - trust) / config.num_experts
     predicted = prediction.velocity.unflatten(1, (-1, 1 + num_draws))  # (E, B, 1 + M, T, A)
     per_draw = gates.unflatten(0, (-1, 1 + num_draws))  # (B, 1 + M, E)
     velocity_loss = losses.expert_mse(

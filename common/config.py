@@ -62,6 +62,7 @@ POSITIVE = {"grad_clip", "transport_blur"}
 SHARES = {
     *("camera_dropout", "ema_decay", "aug_color", "aug_shift"),
     *("posterior_decay", "cfg_dropout", "cfg_ramp", "replace_until", "kl_warmup"),
+    "gate_warmup",
 }
 
 
