@@ -165,17 +165,25 @@ class Gate(nn.Module):
         counts: (E,), such samples since then.
     """
 
-    def __init__(self, latent_dim: int, num_experts: int, hidden_dim: int = 64):
+    def __init__(self, latent_dim: int, num_experts: int, sharpness: float = 3.0):
+        """Make a gate that is decided from the start.
+
+        One that starts undecided stays so: experts that all learn everything give it nothing to choose by. A
+        decided one cuts the latents into as many cones; which latent lies in which, the posterior learns.
+
+        Args:
+            sharpness: standard deviation of its logits, for latents of unit variance.
+        """
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(latent_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, num_experts)
-        )
+        self.logits = nn.Linear(latent_dim, num_experts)
+        nn.init.normal_(self.logits.weight, std=sharpness / latent_dim**0.5)
+        nn.init.zeros_(self.logits.bias)
         self.register_buffer("usage", torch.full((num_experts,), 1 / num_experts))
         self.register_buffer("counts", torch.zeros(num_experts))
 
     def forward(self, z: Tensor) -> Tensor:
         """Logits (B, E) of latents (B, latent_dim)."""
-        return self.mlp(z).float()
+        return self.logits(z).float()
 
     @torch.no_grad()
     def end_window(self) -> dict[str, Tensor]:
@@ -253,7 +261,7 @@ class Prediction(NamedTuple):
     velocity: Tensor
     """Of every expert, (E, B * M, T, A)."""
     gate: Tensor
-    """Logits of the experts, (B * M, E), noisy while training."""
+    """Logits of the experts, (B * M, E)."""
     latent: Tensor
     """Mean of the posterior, (B, latent_dim); of a codebook, before quantization."""
     divergence: Tensor
@@ -275,7 +283,6 @@ class Policy(nn.Module):
         """`pretrained` = False leaves the backbone's weights to the checkpoint that is loaded next."""
         super().__init__()
         self.vq, self.unit_variances = config.latent == "vq", config.variances == "unit"
-        self.gate_noise = config.gate_noise
         if not 0 <= config.top_k <= config.num_experts:
             raise UserError(f"--top-k {config.top_k}: there are {config.num_experts} experts.")
         self.backbone = vision.build_backbone(
@@ -361,12 +368,9 @@ class Policy(nn.Module):
             if self.training:
                 deviation = (0.5 * log_var).exp().repeat_interleave(num_draws, dim=0)
                 z = z + deviation * torch.randn_like(z)
-        gate = self.gate(z)
-        if self.training:
-            gate = gate + self.gate_noise * torch.randn_like(gate)
         context = self.moe_action_decoder.context(observation)
         velocity = self.moe_action_decoder(x_t, t, context, z, is_pad.repeat_interleave(num_draws, dim=0))
-        return Prediction(velocity, gate, latent, divergence, code, quantized)
+        return Prediction(velocity, self.gate(z), latent, divergence, code, quantized)
 
     def _quantize(self, seen: tuple[Tensor, ...], prior: Tensor, num_draws: int) -> tuple[Tensor, ...]:
         """Latents (B * M, latent_dim) from the codebook, and the rest of `Prediction`."""
@@ -452,11 +456,13 @@ def compute_loss(
     t = F.pad(t.unflatten(0, (-1, num_draws)), (1, 0)).flatten()  # (B * (1 + M),)
     prediction = policy(x_t, t, images, proprio, chunks, batch.is_pad)
 
-    probabilities = prediction.gate.softmax(dim=1)  # (B * (1 + M), E)
-    gates = probabilities
+    logits = prediction.gate  # (B * (1 + M), E)
+    if policy.training:
+        logits = logits + config.gate_noise * torch.randn_like(logits)
+    probabilities = gates = logits.softmax(dim=1)
     if config.top_k and config.top_k < config.num_experts:
-        least = prediction.gate.topk(config.top_k, dim=1).values[:, -1:]
-        gates = prediction.gate.masked_fill(prediction.gate < least, -torch.inf).softmax(dim=1)
+        least = logits.topk(config.top_k, dim=1).values[:, -1:]
+        gates = logits.masked_fill(logits < least, -torch.inf).softmax(dim=1)
     # At first all experts learn alike: while errors are large, the one that happens to be ahead would be
     # given every sample, learn all the more, and never be caught up with.
     trust = min(progress / max(config.gate_warmup, 1e-9), 1.0)
@@ -480,7 +486,7 @@ def compute_loss(
     )
     divergence = prediction.divergence.mean(dim=0)  # of each dimension
     beta = config.kl_weight * min(progress / max(config.kl_warmup, 1e-9), 1.0)
-    router_z, balance = losses.router_z_loss(prediction.gate), losses.load_balance(probabilities)
+    router_z, balance = losses.router_z_loss(logits), losses.load_balance(probabilities)
     total = (
         velocity_loss
         + beta * divergence.clamp(min=config.free_bits).sum()

@@ -177,20 +177,21 @@ def test_the_exported_policy_acts_as_it_did_in_training(script, tiny, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_components_can_be_frozen_and_taken_from_another_run(script, tiny, tmp_path):
+    decoder = "moe_action_decoder" if script is train_vfp_moe else "action_decoder"
     first = train(script, tiny, tmp_path / "first", "--steps", 2)
     flags = (
         "--steps",
         2,
         "--init-from",
-        f"action_decoder={first}",
+        f"{decoder}={first}",
         "--freeze",
-        "action_decoder",
+        decoder,
         "--seed",
         1,
     )
     second = train(script, tiny, tmp_path / "second", *flags)
     folders = [folder / "checkpoints" / "step_0000002" / "policy" for folder in (first, second)]
-    decoders = [load_file(folder / "action_decoder.safetensors") for folder in folders]
+    decoders = [load_file(folder / f"{decoder}.safetensors") for folder in folders]
     embedders = [load_file(folder / "info_embedder.safetensors") for folder in folders]
     assert all(torch.equal(decoders[0][key], decoders[1][key]) for key in decoders[0])
     assert not all(torch.equal(embedders[0][key], embedders[1][key]) for key in embedders[0])
@@ -198,8 +199,8 @@ def test_components_can_be_frozen_and_taken_from_another_run(script, tiny, tmp_p
         (("--freeze", "wings"), "no such component"),
         (("--init-from", f"wings={first}"), "no component 'wings'"),
         (("--init-from", tmp_path / "absent"), "does not exist"),
-        (("--init-from", f"info_embedder={folders[0] / 'action_decoder.safetensors'}"), "does not fit"),
-        (("--init-from", folders[0] / "action_decoder.safetensors"), "component=FILE"),
+        (("--init-from", f"info_embedder={folders[0] / decoder}.safetensors"), "does not fit"),
+        (("--init-from", folders[0] / f"{decoder}.safetensors"), "component=FILE"),
     ):
         with pytest.raises(UserError, match=words):
             train(script, tiny, tmp_path / "third", "--steps", 1, *flags)

@@ -69,7 +69,7 @@ def test_other_experts_are_not_touched_when_acting(tiny):
     proprio = normalizer.proprio(batch.proprio)
     options = {"x_0": torch.randn(4, 4, 3), "noise": torch.randn(4, 4)}
     with torch.no_grad():
-        policy.gate.mlp[-1].bias.copy_(torch.tensor([0.0, 1e4, 0.0]))  # always the second
+        policy.gate.logits.bias.copy_(torch.tensor([0.0, 1e4, 0.0]))  # always the second
         before = train_vfp_moe.sample_actions(policy, batch.images, proprio, config, **options)
         for name, parameter in policy.moe_action_decoder.named_parameters():
             if parameter.shape[0] == 3 and ("experts" in name or "velocity_out" in name):
@@ -109,7 +109,8 @@ def test_unit_variances_make_the_divergence_half_a_squared_distance(tiny):
 
 
 def test_the_divergence_is_warmed_up_and_free_within_its_bits(tiny):
-    config, policy, batch, normalizer = prepare(tiny, "--kl-weight", "5", "--kl-warmup", "0.5")
+    flags = ("--kl-weight", "5", "--gate-warmup", "0")
+    config, policy, batch, normalizer = prepare(tiny, *flags, "--kl-warmup", "0.5")
     policy.eval()
     draws = torch.randn(4, 4, 3), torch.rand(4)
 
@@ -119,14 +120,14 @@ def test_the_divergence_is_warmed_up_and_free_within_its_bits(tiny):
     start, middle, end = total(0.0), total(0.25), total(1.0)
     assert (end.total - start.total).item() == pytest.approx(5 * end.metrics["loss/kl"].item(), rel=1e-4)
     assert (middle.total - start.total).item() == pytest.approx(2.5 * end.metrics["loss/kl"].item(), rel=1e-4)
-    free, *_ = prepare(tiny, "--kl-weight", "5", "--free-bits", "100")
+    free, *_ = prepare(tiny, *flags, "--free-bits", "100")
     assert total(1.0, free).total.item() == pytest.approx(start.total.item() + 5 * 100 * 4, rel=1e-4)
 
 
 def test_only_the_most_probable_experts_learn_if_asked(tiny):
     config, policy, batch, normalizer = prepare(tiny, "--top-k", "1", "--gate-noise", "0")
     with torch.no_grad():
-        policy.gate.mlp[-1].bias.copy_(torch.tensor([0.0, 50.0, 0.0]))
+        policy.gate.logits.bias.copy_(torch.tensor([0.0, 50.0, 0.0]))
     loss = train_vfp_moe.compute_loss(policy, batch, normalizer, config)
     assert loss.experts.tolist() == [0, 4 * 3, 0]  # of the draws of four samples, two and the one at t = 0
     loss.total.backward()
@@ -195,3 +196,19 @@ def test_labels_that_follow_from_each_other_share_all_information():
     assert normalized_mutual_information(first, merged) == pytest.approx(
         2 * information / (np.log(3) + information)
     )
+
+
+def test_all_experts_learn_alike_at_first(tiny):
+    config, policy, batch, normalizer = prepare(tiny, "--gate-warmup", "0.5", "--transport-weight", "0")
+    with torch.no_grad():
+        policy.gate.logits.bias.copy_(torch.tensor([0.0, 50.0, 0.0]))
+    weight = policy.moe_action_decoder.velocity_out.weight
+    for progress, share in ((0.0, 1 / 3), (0.25, 1 / 6), (0.5, 0.0)):
+        policy.eval()  # the same noise each time
+        draws = torch.ones(4, 4, 3), torch.full((4,), 0.3)
+        loss = train_vfp_moe.compute_loss(policy, batch, normalizer, config, progress, draws)
+        grad = torch.autograd.grad(loss.total, weight)[0].norm(dim=(1, 2))
+        if progress == 0:
+            whole = grad * 3
+        torch.testing.assert_close(grad[0], whole[0] * share, atol=1e-6, rtol=1e-3)
+        torch.testing.assert_close(grad[1], whole[1] * (1 - 2 * share), atol=1e-6, rtol=1e-3)
