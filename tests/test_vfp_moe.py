@@ -12,7 +12,6 @@ from common import checkpoint, flow
 from common.config import parse
 from common.data import ChunkDataset, demo, open_dataset
 from common.errors import UserError
-from common.mutual_information import normalized_mutual_information
 from common.normalize import Normalizer
 
 SMALL = ("--num-experts", "3", "--latent-dim", "4", "--posterior-layers", "1")
@@ -182,20 +181,6 @@ def test_modes_of_demonstrations_are_read_off_their_states():
     sides = np.random.default_rng((3, 24, 1)).choice([-1, 1], (24, 2))  # as the demonstrator drew them
     assert (modes == (sides > 0) @ [2, 1]).all()
     assert len(set(modes.tolist())) == 4
-
-
-def test_labels_that_follow_from_each_other_share_all_information():
-    first = np.array([0, 0, 1, 1, 2, 2])
-    assert normalized_mutual_information(first, 7 - first) == pytest.approx(1)
-    assert normalized_mutual_information(first, np.array([0, 1, 0, 1, 0, 1])) == pytest.approx(0, abs=1e-12)
-    assert normalized_mutual_information(first, np.zeros(6, int)) == pytest.approx(0, abs=1e-12)
-    assert normalized_mutual_information(np.zeros(6), np.zeros(6)) == 1
-    # two of three labels told apart: ln 3 - (2/3) ln 2 nats of ln 3 and 0.6365
-    merged = np.array([0, 0, 0, 0, 1, 1])
-    information = np.log(3) - 2 / 3 * np.log(2)
-    assert normalized_mutual_information(first, merged) == pytest.approx(
-        2 * information / (np.log(3) + information)
-    )
 
 
 def test_all_experts_learn_alike_at_first(tiny):
