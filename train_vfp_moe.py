@@ -103,8 +103,8 @@ class Config:
     """Transformer layers that fuse cameras and joint states."""
     decoder_layers: int = 3
     """Transformer layers that predict the velocity."""
-    expert_layers: int = 1
-    """How many of these, the last ones, each expert has for itself; all share the others."""
+    expert_layers: int | None = None
+    """How many of these, the last ones, each expert has for itself; all share the others. Default: all."""
     attention: Literal["causal", "full"] = "causal"
     """Self-attention among the actions of a chunk: an action sees earlier ones only, or all."""
     sample_steps: int = 10
@@ -203,9 +203,8 @@ class Gate(nn.Module):
 class MoEActionDecoder(nn.Module):
     """E decoders, run as one, over one embedding of noisy actions, flow time, summary and latent.
 
-    The embedding passes through layers that all experts share. With one layer of its own, an expert of four
-    did better on the built-in task than with all three, at the same training time: what is the same in every
-    mode, to see and to reach a target, need not be learned four times.
+    With fewer layers of its own than there are, an expert's are the last: the first ones belong to the
+    embedding, and what is the same in every mode is not learned E times.
     """
 
     def __init__(self, config: Config, action_dim: int):
@@ -223,11 +222,11 @@ class MoEActionDecoder(nn.Module):
         self.latent_in = nn.Sequential(
             nn.Linear(config.latent_dim, d_model), nn.SiLU(), nn.Linear(d_model, d_model)
         )
-        num_shared = config.decoder_layers - config.expert_layers
-        self.shared = nn.ModuleList(DecoderBlock(d_model, config.num_heads) for _ in range(num_shared))
-        self.experts = nn.ModuleList(
-            DecoderBlock(d_model, config.num_heads, linear) for _ in range(config.expert_layers)
+        num_own = config.decoder_layers if config.expert_layers is None else config.expert_layers
+        self.shared = nn.ModuleList(
+            DecoderBlock(d_model, config.num_heads) for _ in range(config.decoder_layers - num_own)
         )
+        self.experts = nn.ModuleList(DecoderBlock(d_model, config.num_heads, linear) for _ in range(num_own))
         self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
         self.velocity_out = linear(d_model, action_dim)
         nn.init.zeros_(self.velocity_out.weight)
@@ -300,7 +299,7 @@ class Policy(nn.Module):
         self.vq, self.unit_variances = config.latent == "vq", config.variances == "unit"
         if not 0 <= config.top_k <= config.num_experts:
             raise UserError(f"--top-k {config.top_k}: there are {config.num_experts} experts.")
-        if config.expert_layers > config.decoder_layers:
+        if config.expert_layers is not None and config.expert_layers > config.decoder_layers:
             raise UserError(
                 f"--expert-layers {config.expert_layers} is more than --decoder-layers "
                 f"{config.decoder_layers}: lower it."

@@ -3,7 +3,8 @@
     python benchmarks/methods.py                        # every method, seeds 0 1 2; hours on two cores
     python benchmarks/methods.py --methods train_naive_fm train_vfp --seeds 0 --out /tmp
 
-Each method is trained with `configs/METHOD/demo.json` and evaluated on the same fresh episodes. Runs that are
+Each method is trained with `configs/METHOD/demo.json`, or METHOD:NAME with `configs/METHOD/NAME.json`, and
+evaluated on the same fresh episodes. Runs that are
 finished are not repeated and interrupted ones go on, so that the comparison can be made in parts. What a
 training step costs is measured afterwards, the methods taking turns in one process on one thread, so that a
 machine busy with other work slows all alike; nothing else should run then. The table and the figure are
@@ -38,8 +39,20 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 class Config:
     """Train and evaluate methods on the built-in task, and compare them."""
 
-    methods: tuple[str, ...] = ("train_naive_fm", "train_vfp", "train_cfg_vqvae")
-    """Training scripts, without .py; each has a configs/METHOD/demo.json."""
+    methods: tuple[str, ...] = (
+        "train_naive_fm",
+        "train_vfp",
+        "train_cfg_vqvae",
+        "train_vfp_moe",
+        "train_vfp_moe:gaussian",
+    )
+    """Training scripts, without .py; each has a configs/METHOD/demo.json. METHOD:NAME takes another file."""
+    ablations: tuple[str, ...] = (
+        "train_vfp_moe:no_transport",
+        "train_vfp_moe:one_expert",
+        "train_vfp_moe:no_latent",
+    )
+    """Further runs, with the first of the seeds alone."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
     jobs: int | None = None
@@ -51,39 +64,64 @@ class Config:
 
 
 def main(config: Config) -> None:
-    for method in config.methods:
-        if not (ROOT / "configs" / method / "demo.json").is_file():
-            raise UserError(f"There is no configs/{method}/demo.json: choose other --methods.")
+    for method in (*config.methods, *config.ablations):
+        if not config_file(method).is_file():
+            raise UserError(f"There is no {config_file(method)}: choose other --methods.")
     wanted = [(method, seed) for seed in config.seeds for method in config.methods]
+    wanted += [(method, config.seeds[0]) for method in config.ablations]
     jobs = min(config.jobs or cores(), len(wanted))
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run, method, seed, config.runs, cores() // jobs) for method, seed in wanted]
         for future in futures:
             future.result()
     results = {
-        method: [collect(config.runs / f"{method}-{seed}") for seed in config.seeds]
+        method: [collect(folder_of(config.runs, method, seed)) for seed in config.seeds]
         for method in config.methods
     }
     seconds = measure_steps(config.methods)
+    ablations = {
+        method: [collect(folder_of(config.runs, method, config.seeds[0]))] for method in config.ablations
+    }
     config.out.mkdir(parents=True, exist_ok=True)
     text = table(results, seconds, config.seeds)
+    if ablations:
+        text += "\n\n" + ablation_table(results, ablations, config.seeds[0])
     print(text)
     insert(config.out / "methods.md", text)
     draw(results, config.out / "methods.png")
     print(f"{config.out / 'methods.md'}\n{config.out / 'methods.png'}")
 
 
+def script_of(method: str) -> str:
+    """`train_x:name` -> `train_x.py`."""
+    return method.partition(":")[0] + ".py"
+
+
+def config_file(method: str) -> Path:
+    script, _, name = method.partition(":")
+    return ROOT / "configs" / script / f"{name or 'demo'}.json"
+
+
+def folder_of(runs: Path, method: str, seed: int) -> Path:
+    return runs / f"{method.replace(':', '-')}-{seed}"
+
+
+def label(method: str) -> str:
+    """How a method is called in tables and pictures."""
+    name = method.partition(":")[2].replace("_", " ")
+    return f"`{script_of(method)}`" + (f", {name}" if name else "")
+
+
 def run(method: str, seed: int, runs: Path, threads: int) -> None:
     """Train and evaluate one run, as far as that has not been done."""
-    folder = runs / f"{method}-{seed}"
-    config = ROOT / "configs" / method / "demo.json"
+    folder, config = folder_of(runs, method, seed), config_file(method)
     wanted = json.loads(config.read_text())["config"]
     steps = wanted["optim"]["steps"]
     if (folder / "config.json").is_file():
         refuse_other_settings(folder, json.loads((folder / "config.json").read_text())["config"], wanted)
     if not (folder / "checkpoints" / f"step_{steps:07d}").is_dir():
         flags = ["--config", config, "--run-dir", folder, "--seed", seed, "--resume", "auto"]
-        call([f"{method}.py", *flags], threads, folder)
+        call([script_of(method), *flags], threads, folder)
     results = folder / "evaluation" / "results.json"
     if not results.is_file() or json.loads(results.read_text())["checkpoint"] != find(folder).name:
         call(["evaluate.py", folder, "--sample-steps", *STEPS], threads, folder)
@@ -138,8 +176,8 @@ def training_steps(method: str):
     from common.normalize import Normalizer
     from common.schedules import AveragedPolicy, build_optimizer, clip_gradients
 
-    script = importlib.import_module(method)
-    config = parse(script.Config, ["--config", str(ROOT / "configs" / method / "demo.json")], f"{method}.py")
+    script = importlib.import_module(script_of(method).removesuffix(".py"))
+    config = parse(script.Config, ["--config", str(config_file(method))], script_of(method))
     store = open_dataset(config.data)
     data = ChunkDataset(store, range(store.num_episodes), config.horizon)
     normalizer = Normalizer.fit(data)
@@ -202,7 +240,7 @@ def table(results: dict[str, list[dict]], seconds: dict[str, float], seeds: tupl
     ]
     for method, runs in results.items():
         cells = [rates(runs, steps, name) for name in ("success", "collisions") for steps in STEPS]
-        lines.append(f"| `{method}.py` | " + " | ".join(cells) + " |")
+        lines.append(f"| {label(method)} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "| | rarest mode, 10 / 2 / 1 steps | parameters | s per step | of least | steps | training | "
@@ -217,7 +255,7 @@ def table(results: dict[str, list[dict]], seconds: dict[str, float], seeds: tupl
         step = seconds[method]
         codes = ", ".join(f"{run['codes'][0]:.0f}" for run in runs) if runs[0]["codes"] else ""
         lines.append(
-            f"| `{method}.py` | {' / '.join(f'{share:.0f} %' for share in rarest)} | "
+            f"| {label(method)} | {' / '.join(f'{share:.0f} %' for share in rarest)} | "
             f"{runs[0]['parameters'] / 1e6:.2f} M | {step:.3f} | {step / fastest:.2f} | {runs[0]['steps']} | "
             f"{step * runs[0]['steps'] / 60:.1f} min | {codes} |"
         )
@@ -227,6 +265,23 @@ def table(results: dict[str, list[dict]], seconds: dict[str, float], seeds: tupl
         "number of steps. The rarest mode is the smallest share of any of the four "
         "among the successes of any seed.",
     ]
+    return "\n".join(lines)
+
+
+def ablation_table(results: dict[str, list[dict]], ablations: dict[str, list[dict]], seed: int) -> str:
+    """Markdown: what is lost without a part, by the seed that all of these runs have."""
+    lines = [
+        f"Parts left out, seed {seed}:",
+        "",
+        "| | success, 10 steps | 2 steps | 1 step | rarest mode, 1 step |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    whole = dict.fromkeys(method.partition(":")[0] for method in ablations)
+    for method, runs in [*((m, results[m]) for m in whole if m in results), *ablations.items()]:
+        closed_loop = runs[0]["closed_loop"]
+        cells = [f"{100 * closed_loop[steps]['success']:.1f}" for steps in STEPS]
+        cells.append(f"{100 * min(closed_loop['1']['modes'].values()):.0f} %")
+        lines.append(f"| {label(method)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -254,7 +309,9 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
         for n, (method, runs) in enumerate(results.items()):
             values = np.array([[100 * run["closed_loop"][s][name] for s in STEPS] for run in runs])
             shifted = at + 0.08 * (n - (len(results) - 1) / 2)
-            axis.plot(shifted, values.mean(0), color=colors[n], marker="o", label=method)
+            axis.plot(
+                shifted, values.mean(0), color=colors[n], marker="o", label=label(method).replace("`", "")
+            )
             axis.plot(shifted, values.T, ".", color=colors[n], alpha=0.5)
         axis.set_xticks(at, STEPS)
         axis.set(xlabel="sampling steps", title=f"{name}, %")
@@ -268,14 +325,16 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
         x = np.arange(len(labels)) + (s - 1) * width
         for m, mode in enumerate(results[labels[0]][0]["closed_loop"][steps]["modes"]):
             share = [
-                100 * np.mean([run["closed_loop"][steps]["modes"][mode] for run in results[label]])
-                for label in labels
+                100 * np.mean([run["closed_loop"][steps]["modes"][mode] for run in results[method]])
+                for method in labels
             ]
             axes[2].bar(
                 x, share, width * 0.92, bottom=bottom, color=f"C{m + 4}", label=mode if s == 0 else None
             )
             bottom += share
-    axes[2].set_xticks(np.arange(len(labels)), [label.removeprefix("train_") for label in labels])
+    axes[2].set_xticks(
+        np.arange(len(labels)), [method.removeprefix("train_").replace(":", "\n") for method in labels]
+    )
     axes[2].set(title=f"modes among successes, % ({', '.join(STEPS)} steps)")
     axes[2].legend(fontsize=8, loc="lower right")
     figure.tight_layout()

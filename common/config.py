@@ -51,7 +51,7 @@ AT_LEAST_ONE = {
     *("horizon", "flow_samples", "sample_steps", "d_model", "num_heads", "encoder_layers", "decoder_layers"),
     *("batch_size", "grad_accumulation", "log_every", "eval_every", "eval_samples", "save_every", "keep"),
     *("num_codes", "posterior_layers", "prior_layers", "code_window", "depth_pool"),
-    *("num_experts", "latent_dim", "expert_layers"),
+    *("num_experts", "latent_dim", "expert_layers", "state_latent_dim", "action_latent_dim", "repeats"),
 }
 NOT_NEGATIVE = {
     *("lr", "backbone_lr", "weight_decay", "warmup_steps", "aug_rotate", "aug_blur", "seed"),

@@ -44,6 +44,8 @@ def load_policy(
     settings = read_settings(path)
     spec = PolicySpec.from_json(settings["spec"])
     module = load_script(settings["script"])
+    if not hasattr(module, "sample_actions"):
+        raise UserError(f"{run} was trained by {settings['script']}, which trains no policy: it cannot act.")
     config = from_dict(module.Config, settings["config"])
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"

@@ -54,6 +54,27 @@ def episode_means(pointwise: Tensor, episodes: Tensor) -> tuple[Tensor, Tensor]:
     return numbers, sums / counts  # 0 / 0 is NaN
 
 
+def require_episodes(num: int, neighbours: Sequence[int] | None) -> None:
+    """Refuse too few episodes, before time is spent on them.
+
+    Args:
+        num: number of episodes.
+        neighbours: values of k; None for a bound, whose critics need two halves.
+
+    Raises:
+        UserError: if they are too few.
+    """
+    if neighbours is not None and num <= max(neighbours) + 1:
+        raise UserError(
+            f"{num} episodes are too few for {max(neighbours)} nearest neighbours, which lie in different "
+            f"episodes: give at least {max(neighbours) + 2}, or a smaller k."
+        )
+    if neighbours is None and num < 4:
+        raise UserError(
+            f"{num} episodes are too few: half of them train a critic, the other half is scored; give at least 4."
+        )
+
+
 def standardise(x: Tensor) -> Tensor:
     """Every variable to mean 0 and variance 1, in float64; (N, D).
 
@@ -132,11 +153,7 @@ def ksg_of_episodes(
     """
     x, y = (standardise(v).float() for v in (x, y))
     numbers = episodes.unique().cpu()
-    if len(numbers) <= max(neighbours) + 1:
-        raise UserError(
-            f"{len(numbers)} episodes are too few for {max(neighbours)} nearest neighbours, which lie in "
-            f"different episodes: give at least {max(neighbours) + 2}, or a smaller k."
-        )
+    require_episodes(len(numbers), neighbours)
     sets = episode_sets(episodes.cpu(), repeats, seed).to(x.device)  # (R, E)
     sums, counts = torch.zeros(len(x), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
     at_once = max(1, int(2e8 / (5 * 4 * len(numbers) ** 2)))
@@ -306,11 +323,7 @@ def _cross_fit(
     x, y = (standardise(v).float() for v in (x, y))
     episodes = torch.arange(len(x)) if episodes is None else episodes.cpu()
     numbers = episodes.unique()
-    if len(numbers) < 4:
-        raise UserError(
-            f"{len(numbers)} episodes are too few: half of them train a critic, the other half is scored; "
-            f"give at least 4."
-        )
+    require_episodes(len(numbers), None)
     generator = torch.Generator().manual_seed(seed)
     order = numbers[torch.randperm(len(numbers), generator=generator)]
     halves = [order[: len(order) // 2], order[len(order) // 2 :]]

@@ -139,3 +139,70 @@ def draw_latents(path: Path, latents: np.ndarray, labels: Mapping[str, np.ndarra
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def draw_reconstructions(
+    path: Path, images: np.ndarray, decoded: np.ndarray, chunks: np.ndarray, decoded_chunks: np.ndarray
+) -> None:
+    """Images and action chunks, each with its reconstruction: a column for each sample.
+
+    Args:
+        images, decoded: (B, 3, H, W) in [0, 1].
+        chunks, decoded_chunks: (B, T, A), normalized; NaN is not drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(3, len(images), figsize=(2.1 * len(images), 6.4), squeeze=False, sharey="row")
+    columns = zip(axes.T, images, decoded, chunks, decoded_chunks, strict=True)
+    for column, image, output, chunk, chunk_output in columns:
+        column[0].imshow(image.transpose(1, 2, 0))
+        column[1].imshow(output.transpose(1, 2, 0))
+        for axis in column[:2]:
+            axis.set(xticks=[], yticks=[])
+        for d in range(chunk.shape[1]):
+            column[2].plot(chunk[:, d], color=f"C{d % 10}", lw=1.2)
+            column[2].plot(chunk_output[:, d], color=f"C{d % 10}", lw=1.2, ls="--")
+        column[2].tick_params(labelsize=6)
+    for axis, label in zip(
+        axes[:, 0], ("image", "reconstruction", "actions (dashed: reconstruction)"), strict=True
+    ):
+        axis.set_ylabel(label, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_scores(
+    path: Path, pointwise: np.ndarray, scores: np.ndarray, examples: Mapping[str, np.ndarray]
+) -> None:
+    """Distribution of contributions to a mutual information, scores of episodes, and how some begin.
+
+    Args:
+        pointwise: contributions of steps, (N,), nats; NaN is left out.
+        scores: of episodes, (E,), nats.
+        examples: titled first frames, (3, H, W) uint8, best to worst.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure(figsize=(11, 5.4))
+    top = figure.add_gridspec(1, 2, bottom=0.42, top=0.93, left=0.06, right=0.98)
+    steps, episodes = (figure.add_subplot(top[0, n]) for n in (0, 1))
+    steps.hist(pointwise[~np.isnan(pointwise)], bins=60, color="C0")
+    steps.set_title("contributions of steps, nats", fontsize=10)
+    episodes.plot(np.sort(scores)[::-1], marker=".", ms=3, color="C1")
+    episodes.set_title("scores of episodes, best to worst, nats", fontsize=10)
+    episodes.grid(alpha=0.3)
+    row = figure.add_gridspec(1, len(examples), bottom=0.03, top=0.3, left=0.02, right=0.98)
+    for n, (title, image) in enumerate(examples.items()):
+        axis = figure.add_subplot(row[0, n])
+        axis.imshow(image.transpose(1, 2, 0))
+        axis.set_title(f"episode {title}", fontsize=7)
+        axis.axis("off")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

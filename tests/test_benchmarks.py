@@ -41,10 +41,10 @@ def finished_run(folder, success, codes=False):
 
 
 def test_every_method_that_is_compared_has_a_configuration(methods):
-    for method in methods.Config().methods:
-        path = methods.ROOT / "configs" / method / "demo.json"
-        assert json.loads(path.read_text())["script"] == f"{method}.py"
-        assert (methods.ROOT / f"{method}.py").is_file()
+    for method in (*methods.Config().methods, *methods.Config().ablations):
+        script = methods.script_of(method)
+        assert json.loads(methods.config_file(method).read_text())["script"] == script
+        assert (methods.ROOT / script).is_file()
 
 
 def test_runs_of_other_settings_are_not_compared(methods, tmp_path):
@@ -64,6 +64,8 @@ def test_runs_are_compared_and_what_people_wrote_stays(methods, tmp_path):
     text = methods.table(results, {"a": 0.25, "b": 0.5}, (0, 1))
     assert "| `a.py` | 85.0 (90.0, 80.0) |" in text
     assert "| `b.py` | 10 % / 10 % / 10 % | 0.25 M | 0.500 | 2.00 | 20 | 0.2 min | 15, 15 |" in text
+    ablated = {"a:less": [methods.collect(tmp_path / "a-1")]}
+    assert "| `a.py`, less | 80.0 | 80.0 | 80.0 | 10 % |" in methods.ablation_table(results, ablated, 0)
     path = tmp_path / "methods.md"
     path.write_text(f"# Title\n\nbefore\n\n{methods.BEGIN}\nold\n{methods.END}\n\nafter\n")
     methods.insert(path, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -77,7 +78,8 @@ class DataConfig:
     episodes: tuple[str, ...] = ()
     """Episodes to use, by number: `0 3 10-19`. Default: all."""
     episodes_file: Path | None = None
-    """File that lists the episodes to use, numbers or ranges, separated by spaces, commas or lines."""
+    """File that lists the episodes to use: numbers or ranges, separated by spaces, commas or lines; or one
+    that `train_mi.py` has written, which names the best."""
     proprio_history: int = 1
     """States in an observation: the present one and those before it."""
     action_offset: int = 0
@@ -177,6 +179,7 @@ def describe(source: str, config: DataConfig) -> tuple[StoreInfo, Load]:
             f"The dataset {source} {kind}: give the folder of a LeRobot dataset or of HDF5 files, a hub name "
             f"such as owner/name, or demo."
         )
+    _check_scored(config, info)
     options = {**asdict(config), "dataset": (info.source,), "weights": (), "cache_dir": ""}
     options |= {name: str(value) for name, value in options.items() if isinstance(value, Path)}
     storage = "jpeg" if config.store == "jpeg" else "raw"
@@ -200,11 +203,38 @@ def chosen_episodes(config: DataConfig) -> tuple[int, ...] | None:
             text = config.episodes_file.expanduser().read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{origin} cannot be read ({error}): give a text file of numbers.") from None
+        scored = _scored(text)
+        text = text if scored is None else str(scored.get("episodes", ""))
         words = re.split(r"[\s,\[\]]+", "\n".join(line.partition("#")[0] for line in text.splitlines()))
         words = [word for word in words if word]
         if not words:
             raise UserError(f"{origin} names no episode: give a text file of numbers.")
     return tuple(sorted({number for word in words for number in _numbers(word, origin)})) if words else None
+
+
+def _scored(text: str) -> dict | None:
+    """The content of an episodes file that `train_mi.py` has written; None of another file."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _check_scored(config: DataConfig, info: StoreInfo) -> None:
+    """Refuse the scores of another dataset.
+
+    Raises:
+        UserError: if an episodes file says that it is about other data.
+    """
+    if config.episodes_file is None:
+        return
+    scored = _scored(config.episodes_file.expanduser().read_text())
+    if scored is not None and scored.get("fingerprint") != info.fingerprint:
+        raise UserError(
+            f"--episodes-file {config.episodes_file} chooses episodes of {scored.get('dataset')} as it was "
+            f"then, not of {info.source} as it is now: score this one, with train_mi.py."
+        )
 
 
 def _numbers(word: str, origin: str) -> Sequence[int]:

@@ -249,6 +249,11 @@ class EpisodeStore:
         return len(self.episode_starts) - 1
 
     @property
+    def source_fingerprint(self) -> str:
+        """Hash of the content of the (first) dataset, whatever is chosen of it."""
+        return json.loads((self.path / META).read_text())["fingerprint"]
+
+    @property
     def shared_space(self) -> bool:
         """Whether state and action have the same dimensions, so that "stay where you are" is an action."""
         return self.state_names == self.action_names

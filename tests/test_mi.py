@@ -1,0 +1,195 @@
+"""`train_mi.py`: autoencoders, estimation, and the choice of episodes for other scripts."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lerobot_factory import make_dataset
+from safetensors.torch import load_file
+
+import evaluate
+import train_mi
+from common import checkpoint
+from common.config import parse
+from common.data import ChunkDataset, DataConfig, open_dataset
+from common.errors import UserError
+from common.normalize import Normalizer
+
+pytestmark = pytest.mark.usefixtures("accelerate_reset")
+
+
+@pytest.fixture(scope="module")
+def episodes_dataset(tmp_path_factory):
+    """Enough short episodes for nearest neighbours."""
+    root = tmp_path_factory.mktemp("mi") / "cloth"
+    sizes = {"observation.images.cam_head": (32, 32)}
+    return make_dataset(root, (6, 5, 7, 6, 5, 6, 7, 5, 6, 8), sizes, video=False, dims=(3, 3), names=None)
+
+
+@pytest.fixture
+def small(episodes_dataset, cache_dir):
+    flags = {
+        "--dataset": episodes_dataset,
+        "--cache-dir": cache_dir,
+        "--horizon": 4,
+        "--d-model": 16,
+        "--num-heads": 2,
+        "--encoder-layers": 1,
+        "--batch-size": 4,
+        "--ingest-workers": 1,
+        "--val-fraction": 0.2,
+        "--log-every": 1,
+        "--neighbours": 3,
+    }
+    return [str(part) for pair in flags.items() for part in pair]
+
+
+def train(flags, run_dir, *more):
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    argv = [*flags, "--run-dir", str(run_dir)] if run_dir else []
+    train_mi.main(parse(train_mi.Config, [*argv, *map(str, more)], "train_mi.py"))
+    return run_dir
+
+
+def scores_of(run_dir):
+    with (run_dir / "episode_scores.csv").open() as file:
+        return {int(row["episode"]): float(row["score_nats"]) for row in csv.DictReader(file)}
+
+
+def test_a_run_trains_estimates_and_names_the_best_episodes(small, tmp_path, episodes_dataset, cache_dir):
+    run = train(small, tmp_path / "run", "--steps", 3, "--best", 0.3, 0.5)
+    report = json.loads((run / "mutual_information.json").read_text())
+    assert report["episodes"] == 10
+    assert report["steps"] == 61
+    assert report["interval_95"][0] <= report["nats"] <= report["interval_95"][1]
+    scores = scores_of(run)
+    assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    assert set(scores) == set(range(10))
+    best = json.loads((run / "episodes_top30.json").read_text())
+    assert best["episodes"] == sorted(list(scores)[:3])
+    for picture in ("episode_scores.png", "reconstructions.png", "curves.png"):
+        assert (run / picture).stat().st_size > 10_000
+    config = DataConfig(
+        dataset=(str(episodes_dataset),), cache_dir=cache_dir, episodes_file=run / "episodes_top50.json"
+    )
+    assert open_dataset(config).num_episodes == 5
+
+
+def test_training_goes_on_exactly(small, tmp_path):
+    whole = train(small, tmp_path / "whole", "--steps", 4, "--save-every", 2)
+    part = train(small, tmp_path / "part", "--steps", 4, "--save-every", 2)
+    import shutil
+
+    shutil.rmtree(part / "checkpoints" / "step_0000004")
+    train([], None, "--resume", part)
+    folders = [run / "checkpoints" / "step_0000004" / "policy" for run in (whole, part)]
+    for component in ("state_encoder", "state_decoder", "action_encoder", "action_decoder"):
+        first, second = (load_file(folder / f"{component}.safetensors") for folder in folders)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert scores_of(whole) == scores_of(part)
+
+
+def test_estimation_alone_repeats_what_training_found_or_uses_another_estimator(small, tmp_path, cache_dir):
+    run = train(small, tmp_path / "run", "--steps", 2)
+    before = scores_of(run)
+    again = ["--estimate-only", str(run), "--cache-dir", str(cache_dir)]
+    train(again, None, *again, "--neighbours", 3)
+    assert scores_of(run) == before
+    train(again, None, *again, "--neighbours", 2)
+    assert scores_of(run) != before
+    train(again, None, *again, "--estimator", "infonce", "--repeats", 1)
+    assert json.loads((run / "mutual_information.json").read_text())["estimator"] == "infonce"
+
+
+def test_embeddings_stand_out_from_their_noise(small):
+    """What is encoded must be worth more than a unit of noise: else there is nothing to compare."""
+    config = parse(train_mi.Config, [*small, "--d-model", "32"], "train_mi.py")
+    store = open_dataset(config.data)
+    data = ChunkDataset(store, range(store.num_episodes), config.horizon)
+    normalizer = Normalizer.fit(data)
+    torch.manual_seed(0)
+    model = train_mi.Autoencoders(config, checkpoint.PolicySpec.of(data)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batch = data.__getitems__(list(range(0, 61, 2)))
+    history = []
+    for _ in range(150):
+        loss, metrics = train_mi.compute_loss(model, batch, normalizer, config)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append({name: value.item() for name, value in metrics.items()})
+    for name in ("state", "action"):
+        assert history[-1][f"embedding/{name}"] > 2
+        assert history[-1][f"error/{name}"] < 0.7 * history[0][f"error/{name}"]
+
+
+def test_what_lies_past_an_episodes_end_is_not_seen(small):
+    config = parse(train_mi.Config, small, "train_mi.py")
+    store = open_dataset(config.data)
+    data = ChunkDataset(store, range(store.num_episodes), config.horizon)
+    normalizer = Normalizer.fit(data)
+    torch.manual_seed(0)
+    model = train_mi.Autoencoders(config, checkpoint.PolicySpec.of(data)).eval()
+    batch = data.__getitems__([3, 4, 5])
+    assert batch.is_pad.any()
+    filled = torch.where(batch.is_pad[..., None], 1e3, batch.actions)
+    results = [
+        train_mi.compute_loss(model, batch._replace(actions=actions), normalizer, config)[0]
+        for actions in (batch.actions, filled)
+    ]
+    torch.testing.assert_close(*results)
+
+
+def test_scores_of_another_dataset_are_refused(small, tmp_path, dataset, cache_dir):
+    run = train(small, tmp_path / "run", "--steps", 1)
+    config = DataConfig(
+        dataset=(str(dataset),), cache_dir=cache_dir, episodes_file=run / "episodes_top80.json"
+    )
+    with pytest.raises(UserError, match="score this one"):
+        open_dataset(config)
+    chosen = json.loads((run / "episodes_top80.json").read_text())
+    absent = tmp_path / "absent.json"
+    absent.write_text(json.dumps({**chosen, "episodes": [3, 99]}))
+    own = DataConfig(dataset=(small[1],), cache_dir=cache_dir, episodes_file=absent)
+    with pytest.raises(UserError, match="has no episode 99"):
+        open_dataset(own)
+    absent.write_text(json.dumps({**chosen, "episodes": []}))
+    with pytest.raises(UserError, match="names no episode"):
+        open_dataset(own)
+
+
+def test_too_few_episodes_are_refused_before_training(small, tmp_path):
+    flags = [*small, "--episodes", "0-3"]
+    with pytest.raises(UserError, match="4 episodes are too few for 3 nearest neighbours"):
+        train(flags, tmp_path / "run", "--steps", 1)
+    assert not (tmp_path / "run").exists()
+    train([*flags, "--estimator", "mine"], tmp_path / "run", "--steps", 1)
+    with pytest.raises(UserError, match="2 episodes are too few: half of them"):
+        train([*small, "--episodes", "0-1", "--estimator", "mine"], tmp_path / "two", "--steps", 1)
+
+
+def test_a_run_of_another_script_and_a_robot_are_refused(small, tmp_path, tiny):
+    run = train(small, tmp_path / "run", "--steps", 1)
+    with pytest.raises(UserError, match="trains no policy"):
+        evaluate.main(evaluate.Config(run))
+    with pytest.raises(UserError, match="single --dataset"):
+        train([*small, "--dataset", small[1], small[1]], tmp_path / "two", "--steps", 1)
+    with pytest.raises(UserError, match="holds no finished checkpoint"):
+        train([], None, "--estimate-only", tmp_path)
+
+
+def test_encoders_can_be_taken_by_another_run(small, tmp_path):
+    first = train(small, tmp_path / "first", "--steps", 1)
+    flags = ("--init-from", f"action_encoder={first}", "--freeze", "action_encoder", "--seed", 5)
+    second = train(small, tmp_path / "second", "--steps", 2, *flags)
+    files = [
+        Path(run) / "checkpoints" / "last" / "policy" / "action_encoder.safetensors"
+        for run in (first, second)
+    ]
+    weights = [load_file(file) for file in files]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
