@@ -71,7 +71,7 @@ def require_episodes(num: int, neighbours: Sequence[int] | None) -> None:
         )
     if neighbours is None and num < 4:
         raise UserError(
-            f"{num} episodes are too few: half of them train a critic, the other half is scored; give at least 4."
+            f"{num} episodes are too few: half of them train a critic, the other half is scored; give 4."
         )
 
 
@@ -269,14 +269,16 @@ def mine(x: Tensor, y: Tensor, episodes: Tensor | None = None, decay: float = 0.
     """
 
     def make_loss() -> Callable[[Tensor], Tensor]:
-        average = torch.zeros(())
+        average: Tensor | None = None  # logarithm of the moving average
 
         def loss(scores: Tensor) -> Tensor:
             nonlocal average
             log_mean = _log_mean_of_others(scores)
-            now = log_mean.detach().exp()
-            average = now if average == 0 else decay * average + (1 - decay) * now
-            return -(scores.diagonal().mean() - log_mean.exp() / average)
+            now = log_mean.detach()
+            if average is None:
+                average = now
+            average = torch.logaddexp(average + math.log(decay), now + math.log(1 - decay))
+            return -(scores.diagonal().mean() - (log_mean - average).exp())
 
         return loss
 
@@ -340,6 +342,7 @@ def _cross_fit(
             for _, chosen in zip(range(steps), batches, strict=False):
                 chosen = chosen.to(device)
                 loss(critic(x[chosen], y[chosen])).backward()
+                nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
