@@ -54,6 +54,10 @@ class Config:
     """At most this many held-out steps, evenly spaced, are compared."""
     batch_size: int = 64
     """Observations per forward pass."""
+    dataset: tuple[str, ...] = ()
+    """Where the run's dataset is now, if it has moved."""
+    cache_dir: Path | None = None
+    """Folder of decoded copies of datasets, if it is not the run's."""
 
 
 def main(config: Config) -> None:
@@ -64,6 +68,10 @@ def main(config: Config) -> None:
         raise UserError(f"{policy.script.__name__} trains no guidance: leave --guidance out.")
     if not all(map(math.isfinite, config.guidance)):
         raise UserError("--guidance must be finite numbers.")
+    is_demo = policy.config.data.dataset == ("demo",)
+    moved = {"dataset": config.dataset or None, "cache_dir": config.cache_dir}
+    data = replace(policy.config.data, **{name: value for name, value in moved.items() if value is not None})
+    policy.config = replace(policy.config, data=data)
     folder = config.run.expanduser() / "evaluation"
     folder.mkdir(exist_ok=True)
     results = {"checkpoint": policy.checkpoint.name, "step": policy.trained_steps, "seed": config.seed}
@@ -71,7 +79,7 @@ def main(config: Config) -> None:
     print(f"{config.run}, {policy.checkpoint.name}, on {policy.device}")
 
     results["heldout"] = evaluate_heldout(policy, config, folder)
-    if policy.config.data.dataset == ("demo",):
+    if is_demo:
         results["closed_loop"] = evaluate_closed_loop(policy, config, folder)
     results["latency_ms"] = measure_latency(policy, config)
     if config.guidance:
@@ -125,7 +133,12 @@ def held_out_data(policy: RobotPolicy, config: Config) -> tuple | None:
     """The store, its training set, its held-out set, and which of that set's samples are compared."""
     data = policy.config.data
     store = open_dataset(data)
-    saved = json.loads((config.run.expanduser() / "config.json").read_text()).get("fingerprint")
+    try:
+        saved = json.loads((config.run.expanduser() / "config.json").read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{config.run} has no config.json that names its data: copy the whole run folder to evaluate it."
+        ) from None
     if saved != store.fingerprint:
         raise UserError(
             f"{store.source} has changed since {config.run} was trained on it: restore it to evaluate."

@@ -104,7 +104,7 @@ class Config:
     """Shares of the episodes, the best by score, to list in episodes_topNN.json."""
     estimate_only: Path | None = None
     """Run whose autoencoders to estimate with again, instead of training. Of the other options, only those
-    from --estimator on are heeded then."""
+    from --estimator on, and --cache-dir, are heeded then."""
 
 
 class StateEncoder(nn.Module):
@@ -387,7 +387,8 @@ def estimate_again(config: Config) -> None:
     trained = from_dict(Config, settings["config"])
     chosen = {name: getattr(config, name) for name in ("estimator", "neighbours", "repeats", "best")}
     trained = replace(trained, **chosen)
-    store = open_dataset(replace(trained.data, cache_dir=config.data.cache_dir))
+    moved = {} if config.data.cache_dir == DataConfig().cache_dir else {"cache_dir": config.data.cache_dir}
+    store = open_dataset(replace(trained.data, **moved))
     saved = json.loads((path.parents[1] / "config.json").read_text())["fingerprint"]
     if saved != store.fingerprint:
         raise UserError(f"{config.estimate_only} was trained on data that have changed since: train anew.")

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lerobot_factory import make_dataset
 
 import evaluate
 import train_vfp
@@ -127,6 +128,25 @@ def test_rollouts_execute_chunks_in_closed_loop(tmp_path, history, offset):
         assert gif.n_frames > 20
         assert gif.size == (4 * 148, 2 * 148)
     assert math.isclose(Image.open(tmp_path / "rollouts.png").width, 1210, abs_tol=2)
+
+
+@pytest.mark.usefixtures("accelerate_reset")
+def test_a_dataset_that_has_moved_is_named(tmp_path, tiny):
+    root = make_dataset(tmp_path / "here", (9, 8), {"observation.images.cam_head": (32, 32)}, video=False)
+    flags = [*tiny, "--dataset", str(root), "--cache-dir", str(tmp_path / "cache"), "--steps", "1"]
+    run_dir = tmp_path / "run"
+    train_vfp.main(parse(train_vfp.Config, [*flags, "--run-dir", str(run_dir)], "train_vfp.py"))
+    there = root.rename(tmp_path / "there")
+    with pytest.raises(UserError, match="here was not found"):
+        evaluate.main(evaluate.Config(run_dir, sample_steps=(1,)))
+    moved = evaluate.Config(
+        run_dir, sample_steps=(1,), dataset=(str(there),), cache_dir=tmp_path / "elsewhere"
+    )
+    evaluate.main(moved)
+    assert (tmp_path / "elsewhere" / "stores").is_dir()
+    (run_dir / "config.json").unlink()
+    with pytest.raises(UserError, match="has no config"):
+        evaluate.main(moved)
 
 
 @pytest.mark.parametrize("option", ["--sample-steps", "--episodes", "--heldout-samples"])

@@ -278,7 +278,12 @@ def demonstrate(num_episodes: int, seed: int) -> list[dict[str, np.ndarray]]:
 
 
 def record(root: Path, num_episodes: int = NUM_DEMONSTRATIONS, seed: int = 0, progress: bool = True) -> Path:
-    """Record demonstrations as a LeRobot v3 dataset at `root`, which must not exist yet.
+    """Record demonstrations as a LeRobot v3 dataset at `root`, which must not exist yet."""
+    return write_dataset(root, demonstrate(num_episodes, seed), progress)
+
+
+def write_dataset(root: Path, episodes: list[dict[str, np.ndarray]], progress: bool = True) -> Path:
+    """Write episodes, as `demonstrate` gives them, as a LeRobot v3 dataset at `root`.
 
     Frames are stored as PNG images: video compression at 64x64 costs more time than it saves and would
     give the policy other pixels than it meets in closed loop.
@@ -295,7 +300,6 @@ def record(root: Path, num_episodes: int = NUM_DEMONSTRATIONS, seed: int = 0, pr
     features = {"observation.state": vector, "action": vector}
     features |= {f"observation.images.{camera}": image for camera in CAMERAS}
     dataset = LeRobotDataset.create("demo/bimanual", FPS, features, root=root, use_videos=False)
-    episodes = demonstrate(num_episodes, seed)
     for episode in tqdm(episodes, desc="recording demonstrations", unit="episode", disable=not progress):
         for state, action, images in zip(episode["state"], episode["action"], episode["images"], strict=True):
             frame = {"observation.state": state, "action": action, "task": TASK}
