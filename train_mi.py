@@ -21,6 +21,7 @@ that is.
 
 import json
 import math
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -138,7 +139,7 @@ class StateDecoder(nn.Module):
             stages += [
                 nn.Upsample(scale_factor=2),
                 nn.Conv2d(channels, narrower, 3, padding=1),
-                nn.GroupNorm(max(narrower // 16, 1), narrower),
+                nn.GroupNorm(math.gcd(narrower, 8), narrower),
                 nn.SiLU(),
             ]
             channels = narrower
@@ -199,7 +200,7 @@ class Autoencoders(nn.Module):
         self.register_buffer("std", torch.tensor(vision.IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def view(self, images: Tensor) -> Tensor:
-        """Head camera of images (B, N, 3, H, W) in [0, 1], at the size that is encoded: (B, 3, H', W')."""
+        """The first of cameras (B, N, 3, H, W) in [0, 1], at the size that is encoded: (B, 3, H', W')."""
         head = images[:, 0]
         if head.shape[-2:] == self.size:
             return head
@@ -246,7 +247,11 @@ def compute_loss(
     Returns:
         The loss, and its parts before they are weighted.
     """
-    images = vision.augment(batch.images, config.vision) if model.training else vision.to_float(batch.images)
+    images = (
+        vision.augment(batch.images[:, :1], config.vision)
+        if model.training
+        else vision.to_float(batch.images[:, :1])
+    )
     proprio, chunk = normalizer.proprio(batch.proprio), normalizer.actions(batch.actions, batch.proprio)
     out = model(images, proprio, chunk, batch.is_pad)
     real = (~batch.is_pad).unsqueeze(-1)
@@ -288,7 +293,7 @@ def draw_examples(
     _, batch = next(evenly_spaced(dataset, min(num, len(dataset)), num))
     batch = batch.to(model.mean.device)
     proprio, chunk = normalizer.proprio(batch.proprio), normalizer.actions(batch.actions, batch.proprio)
-    out = model(vision.to_float(batch.images), proprio, chunk, batch.is_pad)
+    out = model(vision.to_float(batch.images[:, :1]), proprio, chunk, batch.is_pad)
     images, decoded = ((x.float() * model.std + model.mean).clamp(0, 1) for x in (out.target, out.image))
     real = [
         chunks.float().masked_fill(batch.is_pad.unsqueeze(-1), torch.nan) for chunks in (chunk, out.actions)
@@ -307,7 +312,9 @@ def embed_all(
         rows = np.arange(first, min(first + batch_size, len(dataset)))
         batch = dataset.__getitems__(rows).to(model.mean.device)
         proprio, chunk = normalizer.proprio(batch.proprio), normalizer.actions(batch.actions, batch.proprio)
-        states.append(model.state_encoder(model.view(vision.to_float(batch.images)), proprio).float().cpu())
+        states.append(
+            model.state_encoder(model.view(vision.to_float(batch.images[:, :1])), proprio).float().cpu()
+        )
         actions.append(model.action_encoder(chunk, batch.is_pad).float().cpu())
     return torch.cat(states), torch.cat(actions)
 
@@ -325,7 +332,7 @@ def estimate(
     dataset = ChunkDataset(store, range(store.num_episodes), config.horizon, history, offset)
     x, y = embed_all(model.eval(), dataset, normalizer, 256)
     episodes = torch.from_numpy(store.episode_of(dataset.rows))
-    device = model.mean.device
+    device = model.mean.device if model.mean.device.type == "cuda" else "cpu"  # float64 is not everywhere
     options = {"repeats": config.repeats, "seed": config.run.seed, "progress": True}
     if config.estimator == "ksg":
         result = mutual_information.ksg_of_episodes(
@@ -401,7 +408,8 @@ def estimate_again(config: Config) -> None:
 
 def main(config: Config) -> None:
     if config.estimate_only is not None:
-        estimate_again(config)
+        if os.environ.get("RANK", "0") == "0":
+            estimate_again(config)
         return
     if len(config.data.dataset) > 1:
         raise UserError("Episodes are scored within one dataset: give a single --dataset.")

@@ -140,7 +140,7 @@ class Config:
     kl_warmup: float = 0.2
     """Share of training over which that weight rises from 0."""
     free_bits: float = 0.0
-    """Nats of KL divergence in each dimension that cost nothing."""
+    """Nats of KL divergence in each dimension that cost nothing; of a codebook, of the cross-entropy."""
     transport_weight: float = 0.2
     """Weight of the Sinkhorn divergence between one-step predictions and recorded chunks (K-OT)."""
     transport_blur: float = 0.05
@@ -299,10 +299,10 @@ class Policy(nn.Module):
         self.vq, self.unit_variances = config.latent == "vq", config.variances == "unit"
         if not 0 <= config.top_k <= config.num_experts:
             raise UserError(f"--top-k {config.top_k}: there are {config.num_experts} experts.")
-        if config.expert_layers is not None and config.expert_layers > config.decoder_layers:
+        if config.expert_layers is not None and not 1 <= config.expert_layers <= config.decoder_layers:
             raise UserError(
-                f"--expert-layers {config.expert_layers} is more than --decoder-layers "
-                f"{config.decoder_layers}: lower it."
+                f"--expert-layers {config.expert_layers}: it must lie between 1 and --decoder-layers "
+                f"{config.decoder_layers}."
             )
         self.backbone = vision.build_backbone(
             config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
@@ -414,14 +414,12 @@ class Policy(nn.Module):
         average, now = self.posterior_average.parameters(), self.posterior.parameters()
         torch._foreach_lerp_(list(average), list(now), weight)
 
-    def draw_latent(self, observation: Observation, noise: Tensor) -> Tensor:
-        """Latent of each observation, from the prior: (B, latent_dim).
+    def draw_latent(self, prior: Tensor, noise: Tensor) -> Tensor:
+        """Latents (B, latent_dim) from what the prior gives, (B, ...).
 
         Args:
-            observation: of B samples.
             noise: (B, latent_dim), standard normal; a codebook looks at the first of each row.
         """
-        prior = self.prior(observation.detach())
         if self.vq:
             return self.codebook.draw(prior, torch.special.ndtr(noise[:, 0]))
         mean, log_var = self.normal(prior)
@@ -564,7 +562,7 @@ def sample_actions(
         x_0 = torch.randn(shape, device=images.device, generator=generator)
     if noise is None:
         noise = torch.randn(len(images), config.latent_dim, device=images.device, generator=generator)
-    z = policy.draw_latent(observation, noise)
+    z = policy.draw_latent(policy.prior(observation), noise)
     return integrate_experts(policy, observation, z, policy.gate(z).argmax(dim=1), x_0, config, steps)
 
 
@@ -653,7 +651,7 @@ def draw_alternatives(
     x_0 = torch.randn(batch.actions.shape, generator=generator).to(proprio.device)
     noise = torch.randn(num_latents, config.latent_dim, generator=generator).to(proprio.device)
     _, observation = policy.encode(vision.to_float(batch.images), proprio)
-    z = policy.draw_latent(Observation(*(x.expand(num_latents, *x.shape[1:]) for x in observation)), noise)
+    z = policy.draw_latent(policy.prior(observation).expand(num_latents, -1), noise)
     gate = policy.gate(z)
     shares = F.one_hot(gate.argmax(dim=1), config.num_experts).float().mean(dim=0)
     own = gate.log_softmax(dim=1).argmax(dim=0)  # for each expert a latent
@@ -676,20 +674,24 @@ def draw_alternatives(
 
 @torch.no_grad()
 def latents_of_episodes(
-    policy: Policy, dataset: ChunkDataset, normalizer: Normalizer, config: Config
+    policy: Policy, dataset: ChunkDataset, episodes: np.ndarray, normalizer: Normalizer, config: Config
 ) -> tuple[np.ndarray, np.ndarray]:
     """Posterior means (E, latent_dim) of the chunks with which episodes begin, and their experts (E,)."""
-    store = dataset.store
-    first = np.searchsorted(dataset.rows, store.episode_starts[dataset.episodes])
-    means, experts = [], []
+    first = np.searchsorted(dataset.rows, dataset.store.episode_starts[episodes])
+    latents = []
     for rows in torch.from_numpy(first).split(config.optim.batch_size):
         batch = dataset.__getitems__(rows.tolist()).to(policy.gate.usage.device)
+        proprio = normalizer.proprio(batch.proprio)
+        head_tokens, _ = policy.encode(vision.to_float(batch.images), proprio)
         chunks = normalizer.actions(batch.actions, batch.proprio)
-        proprio, images = normalizer.proprio(batch.proprio), vision.to_float(batch.images)
-        prediction = policy(chunks, torch.ones(len(rows)).to(chunks), images, proprio, chunks, batch.is_pad)
-        means.append(prediction.latent if prediction.quantized is None else prediction.quantized)
-        experts.append(prediction.gate.argmax(dim=1))
-    return torch.cat(means).cpu().numpy(), torch.cat(experts).cpu().numpy()
+        latent = policy.posterior(proprio, head_tokens, chunks, batch.is_pad)
+        if policy.vq:
+            latent = F.layer_norm(latent, latent.shape[-1:])
+            latents.append(policy.codebook.vectors[losses.nearest_code(latent, policy.codebook.vectors)])
+        else:
+            latents.append(policy.normal(latent)[0])
+    z = torch.cat(latents)
+    return z.cpu().numpy(), policy.gate(z).argmax(dim=1).cpu().numpy()
 
 
 def draw_experts(
@@ -697,14 +699,18 @@ def draw_experts(
 ) -> dict[str, float]:
     """Picture of the latents with which episodes begin, coloured by expert and, if it is known, by mode.
 
+    At most `--eval-samples` episodes are looked at, evenly spaced.
+
     Returns:
         How much experts and modes say of each other, where modes are known.
     """
-    latents, experts = latents_of_episodes(policy, dataset, normalizer, config)
+    store = dataset.store
+    episodes = np.unique(store.episode_of(dataset.rows))  # those that are long enough to have samples
+    chosen = np.linspace(0, len(episodes) - 1, min(config.run.eval_samples, len(episodes))).astype(int)
+    latents, experts = latents_of_episodes(policy, dataset, episodes[chosen], normalizer, config)
     labels, metrics = {"expert": experts}, {}
     if config.data.dataset == ("demo",):
-        store = dataset.store
-        spans = [slice(*store.episode_starts[e : e + 2]) for e in dataset.episodes]
+        spans = [slice(*store.episode_starts[e : e + 2]) for e in episodes[chosen]]
         labels["mode of the demonstration"] = modes([store.state[span] for span in spans])
         metrics["expert_mode_nmi"] = normalized_mutual_information(*labels.values())
     draw_latents(path, latents, labels, "latents of the chunks with which episodes begin")

@@ -10,6 +10,7 @@ scores tell them from the others: the probability that a good episode scores abo
 """
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -94,11 +95,16 @@ def make_dataset(config: Config) -> list[str]:
             other = actions[(e + 1 + random.integers(len(episodes) - 1)) % len(episodes)]
             changed = other[np.minimum(np.arange(length), len(other) - 1)]
         episodes[e]["action"] = changed.astype(np.float32)
-    root = config.runs / "dataset"
+    root, labels = config.runs / "dataset", config.runs / "labels.json"
+    made = {name: getattr(config, name) for name in ("episodes", "noise", "delay", "seed")} | {"ways": ways}
     if not root.exists():
+        shutil.rmtree(root.with_suffix(".part"), ignore_errors=True)
         config.runs.mkdir(parents=True, exist_ok=True)
         demo.write_dataset(root.with_suffix(".part"), episodes)
+        labels.write_text(json.dumps(made))
         root.with_suffix(".part").rename(root)
+    if json.loads(labels.read_text()) != made:
+        sys.exit(f"{root} was made with other options: choose another --runs.")
     return ways
 
 

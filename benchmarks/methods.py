@@ -123,7 +123,8 @@ def run(method: str, seed: int, runs: Path, threads: int) -> None:
         flags = ["--config", config, "--run-dir", folder, "--seed", seed, "--resume", "auto"]
         call([script_of(method), *flags], threads, folder)
     results = folder / "evaluation" / "results.json"
-    if not results.is_file() or json.loads(results.read_text())["checkpoint"] != find(folder).name:
+    found = json.loads(results.read_text()) if results.is_file() else {"checkpoint": None, "closed_loop": {}}
+    if found["checkpoint"] != find(folder).name or not set(STEPS) <= set(found["closed_loop"]):
         call(["evaluate.py", folder, "--sample-steps", *STEPS], threads, folder)
 
 
@@ -131,9 +132,11 @@ def refuse_other_settings(folder: Path, had: dict, wanted: dict) -> None:
     """Old runs must not be compared as if they had been made with the present configuration."""
     for name, value in wanted.items():
         if isinstance(value, dict):
-            refuse_other_settings(folder, had[name], value)
-        elif had[name] != value:
-            raise UserError(f"{folder} was made with {name} {had[name]}, now it is {value}: move it away.")
+            refuse_other_settings(folder, had.get(name, {}), value)
+        elif had.get(name) != value:
+            raise UserError(
+                f"{folder} was made with {name} {had.get(name)}, now it is {value}: move it away."
+            )
 
 
 def call(command: list, threads: int, folder: Path) -> None:

@@ -327,6 +327,7 @@ class DepthBackbone(nn.Module):
             "layers": list(self.layers),
             "pool": self.pool,
             "input_size": list(self.input_size),
+            "precision": "bfloat16" if self.mean.device.type == "cuda" else "float32",
         }
 
 
@@ -458,7 +459,7 @@ def cached(
     """
 
     def compute(images: Tensor) -> Tensor:
-        return backbone.of_cameras(images.to(device), cameras).half().cpu()
+        return backbone.of_cameras(images[:, list(cameras)].to(device), range(len(cameras))).half().cpu()
 
     identity = {**backbone.identity(), "cameras": [store.cameras[n] for n in cameras]}
     shape = (len(cameras), backbone.num_tokens, backbone.token_dim)

@@ -20,13 +20,16 @@ from tqdm import tqdm
 
 from common.errors import UserError
 
+MEMORY_BYTES = 5e8  # for the distances that are kept at a time
+
 
 class Estimate(NamedTuple):
     """Mutual information in nats."""
 
     value: float
     pointwise: Tensor
-    """(N,), contributions of the samples; their mean is the value. NaN for samples that were not used."""
+    """(N,), contributions of the samples; NaN for samples that were not used. The value is their mean, or the
+    mean of the episodes' means where there are episodes."""
 
     def interval(
         self, episodes: Tensor, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
@@ -64,6 +67,8 @@ def require_episodes(num: int, neighbours: Sequence[int] | None) -> None:
     Raises:
         UserError: if they are too few.
     """
+    if neighbours is not None and (not neighbours or min(neighbours) < 1):
+        raise UserError(f"--neighbours {' '.join(map(str, neighbours))}: give numbers from 1 on.")
     if neighbours is not None and num <= max(neighbours) + 1:
         raise UserError(
             f"{num} episodes are too few for {max(neighbours)} nearest neighbours, which lie in different "
@@ -95,7 +100,7 @@ def ksg(
     x: Tensor,
     y: Tensor,
     neighbours: Sequence[int] = (5, 6, 7),
-    memory_bytes: float = 1e9,
+    memory_bytes: float = MEMORY_BYTES,
     progress: bool = False,
 ) -> Estimate:
     """Mutual information by nearest neighbours: estimator 1 of Kraskov et al. (2004), averaged over k.
@@ -156,15 +161,15 @@ def ksg_of_episodes(
     require_episodes(len(numbers), neighbours)
     sets = episode_sets(episodes.cpu(), repeats, seed).to(x.device)  # (R, E)
     sums, counts = torch.zeros(len(x), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
-    at_once = max(1, int(2e8 / (5 * 4 * len(numbers) ** 2)))
+    at_once = max(1, int(MEMORY_BYTES / (5 * 4 * len(numbers) ** 2)))
+    rows = max(1, int(MEMORY_BYTES / (5 * 4 * len(numbers))))  # of a set that is too large to be done at once
     for chosen in tqdm(
         sets.split(at_once), desc="nearest neighbours", unit_scale=at_once, unit="set", disable=not progress
     ):
-        values = _ksg_pointwise(
-            _distances(x[chosen], x[chosen]), _distances(y[chosen], y[chosen]), neighbours
-        )
-        sums.index_add_(0, chosen.flatten().cpu(), values.flatten().cpu().double())
-        counts += torch.bincount(chosen.flatten().cpu(), minlength=len(x))
+        for own in chosen.split(rows, dim=1):
+            values = _ksg_pointwise(_distances(x[own], x[chosen]), _distances(y[own], y[chosen]), neighbours)
+            sums.index_add_(0, own.flatten().cpu(), values.flatten().cpu().double())
+            counts += torch.bincount(own.flatten().cpu(), minlength=len(x))
     pointwise = sums / counts  # NaN for a step that no set holds
     value = episode_means(pointwise, episodes.cpu())[1].mean().item()
     return Estimate(value, pointwise)
@@ -349,11 +354,12 @@ def _cross_fit(
                 bar.update()
             members = torch.isin(episodes, other).nonzero()[:, 0]
             sets = members[episode_sets(episodes[members], repeats, seed)]
+            # Blocks of one size and of random episodes: the bound grows with the number that is compared.
+            blocks = -(-sets.shape[1] // (2 * batch_size))
+            sets = sets[:, torch.randperm(sets.shape[1], generator=generator)]
             with torch.no_grad():
                 for wide in sets.split(256):
-                    for chosen in wide.split(2 * batch_size, dim=1):
-                        if chosen.shape[1] < 2:
-                            continue
+                    for chosen in wide.tensor_split(blocks, dim=1):
                         values = pointwise(critic(x[chosen.to(device)], y[chosen.to(device)])).cpu()
                         sums.index_add_(0, chosen.flatten(), values.flatten().double())
                         counts += torch.bincount(chosen.flatten(), minlength=len(x))

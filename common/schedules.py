@@ -213,6 +213,9 @@ class AveragedPolicy:
         self.decay = 0.0 if self.schedule_free else decay
         self.updates = 0
         self._average = copy.deepcopy(policy).requires_grad_(False)
+        pairs = list(zip(self._average.parameters(), policy.parameters(), strict=True))
+        # A frozen network that copies share needs no averaging.
+        self._moving = [pair for pair in pairs if pair[0] is not pair[1]]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -221,7 +224,8 @@ class AveragedPolicy:
         if self.decay:
             # torch's AveragedModel copies its counter to the device at every step, and waits for it.
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_(list(self._average.parameters()), list(self.policy.parameters()), 1 - decay)
+            averages, now = (list(side) for side in zip(*self._moving, strict=True))
+            torch._foreach_lerp_(averages, now, 1 - decay)
             buffers = list(self.policy.buffers())
             if buffers:
                 torch._foreach_copy_(list(self._average.buffers()), buffers)

@@ -430,9 +430,78 @@ def test_memory_that_does_not_suffice_halves_the_batch(store, tiny_depth, monkey
 
     monkeypatch.setattr(type(network), "of_cameras", of_cameras)
     with_features = cached(store, network, [0], CPU)
-    assert max(sizes) == 16
+    assert sizes[:3] == [16, 8, 4]
+    assert set(sizes[3:]) <= {4, store.num_steps % 4}
     monkeypatch.setattr(type(network), "of_cameras", whole)
     check(with_features, network)
+
+
+def test_files_after_the_first_begin_with_the_batch_that_memory_sufficed_for(
+    several_files, store, tiny_depth, monkeypatch
+):
+    network, sizes = backbone(), []
+    whole = type(network).of_cameras
+
+    def of_cameras(self, images, cameras):
+        sizes.append(len(images))
+        if len(images) > 5:
+            raise RuntimeError("CUDA out of memory.")
+        return whole(self, images, cameras)
+
+    monkeypatch.setattr(type(network), "of_cameras", of_cameras)
+    cached(store, network, [0], CPU)
+    assert sum(size > 5 for size in sizes) <= 2
+
+
+def test_features_that_another_process_has_made_meanwhile_are_taken(
+    several_files, store, tiny_depth, monkeypatch
+):
+    """The others' locks are waited for, and what they have finished is not computed again."""
+    from filelock import FileLock
+
+    network, locks = backbone(), []
+    cached(store, network, [0], CPU)
+    folder = next(store.path.glob("features-*"))
+    notes = {path: path.read_bytes() for path in folder.glob("*.json")}
+    for path in notes:
+        path.unlink()
+    acquire = FileLock.acquire
+
+    def slow(self, timeout=None, **options):
+        if timeout == 0 and len(locks) < len(notes):  # somebody else holds it, and finishes in the meantime
+            locks.append(self)
+            path = folder / (Path(self.lock_file).stem.lstrip(".") + ".json")
+            path.write_bytes(notes[path])
+            raise features_timeout(self.lock_file)
+        return acquire(self, timeout=timeout, **options)
+
+    from filelock import Timeout as features_timeout
+
+    monkeypatch.setattr(FileLock, "acquire", slow)
+    counts = count_computed(monkeypatch, network)
+    with_features = cached(store, network, [0], CPU)
+    assert sum(counts) == 0
+    monkeypatch.undo()
+    assert len(locks) == len(notes) > 1
+    assert with_features.features(np.array([0])).shape[0] == 1
+
+
+def test_a_cache_that_cannot_be_written_is_named(store, tiny_depth, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match="--depth-cache off"):
+        cached(store, backbone(), [0], CPU)
+
+
+def test_many_files_of_frames_are_opened_once(several_files, store, tiny_depth, monkeypatch):
+    opened, whole = [], EpisodeStore.open.__func__
+    monkeypatch.setattr(
+        EpisodeStore, "open", classmethod(lambda cls, path: opened.append(path) or whole(cls, path))
+    )
+    cached(store, backbone(), [0], CPU)
+    assert len(opened) == 1
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(store, tiny_depth, monkeypatch):

@@ -110,6 +110,19 @@ def test_an_episode_that_does_not_fit_stands_out():
         assert episode_means(estimate.pointwise, episodes)[1].argmin() == 7
 
 
+def test_all_episodes_are_compared_with_as_many_others():
+    """The bound grows with the number that is compared: a remainder would look worse than the rest."""
+    torch.manual_seed(0)
+    for num in (34, 36):  # halves of 17 and 18, in blocks of at most 16
+        x = torch.randn(num, 20, 2)
+        y = (x + 0.05 * torch.randn(num, 20, 2)).flatten(0, 1)
+        episodes = torch.arange(num).repeat_interleave(20)
+        estimate = infonce(x.flatten(0, 1), y, episodes, steps=150, batch_size=8)
+        scores = episode_means(estimate.pointwise, episodes)[1]
+        assert not scores.isnan().any()
+        assert scores.min() > 0.6 * scores.median()
+
+
 @pytest.mark.parametrize("bound", [infonce, mine])
 @pytest.mark.parametrize(("dim", "rho"), [(1, 0.0), (1, 0.8), (5, 0.6)])
 def test_bounds_lie_below_the_truth_and_near_it(bound, dim, rho):

@@ -32,7 +32,15 @@ def prepare(tiny, *flags):
 
 
 @pytest.mark.parametrize(
-    "flags", [(), ("--variances", "unit"), ("--latent", "vq", "--num-codes", "4"), ("--top-k", "1")], ids=str
+    "flags",
+    [
+        (),
+        ("--variances", "unit"),
+        ("--latent", "vq", "--num-codes", "4"),
+        ("--top-k", "1"),
+        ("--decoder-layers", "3", "--expert-layers", "1"),
+    ],
+    ids=str,
 )
 def test_every_weight_gets_a_gradient(tiny, flags):
     """So that several processes need not look for unused parameters, with fewer experts at a time either."""
@@ -79,6 +87,8 @@ def test_other_experts_are_not_touched_when_acting(tiny):
 
 
 def test_the_latent_reaches_gate_and_chunk(tiny):
+    gate = train_vfp_moe.Gate(4, 3)
+    assert not torch.allclose(gate(torch.zeros(1, 4)), gate(torch.ones(1, 4)))
     config, policy, batch, normalizer = prepare(tiny)
     policy.eval()
     proprio, x_0 = normalizer.proprio(batch.proprio), torch.randn(4, 4, 3)

@@ -63,7 +63,6 @@ def ensure_features(
     used = sorted({store.shard_files[s] for s in np.unique(store.episode_shard).tolist()})
     files = {frames: Features.of(frames, name, key, identity) for frames in used}
     pending = [file for file in files.values() if not file.finished()]
-    pending = [file for file in pending if not file.adopt()]
     if pending:
         _fill_all(pending, name, tuple(shape), compute, batch_size, remedy)
     paths = tuple(files[frames].path if frames in files else frames for frames in store.shard_files)
@@ -101,6 +100,10 @@ class Features:
     def part(self) -> Path:
         return self.path.with_suffix(".bin.part")
 
+    def begun_bytes(self) -> int:
+        """What is on the disk already."""
+        return sum(path.stat().st_size for path in (self.path, self.part) if path.exists())
+
     @property
     def row_bytes(self) -> int:
         return 2 * int(np.prod(self.identity["shape"]))
@@ -115,7 +118,10 @@ class Features:
             return False
 
     def adopt(self) -> bool:
-        """Take them, by a hard link, from an earlier store that shares the frames: a dataset has grown."""
+        """Take them, by a hard link, from an earlier store that shares the frames: a dataset has grown.
+
+        Only under the file's lock.
+        """
         for path in self.frames.parent.parent.glob(f"*/{self.path.parent.name}/{self.path.name}"):
             other = replace(self, path=path)
             if path != self.path and other.finished():
@@ -142,8 +148,9 @@ def _fill_all(
     from filelock import FileLock, Timeout
     from tqdm import tqdm
 
-    readers = {file: _Frames(file.frames) for file in pending}
-    needed = sum(readers[file].rows * file.row_bytes for file in pending)
+    stores = {folder: EpisodeStore.open(folder) for folder in {file.frames.parent for file in pending}}
+    readers = {file: _Frames(stores[file.frames.parent], file.frames) for file in pending}
+    needed = sum(readers[file].rows * file.row_bytes - file.begun_bytes() for file in pending)
     folder = pending[0].frames.parent
     free = shutil.disk_usage(folder).free
     if needed * 1.01 > free:
@@ -166,8 +173,8 @@ def _fill_all(
                     except Timeout:
                         continue
                     try:
-                        if not file.finished():
-                            _fill(file, readers[file], shape, compute, batch_size, bar)
+                        if not file.finished() and not file.adopt():
+                            batch_size = _fill(file, readers[file], shape, compute, batch_size, bar)
                         else:
                             bar.update(len(readers[file].steps))
                     finally:
@@ -177,6 +184,11 @@ def _fill_all(
                     bar.set_postfix_str("the rest is being computed by other processes")
                 waiting = True
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(
+                f"The {name} features cannot be written to {folder} ({error.strerror}): choose another "
+                f"--cache-dir, or --{name}-cache off."
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
@@ -187,8 +199,8 @@ def _fill_all(
 class _Frames:
     """The frames of one file, by row."""
 
-    def __init__(self, frames: Path):
-        self.store = EpisodeStore.open(frames.parent)
+    def __init__(self, store: EpisodeStore, frames: Path):
+        self.store = store
         number = self.store.shard_files.index(frames)
         spans = [
             (int(self.store.episode_row[e]), int(self.store.episode_starts[e]), int(n))
@@ -202,19 +214,26 @@ class _Frames:
 
 def _fill(
     file: Features, frames: _Frames, shape: tuple[int, ...], compute: Compute, batch_size: int, bar
-) -> None:
-    """Compute one file; rows that no episode has stay zero."""
+) -> int:
+    """Compute one file, zeros where no episode is; returns the batch size that there is memory for."""
     from accelerate.utils import find_executable_batch_size
 
     progress = file.path.with_suffix(".progress")
     done, crc = _progress(file, progress)
+    if done == 0:
+        progress.unlink(missing_ok=True)  # of a file that is gone: it must not vouch for this one
     bar.update(int(np.searchsorted(frames.at, done)))
     with file.part.open("r+b" if done else "wb") as out:
         out.truncate(done * file.row_bytes)
         out.seek(done * file.row_bytes)
         saved = time.monotonic()
 
-        @find_executable_batch_size(starting_batch_size=batch_size)
+        def halve() -> int:
+            nonlocal batch_size
+            batch_size //= 2
+            return batch_size
+
+        @find_executable_batch_size(starting_batch_size=batch_size, reduce_batch_size_fn=halve)
         def fill(size: int) -> None:
             nonlocal done, crc, saved
             while done < frames.rows:
@@ -245,6 +264,7 @@ def _fill(
     note |= {"identity": file.identity, "source": file.source}
     write_whole(file.note, json.dumps(note).encode())
     progress.unlink(missing_ok=True)
+    return batch_size
 
 
 def _progress(file: Features, progress: Path) -> tuple[int, int]:
