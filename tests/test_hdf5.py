@@ -82,7 +82,7 @@ def test_hdf5_and_lerobot_give_the_same_batches_to_the_bit(tmp_path, open_, layo
     for store in (one, two):
         dataset = ChunkDataset(store, [0, 2], horizon=5, proprio_history=3, action_offset=1)
         batches.append(dataset.__getitems__(np.arange(len(dataset))))
-    for a, b in zip(*batches, strict=True):
+    for a, b in zip(*(batch[:5] for batch in batches), strict=True):  # all but features, which there are none
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
     if not image_size:
@@ -104,7 +104,7 @@ def test_twenty_episodes_as_video_and_as_hdf5_agree_on_everything_but_pixels(tmp
         ChunkDataset(store, range(20), 4, 2).__getitems__(np.arange(video.num_steps))
         for store in (video, hdf5)
     )
-    assert all(torch.equal(a, b) for a, b in zip(one[1:], two[1:], strict=True))
+    assert all(a is b or torch.equal(a, b) for a, b in zip(one[1:], two[1:], strict=True))
     lossy = (one.images.float() - two.images.float()).abs().mean()
     assert 0.1 < lossy < 10
     assert check_aligned(video).tolist() == check_aligned(hdf5).tolist()

@@ -179,11 +179,12 @@ def describe(source: str, config: DataConfig) -> tuple[StoreInfo, Load]:
             f"The dataset {source} {kind}: give the folder of a LeRobot dataset or of HDF5 files, a hub name "
             f"such as owner/name, or demo."
         )
+    episodes = chosen_episodes(config)
     _check_scored(config, info)
     options = {**asdict(config), "dataset": (info.source,), "weights": (), "cache_dir": ""}
     options |= {name: str(value) for name, value in options.items() if isinstance(value, Path)}
     storage = "jpeg" if config.store == "jpeg" else "raw"
-    return replace(info, episodes=chosen_episodes(config), storage=storage, options=options), load
+    return replace(info, episodes=episodes, storage=storage, options=options), load
 
 
 def chosen_episodes(config: DataConfig) -> tuple[int, ...] | None:
