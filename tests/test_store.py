@@ -144,8 +144,9 @@ def test_every_sample_equals_a_walk_through_its_episode(store, horizon, history)
 
 def test_one_sample_is_a_batch_without_its_first_dimension(store):
     dataset = ChunkDataset(store, range(4), 3)
-    for one, many in zip(dataset[7], dataset.__getitems__([7]), strict=True):
+    for one, many in zip(dataset[7][:5], dataset.__getitems__([7])[:5], strict=True):
         assert torch.equal(one, many[0])
+    assert dataset[7].features is None
 
 
 def test_attributes_say_what_was_recorded(store):
@@ -187,7 +188,8 @@ def test_a_batch_that_nobody_holds_lends_its_memory_to_the_next(store):
 
 def test_batch_moves_to_a_device(store):
     batch = ChunkDataset(store, range(4), 2).__getitems__([0, 1]).to("meta")
-    assert all(tensor.device.type == "meta" for tensor in batch)
+    assert all(tensor.device.type == "meta" for tensor in batch[:5])
+    assert batch.features is None
 
 
 @pytest.mark.parametrize(("horizon", "history"), [(0, 1), (4, 0), (-1, 1)])
@@ -302,7 +304,7 @@ def test_loader_workers_give_the_same_batches(store):
     dataset = ChunkDataset(store, range(4), 3)
     alone, helped = (iter(make_loader(dataset, 4, seed=2, num_workers=n)) for n in (0, 2))
     for _ in range(6):
-        for one, two in zip(next(alone), next(helped), strict=True):
+        for one, two in zip(next(alone)[:5], next(helped)[:5], strict=True):
             assert torch.equal(one, two)
 
 
