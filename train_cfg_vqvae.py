@@ -57,6 +57,7 @@ from common.schedules import (
     build_scheduler,
     clip_gradients,
     learning_rates,
+    move_average,
 )
 from common.tracking import Tracker
 from common.transformer import ActionDecoder, ChunkEncoder, InfoEmbedder, Observation, ObservationHead
@@ -249,13 +250,6 @@ class Policy(nn.Module):
         velocity = self.action_decoder(x_t, t, context, is_pad.repeat_interleave(num_draws, dim=0), z)
         return Prediction(velocity, latent, code, quantized, self.prior(observation.detach()), target)
 
-    @torch.no_grad()
-    def update_posterior_average(self, step: int, decay: float) -> None:
-        """Move the averaged posterior towards the present one; fast at first, while it is far."""
-        weight = 1 - min(decay, (1 + step) / (10 + step))
-        average, now = self.posterior_average.parameters(), self.posterior.parameters()
-        torch._foreach_lerp_(list(average), list(now), weight)
-
     def draw_latent(self, observation: Observation, uniform: Tensor) -> Tensor:
         """Latent of each observation, from the prior: (B, latent_dim).
 
@@ -306,10 +300,8 @@ def compute_loss(
         x_0, t = draws
     x_t, velocity = flow.linear_path(x_0, x_1, t)
 
-    # The first draw of each observation, once more at t = 0, for the one-step prediction.
-    start = x_0.unflatten(0, (-1, num_draws))[:, :1]  # (B, 1, T, A)
-    x_t = torch.cat([start, x_t.unflatten(0, (-1, num_draws))], dim=1).flatten(0, 1)
-    t = F.pad(t.unflatten(0, (-1, num_draws)), (1, 0)).flatten()  # (B * (1 + M),)
+    # One draw more for each observation, for the one-step prediction.
+    start, x_t, t = flow.prepend_start(x_0, x_t, t, num_draws)  # (B, T, A), (B * (1 + M), ...)
     dropped = None
     if policy.training:
         share = config.cfg_dropout * min(progress / max(config.cfg_ramp, 1e-9), 1.0)
@@ -322,7 +314,7 @@ def compute_loss(
     )
     state = proprio[:, -1]
     transport = losses.sinkhorn_divergence(
-        losses.transport_points((start + predicted[:, :1].float())[:, 0], state),
+        losses.transport_points(start + predicted[:, 0].float(), state),
         losses.transport_points(chunks, state),
         mass=~batch.is_pad.any(dim=1),  # chunks that run past the end of an episode have no mass
         blur=config.transport_blur,
@@ -576,7 +568,8 @@ def main(config: Config) -> None:
             continue  # a step is an optimizer update, not a micro-batch
         rates = learning_rates(optimizer.optimizer)
         scheduler.step()
-        policy.update_posterior_average(step, config.posterior_decay)
+        posteriors = policy.posterior_average.parameters(), policy.posterior.parameters()
+        move_average(*posteriors, step, config.posterior_decay)
         averaged.update()
         step, samples = step + 1, samples + global_batch
         if step % config.code_window == 0:

@@ -59,6 +59,7 @@ from common.schedules import (
     build_scheduler,
     clip_gradients,
     learning_rates,
+    move_average,
 )
 from common.tracking import Tracker
 from common.transformer import (
@@ -407,13 +408,6 @@ class Policy(nn.Module):
             z = losses.noise_substitution(repeated, z, torch.randn_like(z))
         return z, latent, divergence, code, quantized
 
-    @torch.no_grad()
-    def update_posterior_average(self, step: int, decay: float) -> None:
-        """Move the averaged posterior towards the present one; fast at first, while it is far."""
-        weight = 1 - min(decay, (1 + step) / (10 + step))
-        average, now = self.posterior_average.parameters(), self.posterior.parameters()
-        torch._foreach_lerp_(list(average), list(now), weight)
-
     def draw_latent(self, prior: Tensor, noise: Tensor) -> Tensor:
         """Latents (B, latent_dim) from what the prior gives, (B, ...).
 
@@ -467,10 +461,8 @@ def compute_loss(
         x_0, t = draws
     x_t, velocity = flow.linear_path(x_0, x_1, t)
 
-    # The first draw of each observation, once more at t = 0, for the one-step prediction.
-    start = x_0.unflatten(0, (-1, num_draws))[:, :1]  # (B, 1, T, A)
-    x_t = torch.cat([start, x_t.unflatten(0, (-1, num_draws))], dim=1).flatten(0, 1)
-    t = F.pad(t.unflatten(0, (-1, num_draws)), (1, 0)).flatten()  # (B * (1 + M),)
+    # One draw more for each observation, for the one-step prediction.
+    start, x_t, t = flow.prepend_start(x_0, x_t, t, num_draws)  # (B, T, A), (B * (1 + M), ...)
     prediction = policy(x_t, t, images, proprio, chunks, batch.is_pad)
 
     logits = prediction.gate  # (B * (1 + M), E)
@@ -496,7 +488,7 @@ def compute_loss(
     mixed = torch.einsum("be,ebta->bta", per_draw[:, 0], predicted[:, :, 0].float())
     state = proprio[:, -1]
     transport = losses.sinkhorn_divergence(
-        losses.transport_points(start[:, 0] + mixed, state),
+        losses.transport_points(start + mixed, state),
         losses.transport_points(chunks, state),
         mass=~batch.is_pad.any(dim=1),  # chunks that run past the end of an episode have no mass
         blur=config.transport_blur,
@@ -712,7 +704,7 @@ def draw_experts(
     if config.data.dataset == ("demo",):
         spans = [slice(*store.episode_starts[e : e + 2]) for e in episodes[chosen]]
         labels["mode of the demonstration"] = modes([store.state[span] for span in spans])
-        metrics["expert_mode_nmi"] = normalized_mutual_information(*labels.values())
+        metrics["experts/mode_nmi"] = normalized_mutual_information(*labels.values())
     draw_latents(path, latents, labels, "latents of the chunks with which episodes begin")
     return metrics
 
@@ -812,7 +804,8 @@ def main(config: Config) -> None:
         rates = learning_rates(optimizer.optimizer)
         scheduler.step()
         if policy.vq:
-            policy.update_posterior_average(step, config.posterior_decay)
+            posteriors = policy.posterior_average.parameters(), policy.posterior.parameters()
+            move_average(*posteriors, step, config.posterior_decay)
         averaged.update()
         step, samples = step + 1, samples + global_batch
         if policy.vq and step % config.code_window == 0:

@@ -6,6 +6,7 @@ Each has its own optimizer groups, learning rate and weight decay, and its gradi
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -195,11 +196,24 @@ def clip_gradients(policy: nn.Module, optimizer: torch.optim.Optimizer, max_norm
     return {"grad_norm": total, **norms, "bad_step": bad.float()}
 
 
+@torch.no_grad()
+def move_average(averages: Sequence[Tensor], now: Sequence[Tensor], updates: int, decay: float) -> None:
+    """Exponential moving average, in place: average <- d average + (1 - d) now.
+
+    At update n, d = min(decay, (1 + n) / (10 + n)), so that the first, bad weights are forgotten early.
+    Nothing waits for the device, as torch's AveragedModel does to copy its counter there.
+
+    Args:
+        averages, now: tensors of the same shapes.
+        updates: n.
+    """
+    torch._foreach_lerp_(list(averages), list(now), 1 - min(decay, (1 + updates) / (10 + updates)))
+
+
 class AveragedPolicy:
     """The weights that are evaluated and exported: an average over the course of training.
 
-    - EMA (`decay` > 0): average <- d average + (1 - d) weights after every step, with
-      d = min(decay, (1 + n) / (10 + n)) at update n, so that the first, bad weights are forgotten early.
+    - EMA (`decay` > 0): see `move_average`; after every step.
     - schedule-free: the optimizer keeps the average itself and trains at another point; it is computed into
       a copy, since switching the training weights back and forth is not exact to the last bit.
     - otherwise: the weights themselves.
@@ -222,10 +236,7 @@ class AveragedPolicy:
         """Take in the weights after an optimizer step."""
         self.updates += 1
         if self.decay:
-            # torch's AveragedModel copies its counter to the device at every step, and waits for it.
-            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-            averages, now = (list(side) for side in zip(*self._moving, strict=True))
-            torch._foreach_lerp_(averages, now, 1 - decay)
+            move_average(*zip(*self._moving, strict=True), self.updates, self.decay)
             buffers = list(self.policy.buffers())
             if buffers:
                 torch._foreach_copy_(list(self._average.buffers()), buffers)

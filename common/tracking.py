@@ -263,7 +263,7 @@ def _wandb_may_start() -> bool:
 def draw_curves(path: Path, picture: Path) -> None:
     """Draw metrics.jsonl: loss, held-out error, gradient norms, learning rates, speed.
 
-    What a method logs besides, named `group/name`, gets a panel for each group.
+    What a method logs besides, named `group/name`, gets a panel for each group, held-out metrics with dots.
     """
     import matplotlib
 
@@ -276,20 +276,24 @@ def draw_curves(path: Path, picture: Path) -> None:
     if not train:
         return
     groups: dict[str, list[str]] = {}
-    for name in sorted({key for line in train for key in line if "/" in key}):
+    for name in sorted({key for line in lines for key in line if "/" in key}):
         groups.setdefault(name.split("/")[0], []).append(name)
     norms, rates = groups.pop("grad_norm", []), groups.pop("lr", [])
     rows = 2 + (len(groups) + 1) // 2
     figure, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), sharex=True)
     _plot(axes[0, 0], train, ["loss"], "loss", log=True)
-    for name in sorted({key for line in val for key in line} - {"step", "split"}):
-        _plot(axes[0, 0], val, [name], "loss", log=True, label=f"held out: {name}", marker="o", ms=3)
+    dots = {"marker": "o", "ms": 3}
+    for name in sorted({key for line in val for key in line if "/" not in key} - {"step", "split"}):
+        _plot(axes[0, 0], val, [name], "loss", log=True, label=f"held out: {name}", **dots)
     _plot(axes[0, 1], train, norms, "gradient norm", log=True)
     _plot(axes[1, 0], train, rates, "learning rate")
     _plot(axes[1, 1], train, ["samples_per_s"], "samples / s")
     axes[1, 1].set_ylim(bottom=0)
     for axis, (group, names) in zip(axes.flat[4:], groups.items(), strict=False):
-        _plot(axis, train, names, group, log=group == "loss")
+        log = group in ("loss", "error")
+        _plot(axis, train, names, group, log=log)
+        for name in names:
+            _plot(axis, val, [name], group, log=log, label=f"held out: {name.split('/')[-1]}", **dots)
     for axis in axes.flat[4 + len(groups) :]:
         axis.axis("off")
     for axis in axes.flat:

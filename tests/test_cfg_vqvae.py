@@ -16,7 +16,7 @@ from common.config import parse
 from common.data import ChunkDataset, open_dataset
 from common.errors import UserError
 from common.normalize import Normalizer
-from common.schedules import AveragedPolicy, build_optimizer
+from common.schedules import AveragedPolicy, build_optimizer, move_average
 
 CODES = ("--num-codes", "4", "--latent-dim", "4", "--posterior-layers", "1")
 
@@ -197,7 +197,7 @@ def test_the_averaged_posterior_follows_fast_at_first_and_slowly_later(tiny):
     average, now = policy.posterior_average.get_parameter(name), policy.posterior.get_parameter(name)
     for step, decay in ((0, 0.1), (9, 10 / 19), (10**6, 0.999)):
         expected = torch.lerp(now.detach(), average.detach(), decay)
-        policy.update_posterior_average(step, 0.999)
+        move_average(policy.posterior_average.parameters(), policy.posterior.parameters(), step, 0.999)
         torch.testing.assert_close(average.detach(), expected)
 
 

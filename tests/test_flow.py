@@ -114,3 +114,11 @@ def test_guidance_goes_from_unconditional_through_conditional_and_beyond():
     assert torch.equal(flow.guide(with_latent, without, 0.0), without)
     torch.testing.assert_close(flow.guide(with_latent, without, 1.0), with_latent)
     torch.testing.assert_close(flow.guide(with_latent, without, 3.0), 3 * with_latent - 2 * without)
+
+
+def test_each_observation_gets_a_draw_at_the_start():
+    x_0, x_t, t = torch.randn(6, 4, 2), torch.randn(6, 4, 2), torch.rand(6)  # two observations, three draws
+    start, points, times = flow.prepend_start(x_0, x_t, t, 3)
+    assert torch.equal(start, x_0[[0, 3]])
+    assert torch.equal(points, torch.cat([x_0[:1], x_t[:3], x_0[3:4], x_t[3:]]))
+    assert torch.equal(times, torch.cat([torch.zeros(1), t[:3], torch.zeros(1), t[3:]]))
