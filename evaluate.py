@@ -27,6 +27,7 @@ from tqdm import tqdm
 from common.config import cli
 from common.data import ChunkDataset, open_dataset, split_episodes
 from common.errors import UserError
+from common.files import read_json
 from common.inference import RobotPolicy, load_policy
 
 COLORS = {"policy": "tab:blue", "recorded": "black"}
@@ -134,7 +135,7 @@ def held_out_data(policy: RobotPolicy, config: Config) -> tuple | None:
     data = policy.config.data
     store = open_dataset(data)
     try:
-        saved = json.loads((config.run.expanduser() / "config.json").read_text())["fingerprint"]
+        saved = read_json(config.run.expanduser() / "config.json")["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{config.run} has no config.json that names its data: copy the whole run folder to evaluate it."

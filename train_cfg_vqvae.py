@@ -47,6 +47,7 @@ from common.data import (
     open_dataset,
     split_episodes,
 )
+from common.faults import GradientClipper, Guard, or_nan
 from common.launch import check_same_data, create_run_dir, make_accelerator
 from common.normalize import Normalization, Normalizer
 from common.pictures import draw_chunks
@@ -55,7 +56,6 @@ from common.schedules import (
     OptimConfig,
     build_optimizer,
     build_scheduler,
-    clip_gradients,
     learning_rates,
     move_average,
 )
@@ -543,25 +543,27 @@ def main(config: Config) -> None:
     )
     batches = iter(loader)
     run_dir = create_run_dir(accelerator, config, __file__, store, global_batch, total_steps)
-    tracker = Tracker(accelerator, run_dir, config, total_steps, step, samples)
+    tracker = Tracker(accelerator, run_dir, config, total_steps, step, samples, loader)
+    clip = GradientClipper(policy, optimizer.optimizer, config.optim.grad_clip)
+    guard = Guard(accelerator, config.run, tracker)
 
     # Training
     policy.train()
     for name in config.run.freeze:
         getattr(policy, name).eval()
-    while step < total_steps:
+    while step < total_steps and not guard.stopping:
         with accelerator.accumulate(ddp_policy):
             with tracker.waiting():
                 batch = next(batches).to(accelerator.device)
             count = accelerator.reduce((~batch.is_pad).sum().float(), "mean")
             loss = compute_loss(ddp_policy, batch, normalizer, config, step / total_steps, count=count)
-            accelerator.backward(loss.total)
             tracker.add({"loss": loss.total, **loss.metrics})
+            accelerator.backward(or_nan(loss.total))
             error = loss.metrics["loss/commitment"].detach()
             policy.codebook.count(accelerator.reduce(loss.codes), accelerator.reduce(error, "mean"))
             if accelerator.sync_gradients:
                 accelerator.unscale_gradients()  # fp16 scales them
-                tracker.add(clip_gradients(policy, optimizer.optimizer, config.optim.grad_clip))
+                tracker.add(clip())
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -579,6 +581,7 @@ def main(config: Config) -> None:
 
         if step % config.run.log_every == 0 or step == total_steps:
             tracker.log(step, samples, rates)
+        guard.end_step()
         with tracker.paused():
             if val_set and (step % config.run.eval_every == 0 or step == total_steps):
                 tracker.log_validation(
@@ -588,9 +591,12 @@ def main(config: Config) -> None:
                     draw_alternatives(
                         averaged.model, val_set, normalizer, config, run_dir / "alternatives.png"
                     )
-            if step % config.run.save_every == 0 or step == total_steps:
-                checkpoint.save(accelerator, run_dir, step, samples, averaged, normalizer, spec, config)
+            if step % config.run.save_every == 0 or step == total_steps or guard.stopping:
+                checkpoint.save(
+                    accelerator, run_dir, step, samples, averaged, normalizer, spec, config, tracker
+                )
     tracker.close()
+    guard.close(step, total_steps, run_dir)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ from common.data import (
     open_dataset,
     split_episodes,
 )
-from common.data.shards import write_whole
 from common.errors import UserError
+from common.faults import GradientClipper, Guard, or_nan
+from common.files import read_json, write_json, write_whole
 from common.launch import check_same_data, create_run_dir, make_accelerator
 from common.normalize import Normalization, Normalizer
 from common.pictures import draw_reconstructions, draw_scores
@@ -55,7 +56,6 @@ from common.schedules import (
     OptimConfig,
     build_optimizer,
     build_scheduler,
-    clip_gradients,
     learning_rates,
 )
 from common.tracking import Tracker
@@ -360,7 +360,7 @@ def estimate(
         "repeats": config.repeats,
         "seed": config.run.seed,
     }
-    write_whole(run_dir / "mutual_information.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_json(run_dir / "mutual_information.json", report)
     lines = ["episode,steps,score_nats"]
     lines += [f"{names[e]},{lengths[e]},{scores[e]:.6f}" for e in order]
     write_whole(run_dir / "episode_scores.csv", ("\n".join(lines) + "\n").encode())
@@ -396,7 +396,7 @@ def estimate_again(config: Config) -> None:
     trained = replace(trained, **chosen)
     moved = {} if config.data.cache_dir == DataConfig().cache_dir else {"cache_dir": config.data.cache_dir}
     store = open_dataset(replace(trained.data, **moved))
-    saved = json.loads((path.parents[1] / "config.json").read_text())["fingerprint"]
+    saved = read_json(path.parents[1] / "config.json")["fingerprint"]
     if saved != store.fingerprint:
         raise UserError(f"{config.estimate_only} was trained on data that have changed since: train anew.")
     model = Autoencoders(trained, checkpoint.PolicySpec.from_json(settings["spec"]), pretrained=False)
@@ -471,22 +471,24 @@ def main(config: Config) -> None:
     )
     batches = iter(loader)
     run_dir = create_run_dir(accelerator, config, __file__, store, global_batch, total_steps)
-    tracker = Tracker(accelerator, run_dir, config, total_steps, step, samples)
+    tracker = Tracker(accelerator, run_dir, config, total_steps, step, samples, loader)
+    clip = GradientClipper(model, optimizer.optimizer, config.optim.grad_clip)
+    guard = Guard(accelerator, config.run, tracker)
 
     # Training
     model.train()
     for name in config.run.freeze:
         getattr(model, name).eval()
-    while step < total_steps:
+    while step < total_steps and not guard.stopping:
         with accelerator.accumulate(ddp_model):
             with tracker.waiting():
                 batch = next(batches).to(accelerator.device)
             loss, metrics = compute_loss(ddp_model, batch, normalizer, config)
-            accelerator.backward(loss)
             tracker.add({"loss": loss, **metrics})
+            accelerator.backward(or_nan(loss))
             if accelerator.sync_gradients:
                 accelerator.unscale_gradients()  # fp16 scales them
-                tracker.add(clip_gradients(model, optimizer.optimizer, config.optim.grad_clip))
+                tracker.add(clip())
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -498,6 +500,7 @@ def main(config: Config) -> None:
 
         if step % config.run.log_every == 0 or step == total_steps:
             tracker.log(step, samples, rates)
+        guard.end_step()
         with tracker.paused():
             if val_set and (step % config.run.eval_every == 0 or step == total_steps):
                 tracker.log_validation(
@@ -505,9 +508,12 @@ def main(config: Config) -> None:
                 )
                 if accelerator.is_main_process:
                     draw_examples(averaged.model, val_set, normalizer, run_dir / "reconstructions.png")
-            if step % config.run.save_every == 0 or step == total_steps:
-                checkpoint.save(accelerator, run_dir, step, samples, averaged, normalizer, spec, config)
+            if step % config.run.save_every == 0 or step == total_steps or guard.stopping:
+                checkpoint.save(
+                    accelerator, run_dir, step, samples, averaged, normalizer, spec, config, tracker
+                )
     tracker.close()
+    guard.close(step, total_steps, run_dir)
 
     # Estimation
     if accelerator.is_main_process:

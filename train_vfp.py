@@ -33,6 +33,7 @@ from common.data import (
     open_dataset,
     split_episodes,
 )
+from common.faults import GradientClipper, Guard, or_nan
 from common.launch import check_same_data, create_run_dir, make_accelerator
 from common.normalize import Normalization, Normalizer
 from common.schedules import (
@@ -40,7 +41,6 @@ from common.schedules import (
     OptimConfig,
     build_optimizer,
     build_scheduler,
-    clip_gradients,
     learning_rates,
 )
 from common.tracking import Tracker
@@ -294,23 +294,25 @@ def main(config: Config) -> None:
     )
     batches = iter(loader)
     run_dir = create_run_dir(accelerator, config, __file__, store, global_batch, total_steps)
-    tracker = Tracker(accelerator, run_dir, config, total_steps, step, samples)
+    tracker = Tracker(accelerator, run_dir, config, total_steps, step, samples, loader)
+    clip = GradientClipper(policy, optimizer.optimizer, config.optim.grad_clip)
+    guard = Guard(accelerator, config.run, tracker)
 
     # Training
     policy.train()
     for name in config.run.freeze:
         getattr(policy, name).eval()
-    while step < total_steps:
+    while step < total_steps and not guard.stopping:
         with accelerator.accumulate(ddp_policy):
             with tracker.waiting():
                 batch = next(batches).to(accelerator.device)
             count = accelerator.reduce((~batch.is_pad).sum().float(), "mean")
             loss = compute_loss(ddp_policy, batch, normalizer, config, count=count)
-            accelerator.backward(loss)
             tracker.add({"loss": loss})
+            accelerator.backward(or_nan(loss))
             if accelerator.sync_gradients:
                 accelerator.unscale_gradients()  # fp16 scales them
-                tracker.add(clip_gradients(policy, optimizer.optimizer, config.optim.grad_clip))
+                tracker.add(clip())
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -322,14 +324,18 @@ def main(config: Config) -> None:
 
         if step % config.run.log_every == 0 or step == total_steps:
             tracker.log(step, samples, rates)
+        guard.end_step()
         with tracker.paused():
             if val_set and (step % config.run.eval_every == 0 or step == total_steps):
                 tracker.log_validation(
                     step, evaluate(averaged.model, val_set, normalizer, config, accelerator)
                 )
-            if step % config.run.save_every == 0 or step == total_steps:
-                checkpoint.save(accelerator, run_dir, step, samples, averaged, normalizer, spec, config)
+            if step % config.run.save_every == 0 or step == total_steps or guard.stopping:
+                checkpoint.save(
+                    accelerator, run_dir, step, samples, averaged, normalizer, spec, config, tracker
+                )
     tracker.close()
+    guard.close(step, total_steps, run_dir)
 
 
 if __name__ == "__main__":

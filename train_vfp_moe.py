@@ -48,6 +48,7 @@ from common.data import (
 )
 from common.data.demo import modes
 from common.errors import UserError
+from common.faults import GradientClipper, Guard, or_nan
 from common.launch import check_same_data, create_run_dir, make_accelerator
 from common.mutual_information import normalized_mutual_information
 from common.normalize import Normalization, Normalizer
@@ -57,7 +58,6 @@ from common.schedules import (
     OptimConfig,
     build_optimizer,
     build_scheduler,
-    clip_gradients,
     learning_rates,
     move_average,
 )
@@ -776,27 +776,29 @@ def main(config: Config) -> None:
     )
     batches = iter(loader)
     run_dir = create_run_dir(accelerator, config, __file__, store, global_batch, total_steps)
-    tracker = Tracker(accelerator, run_dir, config, total_steps, step, samples)
+    tracker = Tracker(accelerator, run_dir, config, total_steps, step, samples, loader)
+    clip = GradientClipper(policy, optimizer.optimizer, config.optim.grad_clip)
+    guard = Guard(accelerator, config.run, tracker)
 
     # Training
     policy.train()
     for name in config.run.freeze:
         getattr(policy, name).eval()
-    while step < total_steps:
+    while step < total_steps and not guard.stopping:
         with accelerator.accumulate(ddp_policy):
             with tracker.waiting():
                 batch = next(batches).to(accelerator.device)
             count = accelerator.reduce((~batch.is_pad).sum().float(), "mean")
             loss = compute_loss(ddp_policy, batch, normalizer, config, step / total_steps, count=count)
-            accelerator.backward(loss.total)
             tracker.add({"loss": loss.total, **loss.metrics})
+            accelerator.backward(or_nan(loss.total))
             policy.gate.counts += accelerator.reduce(loss.experts)
             if policy.vq:
                 error = loss.metrics["loss/commitment"].detach()
                 policy.codebook.count(accelerator.reduce(loss.codes), accelerator.reduce(error, "mean"))
             if accelerator.sync_gradients:
                 accelerator.unscale_gradients()  # fp16 scales them
-                tracker.add(clip_gradients(policy, optimizer.optimizer, config.optim.grad_clip))
+                tracker.add(clip())
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -819,6 +821,7 @@ def main(config: Config) -> None:
             logged = tracker.log(step, samples, rates)
             if accelerator.is_main_process:
                 report_experts(step, logged, config.num_experts)
+        guard.end_step()
         with tracker.paused():
             if val_set and (step % config.run.eval_every == 0 or step == total_steps):
                 metrics = evaluate(averaged.model, val_set, normalizer, config, accelerator)
@@ -827,9 +830,12 @@ def main(config: Config) -> None:
                     draw_alternatives(model, val_set, *of_data, run_dir / "alternatives.png")
                     metrics |= draw_experts(model, train_set, *of_data, run_dir / "latents.png")
                 tracker.log_validation(step, metrics)
-            if step % config.run.save_every == 0 or step == total_steps:
-                checkpoint.save(accelerator, run_dir, step, samples, averaged, normalizer, spec, config)
+            if step % config.run.save_every == 0 or step == total_steps or guard.stopping:
+                checkpoint.save(
+                    accelerator, run_dir, step, samples, averaged, normalizer, spec, config, tracker
+                )
     tracker.close()
+    guard.close(step, total_steps, run_dir)
 
 
 if __name__ == "__main__":

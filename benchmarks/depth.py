@@ -29,9 +29,10 @@ from common.data import ChunkDataset, EpisodeStore, make_loader, open_dataset
 from common.data.demo import record
 from common.data.inspect import folder_size
 from common.depth import DepthBackbone, DepthConfig, cached
+from common.faults import GradientClipper
 from common.launch import make_accelerator
 from common.normalize import Normalizer
-from common.schedules import AveragedPolicy, build_optimizer, clip_gradients
+from common.schedules import AveragedPolicy, build_optimizer
 from common.transformer import InfoEmbedder
 
 
@@ -159,6 +160,7 @@ def steps(module, config, data: ChunkDataset, normalizer, accelerator, shape=Non
     policy: nn.Module = module.Policy(config, spec) if shape is None else MoreTokens(config, spec, shape)
     policy.to(device).train()
     optimizer = build_optimizer(policy, config.optim)
+    clip = GradientClipper(policy, optimizer, config.optim.grad_clip)
     averaged = AveragedPolicy(policy, optimizer, config.optim.ema_decay)
     batches = iter(make_loader(data, config.optim.batch_size, 0, pin_memory=device.type == "cuda"))
     while True:
@@ -168,7 +170,7 @@ def steps(module, config, data: ChunkDataset, normalizer, accelerator, shape=Non
         with accelerator.autocast():
             loss = module.compute_loss(policy, batch, normalizer, config)
         loss.backward()
-        clip_gradients(policy, optimizer, config.optim.grad_clip)
+        clip()
         optimizer.step()
         optimizer.zero_grad()
         averaged.update()

@@ -23,9 +23,10 @@ import train_vfp_moe
 from common import checkpoint
 from common.config import Flat, cli
 from common.data import ChunkDataset, open_dataset
+from common.faults import GradientClipper
 from common.launch import make_accelerator
 from common.normalize import Normalizer
-from common.schedules import build_optimizer, clip_gradients
+from common.schedules import build_optimizer
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,13 @@ def ratio(values: list[float], others: list[float]) -> float:
 def steps(policy, config, batch, normalizer, accelerator):
     """Training steps on one batch; yields after each."""
     optimizer = build_optimizer(policy, config.optim)
+    clip = GradientClipper(policy, optimizer, config.optim.grad_clip)
     while True:
         policy.train()
         with accelerator.autocast():
             loss = train_vfp_moe.compute_loss(policy, batch, normalizer, config)
         loss.total.backward()
-        clip_gradients(policy, optimizer, config.optim.grad_clip)
+        clip()
         optimizer.step()
         optimizer.zero_grad()
         yield

@@ -176,8 +176,9 @@ def training_steps(method: str):
     from common.checkpoint import PolicySpec
     from common.config import parse
     from common.data import ChunkDataset, make_loader, open_dataset
+    from common.faults import GradientClipper
     from common.normalize import Normalizer
-    from common.schedules import AveragedPolicy, build_optimizer, clip_gradients
+    from common.schedules import AveragedPolicy, build_optimizer
 
     script = importlib.import_module(script_of(method).removesuffix(".py"))
     config = parse(script.Config, ["--config", str(config_file(method))], script_of(method))
@@ -187,11 +188,12 @@ def training_steps(method: str):
     torch.manual_seed(0)
     policy = script.Policy(config, PolicySpec.of(data)).train()
     optimizer = build_optimizer(policy, config.optim)
+    clip = GradientClipper(policy, optimizer, config.optim.grad_clip)
     averaged = AveragedPolicy(policy, optimizer, config.optim.ema_decay)
     for batch in make_loader(data, config.optim.batch_size, seed=0):
         loss = script.compute_loss(policy, batch, normalizer, config)
         getattr(loss, "total", loss).backward()  # some give the parts of their loss as well
-        clip_gradients(policy, optimizer, config.optim.grad_clip)
+        clip()
         optimizer.step()
         optimizer.zero_grad()
         averaged.update()

@@ -26,9 +26,10 @@ import train_vfp
 from common import checkpoint
 from common.config import Flat, cli
 from common.data import ChunkDataset, make_loader, open_dataset
+from common.faults import GradientClipper, Guard, or_nan
 from common.launch import make_accelerator
 from common.normalize import Normalizer
-from common.schedules import AveragedPolicy, build_optimizer, build_scheduler, clip_gradients, learning_rates
+from common.schedules import AveragedPolicy, build_optimizer, build_scheduler, learning_rates
 from common.tracking import Tracker
 
 
@@ -117,6 +118,8 @@ def script_loop(script, accelerator, data, normalizer, folder: Path):
     batches = iter(loader(script, accelerator, data))
     quiet = replace(script, run=replace(script.run, tracker="none"))
     tracker = Tracker(accelerator, folder, quiet, 10**6)
+    clip = GradientClipper(policy, optimizer.optimizer, script.optim.grad_clip)
+    guard = Guard(accelerator, quiet.run, tracker)
     policy.train()
     step = samples = 0
     while True:
@@ -125,11 +128,11 @@ def script_loop(script, accelerator, data, normalizer, folder: Path):
                 batch = next(batches).to(accelerator.device)
             count = accelerator.reduce((~batch.is_pad).sum().float(), "mean")
             loss = train_vfp.compute_loss(ddp_policy, batch, normalizer, script, count=count)
-            accelerator.backward(loss)
             tracker.add({"loss": loss})
+            accelerator.backward(or_nan(loss))
             if accelerator.sync_gradients:
                 accelerator.unscale_gradients()
-                tracker.add(clip_gradients(policy, optimizer.optimizer, script.optim.grad_clip))
+                tracker.add(clip())
             optimizer.step()
             optimizer.zero_grad()
         scheduler.step()
@@ -137,6 +140,7 @@ def script_loop(script, accelerator, data, normalizer, folder: Path):
         step, samples = step + 1, samples + script.optim.batch_size
         if step % script.run.log_every == 0:
             tracker.log(step, samples, learning_rates(optimizer.optimizer))
+        guard.end_step()
         yield
 
 

@@ -1,25 +1,29 @@
 """Checkpoints: save, resume, start from another run.
 
     checkpoints/step_0002000/
-        policy/   what inference needs: <component>.safetensors (averaged weights), policy.json,
-                  stats.safetensors
-        state/    what resuming needs besides: Accelerate's state (weights, optimizer, random
-                  generators), trainer.json
+        policy/         what inference needs: <component>.safetensors (averaged weights), policy.json,
+                        stats.safetensors
+        state/          what resuming needs besides: Accelerate's state (weights, optimizer, random
+                        generators), trainer.json, metrics that wait for their line
+        checksums.json  size and CRC-32 of every file
     checkpoints/last -> the newest complete checkpoint
 
 A checkpoint is written under a temporary name and renamed when it is complete and on disk, so that no
-interruption can leave half of one under a name that anything reads. Nothing that is loaded can run code:
-weights are safetensors, settings JSON, and Accelerate's own state is read with `weights_only`.
+interruption can leave half of one under a name that anything reads. Damage that comes later is found by the
+checksums. Nothing that is loaded can run code: weights are safetensors, settings JSON, and Accelerate's own
+state is read with `weights_only`.
 """
 
-import json
-import os
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,7 +31,11 @@ from common.config import RunConfig, to_dict
 from common.data import ChunkDataset
 from common.data.rotation import Rotations
 from common.errors import UserError
+from common.faults import say
+from common.files import checksum, read_json, sync, sync_one, write_json
 from common.normalize import Normalizer
+
+CHECKSUMS = "checksums.json"
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,9 @@ class PolicySpec:
         """
         backbone, store = None, dataset.store
         if run is not None and run.resume:
-            backbone = read_settings(find(run.run_dir))["spec"]["backbone_config"]
+            backbone = read_settings(_first_whole(run.run_dir, "policy/policy.json"))["spec"][
+                "backbone_config"
+            ]
         return cls(
             store.cameras,
             store.image_size,
@@ -114,23 +124,39 @@ def save(
     normalizer: Normalizer,
     spec: PolicySpec,
     config,
-) -> Path:
+    tracker=None,
+) -> Path | None:
     """Write the checkpoint of a step; called by every process, since each has a random state of its own.
+
+    A full disk costs this checkpoint, not the run: it says so, and those before stay.
 
     Args:
         samples: training samples that all processes have drawn so far: the position in the data order.
         averaged: `AveragedPolicy`, whose `model` is exported.
         config: the script's configuration; `config.run.keep` newest checkpoints stay.
+        tracker: has metrics that wait for their line.
+
+    Returns:
+        Its folder; None if it could not be written.
     """
     folder = run_dir / "checkpoints"
     final, unfinished = folder / f"step_{step:07d}", folder / f".step_{step:07d}.unfinished"
-    if accelerator.is_main_process:
-        for leftover in folder.glob(".*.unfinished"):
-            shutil.rmtree(leftover)
-        (unfinished / "policy").mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished / "state"))
-    if accelerator.is_main_process:
+
+    def begin() -> None:
+        if accelerator.is_main_process:
+            for leftover in folder.glob(".*.unfinished"):
+                shutil.rmtree(leftover)
+            (unfinished / "policy").mkdir(parents=True)
+            (unfinished / "state").mkdir()
+
+    def write_state() -> None:
+        accelerator.save_state(str(unfinished / "state"))
+        if tracker is not None:
+            tracker.save(unfinished / "state")
+
+    def complete() -> None:
+        if not accelerator.is_main_process:
+            return
         for name, component in averaged.model.named_children():
             tensors = {
                 key: value.detach().cpu().contiguous() for key, value in component.state_dict().items()
@@ -139,23 +165,53 @@ def save(
         normalizer.save(unfinished / "policy" / "stats.safetensors")
         settings = {"step": step, "spec": asdict(spec), "config": to_dict(config)}
         settings["script"] = config_script(config)
-        _write_json(unfinished / "policy" / "policy.json", settings)
+        write_json(unfinished / "policy" / "policy.json", settings)
         trainer = {"step": step, "samples": samples, "updates": averaged.updates}
         trainer["processes"] = accelerator.num_processes
-        _write_json(unfinished / "state" / "trainer.json", trainer)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _sync(unfinished)
+        write_json(unfinished / "state" / "trainer.json", trainer)
+        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+        sums = {str(path.relative_to(unfinished)): [path.stat().st_size, checksum(path)] for path in files}
+        write_json(unfinished / CHECKSUMS, sums)
+        sync(unfinished)
         if final.exists():  # the run was resumed from an older checkpoint and has come here again
             shutil.rmtree(final)
         unfinished.rename(final)
         _point_last_at(final)
-        # Newer ones are of a future that this run has left by going back: not its own to count or delete.
-        older = sorted(path for path in folder.glob("step_*") if path.name < final.name)
-        for path in older[: max(len(older) - (config.run.keep - 1), 0)]:
-            shutil.rmtree(path)
+        sync_one(folder)
+
+    trouble = next((told for part in (begin, write_state, complete) if (told := _agreed(part))), None)
+    if accelerator.is_main_process:
+        if trouble:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            say(f"warning: step {step} is not saved ({trouble}): training goes on, make room")
+        else:
+            _prune(final, config.run.keep, config.run.keep_every)
     accelerator.wait_for_everyone()
-    return final
+    return None if trouble else final
+
+
+def _agreed(action: Callable[[], None]) -> str | None:
+    """Do something that writes, on every process; what went wrong on one of them, told to all."""
+    trouble = None
+    try:
+        action()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        # torch reports a failed write as an error of its archive; others it has are not about files
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|inline_container", reason):
+            raise
+        trouble = reason[:200]
+    return next(filter(None, gather_object([trouble])), None)
+
+
+def _prune(newest: Path, keep: int, keep_every: int | None) -> None:
+    """Delete the checkpoints before the `keep` newest, but for every `keep_every`-th step."""
+    # Newer ones are of a future that this run has left by going back: not its own to count or delete.
+    older = sorted(path for path in newest.parent.glob("step_*") if path.name < newest.name)
+    for path in older[: max(len(older) - (keep - 1), 0)]:
+        step = path.name.removeprefix("step_")
+        if not (keep_every and step.isdigit() and int(step) % keep_every == 0):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def config_script(config) -> str:
@@ -163,18 +219,6 @@ def config_script(config) -> str:
     import sys
 
     return Path(sys.modules[type(config).__module__].__file__).name
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
-
-
-def _sync(folder: Path) -> None:
-    """Wait until all files below a folder are on disk, not only in the page cache."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def _point_last_at(checkpoint: Path) -> None:
@@ -196,18 +240,86 @@ def find(run_dir: Path, name: str = "last") -> Path:
         UserError: if the run or the checkpoint is not there; lists those that are.
     """
     folder = Path(run_dir).expanduser() / "checkpoints"
-    name = f"step_{int(name):07d}" if name.isdigit() else name
-    path = folder / name
-    if (path / "policy" / "policy.json").is_file():
-        return path.resolve()
-    there = sorted(p.name for p in folder.glob("step_*") if (p / "policy" / "policy.json").is_file())
-    if name == "last" and there:
-        return folder / there[-1]  # someone deleted newer step folders and left `last` dangling
+    there = completed(run_dir)
     if not there:
         raise UserError(
             f"{run_dir} holds no finished checkpoint: give the folder of a run that has saved one."
         )
-    raise UserError(f"{run_dir} holds no checkpoint {name}: choose one of {', '.join(there)}.")
+    if name == "last":
+        # Where there is none, someone deleted newer step folders and left `last` dangling.
+        last = (folder / "last").resolve()
+        return last if last in there else there[-1]
+    name = f"step_{int(name):07d}" if re.fullmatch(r"\d{1,12}", name) else name
+    path = next((path for path in there if path.name == name), None)
+    if path is None:
+        names = ", ".join(path.name for path in there)
+        raise UserError(f"{run_dir} holds no checkpoint {name}: choose one of {names}.")
+    return path
+
+
+def completed(run_dir: Path) -> list[Path]:
+    """Folders of a run's checkpoints that were written to their end, by step; one may be damaged since."""
+    folder = (Path(run_dir).expanduser() / "checkpoints").resolve()
+    return sorted(path for path in folder.glob("step_*") if (path / CHECKSUMS).is_file())
+
+
+def damage(checkpoint: Path, part: str = "") -> str | None:
+    """What has happened to a checkpoint's files since they were written, as a clause; None: nothing.
+
+    Args:
+        part: look only at files whose path begins so, as `policy/`.
+    """
+    try:
+        sums = read_json(checkpoint / CHECKSUMS)
+        files = {name: (size, crc) for name, (size, crc) in sums.items() if name.startswith(part)}
+        if not files:
+            return f"{CHECKSUMS} names no file of {part or 'it'}"
+        for name, (size, crc) in files.items():
+            path = checkpoint / name
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                return f"{CHECKSUMS} names {name}, which is not its own"
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if checksum(path) != crc:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{CHECKSUMS} cannot be read ({' '.join(str(error).split())[:100]})"
+    return None
+
+
+def refuse_damaged(checkpoint: Path, part: str = "") -> None:
+    """Refuse a checkpoint whose files are not as they were written.
+
+    Raises:
+        UserError: names the file.
+    """
+    what = damage(checkpoint, part)
+    if what:
+        raise UserError(f"{checkpoint} is damaged ({what}): use another checkpoint.")
+
+
+def _first_whole(run_dir: Path, part: str = "", tell: bool = False) -> Path:
+    """The newest checkpoint of a run, at most the one that `last` names, that is not damaged.
+
+    Args:
+        part: see `damage`.
+        tell: print a warning for those that are.
+    """
+    last = find(run_dir)
+    found = []
+    for path in reversed([path for path in completed(run_dir) if path.name <= last.name]):
+        what = damage(path, part)
+        if what is None:
+            return path
+        found.append(f"{path.name}: {what}")
+        if tell:
+            say(f"warning: {path} is damaged ({what}); the checkpoint before it is used")
+    raise UserError(
+        f"{run_dir} holds no checkpoint that is not damaged ({'; '.join(found)}): restore one from a copy, "
+        f"or start anew with another --run-dir."
+    )
 
 
 def read_settings(checkpoint: Path) -> dict:
@@ -218,7 +330,7 @@ def read_settings(checkpoint: Path) -> dict:
     """
     path = checkpoint / "policy" / "policy.json"
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
         missing = {"script", "spec", "config", "step"} - set(settings)
         if missing or "backbone_config" not in settings["spec"]:
             raise ValueError(f"no {', '.join(sorted(missing)) or 'backbone_config'}")
@@ -230,18 +342,20 @@ def read_settings(checkpoint: Path) -> dict:
 def restore(accelerator: Accelerator, run_dir: Path, averaged) -> tuple[int, int]:
     """Load the last checkpoint of a run into what `accelerator.prepare` returned, on every process.
 
-    With the number of processes that saved it, training continues bit for bit (on CPU); with another, at
-    the same position in the data but with other noise, and says so.
+    If it is damaged, the one before it is taken, with a warning. With the number of processes that saved it,
+    training continues bit for bit (on CPU); with another, at the same position in the data but with other
+    noise, and says so.
 
     Returns:
         step and samples, as given to `save`.
 
     Raises:
-        UserError: if the checkpoint is missing, damaged, or of another policy.
+        UserError: if there is no checkpoint that is whole, or it is of another policy.
     """
-    path = find(run_dir)
+    path = _first_whole(run_dir, tell=True) if accelerator.is_main_process else None
+    path = broadcast_object_list([path])[0]  # the first process looks, for all
     try:
-        trainer = json.loads((path / "state" / "trainer.json").read_text())
+        trainer = read_json(path / "state" / "trainer.json")
         accelerator.load_state(str(path / "state"))
         accelerator.step = 0  # its count of micro-batches: a checkpoint lies between optimizer steps
         averaged.load(_read_components(path / "policy", averaged.policy), trainer["updates"])
@@ -322,6 +436,8 @@ def initialise(policy: nn.Module, sources: tuple[str, ...]) -> None:
     components = dict(policy.named_children())
     for source in sources:
         name, equals, where = source.partition("=")
+        if equals and name not in components and Path(source).expanduser().exists():
+            name, equals, where = source, "", ""  # a path that has a "=" in it
         path = Path(where if equals else source).expanduser()
         if equals and name not in components:
             raise UserError(
@@ -333,6 +449,7 @@ def initialise(policy: nn.Module, sources: tuple[str, ...]) -> None:
             )
         if path.is_dir():
             folder = find(path) / "policy"
+            refuse_damaged(folder.parent, "policy/")
             files = {n: folder / f"{n}.safetensors" for n in ([name] if equals else components)}
             found = {n: file for n, file in files.items() if file.exists()}
             if not found:

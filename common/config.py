@@ -6,7 +6,6 @@ Values come from, later ones winning: the dataclass's defaults, `--config FILE` 
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import subprocess
@@ -17,11 +16,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tyro
 
 from common.errors import UserError
+from common.files import read_json, write_json, write_whole
 
 DEFAULT_STEPS = 20_000
 
@@ -43,6 +53,7 @@ MAY_CHANGE_ON_RESUME = {
     *("schedule", "warmup_steps", "grad_clip", "ema_decay", "sample_steps", "guidance", "sample_method"),
     *("run_dir", "resume", "config", "log_every", "eval_every", "eval_samples", "save_every", "keep"),
     *("mixed_precision", "compile", "tracker", "project", "depth_cache", "depth_weights"),
+    *("keep_every", "max_time", "hang_timeout", "max_bad_steps", "deterministic", "find_batch_size"),
 }
 """Options that may differ when a run is resumed; any other would make it a different experiment. The
 dataset may have moved: that its content and the choice of episodes are the same is checked by fingerprint."""
@@ -52,11 +63,12 @@ AT_LEAST_ONE = {
     *("batch_size", "grad_accumulation", "log_every", "eval_every", "eval_samples", "save_every", "keep"),
     *("num_codes", "posterior_layers", "prior_layers", "code_window", "depth_pool"),
     *("num_experts", "latent_dim", "expert_layers", "state_latent_dim", "action_latent_dim", "repeats"),
+    *("keep_every", "max_bad_steps"),
 }
 NOT_NEGATIVE = {
     *("lr", "backbone_lr", "weight_decay", "warmup_steps", "aug_rotate", "aug_blur", "seed"),
     *("commitment_weight", "transport_weight", "gate_noise", "z_loss_weight", "balance_weight", "kl_weight"),
-    *("free_bits", "top_k"),
+    *("free_bits", "top_k", "max_time", "hang_timeout"),
 }
 POSITIVE = {"grad_clip", "transport_blur"}
 SHARES = {
@@ -93,6 +105,19 @@ class RunConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
     """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Keep the checkpoints of every such step besides."""
+    max_time: float | None = None
+    """Hours after which the run saves and ends with exit code 75, as it does on SIGTERM."""
+    hang_timeout: float = 1800.0
+    """Seconds without progress after which the job ends and says which process is to blame; 0 waits for
+    ever."""
+    max_bad_steps: int = 20
+    """Stop, and name the samples, after so many steps in a row whose loss or gradient was not finite."""
+    deterministic: bool = False
+    """Only algorithms whose result is always the same, bit for bit; slower on CUDA."""
+    find_batch_size: bool = False
+    """Instead of training, find the largest --batch-size that fits into memory."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of forward and backward (default: what `accelerate launch` says, else no)."""
     compile: bool = False
@@ -106,21 +131,41 @@ class RunConfig:
 def cli[T](main: Callable[[Any], None], config_type: type[T], argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run a script: what its last line calls.
 
-    Exit codes: 0 done, 1 for a `UserError` (printed as one sentence), 2 for a bad flag, 130 for Ctrl-C.
+    Errors that a user can put right are printed as one sentence. Exit codes: see `common/faults.py`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    script = Path(sys.modules[config_type.__module__].__file__)
+    config = None
     try:
-        main(parse(config_type, argv, Path(sys.modules[config_type.__module__].__file__).name))
+        config = parse(config_type, argv, script.name)
+        if isinstance(getattr(config, "run", None), RunConfig) and config.run.find_batch_size:
+            from common.batch_size import find_batch_size
+
+            find_batch_size(script, config)
+        else:
+            main(config)
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0":
-            print(f"error: {error}", file=sys.stderr)
-        else:  # most errors are those of all processes; the launcher ends this one once the first has spoken
-            time.sleep(3)
-            print(f"error in process {rank}: {error}", file=sys.stderr)
-        sys.exit(1)
+        _complain(str(error), 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        from common.faults import explain
+
+        explained = explain(error, getattr(getattr(config, "optim", None), "batch_size", None))
+        if explained is None:
+            raise
+        _complain(*explained)
+
+
+def _complain(sentence: str, code: int) -> NoReturn:
+    """Print an error and exit."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {sentence}", file=sys.stderr)
+    else:  # most errors are those of all processes; the launcher ends this one once the first has spoken
+        time.sleep(3)
+        print(f"error in process {rank}: {sentence}", file=sys.stderr)
+    sys.exit(code)
 
 
 def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
@@ -153,6 +198,7 @@ def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
     if resumed is not None:
         base = from_file(resumed / "config.json")
         config = from_flags(base)
+        config = _with_absolute_data(config)
         _refuse_changes(base, config, resumed)
         _check_ranges(config)
         return _with_run(config, run_dir=resumed, resume=str(resumed))
@@ -160,7 +206,7 @@ def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
         config = from_flags(from_file(run.config))
     _check_ranges(config)
     _refuse_used(run.run_dir, restart=run.resume == "auto")
-    return _with_run(config, resume=None)
+    return _with_absolute_data(_with_run(config, resume=None))
 
 
 def _check_ranges(config: Any) -> None:
@@ -215,6 +261,24 @@ def _expand_paths(value: Any) -> Any:
     return value
 
 
+def _with_absolute_data[T](config: T) -> T:
+    """The configuration with the data's place in full: a run may be resumed from another folder."""
+    data = getattr(config, "data", None)
+    if data is None:
+        return config
+    found = {"dataset": tuple(_absolute(source) for source in data.dataset)}
+    for name in ("cache_dir", "episodes_file"):
+        path = getattr(data, name)
+        found[name] = path and path.absolute()
+    return dataclasses.replace(config, data=dataclasses.replace(data, **found))
+
+
+def _absolute(source: str) -> str:
+    """A dataset's folder or file in full; names of hub datasets and built-in ones as they are."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if source != "demo" and path.exists() else source
+
+
 def _without_rival[T](config: T, argv: Sequence[str]) -> T:
     """Drop the file's `steps` where a flag gives `epochs`, and the reverse: only one of them may be set."""
     given = {word.split("=")[0].replace("_", "-") for word in argv}
@@ -235,8 +299,13 @@ def _resumed_run(run: RunConfig) -> Path | None:
     if run.resume == "auto":
         if run.run_dir is None:
             raise UserError("--resume auto needs --run-dir, to know which run to continue.")
-        in_order = _has_checkpoint(run.run_dir) and (run.run_dir / "config.json").is_file()
-        return run.run_dir if in_order else None
+        if not _has_checkpoint(run.run_dir):
+            return None
+        if not (run.run_dir / "config.json").is_file():
+            raise UserError(
+                f"{run.run_dir} holds checkpoints but no config.json: copy the whole folder of the run."
+            )
+        return run.run_dir
     folder = Path(run.resume).expanduser()
     for flag, value in (("--config", run.config), ("--run-dir", run.run_dir)):
         if value is not None and value.absolute() != folder.absolute():
@@ -255,7 +324,8 @@ def _resumed_run(run: RunConfig) -> Path | None:
 
 
 def _has_checkpoint(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob("step_*"))
+    """Whether a checkpoint was written to its end there."""
+    return any((folder / "checkpoints").glob("step_*/checksums.json"))
 
 
 def _refuse_used(run_dir: Path | None, restart: bool) -> None:
@@ -267,7 +337,7 @@ def _refuse_used(run_dir: Path | None, restart: bool) -> None:
     if run_dir is None or not run_dir.exists():
         return
     held = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else {"a file"}
-    if held and not (restart and "config.json" in held and not _has_checkpoint(run_dir)):
+    if held and not (restart and "config.json" in held):
         raise UserError(
             f"{run_dir} exists and is not empty: continue it with --resume {run_dir}, or name another "
             f"--run-dir."
@@ -384,7 +454,7 @@ def read_config[T](config_type: type[T], path: Path, script: str) -> T:
         UserError: if the file is missing, damaged, or another script's.
     """
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): give a run's config.json.") from None
     if not isinstance(values, dict):
@@ -407,10 +477,8 @@ def write_run_config(run_dir: Path, script: str, config: Any, extra: dict[str, A
     versions = {"python": sys.version.split()[0]}
     installed = {name: _version(name) for name in packages}
     versions |= {name: version for name, version in installed.items() if version is not None}
-    values = {"script": script, "config": to_dict(config), "versions": versions, **_git(), **extra}
-    temporary = run_dir / ".config.json.new"
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(run_dir / "config.json")
+    values = {"script": script, "config": to_dict(config), "versions": versions, **_git(run_dir), **extra}
+    write_json(run_dir / "config.json", values)
 
 
 def _version(package: str) -> str | None:
@@ -420,19 +488,30 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git() -> dict[str, Any]:
-    """Commit of this checkout, and whether files differ from it; nothing where there is no git."""
+def _git(run_dir: Path) -> dict[str, Any]:
+    """Commit of this checkout, and whether files differ from it; nothing where there is no git.
+
+    What differs is written to `changes.patch` in the run folder, new Python and JSON files included: together
+    with the commit it is the code that ran.
+    """
     root = Path(__file__).resolve().parents[1]
+
+    def git(*command: str, codes: tuple[int, ...] = (0,)) -> str:
+        done = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, timeout=30)
+        if done.returncode not in codes:
+            raise subprocess.SubprocessError(done.stderr)
+        return done.stdout
+
     try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", root, *command], capture_output=True, text=True, timeout=10, check=True
-            )
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        )
-    except (OSError, subprocess.SubprocessError):
+        commit, changes = git("rev-parse", "HEAD").strip(), git("diff", "HEAD", "--no-color")
+        for name in git("ls-files", "--others", "--exclude-standard", "--", "*.py", "*.json").splitlines():
+            changes += git("diff", "--no-color", "--no-index", os.devnull, name, codes=(0, 1))
+        dirty = bool(git("status", "--porcelain").strip())
+    except (OSError, ValueError, subprocess.SubprocessError):
         return {}
-    return {"git_commit": commit.stdout.strip(), "git_dirty": bool(changes.stdout.strip())}
+    if changes:
+        write_whole(run_dir / "changes.patch", changes.encode(errors="replace"))
+    return {"git_commit": commit, "git_dirty": dirty}
 
 
 def resolve_steps(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import PolicySpec, find, load_components, read_settings
+from common.checkpoint import PolicySpec, find, load_components, read_settings, refuse_damaged
 from common.config import from_dict
 from common.data.cameras import short_name
 from common.data.frames import resize_rgb
@@ -41,6 +41,7 @@ def load_policy(
         UserError: if the run or checkpoint is missing, damaged, or of a script that is not here.
     """
     path = find(Path(run), checkpoint)
+    refuse_damaged(path, "policy/")
     settings = read_settings(path)
     spec = PolicySpec.from_json(settings["spec"])
     module = load_script(settings["script"])

@@ -1,17 +1,18 @@
 """Starting a run: processes and precision, the run folder."""
 
-import json
 import logging
+import os
 import warnings
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from common.config import RunConfig, write_run_config
 from common.errors import UserError
+from common.files import read_json
 
 
 def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerator:
@@ -22,7 +23,10 @@ def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerat
     # The launcher's own hints about defaults say nothing that a user of these scripts can act on.
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+    # Longer than the watch's (`faults.Guard`), which can say what hangs; NCCL gives up after 10 minutes else.
+    patience = timedelta(seconds=2 * config.hang_timeout or 10**7)
     accelerator = Accelerator(
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=grad_accumulation,
         cpu=not torch.accelerator.is_available(),
@@ -32,6 +36,10 @@ def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerat
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # image sizes do not change during a run
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # its sums else depend on the streams
+        torch.backends.cudnn.benchmark = False  # it may choose another algorithm the next time
+        torch.use_deterministic_algorithms(True)
     return accelerator
 
 
@@ -46,7 +54,7 @@ def check_same_data(config: RunConfig, store) -> None:
     """
     if not config.resume:
         return
-    saved = json.loads((config.run_dir / "config.json").read_text())
+    saved = read_json(config.run_dir / "config.json")
     if saved.get("fingerprint") != store.fingerprint:
         raise UserError(
             f"{config.run_dir} was trained on data that have changed since ({saved.get('dataset')}): resume "
@@ -79,8 +87,10 @@ def create_run_dir(
     run_dir = Path(broadcast_object_list([str(run_dir)])[0])
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
-        data = {"fingerprint": store.fingerprint, "dataset": store.source}
-        write_run_config(run_dir, Path(script).name, config, data)
+        settings = {"fingerprint": store.fingerprint, "dataset": store.source}
+        settings |= {"processes": accelerator.num_processes, "device": _device(accelerator)}
+        settings["mixed_precision"] = accelerator.mixed_precision
+        write_run_config(run_dir, Path(script).name, config, settings)
         batch = config.optim.batch_size
         print(
             f"{run_dir}: {steps} steps of {global_batch} samples ({batch} per process x "
@@ -89,6 +99,12 @@ def create_run_dir(
         )
     accelerator.wait_for_everyone()
     return run_dir
+
+
+def _device(accelerator: Accelerator) -> str:
+    """The processor that computes, by its name where it has one."""
+    kind = accelerator.device.type
+    return torch.cuda.get_device_name() if kind == "cuda" else kind
 
 
 def _new_folder(path: Path) -> Path:

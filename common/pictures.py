@@ -6,6 +6,23 @@ from pathlib import Path
 
 import numpy as np
 
+from common.faults import say
+
+
+def save_figure(figure, path: Path, dpi: int = 100) -> None:
+    """Write a figure as PNG, whole or not at all. A full disk costs the picture, not the run."""
+    from matplotlib import pyplot as plt
+
+    temporary = path.with_suffix(".new.png")
+    try:
+        figure.savefig(temporary, dpi=dpi)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        say(f"warning: {path} is not drawn ({error.strerror or error})")
+    finally:
+        plt.close(figure)
+
 
 def draw_chunks(
     path: Path,
@@ -64,10 +81,7 @@ def draw_chunks(
     figure.supxlabel("control steps", fontsize=9)
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
-    temporary = path.with_suffix(".new.png")
-    figure.savefig(temporary, dpi=100)
-    plt.close(figure)
-    temporary.replace(path)
+    save_figure(figure, path)
 
 
 def draw_features(
@@ -106,8 +120,7 @@ def draw_features(
     axes[1, 0].set_ylabel("features")
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_latents(path: Path, latents: np.ndarray, labels: Mapping[str, np.ndarray], title: str) -> None:
@@ -137,8 +150,7 @@ def draw_latents(path: Path, latents: np.ndarray, labels: Mapping[str, np.ndarra
         axis.legend(fontsize=7)
     figure.suptitle(f"{title} ({100 * explained:.0f} % of the variance)", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_reconstructions(
@@ -171,8 +183,7 @@ def draw_reconstructions(
     ):
         axis.set_ylabel(label, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save_figure(figure, path, dpi=90)
 
 
 def draw_scores(
@@ -204,5 +215,4 @@ def draw_scores(
         axis.imshow(image.transpose(1, 2, 0))
         axis.set_title(f"episode {title}", fontsize=7)
         axis.axis("off")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path)

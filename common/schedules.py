@@ -55,7 +55,7 @@ class OptimConfig:
 def build_optimizer(policy: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW, or schedule-free RAdam (Defazio et al. 2024), over `parameter_groups`.
 
-    AdamW is fused: it is fast on CUDA, and a step can be skipped on the device (see `clip_gradients`).
+    AdamW is fused: fast on CUDA, and steps can be skipped on the device (see `faults.GradientClipper`).
     """
     groups, betas = parameter_groups(policy, config), (0.9, config.beta2)
     if config.schedule == "schedule-free":
@@ -166,34 +166,6 @@ def build_scheduler(
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Present learning rate of each component."""
     return {group["component"]: group["lr"] for group in optimizer.param_groups}
-
-
-def clip_gradients(policy: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> dict[str, Tensor]:
-    """Scale the gradient to at most `max_norm`, and let the next step do nothing if it is not finite.
-
-    Nothing here waits for the device: the decision to skip is taken there. After DDP's all-reduce every
-    process holds the same gradient, hence all decide alike.
-
-    Returns:
-        Norms before clipping: `grad_norm` of the whole, `grad_norm/<component>` of each trained component,
-        and `bad_step`, 1 where the gradient was not finite. Scalars on the device.
-    """
-    norms, parameters = {}, []
-    for name, component in policy.named_children():
-        grads = [p.grad for p in component.parameters() if p.grad is not None]
-        if grads:
-            norms[f"grad_norm/{name}"] = nn.utils.get_total_norm(grads)
-            parameters += [p for p in component.parameters() if p.grad is not None]
-    total = torch.stack(list(norms.values())).norm()
-    bad = ~torch.isfinite(total)
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
-    if isinstance(optimizer, torch.optim.AdamW):
-        optimizer.found_inf = bad.float()  # the fused kernel leaves weights, moments and step count alone
-        optimizer.grad_scale = None
-    else:  # schedule-free RAdam has no such switch: a step with zero gradient is as near as it gets
-        for parameter in parameters:
-            parameter.grad = torch.where(bad, 0.0, parameter.grad)
-    return {"grad_norm": total, **norms, "bad_step": bad.float()}
 
 
 @torch.no_grad()

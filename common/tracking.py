@@ -1,10 +1,11 @@
 """Metrics of a run: metrics.jsonl always, a tracker by choice, a progress bar, curves.png.
 
 `metrics.jsonl` holds one JSON object a line: {"step", "split": "train" | "val", metrics...}. Training
-metrics are means over the steps since the line before and over all processes; a value that is not finite
-is null.
+metrics are means over the steps since the line before and over all processes, of the values that were
+finite; null if none was.
 """
 
+import errno
 import json
 import math
 import netrc
@@ -20,10 +21,14 @@ from urllib.parse import urlsplit
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.config import flat_options
 from common.errors import UserError
+from common.faults import say
+from common.files import read_json, write_json
+from common.pictures import save_figure
 
 
 class Tracker:
@@ -36,6 +41,7 @@ class Tracker:
         total_steps: optimizer steps of the whole run.
         start_step, start_samples: where the run stands when it is resumed. Lines of later steps, written
             before an interruption, are removed: those steps are trained again.
+        loader: where the training samples come from, to name those of steps that had to be skipped.
     """
 
     def __init__(
@@ -46,11 +52,16 @@ class Tracker:
         total_steps: int,
         start_step: int = 0,
         start_samples: int = 0,
+        loader: DataLoader | None = None,
     ):
         self.accelerator, self.run_dir, self.total_steps = accelerator, run_dir, total_steps
         self.path = run_dir / "metrics.jsonl"
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self.progress = 0, "the first step"
+        """Counts what this process has got done, and says what it does now."""
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # of metrics added together: (2, n), sums and counts
+        # Steps that were skipped: in a row until now, most in a row since the last line, the last of these.
+        self._skipped = torch.zeros(3, device=accelerator.device)
+        self._max_bad_steps, self._loader, self._steps_seen = config.run.max_bad_steps, loader, start_step
         self._waited = 0.0
         self._since = self._started = time.perf_counter()
         self._elapsed_before = 0.0
@@ -62,7 +73,7 @@ class Tracker:
         if accelerator.is_main_process:
             kept = keep_lines_up_to(self.path, start_step)
             self._elapsed_before = max((line.get("elapsed_s", 0.0) for line in kept), default=0.0)
-            self._file = self.path.open("a", buffering=1)
+            self._file = _Lines(self.path)
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
@@ -70,31 +81,80 @@ class Tracker:
                 desc=run_dir.name,
                 disable=not sys.stderr.isatty(),
             )
+        if start_step:
+            self._restore(run_dir / "checkpoints" / f"step_{start_step:07d}" / "state")
+
+    def save(self, folder: Path) -> None:
+        """Write what has been collected since the last line; each process a file of its own.
+
+        A checkpoint can lie between two lines: those of a resumed run are then the same as if it had never
+        been interrupted.
+        """
+        sums = [[list(names), values.tolist()] for names, values in self._sums.items()]
+        content = {"sums": sums, "skipped": self._skipped.tolist()}
+        file = folder / f"metrics_{self.accelerator.process_index}.json"
+        file.write_text(json.dumps(content, allow_nan=False) + "\n")
+
+    def _restore(self, folder: Path) -> None:
+        """Take up what `save` wrote, if as many processes wrote it."""
+        files = [folder / f"metrics_{n}.json" for n in range(self.accelerator.num_processes + 1)]
+        if not files[-2].is_file() or files[-1].is_file():
+            return
+        device = self.accelerator.device
+        content = read_json(files[self.accelerator.process_index])
+        self._sums = {tuple(names): torch.tensor(values, device=device) for names, values in content["sums"]}
+        self._skipped = torch.tensor(content["skipped"], device=device)
+
+    def at(self, where: str) -> None:
+        """Note what this process does now; see `faults.Guard`."""
+        self.progress = self.progress[0] + 1, where
 
     @contextmanager
     def waiting(self):
         """Counts the time inside as waiting for data."""
         start = time.perf_counter()
+        self.at("loading data")
         try:
             yield
         finally:
             self._waited += time.perf_counter() - start
+            self.at("the forward pass")
 
     @contextmanager
     def paused(self):
         """Leaves the time inside, for evaluating or saving, out of the training speed."""
         start = time.perf_counter()
+        self.at("evaluating and saving")
         try:
             yield
         finally:
             self._since += time.perf_counter() - start
+            self.at("the next step")
 
     def add(self, metrics: dict[str, Tensor | float]) -> None:
-        """Take in scalars of one step; they stay on the device until the next `log`."""
-        for name, value in metrics.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+        """Take in scalars of one step; they stay on the device until the next `log`.
+
+        Values that are not finite are left out: one bad step does not blank its line. `bad_step`, 1 where a
+        step was skipped, is also counted in a row.
+        """
+        device = self.accelerator.device
+        values = torch.stack(
+            [torch.as_tensor(x, dtype=torch.float32, device=device).detach() for x in metrics.values()]
+        )
+        finite = values.isfinite()
+        entry = torch.stack([torch.where(finite, values, 0.0), finite.float()])
+        names = tuple(metrics)
+        self._sums[names] = self._sums[names] + entry if names in self._sums else entry
+        if "bad_step" in metrics:
+            self._count_skipped(metrics["bad_step"])
+        self.at("the backward pass" if "loss" in metrics else "the optimizer's step")
+
+    def _count_skipped(self, bad: Tensor) -> None:
+        in_row, most, last = self._skipped
+        self._steps_seen += 1
+        in_row = (in_row + 1) * bad
+        last = torch.where(in_row > most, float(self._steps_seen), last)
+        self._skipped = torch.stack([in_row, torch.maximum(in_row, most), last])
 
     def log(self, step: int, samples: int, rates: dict[str, float]) -> dict[str, float]:
         """Write the means since the last call, with speed and memory; all processes call this.
@@ -102,8 +162,11 @@ class Tracker:
         Args:
             step, samples: optimizer steps done and samples drawn by all processes.
             rates: learning rate of each component.
+
+        Raises:
+            UserError: if too many steps in a row had to be skipped.
         """
-        means, waited = self._take_means()
+        means, waited, skipped = self._take_means()
         now = time.perf_counter()
         seconds, steps = max(now - self._since, 1e-9), step - self._last[0]
         metrics = {
@@ -122,19 +185,66 @@ class Tracker:
         self._write(step, "train", metrics)
         if self.accelerator.is_main_process:
             self._show(step, metrics, max(rates.values(), default=math.nan))
+            if means.get("bad_steps"):
+                say(f"step {step}  {means['bad_steps']} steps skipped: loss or gradient were not finite")
+        self._refuse_bad_steps(step, samples, *skipped)
         return metrics
 
-    def _take_means(self) -> tuple[dict[str, float], float]:
-        """Means of what was added, and seconds waited for data, over all processes; begins anew."""
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
-        waited = torch.tensor(self._waited, device=self.accelerator.device)
+    def _take_means(self) -> tuple[dict[str, float], float, tuple[int, int]]:
+        """Means of what was added, seconds waited for data, over all processes, and steps skipped in a row.
+
+        Begins anew. The last is how many, and which was the last of them.
+        """
+        sums = torch.cat([torch.zeros(2, 0, device=self.accelerator.device), *self._sums.values()], dim=1)
+        waited = torch.tensor([self._waited], device=self.accelerator.device)
         # One copy from the device and one exchange between processes, whatever the number of metrics.
-        values = self.accelerator.reduce(torch.stack([*means.values(), waited]), "mean").tolist()
-        means = dict(zip(means, values, strict=False))
+        numbers = self.accelerator.reduce(torch.cat([sums.flatten(), waited, self._skipped])).tolist()
+        totals, counts = numbers[: sums.shape[1]], numbers[sums.shape[1] : sums.numel()]
+        names = [name for group in self._sums for name in group]
+        means = {
+            name: total / count if count else math.nan
+            for name, total, count in zip(names, totals, counts, strict=True)
+        }
+        world = self.accelerator.num_processes
         if "bad_step" in means:
-            means["bad_steps"] = round(means.pop("bad_step") * self._counts["bad_step"])
-        self._sums, self._counts, self._waited = {}, {}, 0.0
-        return means, values[-1]
+            means["bad_steps"] = round(means.pop("bad_step") * counts[names.index("bad_step")] / world)
+        waited, _, most, last = (number / world for number in numbers[sums.numel() :])
+        self._skipped[1] = self._skipped[0]  # those in a row go on into the next line
+        self._sums, self._waited = {}, 0.0
+        return means, waited, (round(most), round(last))
+
+    def _refuse_bad_steps(self, step: int, samples: int, num: int, last: int) -> None:
+        """Stop a run that is not learning any more, and name what it choked on."""
+        if num < self._max_bad_steps:
+            return
+        path = self.run_dir / "bad_steps.json"
+        where = "their samples could not be written down"
+        if self._loader is not None:
+            stream, dataset = self._loader.batch_sampler, self._loader.dataset
+            global_batch = stream.batch_size * stream.world * self.accelerator.gradient_accumulation_steps
+            first = samples - (step - last + num) * global_batch
+            rows = dataset.rows[stream.samples(first, num * global_batch)]
+            episodes = dataset.store.episode_of(rows)
+            frames = rows - dataset.store.episode_starts[episodes]
+            names = dataset.store.episode_indices[episodes]
+            listed = [
+                {
+                    "step": last - num + 1 + n // global_batch,
+                    "episode": int(e),
+                    "frame": int(f),
+                    "row": int(r),
+                }
+                for n, (e, f, r) in enumerate(zip(names, frames, rows, strict=True))
+            ]
+            if self.accelerator.is_main_process:
+                write_json(path, {"samples": listed})
+            where = f"their samples are listed in {path}, from episode {names[0]}, frame {frames[0]}, on"
+        self.close()
+        raise UserError(
+            f"In {num} steps in a row, {last - num + 1} to {last}, loss or gradient were not finite, and the "
+            f"weights were left as they were; {where}: look at these, lower --lr, or go on from the last "
+            f"checkpoint with other precision."
+        )
 
     def _show(self, step: int, metrics: dict[str, float], rate: float) -> None:
         """Refresh the progress bar or, where there is no terminal, print a line that suits a log file."""
@@ -142,10 +252,9 @@ class Tracker:
         self._bar.n = step
         self._bar.set_postfix(loss=loss, lr=f"{rate:.1e}", refresh=True)
         if self._bar.disable:
-            print(
+            say(
                 f"step {step}/{self.total_steps}  loss {loss}  lr {rate:.1e}  "
-                f"{metrics['samples_per_s']:.0f} samples/s  {metrics['eta_s'] / 60:.1f} min left",
-                flush=True,
+                f"{metrics['samples_per_s']:.0f} samples/s  {metrics['eta_s'] / 60:.1f} min left"
             )
 
     def log_validation(self, step: int, metrics: dict[str, float]) -> None:
@@ -153,14 +262,14 @@ class Tracker:
         self._write(step, "val", metrics)
         if self.accelerator.is_main_process:
             text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            tqdm.write(f"step {step}  held out: {text}")
+            say(f"step {step}  held out: {text}")
             draw_curves(self.path, self.run_dir / "curves.png")
 
     def _write(self, step: int, split: str, metrics: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             line = json.dumps({"step": step, "split": split, **finite}, allow_nan=False)
-            self._file.write(line + "\n")
+            self._file.append(line)
         self.accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
 
     def close(self) -> None:
@@ -170,6 +279,34 @@ class Tracker:
             self._file.close()
             draw_curves(self.path, self.run_dir / "curves.png")
         self.accelerator.end_training()
+
+
+class _Lines:
+    """A file that grows by whole lines. While the disk is full, they wait."""
+
+    def __init__(self, path: Path):
+        self.path, self._waiting = path, b""
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def append(self, line: str) -> None:
+        full = bool(self._waiting)
+        self._waiting += line.encode() + b"\n"
+        end = os.fstat(self._descriptor).st_size
+        try:
+            written = os.write(self._descriptor, self._waiting)
+            if written < len(self._waiting):  # the disk took a part of it
+                os.ftruncate(self._descriptor, end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not full:
+                say(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait in memory")
+        else:
+            self._waiting = b""
+
+    def close(self) -> None:
+        if self._waiting:
+            self.append("")
+        os.close(self._descriptor)
 
 
 def keep_lines_up_to(path: Path, step: int) -> list[dict]:
@@ -304,10 +441,7 @@ def draw_curves(path: Path, picture: Path) -> None:
         axis.set_xlabel("step")
     figure.suptitle(path.parent.name)
     figure.tight_layout()
-    temporary = picture.with_suffix(".new.png")
-    figure.savefig(temporary, dpi=100)
-    plt.close(figure)
-    temporary.replace(picture)
+    save_figure(figure, picture)
 
 
 def _plot(axis, lines: list[dict], names: list[str], title: str, log: bool = False, **style) -> None:

@@ -68,5 +68,6 @@ def tiny(dataset, cache_dir):
         "--val-fraction": 0.25,
         "--sample-steps": 2,
         "--log-every": 1,
+        "--hang-timeout": 0,
     }
     return [str(part) for pair in flags.items() for part in pair]

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from common.errors import UserError
+from common.faults import GradientClipper
 from common.schedules import (
     AveragedPolicy,
     OptimConfig,
     build_optimizer,
     build_scheduler,
-    clip_gradients,
     lr_factor,
     parameter_groups,
 )
@@ -36,7 +36,7 @@ def policy():
 def train_step(policy, optimizer, bad=False):
     loss = policy(torch.randn(8, 4)).square().mean()
     (loss * (float("nan") if bad else 1.0)).backward()
-    norms = clip_gradients(policy, optimizer, 1.0)
+    norms = GradientClipper(policy, optimizer, 1.0)()
     optimizer.step()
     optimizer.zero_grad()
     return norms
@@ -149,7 +149,7 @@ def test_gradients_are_clipped_as_a_whole_and_reported_by_component(policy):
     policy(100 * torch.randn(8, 4)).square().sum().backward()
     grads = [p.grad.clone() for p in policy.parameters()]
     total = torch.cat([g.flatten() for g in grads]).norm()
-    norms = clip_gradients(policy, build_optimizer(policy, OptimConfig()), 1.0)
+    norms = GradientClipper(policy, build_optimizer(policy, OptimConfig()), 1.0)()
     torch.testing.assert_close(norms["grad_norm"], total)
     backbone = torch.cat([g.flatten() for g in grads[:2]]).norm()
     torch.testing.assert_close(norms["grad_norm/head_backbone"], backbone)

@@ -18,7 +18,6 @@ import torch
 
 from common.data import ingest
 from common.data.ingest import BadEpisode, Episode, StoreInfo, ensure_store
-from common.data.shards import write_whole
 from common.data.store import (
     ChunkDataset,
     EpisodeStore,
@@ -28,6 +27,7 @@ from common.data.store import (
     split_episodes,
 )
 from common.errors import UserError
+from common.files import write_whole
 
 LENGTHS = (5, 2, 9, 4)
 CAMERAS, SIZE = ("head", "left"), (6, 8)

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from common.data.ingest import report
-from common.data.shards import write_whole
 from common.data.store import META, EpisodeStore
 from common.errors import UserError
+from common.files import write_whole
 
 SAVE_EVERY = 20.0  # seconds of work that an interruption may cost
 Compute = Callable[[Tensor], Tensor]

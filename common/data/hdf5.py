@@ -38,9 +38,9 @@ from common.data.ingest import (
     refuse_nonfinite,
     report,
 )
-from common.data.shards import write_whole
 from common.data.workers import Died, cores, guarded_map
 from common.errors import UserError
+from common.files import write_whole
 
 if TYPE_CHECKING:
     from common.data import DataConfig

@@ -26,16 +26,15 @@ import numpy as np
 from common.data.shards import (
     SHARDS,
     Storage,
-    checksum,
     decode_jpeg,
     encode_jpeg,
     join_jpeg,
     write_jpeg,
-    write_whole,
 )
 from common.data.store import ARRAYS, FORMAT, META, EpisodeStore, defect
 from common.data.workers import Died, advance, cores, guarded_map, refuse_inside_worker
 from common.errors import UserError
+from common.files import checksum, write_whole
 
 SHARD_BYTES = 2**30
 FRAMES_PER_WORKER = 2500  # a worker takes some seconds to start: fewer frames are not worth one more

@@ -24,9 +24,10 @@ import tyro
 from common.config import Flat, cli, from_dict
 from common.data import DataConfig, default_cache_dir, describe, open_dataset, stores_folder
 from common.data.ingest import BadEpisode, Load, StoreInfo, ensure_store
-from common.data.shards import checksum, decode_jpeg, encode_jpeg
+from common.data.shards import decode_jpeg, encode_jpeg
 from common.data.store import ARRAYS, META, EpisodeStore, defect
 from common.errors import UserError
+from common.files import checksum, read_json
 
 EDGE_SHARE = 0.2  # of the steps at the very lowest or highest value: a dimension saturates
 FROZEN_FRAMES, FROZEN_EPISODES = 17, 500  # frames that are compared in an episode, and in how many episodes
@@ -317,7 +318,7 @@ def _described(options: Verify) -> tuple[DataConfig, StoreInfo, Load]:
     if not (path / META).is_file():
         return config, *describe(config.dataset[0], config)
     try:
-        meta = json.loads((path / META).read_text())
+        meta = read_json(path / META)
         cache = {"cache_dir": str(path.resolve().parent.parent), "store": meta["storage"]}
         config, made_from = from_dict(DataConfig, {**meta["options"], **cache}), meta["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -338,11 +339,11 @@ def damaged_files(path: Path) -> dict[str, str]:
     from tqdm import tqdm
 
     try:
-        meta = json.loads((path / META).read_text())
+        meta = read_json(path / META)
         entries = [*meta["shards"], meta["arrays"]]
         for note in sorted(path.glob("features-*/frames-*.json")):
             name = f"{note.parent.name}/{note.stem}.bin"
-            entries.append({**json.loads(note.read_text()), "file": name})
+            entries.append({**read_json(note), "file": name})
     except (OSError, ValueError, KeyError, TypeError):
         return {META: defect(path) or "is damaged"}
     damaged = {}
@@ -411,7 +412,7 @@ def prune(options: Prune) -> None:
     total = freed = 0
     for path in stores:
         size, fault = folder_size(path), defect(path)
-        meta = {} if fault else json.loads((path / META).read_text())
+        meta = {} if fault else read_json(path / META)
         days = (time.time() - last_used(path)) / 86400
         doomed = options.all or (options.unfinished and fault is not None)
         doomed = doomed or (options.older_than is not None and days > options.older_than)

@@ -31,6 +31,7 @@ from common.data.ingest import (
     refuse_nonfinite,
 )
 from common.errors import UserError
+from common.files import read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -103,7 +104,7 @@ def read_info(root: Path, source: str) -> tuple[dict[str, dict[str, Any]], float
             f"{source} is not a LeRobot dataset (it has no meta/info.json): give another folder or name."
         )
     try:
-        info = json.loads(path.read_text())
+        info = read_json(path)
         version = str(info["codebase_version"]).removeprefix("v")
         major = int(version.partition(".")[0])
         features, fps = info.get("features"), info.get("fps")

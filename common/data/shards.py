@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import io
 import mmap
-import os
-import uuid
-import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -140,25 +137,3 @@ def write_jpeg(frames: Sequence[np.ndarray | bytes | None], target: Path) -> int
             if frame is not None:
                 file.write(frame)
     return int(offsets[-1])
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file: finds damage, at several GB/s."""
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or absent, whatever stops or writes beside it."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

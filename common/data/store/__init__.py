@@ -18,8 +18,10 @@ Reading copies out of memory-mapped files: nothing is decoded while training, un
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import signal
 import time
 import weakref
 import zlib
@@ -36,6 +38,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.data.shards import SHARDS, RawShard, Storage
 from common.data.workers import cores
 from common.errors import UserError
+from common.faults import SIGNALS
+from common.files import read_json
 
 if TYPE_CHECKING:
     from common.data.rotation import Rotations
@@ -151,7 +155,7 @@ class EpisodeStore:
         path = Path(path)
         problem = defect(path)
         if problem is None:
-            meta, payload = json.loads((path / META).read_text()), (path / ARRAYS).read_bytes()
+            meta, payload = read_json(path / META), (path / ARRAYS).read_bytes()
             if zlib.crc32(payload) != meta["arrays"]["crc32"]:
                 problem = f"{ARRAYS} is not what was written"
         if problem:
@@ -251,7 +255,7 @@ class EpisodeStore:
     @property
     def source_fingerprint(self) -> str:
         """Hash of the content of the (first) dataset, whatever is chosen of it."""
-        return json.loads((self.path / META).read_text())["fingerprint"]
+        return read_json(self.path / META)["fingerprint"]
 
     @property
     def shared_space(self) -> bool:
@@ -320,7 +324,7 @@ def _brief(names: Sequence[str]) -> str:
 def defect(path: Path) -> str | None:
     """What keeps the folder from being a finished, whole store of this format; None if nothing does."""
     try:
-        meta = json.loads((path / META).read_text())
+        meta = read_json(path / META)
         if meta["format"] != FORMAT:
             return f"it has format {meta['format']}, this program reads {FORMAT}"
         for entry in [*meta["shards"], meta["arrays"]]:
@@ -499,6 +503,12 @@ class SampleStream(Sampler):
             yield batch
             position += self.batch_size * self.world
 
+    def samples(self, first: int, count: int) -> list[int]:
+        """The samples at `count` positions of the stream from `first` on, whatever this one's share."""
+        whole = copy.copy(self)
+        whole.start, whole.batch_size, whole.rank = first, count, 0
+        return next(iter(whole))
+
     def _epoch(self, epoch: int) -> np.ndarray:
         """The samples of an epoch, in order."""
         if len(self.parts) == 1:
@@ -592,9 +602,16 @@ def make_loader(
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         collate_fn=_identity,
+        worker_init_fn=_ignore_signals,
         # Starting an iterator draws a number: not from the generator that training noise comes from.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    """Signals that end a run are for the training process, which needs its workers for the last step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _identity(batch: Batch) -> Batch:

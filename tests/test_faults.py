@@ -1,0 +1,522 @@
+"""What can go wrong with a run while it runs: signals, numbers that are none, full disks, lost processes."""
+
+import errno
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_scripts import SCRIPTS, interrupt_after, lines, train, weights
+from torch import nn
+
+import train_vfp
+import train_vfp_moe
+from common import batch_size, checkpoint, config, faults
+from common.config import parse
+from common.errors import UserError
+from common.faults import GradientClipper, Guard, explain, or_nan
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+pytestmark = pytest.mark.usefixtures("accelerate_reset", "tiny_depth", "signals")
+
+
+@pytest.fixture
+def signals():
+    """Put signal handlers back: a run that ends by an exception leaves its own."""
+    handlers = {number: signal.getsignal(number) for number in faults.SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def start(*command, **options):
+    """A script as a process of its own."""
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def wait_for_step(run_dir, step, process, seconds=120):
+    """Wait until a process has written down that it has done a step."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        if (run_dir / "metrics.jsonl").exists() and any(row["step"] >= step for row in lines(run_dir)):
+            return
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(f"no step {step} after {seconds} s: {process.communicate()[0][-3000:]}")
+
+
+def same_checkpoints(one, other, step):
+    mine, reference = weights(one, step), weights(other, step)
+    return mine.keys() == reference.keys() and all(torch.equal(mine[key], reference[key]) for key in mine)
+
+
+# -- signals and time
+
+
+@pytest.mark.parametrize("number", faults.SIGNALS)
+def test_a_signal_saves_and_what_follows_equals_a_run_that_was_left_alone(
+    number, tiny, tmp_path, monkeypatch
+):
+    flags = ["--steps", 5, "--save-every", 100, "--log-every", 2, "--eval-every", 100]
+    whole = train(train_vfp_moe, tiny, tmp_path / "whole", *flags)
+    steps = []
+
+    def end_step(guard, original=Guard.end_step):
+        steps.append(guard)
+        if len(steps) == 3:
+            os.kill(os.getpid(), number)
+        original(guard)
+
+    monkeypatch.setattr(Guard, "end_step", end_step)
+    with pytest.raises(SystemExit) as stopped:
+        train(train_vfp_moe, tiny, tmp_path / "run", *flags)
+    assert stopped.value.code == faults.EXIT_STOPPED
+    assert checkpoint.find(tmp_path / "run").name == "step_0000003"  # between two lines of metrics
+    assert signal.getsignal(number) != Guard._receive
+    train(train_vfp_moe, tiny, tmp_path / "run", *flags, "--resume", "auto")
+    assert same_checkpoints(tmp_path / "run", whole, 5)
+    assert lines(tmp_path / "run") == lines(whole)
+    assert [row["step"] for row in lines(whole)] == [2, 4, 5]
+
+
+def test_time_that_is_over_does_the_same(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(train_vfp, tiny, tmp_path / "run", "--steps", 9, "--max-time", 1e-9)
+    assert stopped.value.code == faults.EXIT_STOPPED
+    assert checkpoint.find(tmp_path / "run").name == "step_0000001"
+    assert "stopped after step 1 of 9 (time is over)" in capsys.readouterr().out
+    # and a run that stands at its end is simply done
+    train(train_vfp, [], None, "--resume", tmp_path / "run", "--steps", 2, "--max-time", 1e-9)
+
+
+def test_a_second_signal_exits_at_once(tmp_path):
+    program = """
+import os, signal, sys, time, types
+from common import faults
+run = types.SimpleNamespace(max_time=None, hang_timeout=0)
+one = types.SimpleNamespace(process_index=0, num_processes=1)
+guard = faults.Guard(one, run, types.SimpleNamespace(progress=(0, "")))
+guard.end_step()
+assert not guard.stopping
+os.kill(os.getpid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGTERM)  # a launcher passes on what a terminal has sent already
+guard.end_step()
+assert guard.stopping
+print("still here", flush=True)
+faults.SAME_REQUEST_SECONDS = 0.0
+time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGTERM)
+print("not reached", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stdout == "still here\n"
+    assert "once more to exit at once" in done.stderr
+
+
+def test_two_processes_agree_on_the_step_after_which_they_stop(tiny, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    flags = [*tiny, "--log-every", 3, "--eval-every", 1000]
+    process = start(*TORCHRUN, "train_vfp.py", *flags, "--run-dir", run, "--steps", 100_000)
+    wait_for_step(run, 3, process)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert "(SIGTERM): go on with --resume" in printed
+    assert process.returncode != 0
+    done = int(checkpoint.find(run).name[5:])
+    for folder, more in ((run, ["--resume", run]), (whole, [*flags, "--run-dir", whole])):
+        process = start(*TORCHRUN, "train_vfp.py", *more, "--steps", done + 4, "--schedule", "constant")
+        assert process.wait(120) == 0, process.communicate()[0][-3000:]
+        assert checkpoint.find(folder).name == f"step_{done + 4:07d}"
+    # the rate's schedule knew another end before the interruption, in its first, warming steps the same
+    assert [row["step"] for row in lines(run)] == [row["step"] for row in lines(whole)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_metrics_between_two_lines_survive(script, tiny, tmp_path):
+    flags = ["--steps", 6, "--save-every", 2, "--log-every", 5, "--eval-every", 100]
+    whole = train(script, tiny, tmp_path / "whole", *flags)
+    for step in (2, 4):
+        part = interrupt_after(whole, step, tmp_path / f"part{step}")
+        train(script, [], None, "--resume", part)
+        assert lines(part) == lines(whole)
+        assert [row["step"] for row in lines(part)] == [5, 6]
+
+
+def test_clocks_that_jump_change_nothing(tiny, tmp_path, monkeypatch):
+    whole = train(train_vfp, tiny, tmp_path / "whole", "--steps", 4, "--save-every", 1)
+    jumps = iter([1e9, -1e8, 4e9, 0.0] * 10_000)
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    run = train(train_vfp, tiny, tmp_path / "run", "--steps", 2, "--save-every", 1)
+    train(train_vfp, [], None, "--resume", run, "--steps", 4, "--max-time", 1)
+    part = train(train_vfp, tiny, tmp_path / "straight", "--steps", 4, "--save-every", 1)
+    assert same_checkpoints(part, whole, 4)
+    assert lines(part) == lines(whole)
+    assert checkpoint.find(run).name == "step_0000004"
+
+
+# -- numbers
+
+
+def test_a_loss_that_overflowed_has_no_finite_gradient():
+    parameter = torch.tensor([2.0, 3.0], requires_grad=True)
+    (parameter.sum() * 2).backward()
+    finite = parameter.grad.clone()
+    parameter.grad = None
+    or_nan(parameter.sum() * 2).backward()
+    assert torch.equal(parameter.grad, finite)
+    for bad in (math.inf, -math.inf, math.nan):
+        parameter.grad = None
+        or_nan(parameter.sum() + bad).backward()
+        assert parameter.grad.isnan().all()
+
+
+def test_a_bad_step_leaves_buffers_as_they_were():
+    policy = nn.Module()
+    policy.backbone = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+    clip = GradientClipper(policy, optimizer, 1.0)
+    for bad in (False, True, False):
+        before = {name: buffer.clone() for name, buffer in policy.named_buffers()}
+        x = torch.randn(8, 3) * (math.inf if bad else 1)
+        policy.backbone(x).square().mean().backward()
+        assert clip()["bad_step"] == bad
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, buffer in policy.named_buffers():
+            assert torch.equal(buffer, before[name]) == bad
+        assert all(parameter.isfinite().all() for parameter in policy.parameters())
+
+
+def spoil(monkeypatch, script, bad_batches):
+    """Make the loss of some batches, counted from 1, NaN; returns the rows of every batch."""
+    drawn = []
+    original = script.compute_loss
+
+    def compute_loss(policy, batch, *args, **options):
+        loss = original(policy, batch, *args, **options)
+        if policy.training:
+            drawn.append(batch.index.tolist())
+            return loss * (math.nan if len(drawn) in bad_batches else 1.0)
+        return loss
+
+    monkeypatch.setattr(script, "compute_loss", compute_loss)
+    return drawn
+
+
+def test_one_bad_step_is_skipped_counted_and_told(tiny, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, train_vfp, {2})
+    run = train(train_vfp, tiny, tmp_path / "run", "--steps", 4, "--log-every", 4, "--max-bad-steps", 2)
+    (row,) = lines(run)
+    assert row["bad_steps"] == 1
+    assert math.isfinite(row["loss"])  # of the other three
+    assert all(value.isfinite().all() for value in weights(run, 4).values())
+    assert "1 steps skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_too_many_bad_steps_stop_the_run_and_name_their_samples(accumulation, tiny, tmp_path, monkeypatch):
+    bad_steps = {3, 4, 5}
+    bad = {accumulation * (step - 1) + 1 for step in bad_steps}  # one micro-batch spoils its step
+    drawn = spoil(monkeypatch, train_vfp, bad)
+    flags = ["--steps", 50, "--log-every", 3, "--save-every", 2, "--grad-accumulation", accumulation]
+    with pytest.raises(UserError, match=r"In 3 steps in a row, 3 to 5, .*bad_steps\.json") as refused:
+        train(train_vfp, tiny, tmp_path / "run", *flags, "--max-bad-steps", 3)
+    named = json.loads((tmp_path / "run" / "bad_steps.json").read_text())["samples"]
+    rows = [row for batch in drawn[2 * accumulation : 5 * accumulation] for row in batch]
+    assert [sample["row"] for sample in named] == rows
+    assert {sample["step"] for sample in named} == bad_steps
+    assert f"episode {named[0]['episode']}, frame {named[0]['frame']}" in str(refused.value)
+    assert checkpoint.find(tmp_path / "run").name in ("step_0000002", "step_0000004", "step_0000006")
+
+
+def test_bad_steps_in_a_row_are_counted_across_lines_and_checkpoints(tiny, tmp_path, monkeypatch):
+    flags = ["--log-every", 2, "--save-every", 3, "--max-bad-steps", 4]
+    spoil(monkeypatch, train_vfp, {2, 3})
+    train(train_vfp, tiny, tmp_path / "run", "--steps", 3, *flags)
+    spoil(monkeypatch, train_vfp, {1, 2})
+    with pytest.raises(UserError, match="In 4 steps in a row, 2 to 5"):
+        train(train_vfp, [], None, "--resume", tmp_path / "run", "--steps", 9)
+
+
+# -- disks
+
+
+def test_a_full_disk_costs_a_checkpoint_not_the_run(tiny, tmp_path, monkeypatch, capsys):
+    flags = ["--steps", 4, "--save-every", 1, "--keep", 9]
+    whole = train(train_vfp, tiny, tmp_path / "whole", *flags)
+    original, calls = checkpoint.save_file, []
+
+    def sometimes_full(tensors, path):
+        calls.append(path)
+        if "step_0000002" in str(path) or "step_0000003" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", sometimes_full)
+    run = train(train_vfp, tiny, tmp_path / "run", *flags)
+    assert capsys.readouterr().out.count("is not saved ([Errno 28] No space left on device)") == 2
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["last", "step_0000001", "step_0000004"]
+    assert same_checkpoints(run, whole, 4)
+    assert lines(run) == lines(whole)
+
+
+def test_a_last_step_that_cannot_be_saved_is_an_error(tiny, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"Step 2, the last, could not be saved: make room"):
+        train(train_vfp, tiny, tmp_path / "run", "--steps", 2)
+
+
+def test_files_that_may_not_grow_are_a_full_disk(tiny, tmp_path):
+    """The real errors of torch, safetensors and Python, by a limit on the size of files."""
+    run, limit = tmp_path / "run", 300_000
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    flags = ["--steps", 3, "--save-every", 1, "--eval-every", 1]
+    process = start(sys.executable, "train_vfp.py", *tiny, *flags, "--run-dir", run, preexec_fn=limited)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert printed.count("is not saved (") == 3
+    assert "error: Step 3, the last, could not be saved" in printed
+    assert "Traceback" not in printed
+    assert [row["step"] for row in lines(run)] == [1, 2, 3]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == []
+
+
+def test_lines_wait_while_the_disk_is_full(tmp_path, monkeypatch, capsys):
+    from common.tracking import _Lines
+
+    file = _Lines(tmp_path / "metrics.jsonl")
+    file.append("one")
+    original = os.write
+
+    def full(descriptor, content):
+        original(descriptor, content[:2])  # a part fits
+        return 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        file.append("two")
+        file.append("three")
+    assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
+    assert capsys.readouterr().out.count("wait in memory") == 1
+    file.append("four")
+    file.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "one\ntwo\nthree\nfour\n"
+
+
+# -- processes
+
+
+@pytest.mark.parametrize("how", ["stopped", "asleep", "killed"])
+def test_a_process_that_hangs_or_dies_ends_the_job_and_is_named(how, tiny, tmp_path):
+    flags = [*tiny, "--run-dir", tmp_path / "run", "--steps", 100_000, "--hang-timeout", 8, "--log-every", 5]
+    started = time.monotonic()
+    process = start(*TORCHRUN, "tests/ddp_hang.py", how, *flags)
+    printed, _ = process.communicate(timeout=150)
+    assert process.returncode != 0
+    assert time.monotonic() - started < 120
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+    if how == "killed":
+        assert "rank      : 1" in printed
+        assert "SIGKILL" in printed
+    else:
+        assert "error: process 1 of 2" in printed, printed[-3000:]
+        assert "--hang-timeout" in printed
+
+
+def test_a_loading_process_that_dies_is_reported(tiny, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--num-workers", 1, "--run-dir", run, "--steps", 100_000]
+    process = start(sys.executable, "train_vfp.py", *tiny, *flags)
+    wait_for_step(run, 3, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    loading = [
+        pid
+        for pid in children
+        if "multiprocessing" in Path(f"/proc/{pid}/cmdline").read_text()
+        or "train_vfp.py" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
+    assert loading
+    for pid in loading:
+        os.kill(int(pid), signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == faults.EXIT_HUNG
+    assert "A process that loads data has died" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_run_that_makes_no_progress_ends_with_its_whereabouts():
+    program = """
+import threading, time, types
+from common import faults
+tracker = types.SimpleNamespace(progress=(1, "loading data"))
+class Tracker: progress = (1, "loading data")
+tracker = Tracker()
+run = types.SimpleNamespace(max_time=None, hang_timeout=0.4)
+one = types.SimpleNamespace(process_index=0, num_processes=1)
+guard = faults.Guard(one, run, tracker)
+for n in range(8):  # progress keeps it alive
+    tracker.progress = (n, "loading data")
+    time.sleep(0.1)
+print("alive", flush=True)
+def stuck_here(): time.sleep(60)
+stuck_here()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == faults.EXIT_HUNG
+    assert done.stdout == "alive\n"
+    assert "process 0 of 1 has not come further than 'loading data'" in done.stderr
+    assert "stuck_here" in done.stderr
+
+
+# -- memory
+
+
+def test_running_out_of_memory_says_what_to_lower():
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(2**60)
+    sentence, code = explain(failed.value, 64)
+    assert "with --batch-size 64" in sentence
+    assert "--find-batch-size" in sentence
+    assert code == faults.EXIT_OUT_OF_MEMORY
+    assert explain(torch.OutOfMemoryError("CUDA out of memory."))[1] == faults.EXIT_OUT_OF_MEMORY
+    assert explain(OSError(errno.ENOSPC, "No space left on device", "x.bin"))[1] == 1
+    assert "process was lost" in explain(RuntimeError("[gloo] Connection closed by peer [::1]:2"))[0]
+    assert explain(RuntimeError("anything else")) is None
+
+
+@pytest.mark.parametrize("largest", [1, 5, 16, 100])
+def test_the_largest_batch_size_is_found(largest, tiny, monkeypatch, capsys):
+    tried = []
+
+    def fits(script, config, size, run_dir):
+        tried.append(size)
+        return size <= largest
+
+    monkeypatch.setattr(batch_size, "_fits", fits)
+    settings = parse(train_vfp.Config, [*tiny, "--batch-size", "16"], "train_vfp.py")
+    found = batch_size.find_batch_size(Path("train_vfp.py"), settings)
+    assert largest - max(1, largest // 16) <= found <= largest
+    assert len(tried) == len(set(tried)) <= 9
+    assert f"the largest that fits: --batch-size {found}" in capsys.readouterr().out
+    largest = 0
+    with pytest.raises(UserError, match="Not even --batch-size 1"):
+        batch_size.find_batch_size(Path("train_vfp.py"), settings)
+
+
+def test_trials_are_runs_of_the_script_itself(tiny, tmp_path):
+    """4 samples fit; 64 are more than there are; a learning rate of 0 lets nothing be learned, but runs."""
+    program = f"""
+import sys
+from pathlib import Path
+import train_vfp
+from common import batch_size
+from common.config import parse
+config = parse(train_vfp.Config, {[*tiny, "--find-batch-size"]!r}, "train_vfp.py")
+for size in (4, 64):
+    print(batch_size._fits(Path("train_vfp.py"), config, size, Path({str(tmp_path)!r}) / str(size)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
+# -- what a run leaves behind
+
+
+def test_the_run_folder_says_what_ran(tiny, tmp_path):
+    run = train(train_vfp, tiny, tmp_path / "run", "--steps", 1)
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["processes"] == 1
+    assert saved["device"] == "cpu"
+    assert saved["mixed_precision"] == "no"
+    assert saved["config"]["run"]["seed"] == 0
+    assert {"torch", "accelerate", "python"} <= saved["versions"].keys()
+    assert len(saved["fingerprint"]) > 8
+
+
+def test_uncommitted_code_is_kept_as_a_patch(tmp_path, monkeypatch):
+    root, run_dir = tmp_path / "project", tmp_path / "run"
+    (root / "common").mkdir(parents=True)
+    run_dir.mkdir()
+    (root / "train.py").write_text("lr = 1\n")
+    git = ["git", "-C", root, "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(config, "__file__", str(root / "common" / "config.py"))
+    found = config._git(run_dir)
+    assert found["git_dirty"] is False
+    assert not (run_dir / "changes.patch").exists()
+    (root / "train.py").write_text("lr = 2\n")
+    (root / "train_mine.py").write_text("idea = 3\n")
+    (root / "notes.txt").write_text("not code\n")
+    found = config._git(run_dir)
+    assert found["git_dirty"] is True
+    patch = (run_dir / "changes.patch").read_text()
+    assert "+lr = 2" in patch
+    assert "+idea = 3" in patch
+    assert "not code" not in patch
+    copy = tmp_path / "copy"
+    subprocess.run(["git", "clone", "-q", root, copy], check=True)
+    subprocess.run(["git", "-C", copy, "apply", run_dir / "changes.patch"], check=True)
+    assert (copy / "train_mine.py").read_text() == "idea = 3\n"
+
+
+def test_deterministic_runs_use_only_such_algorithms(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    try:
+        one = train(train_vfp, tiny, tmp_path / "one", "--steps", 2, "--deterministic")
+        assert torch.are_deterministic_algorithms_enabled()
+        other = train(train_vfp, tiny, tmp_path / "other", "--steps", 2, "--deterministic")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same_checkpoints(one, other, 2)
+    refused = RuntimeError("x does not have a deterministic implementation, but you set ...")
+    assert explain(refused)[0].startswith("--deterministic: x does not have")
+
+
+def test_a_run_goes_on_from_another_folder(tiny, dataset, tmp_path, monkeypatch):
+    """What the configuration says of the data is in full, whatever the command line said."""
+    flags = ["--dataset", dataset.name, "--cache-dir", "cache", "--run-dir", str(tmp_path / "run")]
+    monkeypatch.chdir(dataset.parent)
+    settings = parse(train_vfp.Config, [*tiny, *flags], "train_vfp.py")
+    assert settings.data.dataset == (str(dataset),)
+    assert settings.data.cache_dir == dataset.parent / "cache"
+    assert parse(train_vfp.Config, [*tiny, "--dataset", "a/b"], "").data.dataset == ("a/b",)
+    assert parse(train_vfp.Config, [*tiny, "--dataset", "demo"], "").data.dataset == ("demo",)
