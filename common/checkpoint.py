@@ -169,9 +169,7 @@ def save(
         trainer = {"step": step, "samples": samples, "updates": averaged.updates}
         trainer["processes"] = accelerator.num_processes
         write_json(unfinished / "state" / "trainer.json", trainer)
-        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        sums = {str(path.relative_to(unfinished)): [path.stat().st_size, checksum(path)] for path in files}
-        write_json(unfinished / CHECKSUMS, sums)
+        seal(unfinished)
         sync(unfinished)
         if final.exists():  # the run was resumed from an older checkpoint and has come here again
             shutil.rmtree(final)
@@ -188,6 +186,13 @@ def save(
             _prune(final, config.run.keep, config.run.keep_every)
     accelerator.wait_for_everyone()
     return None if trouble else final
+
+
+def seal(checkpoint: Path) -> None:
+    """Write down size and CRC-32 of a checkpoint's files, by which damage is found later."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    sums = {str(path.relative_to(checkpoint)): [path.stat().st_size, checksum(path)] for path in files}
+    write_json(checkpoint / CHECKSUMS, sums)
 
 
 def _agreed(action: Callable[[], None]) -> str | None:

@@ -1,4 +1,5 @@
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -18,13 +19,10 @@ pytestmark = pytest.mark.usefixtures("accelerate_reset")
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     """A run with checkpoints of steps 1, 2 and 3."""
-    from accelerate.state import AcceleratorState, GradientState
-
     folder = tmp_path_factory.mktemp("runs") / "run"
     argv = [*tiny, "--run-dir", str(folder), "--steps", "3", "--save-every", "1"]
     train_vfp.main(parse(train_vfp.Config, argv, "train_vfp.py"))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset()
     return folder
 
 
@@ -74,26 +72,84 @@ def test_half_a_checkpoint_is_never_used_and_is_cleared_away(run_dir):
     assert steps(run_dir) == ["last", "step_0000002", "step_0000003", "step_0000004"]
 
 
+def reset():
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def test_saving_failed_midway_leaves_the_earlier_checkpoint_in_place(run_dir, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="Step 4, the last, could not be saved"):
         resume(run_dir, "--steps", "4")
     assert checkpoint.find(run_dir).name == "step_0000003"
-    assert "step_0000004" not in steps(run_dir)
+    assert steps(run_dir) == ["last", "step_0000001", "step_0000002", "step_0000003"]
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.bin", "trainer.json", "random_states_0.pkl"]
-)
-def test_a_damaged_checkpoint_is_named_with_the_way_out(run_dir, name):
-    file = run_dir / "checkpoints" / "step_0000003" / "state" / name
-    file.write_bytes(file.read_bytes()[:60])
-    with pytest.raises(UserError, match=r"step_0000003.*move it"):
+FILES = [
+    *("state/model.safetensors", "state/optimizer.bin", "state/trainer.json", "state/random_states_0.pkl"),
+    *("state/metrics_0.json", "policy/policy.json", "policy/action_decoder.safetensors", "checksums.json"),
+]
+
+
+def damaged(content, how, generator):
+    """A file's content cut off, or with one bit turned, somewhere."""
+    if how == "cut":
+        return content[: generator.randrange(len(content))]
+    where = generator.randrange(len(content))
+    return content[:where] + bytes([content[where] ^ (1 << generator.randrange(8))]) + content[where + 1 :]
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "missing"])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_found_and_the_checkpoint_before_it_is_used(run_dir, name, how, capsys):
+    generator = random.Random(f"{name} {how}")
+    assert checkpoint.damage(run_dir / "checkpoints" / "step_0000003") is None
+    file = run_dir / "checkpoints" / "step_0000003" / name
+    content = file.read_bytes()
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(damaged(content, how, generator))
+    told = name.split("/")[-1]
+    if (name, how) != ("checksums.json", "missing"):  # without it, it was never complete
+        assert told in checkpoint.damage(run_dir / "checkpoints" / "step_0000003")
+    assert checkpoint._first_whole(run_dir, tell=True).name == "step_0000002"
+    if name.startswith("policy/"):
+        with pytest.raises(UserError, match=r"is damaged .*use another checkpoint"):
+            load_policy(run_dir)
+        assert load_policy(run_dir, "2").trained_steps == 2
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_run_resumed_past_damage_equals_one_without(run_dir, finished, how, capsys):
+    file = run_dir / "checkpoints" / "step_0000003" / "state" / "optimizer.bin"
+    file.write_bytes(damaged(file.read_bytes(), how, random.Random(0)))
+    resume(run_dir)
+    assert "warning: " in (printed := capsys.readouterr().out)
+    assert "step_0000003 is damaged (state/optimizer.bin" in printed
+    ends = [folder / "checkpoints" / "step_0000003" / "state" for folder in (run_dir, finished)]
+    one, other = (load_file(end / "model.safetensors") for end in ends)
+    assert all(torch.equal(one[key], other[key]) for key in other)
+    assert checkpoint.damage(ends[0].parent) is None
+
+
+def test_a_run_of_which_nothing_is_whole_is_refused(run_dir):
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        (folder / "state" / "optimizer.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no checkpoint that is not damaged \(step_0000003: .*from a copy"):
         resume(run_dir, "--steps", "4")
-    assert checkpoint.find(run_dir).name == "step_0000003"
+
+
+def test_some_checkpoints_are_kept_for_good(tiny, tmp_path):
+    folder = tmp_path / "run"
+    argv = [*tiny, "--run-dir", str(folder), "--steps", "7", "--save-every", "1", "--keep", "2"]
+    train_vfp.main(parse(train_vfp.Config, [*argv, "--keep-every", "3"], "train_vfp.py"))
+    assert steps(folder) == ["last", "step_0000003", "step_0000006", "step_0000007"]
 
 
 def test_a_resumed_run_takes_new_rates_from_the_flags(run_dir):
@@ -109,10 +165,7 @@ def test_a_checkpoint_of_another_policy_is_refused(run_dir, tiny, tmp_path):
     for folder in (run_dir / "checkpoints").glob("step_*"):
         shutil.rmtree(folder)
     shutil.copytree(other / "checkpoints" / "step_0000001", run_dir / "checkpoints" / "step_0000001")
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset()
     with pytest.raises(UserError, match="was saved by another network"):
         resume(run_dir, "--steps", "4")
 
@@ -123,9 +176,11 @@ def test_weights_of_another_network_or_damaged_ones_are_refused_in_one_sentence(
     kept = {name: value for name, value in weights.items() if not name.startswith("summary_in")}
     assert len(kept) == len(weights) - 2
     save_file(kept, folder / "action_decoder.safetensors")
+    checkpoint.seal(folder.parent)
     with pytest.raises(UserError, match=r"into this network .*summary_in.*they were trained with") as refused:
         load_policy(run_dir)
     assert "\n" not in str(refused.value)
     (folder / "action_decoder.safetensors").write_bytes(b"broken")
+    checkpoint.seal(folder.parent)
     with pytest.raises(UserError, match=r"cannot be loaded \(.*use another checkpoint"):
         load_policy(run_dir)

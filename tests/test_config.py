@@ -46,6 +46,7 @@ def write_run(folder, config, script="train_x.py", checkpoint=True):
     c.write_run_config(folder, script, config, {"fingerprint": "f"})
     if checkpoint:
         (folder / "checkpoints" / "step_0000010").mkdir(parents=True)
+        (folder / "checkpoints" / "step_0000010" / "checksums.json").write_text("{}")
     return folder
 
 
@@ -144,6 +145,7 @@ def test_auto_resume_continues_or_starts(tmp_path):
     write_run(run, parse("--lr", "0.7"), checkpoint=False)
     assert parse("--resume", "auto", "--run-dir", str(run)).run.resume is None
     (run / "checkpoints" / "step_0000010").mkdir(parents=True)
+    (run / "checkpoints" / "step_0000010" / "checksums.json").write_text("{}")
     config = parse("--resume", "auto", "--run-dir", str(run))
     assert config.run.resume == str(run)
     assert config.optim.lr == 0.7

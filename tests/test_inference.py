@@ -8,6 +8,7 @@ import torch
 from hdf5_factory import make_hdf5
 
 import train_vfp
+from common.checkpoint import seal
 from common.config import parse
 from common.errors import UserError
 from common.inference import load_policy, load_script
@@ -163,6 +164,7 @@ def test_a_checkpoint_cannot_name_code_from_elsewhere(run_dir, tmp_path, name):
     copy = shutil.copytree(run_dir, tmp_path / "copy", symlinks=True)
     file = copy / "checkpoints" / "last" / "policy" / "policy.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "script": name}))
+    seal(copy / "checkpoints" / "last")
     with pytest.raises(UserError, match="not in"):
         load_policy(copy)
 
