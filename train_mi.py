@@ -144,12 +144,14 @@ class StateDecoder(nn.Module):
             ]
             channels = narrower
         self.image_out = nn.Sequential(*stages, nn.Conv2d(channels, 3, 3, padding=1))
+        # What is the same in all images is given: to learn it would drown all else for hundreds of steps.
+        self.register_buffer("average", torch.zeros(3, *size))
         self.proprio_out = mlp(config.state_latent_dim, config.d_model, spec.proprio_history * spec.state_dim)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(B, state_latent_dim) -> standardised image (B, 3, H, W), normalized joint states (B, K * P)."""
         image = self.image_out(self.image_in(z).unflatten(1, (-1, *self.grid)))
-        return image[..., : self.size[0], : self.size[1]], self.proprio_out(z)
+        return image[..., : self.size[0], : self.size[1]] + self.average, self.proprio_out(z)
 
 
 class ActionEncoder(nn.Module):
@@ -198,6 +200,14 @@ class Autoencoders(nn.Module):
         self.action_decoder = mlp(config.action_latent_dim, config.d_model, config.horizon * spec.action_dim)
         self.register_buffer("mean", torch.tensor(vision.IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(vision.IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def fit_average(self, dataset: ChunkDataset, num: int = 256) -> None:
+        """Give the decoder the average image of evenly spaced steps, the same in every process."""
+        batches = evenly_spaced(dataset, min(num, len(dataset)), 32)
+        total = sum(self.view(vision.to_float(batch.images[:, :1])).sum(dim=0) for _, batch in batches)
+        average = total / min(num, len(dataset))
+        self.state_decoder.average.copy_((average - self.mean) / self.std)
 
     def view(self, images: Tensor) -> Tensor:
         """The first of cameras (B, N, 3, H, W) in [0, 1], at the size that is encoded: (B, 3, H', W')."""
@@ -437,6 +447,7 @@ def main(config: Config) -> None:
     model = Autoencoders(config, spec, pretrained=not config.run.resume)
     spec = spec.with_backbone(model.state_encoder.backbone)
     if not config.run.resume:
+        model.fit_average(train_set)
         checkpoint.initialise(model, config.run.init_from)
     checkpoint.freeze(model, config.run.freeze)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":

@@ -357,6 +357,8 @@ def restore(accelerator: Accelerator, run_dir: Path, averaged) -> tuple[int, int
     Raises:
         UserError: if there is no checkpoint that is whole, or it is of another policy.
     """
+    if accelerator.is_main_process:
+        _refuse_links(run_dir)
     path = _first_whole(run_dir, tell=True) if accelerator.is_main_process else None
     path = broadcast_object_list([path])[0]  # the first process looks, for all
     try:
@@ -386,6 +388,18 @@ def restore(accelerator: Accelerator, run_dir: Path, averaged) -> tuple[int, int
             f"checkpoint before it."
         ) from None
     return trainer["step"], trainer["samples"]
+
+
+def _refuse_links(run_dir: Path) -> None:
+    """Refuse a run folder from elsewhere whose files are links out of it: resuming writes to them.
+
+    Raises:
+        UserError: names the link.
+    """
+    inside = run_dir.resolve()
+    for path in run_dir.rglob("*"):
+        if path.is_symlink() and not path.is_dir() and not path.resolve().is_relative_to(inside):
+            raise UserError(f"{path} is a link out of the run folder: replace it by the file.")
 
 
 def _check_random_state(path: Path) -> None:

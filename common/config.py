@@ -71,6 +71,11 @@ NOT_NEGATIVE = {
     *("free_bits", "top_k", "max_time", "hang_timeout"),
 }
 POSITIVE = {"grad_clip", "transport_blur"}
+AT_MOST_1000 = {
+    *("encoder_layers", "decoder_layers", "posterior_layers", "prior_layers", "num_experts", "num_heads"),
+    *("proprio_history",),
+}
+"""What networks are built of one by one: a configuration from elsewhere cannot build for ever."""
 SHARES = {
     *("camera_dropout", "ema_decay", "aug_color", "aug_shift"),
     *("posterior_decay", "cfg_dropout", "cfg_ramp", "replace_until", "kl_warmup"),
@@ -200,21 +205,28 @@ def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
         config = from_flags(base)
         config = _with_absolute_data(config)
         _refuse_changes(base, config, resumed)
-        _check_ranges(config)
+        check_ranges(config)
         return _with_run(config, run_dir=resumed, resume=str(resumed))
     if run.config is not None:
         config = from_flags(from_file(run.config))
-    _check_ranges(config)
+    check_ranges(config)
     _refuse_used(run.run_dir, restart=run.resume == "auto")
     return _with_absolute_data(_with_run(config, resume=None))
 
 
-def _check_ranges(config: Any) -> None:
-    """Refuse numbers that could only fail later, some of them after hours."""
+def check_ranges(config: Any) -> None:
+    """Refuse numbers that could only fail later, some of them after hours.
+
+    Raises:
+        UserError: names the option.
+    """
     options = flat_options(config)
     for name in AT_LEAST_ONE & options.keys():
         if options[name] is not None and options[name] < 1:
             raise UserError(f"--{name.replace('_', '-')} is {options[name]}: it must be at least 1.")
+    for name in AT_MOST_1000 & options.keys():
+        if options[name] is not None and options[name] > 1000:
+            raise UserError(f"--{name.replace('_', '-')} is {options[name]}: it must be at most 1000.")
     for name in SHARES & options.keys():
         if not 0 <= options[name] <= 1:
             raise UserError(f"--{name.replace('_', '-')} is {options[name]}: it must lie between 0 and 1.")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import PolicySpec, find, load_components, read_settings, refuse_damaged
-from common.config import from_dict
+from common.config import check_ranges, from_dict
 from common.data.cameras import short_name
 from common.data.frames import resize_rgb
 from common.errors import UserError
@@ -48,6 +48,8 @@ def load_policy(
     if not hasattr(module, "sample_actions"):
         raise UserError(f"{run} was trained by {settings['script']}, which trains no policy: it cannot act.")
     config = from_dict(module.Config, settings["config"])
+    check_ranges(config)
+    _refuse_other_size(module, config, spec, path / "policy")
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model = module.Policy(config, spec, pretrained=False)
@@ -56,6 +58,28 @@ def load_policy(
     policy = RobotPolicy(model, normalizer, config, spec, module, torch.device(device), seed)
     policy.checkpoint, policy.trained_steps = path, settings["step"]
     return policy
+
+
+def _refuse_other_size(module, config, spec: PolicySpec, folder: Path) -> None:
+    """Refuse settings whose network is not the one that was saved, before memory is taken for it.
+
+    Raises:
+        UserError: if it would be larger by half than all the files of weights.
+    """
+    try:
+        with torch.device("meta"):  # shapes without content
+            tensors = module.Policy(config, spec, pretrained=False).state_dict().values()
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    except (RuntimeError, NotImplementedError) as error:
+        if "overflow" not in str(error):
+            return  # a backbone that cannot be built without content
+        needed = 2**63
+    saved = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if needed > 1.5 * saved + 2**20:
+        raise UserError(
+            f"{folder / 'policy.json'} describes a network of {needed / 1e6:.0f} MB, but its weights have "
+            f"{saved / 1e6:.0f} MB: use another checkpoint."
+        )
 
 
 def load_script(name: str):

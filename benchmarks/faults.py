@@ -1,0 +1,485 @@
+"""Does a run survive what can happen? Runs are killed, stopped, starved of disk and damaged, then compared.
+
+    python benchmarks/faults.py                                # about a quarter of an hour on two cores
+    python benchmarks/faults.py --kills 3 --stops 2 --damages 10 --full-disks 2
+
+Every run goes on with the command line it was started with (`--resume auto`) until it is done. Then its
+weights, averages, optimizer, random generators and metrics must be those of a run that was left alone, bit
+for bit. A run counts as lost if it cannot be brought to its end so, and as different if it ends otherwise.
+Children are forked from one process that has imported everything, so that moments, not imports, are sampled.
+"""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train_cfg_vqvae
+import train_vfp
+from common import checkpoint
+from common.config import cli
+from common.data import demo
+from common.faults import EXIT_HUNG, EXIT_STOPPED
+
+CLOCKS = ("samples_per_s", "steps_per_s", "data_wait_share", "memory_gb", "elapsed_s", "eta_s")
+SMALL = [
+    *("--horizon", 4, "--d-model", 16, "--num-heads", 2, "--encoder-layers", 1, "--decoder-layers", 1),
+    *("--flow-samples", 2, "--batch-size", 4, "--num-codes", 4, "--latent-dim", 4, "--posterior-layers", 1),
+    *("--code-window", 3, "--ingest-workers", 1, "--eval-samples", 8, "--sample-steps", 2),
+]
+UNLIKE = ("checksums.json", "policy.json")  # the second names the run's folder
+RHYTHM = ["--save-every", 4, "--log-every", 3, "--eval-every", 25, "--hang-timeout", 60]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Disturb runs and see whether anything is lost."""
+
+    kills: int = 50
+    """Times that a run is killed (SIGKILL), a third of them while it saves."""
+    stops: int = 20
+    """Times that a run of two processes is stopped (SIGTERM)."""
+    damages: int = 200
+    """Times that a file of the newest checkpoint is cut off or changed."""
+    full_disks: int = 20
+    """Times that the disk is full for a while."""
+    steps: int = 120
+    """Length of a run."""
+    seed: int = 0
+    """Of what happens when."""
+
+
+def main(config: Config) -> None:
+    warnings.filterwarnings("ignore", message=".*use of fork.*")  # its threads hold no lock a child needs
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    random.seed(config.seed)
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        folder = Path(folder)
+        demo.write_dataset(folder / "data", demo.demonstrate(5, seed=1))
+        flags = ["--dataset", folder / "data", "--cache-dir", folder / "cache", *SMALL, *RHYTHM]
+        flags += ["--steps", config.steps]
+        table = [
+            ("killed (SIGKILL)", config.kills, killed(config, folder, flags)),
+            ("two processes stopped (SIGTERM)", config.stops, stopped(config, folder, flags)),
+            ("file damaged", config.damages, damaged(config, folder, flags)),
+            ("disk full", config.full_disks, full_disk(config, folder, flags)),
+            ("one of two processes killed", 3, process_lost(folder, flags)),
+            ("loading process killed", 3, worker_lost(folder, flags)),
+            ("loss not finite", 3, bad_numbers(folder, flags)),
+            ("clock jumps", 1, clock_jumps(folder, flags)),
+        ]
+    print("\n| what happens | times | runs | lost | different | |\n| --- | --- | --- | --- | --- | --- |")
+    for what, times, found in table:
+        more = ", ".join(
+            f"{name} {n}" for name, n in found.items() if name not in ("runs", "lost", "different")
+        )
+        print(f"| {what} | {times} | {found['runs']} | {found['lost']} | {found['different']} | {more} |")
+
+
+# -- running
+
+
+def fork(
+    script, flags: list, rank: int = 0, world: int = 1, port: int = 0, before: Callable | None = None
+) -> int:
+    """Start a script in a child of this process; returns its process id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        log = os.open(
+            flags[flags.index("--run-dir") + 1].with_suffix(f".{rank}.log"),
+            os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+        )
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        if world > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            os.environ |= {
+                "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        if before is not None:
+            before()
+        cli(script.main, script.Config, list(map(str, flags)))
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def command(script, run_dir: Path, flags: list) -> list:
+    """The flags of a run; those of other methods are left out."""
+    known = set()
+    for group in (
+        script.Config,
+        *(
+            f.type.__args__[0]
+            for f in script.Config.__dataclass_fields__.values()
+            if hasattr(f.type, "__args__")
+        ),
+    ):
+        known |= set(getattr(group, "__dataclass_fields__", {}))
+    kept = []
+    for name, value in zip(flags[::2], flags[1::2], strict=True):
+        if name[2:].replace("-", "_") in known:
+            kept += [name, value]
+    return [*kept, "--run-dir", run_dir, "--resume", "auto"]
+
+
+def wait(child: int, seconds: float = 300.0) -> int:
+    """Exit code of a child, negative for a signal; kills it when it takes too long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -1000
+
+
+def alive(child: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
+
+
+def undisturbed(script, folder: Path, flags: list, world: int = 1) -> Path:
+    """A run that is left alone."""
+    run_dir = folder / f"alone-{script.__name__}-{world}"
+    if not run_dir.exists():
+        codes = together(script, command(script, run_dir, flags), world)
+        if any(codes):
+            sys.exit(f"a run that was left alone failed: {run_dir.with_suffix('.0.log').read_text()[-2000:]}")
+    return run_dir
+
+
+def together(
+    script, flags: list, world: int, meanwhile: Callable[[list[int]], None] | None = None
+) -> list[int]:
+    """Run a script in so many processes; exit codes."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    children = [fork(script, flags, rank, world, port) for rank in range(world)]
+    if meanwhile is not None:
+        meanwhile(children)
+    return [wait(child) for child in children]
+
+
+# -- comparing
+
+
+def same(one: Path, other: Path, steps: int) -> bool:
+    """Whether two runs ended alike: everything that is saved, and every line of metrics."""
+    name = f"checkpoints/step_{steps:07d}"
+    files = [path for path in sorted((other / name).rglob("*")) if path.is_file()]
+    return metrics(one) == metrics(other) and all(
+        same_file(path, one / path.relative_to(other)) for path in files if path.name not in UNLIKE
+    )
+
+
+def same_file(file: Path, twin: Path) -> bool:
+    if file.suffix == ".safetensors":
+        return equal(load_file(file), load_file(twin))
+    if file.suffix in (".bin", ".pkl"):  # written by these runs themselves
+        return equal(*(torch.load(path, weights_only=False) for path in (file, twin)))
+    return file.read_bytes() == twin.read_bytes()
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """Lines of metrics without what a clock has measured."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in CLOCKS} for row in rows]
+
+
+def judge(found: Counter, run_dir: Path, alone: Path, steps: int) -> None:
+    found["runs"] += 1
+    if not (run_dir / "checkpoints" / f"step_{steps:07d}").is_dir():
+        found["lost"] += 1
+        print(run_dir.with_suffix(".0.log").read_text()[-1500:])
+    elif not same(run_dir, alone, steps):
+        found["different"] += 1
+
+
+# -- what happens
+
+
+def killed(config: Config, folder: Path, flags: list) -> Counter:
+    found = Counter(runs=0, lost=0, different=0)
+    scripts = [train_vfp, train_cfg_vqvae]
+    kills = 0
+    while kills < config.kills:
+        script = scripts[found["runs"] % 2]
+        alone = undisturbed(script, folder, flags)
+        run_dir = folder / f"killed-{found['runs']}"
+        for _ in range(1000):
+            child = fork(script, command(script, run_dir, flags))
+            if kills < config.kills and kill_at_random(child, run_dir, found, saving=kills % 3 == 0):
+                kills += 1
+            code = wait(child)
+            if code != -signal.SIGKILL:
+                break
+        judge(found, run_dir, alone, config.steps)
+        print(f"{kills} of {config.kills} kills, {dict(found)}", flush=True)
+    return found
+
+
+def kill_at_random(child: int, run_dir: Path, found: Counter, saving: bool) -> bool:
+    """Kill a process at some moment, or in the middle of saving; whether it was still alive."""
+    if saving:
+        pause = random.uniform(0, 0.05)
+        checkpoints = run_dir / "checkpoints"
+        had = set(checkpoints.glob(".*.unfinished"))
+        skip = random.randrange(3)  # so many checkpoints later
+        while alive(child):
+            now = set(checkpoints.glob(".*.unfinished"))
+            if now - had:
+                if skip == 0:
+                    time.sleep(pause)
+                    break
+                skip -= 1
+            had = now
+    else:
+        end = time.monotonic() + random.uniform(0, 4)
+        while alive(child) and time.monotonic() < end:
+            time.sleep(0.002)
+    if not alive(child):
+        return False
+    os.kill(child, signal.SIGKILL)
+    found["while saving"] += bool(list((run_dir / "checkpoints").glob(".*.unfinished")))
+    return True
+
+
+def stopped(config: Config, folder: Path, flags: list) -> Counter:
+    found = Counter(runs=0, lost=0, different=0)
+    alone = undisturbed(train_vfp, folder, flags, world=2)
+    stops = 0
+
+    def stop(children: list[int]) -> None:
+        nonlocal stops
+        # From the first step on: before, a process ends at once, having done nothing.
+        lines = run_dir / "metrics.jsonl"
+        size = lines.stat().st_size if lines.exists() else 0
+        while all(map(alive, children)) and (not lines.exists() or lines.stat().st_size <= size):
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 1.5))
+        if all(map(alive, children)):
+            for child in random.sample(children, 2):
+                os.kill(child, signal.SIGTERM)
+                time.sleep(random.choice([0.0, 0.2]))
+            stops += 1
+
+    while stops < config.stops:
+        run_dir = folder / f"stopped-{found['runs']}"
+        for _ in range(1000):
+            meanwhile = stop if stops < config.stops else None
+            codes = together(train_vfp, command(train_vfp, run_dir, flags), 2, meanwhile)
+            if set(codes) != {EXIT_STOPPED}:
+                break
+            found["saved and left with code 75"] += 1
+        judge(found, run_dir, alone, config.steps)
+        print(f"{stops} of {config.stops} stops, {dict(found)}", flush=True)
+    return found
+
+
+def damaged(config: Config, folder: Path, flags: list) -> Counter:
+    found = Counter(runs=0, lost=0, different=0)
+    alone = undisturbed(train_vfp, folder, flags)
+    steps = flags[flags.index("--steps") + 1]
+    ends = [checkpoint.find(alone, str(step)).name for step in (steps - 4, steps)]
+    for n in range(config.damages):
+        run_dir = folder / f"damaged-{n}"
+        shutil.copytree(alone, run_dir, symlinks=True)
+        newest = run_dir / "checkpoints" / ends[1]
+        file = random.choice([path for path in sorted(newest.rglob("*")) if path.is_file()])
+        content = bytearray(file.read_bytes())
+        if random.random() < 0.5:
+            content = content[: random.randrange(len(content))]
+        else:
+            for _ in range(random.choice([1, 1, 8])):
+                content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+        file.write_bytes(content)
+        found["found by checksum"] += checkpoint.damage(newest) is not None
+        code = wait(fork(train_vfp, command(train_vfp, run_dir, flags)))
+        if code:
+            shutil.rmtree(newest)
+        judge(found, run_dir, alone, config.steps)
+        shutil.rmtree(run_dir)
+        if n % 20 == 19:
+            print(f"{n + 1} of {config.damages} damages, {dict(found)}", flush=True)
+    return found
+
+
+def full_disk(config: Config, folder: Path, flags: list) -> Counter:
+    """A small file system that is filled for a while; where that cannot be mounted, a limit on file sizes."""
+    found = Counter(runs=0, lost=0, different=0)
+    alone = undisturbed(train_vfp, folder, flags)
+    small = folder / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", small]
+    mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    found["by a file system that is full" if mounted else "by a limit on file sizes"] = 0
+    times = 0
+    try:
+        while times < config.full_disks:
+            run_dir = small / f"full-{found['runs']}"
+            child = fork(train_vfp, [*command(train_vfp, run_dir, flags)])
+            while times < config.full_disks and alive(child):
+                time.sleep(random.uniform(0.3, 1.2))
+                if not (run_dir / "metrics.jsonl").exists():
+                    continue  # a run that cannot even start says so, and is not what is tried here
+                if mounted:
+                    filler = small / "filler"
+                    with filler.open("wb") as file:
+                        try:
+                            while True:
+                                file.write(bytes(2**16))
+                                file.flush()
+                        except OSError:
+                            pass
+                    time.sleep(random.uniform(0.1, 0.8))
+                    filler.unlink()
+                else:
+                    limits = resource.prlimit(child, resource.RLIMIT_FSIZE)
+                    resource.prlimit(child, resource.RLIMIT_FSIZE, (4096, limits[1]))
+                    time.sleep(random.uniform(0.1, 0.8))
+                    resource.prlimit(child, resource.RLIMIT_FSIZE, limits)
+                times += 1
+            for _ in range(3):
+                if wait(child) == 0:
+                    break
+                child = fork(train_vfp, command(train_vfp, run_dir, flags))  # its last step had no room
+            log = run_dir.with_suffix(".0.log")
+            found["checkpoints left out"] += log.read_text().count("is not saved (")
+            judge(found, run_dir, alone, config.steps)
+            shutil.rmtree(run_dir)
+            print(f"{times} of {config.full_disks} full disks, {dict(found)}", flush=True)
+    finally:
+        if mounted:
+            subprocess.run(["umount", small], check=False)
+    return found
+
+
+def process_lost(folder: Path, flags: list) -> Counter:
+    found = Counter(runs=0, lost=0, different=0)
+    alone = undisturbed(train_vfp, folder, flags, world=2)
+    for n in range(3):
+        run_dir = folder / f"lost-{n}"
+
+        def kill_one(children: list[int], run_dir=run_dir) -> None:
+            while all(map(alive, children)) and not (run_dir / "metrics.jsonl").exists():
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 1.5))
+            os.kill(children[1], signal.SIGKILL)
+
+        started = time.monotonic()
+        codes = together(train_vfp, command(train_vfp, run_dir, flags), 2, kill_one)
+        found["the other left with code 70"] += codes[0] == EXIT_HUNG
+        found["seconds, the slowest"] = max(found["seconds, the slowest"], round(time.monotonic() - started))
+        together(train_vfp, command(train_vfp, run_dir, flags), 2)
+        judge(found, run_dir, alone, flags[flags.index("--steps") + 1])
+    return found
+
+
+def worker_lost(folder: Path, flags: list) -> Counter:
+    found = Counter(runs=0, lost=0, different=0)
+    alone = undisturbed(train_vfp, folder, flags)
+    for n in range(3):
+        run_dir = folder / f"worker-{n}"
+        child = fork(train_vfp, command(train_vfp, run_dir, [*flags, "--num-workers", 1]))
+        while alive(child) and not (run_dir / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 1))
+        for pid in Path(f"/proc/{child}/task/{child}/children").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        found["left with code 70"] += wait(child) == EXIT_HUNG
+        wait(fork(train_vfp, command(train_vfp, run_dir, [*flags, "--num-workers", 1])))
+        judge(found, run_dir, alone, flags[flags.index("--steps") + 1])
+    return found
+
+
+def bad_numbers(folder: Path, flags: list) -> Counter:
+    """The loss is NaN in steps of its own: the run ends with finite weights, all of these counted."""
+    found = Counter(runs=0, lost=0, different=0)
+    steps = flags[flags.index("--steps") + 1]
+    for n in range(3):
+        run_dir = folder / f"bad-{n}"
+        bad = set(random.sample(range(steps), 10))
+
+        def spoil(bad=bad) -> None:
+            original, seen = train_vfp.compute_loss, [-1]
+
+            def compute_loss(policy, *args, **options):
+                seen[0] += policy.training
+                spoiled = policy.training and seen[0] in bad
+                return original(policy, *args, **options) * (math.nan if spoiled else 1.0)
+
+            train_vfp.compute_loss = compute_loss
+
+        code = wait(fork(train_vfp, command(train_vfp, run_dir, flags), before=spoil))
+        found["runs"] += 1
+        found["lost"] += code != 0
+        counted = sum(row.get("bad_steps", 0) for row in metrics(run_dir))
+        weights = load_file(run_dir / "checkpoints" / "last" / "state" / "model.safetensors")
+        found["different"] += counted != 10 or not all(value.isfinite().all() for value in weights.values())
+        found["steps skipped"] += counted
+    return found
+
+
+def clock_jumps(folder: Path, flags: list) -> Counter:
+    found = Counter(runs=0, lost=0, different=0)
+    alone = undisturbed(train_vfp, folder, flags)
+    run_dir = folder / "clock"
+
+    def jump() -> None:
+        original = time.time
+        time.time = lambda: original() + random.choice([-1e8, -3600, 0, 3600, 1e8])
+
+    wait(fork(train_vfp, command(train_vfp, run_dir, flags), before=jump))
+    judge(found, run_dir, alone, flags[flags.index("--steps") + 1])
+    return found
+
+
+if __name__ == "__main__":
+    cli(main, Config)
