@@ -67,3 +67,12 @@ def test_codes_are_replaced_alike_in_all_processes(tiny, tmp_path):
     flags = ["--num-codes", 8, "--latent-dim", 4, "--code-window", 1, "--replace-until", 1, "--steps", 5]
     printed = launch(2, "tests/ddp_codebook.py", *tiny, *flags, "--run-dir", tmp_path / "run")
     assert int(printed.split("replaced ")[1].split()[0]) > 5
+
+
+def test_expert_statistics_are_those_of_all_processes(tiny, tmp_path):
+    flags = ["--num-experts", 3, "--latent-dim", 4, "--posterior-layers", 1, "--steps", 3]
+    printed = launch(2, "tests/ddp_experts.py", *tiny, *flags, "--run-dir", tmp_path / "run")
+    assert int(printed.split("samples ")[-1].split()[0]) == 3 * 2 * 4 * (1 + 2)  # draws and the start of each
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for row in (row for row in rows if row["split"] == "train"):
+        assert abs(sum(row[f"experts/use_{e}"] for e in range(3)) - 1) < 1e-6
