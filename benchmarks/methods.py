@@ -44,7 +44,6 @@ class Config:
         "train_vfp",
         "train_cfg_vqvae",
         "train_vfp_moe",
-        "train_vfp_moe:gaussian",
     )
     """Training scripts, without .py; each has a configs/METHOD/demo.json. METHOD:NAME takes another file."""
     ablations: tuple[str, ...] = (

@@ -26,6 +26,7 @@ def finished_run(folder, success, codes=False):
     policy = folder / "checkpoints" / "step_0000020" / "policy"
     policy.mkdir(parents=True)
     (policy / "policy.json").write_text("{}")
+    (policy.parent / "checksums.json").write_text("{}")
     save_file({"weight": torch.zeros(1000, 250)}, policy / "action_decoder.safetensors")
     save_file({"weight": torch.zeros(1000, 250)}, policy / "posterior_average.safetensors")
     save_file({"state_offset": torch.zeros(3)}, policy / "stats.safetensors")
