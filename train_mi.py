@@ -6,12 +6,13 @@ it: an episode whose actions do not follow from its observations as those of the
 mistakes) scores low, and the best ones can be chosen for training (DemInf: Hejna et al. 2025, "Robot Data
 Curation with Mutual Information Estimators"). With z = f(s) and n, n' standard normal, the objective is
 
-    L = 0.005 | image - g_image(z_s + n) |^2 + 0.05 | state - g_state(z_s + n) |^2 + 0.01 | z_s |^2
-      + 0.05 | a - g_action(z_a + n') |^2 + 0.01 | z_a |^2
+    L = 0.005 | image - g_image(z_s + n) |^2 + 10 | state - g_state(z_s + n) |^2 + 0.01 | z_s |^2
+      + 10 | a - g_action(z_a + n') |^2 + 0.01 | z_a |^2
 
 with sums over pixels, joints, and actions that exist, all normalized. The noise gives an embedding its
-scale: what is not worth standing out from it is not encoded. Means in place of the sums would leave nothing
-that is.
+scale: what is not worth standing out from it is not encoded (means in place of the sums would leave nothing
+that is). Chunks are short: what is asked is whether the next actions follow from what is seen. A long chunk
+averages noise away and shares its course with its neighbours.
 
     accelerate launch train_mi.py --dataset me/fold_towel --image-size 128 --backbone resnet18
     python train_mi.py --estimate-only runs/mi-20260301-101500 --estimator infonce
@@ -74,7 +75,7 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
     run: Flat[RunConfig] = field(default_factory=RunConfig)
 
-    horizon: int = 16
+    horizon: int = 2
     """Actions in a chunk, in control steps."""
     normalization: Normalization = "mean-std"
     """How state and action are scaled: see common/normalize.py."""
@@ -90,7 +91,7 @@ class Config:
     """Transformer layers that read a chunk."""
     image_weight: float = 0.005
     """Weight of the squared error of images, summed over pixels."""
-    vector_weight: float = 0.05
+    vector_weight: float = 10.0
     """Weight of the squared errors of states and of chunks, summed over dimensions."""
     embedding_weight: float = 0.01
     """Weight of the squared length of embeddings."""
@@ -511,6 +512,7 @@ def main(config: Config) -> None:
 
         if step % config.run.log_every == 0 or step == total_steps:
             tracker.log(step, samples, rates)
+        clip.remember()
         guard.end_step()
         with tracker.paused():
             if val_set and (step % config.run.eval_every == 0 or step == total_steps):

@@ -821,6 +821,7 @@ def main(config: Config) -> None:
             logged = tracker.log(step, samples, rates)
             if accelerator.is_main_process:
                 report_experts(step, logged, config.num_experts)
+        clip.remember()
         guard.end_step()
         with tracker.paused():
             if val_set and (step % config.run.eval_every == 0 or step == total_steps):

@@ -148,7 +148,7 @@ def compare_policies(config: Config, run: Path, scores: dict[int, float]) -> Non
 
     best = run / "episodes_top67.json"
     number = len(json.loads(best.read_text())["episodes"])
-    drawn = np.random.default_rng(config.seed).permutation(sorted(scores))[:number]
+    drawn = np.random.default_rng((config.seed, 1)).permutation(sorted(scores))[:number]
     chosen = config.runs / "random.txt"
     chosen.write_text(" ".join(map(str, sorted(drawn.tolist()))) + "\n")
     print("| episodes | number | success, 10 steps |\n| --- | --- | --- |")

@@ -299,9 +299,9 @@ def stopped(config: Config, folder: Path, flags: list) -> Counter:
         for _ in range(1000):
             meanwhile = stop if stops < config.stops else None
             codes = together(train_vfp, command(train_vfp, run_dir, flags), 2, meanwhile)
-            if set(codes) != {EXIT_STOPPED}:
+            if not any(codes):
                 break
-            found["saved and left with code 75"] += 1
+            found["saved and left with code 75"] += set(codes) == {EXIT_STOPPED}
         judge(found, run_dir, alone, config.steps)
         print(f"{stops} of {config.stops} stops, {dict(found)}", flush=True)
     return found

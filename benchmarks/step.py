@@ -140,6 +140,7 @@ def script_loop(script, accelerator, data, normalizer, folder: Path):
         step, samples = step + 1, samples + script.optim.batch_size
         if step % script.run.log_every == 0:
             tracker.log(step, samples, learning_rates(optimizer.optimizer))
+        clip.remember()
         guard.end_step()
         yield
 

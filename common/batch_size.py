@@ -13,7 +13,7 @@ from typing import Any
 
 from common.config import to_dict
 from common.errors import UserError
-from common.faults import EXIT_OUT_OF_MEMORY, EXIT_STOPPED
+from common.faults import EXIT_OUT_OF_MEMORY
 from common.files import write_json
 
 STEPS = 3  # the optimizer's state is there from the second on
@@ -58,29 +58,33 @@ def find_batch_size(script: Path, config: Any) -> int:
 
 def _fits(script: Path, config: Any, size: int, run_dir: Path) -> bool:
     """Whether some steps can be trained with a batch size."""
-    optim = dataclasses.replace(config.optim, batch_size=size, grad_accumulation=1)
+    steps = {"steps": 100 * STEPS, "epochs": None}  # it is stopped before
+    optim = dataclasses.replace(config.optim, batch_size=size, grad_accumulation=1, **steps)
     changes = {"run_dir": None, "resume": None, "config": None, "tracker": "none", "log_every": 1}
     run = dataclasses.replace(config.run, find_batch_size=False, **changes)
     trial = dataclasses.replace(config, optim=optim, run=run)
     settings = run_dir.with_suffix(".json")
     write_json(settings, {"script": script.name, "config": to_dict(trial)})
-    process = subprocess.Popen(
-        [sys.executable, script, "--config", settings, "--run-dir", run_dir],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    log = run_dir.with_suffix(".log")
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, script, "--config", settings, "--run-dir", run_dir], stdout=file, stderr=file
+        )
     try:
         while process.poll() is None and not _has_trained(run_dir):
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=300)
+        process.wait(timeout=600)
+    except subprocess.TimeoutExpired:
+        pass  # it has trained, and does not save: that is not what is asked here
     finally:
         process.kill()
-    if process.returncode == EXIT_OUT_OF_MEMORY or process.returncode == -signal.SIGKILL:
-        return False  # the second: the system's own way of saying so
-    if process.returncode in (0, EXIT_STOPPED, -signal.SIGTERM):
+    process.wait()
+    errors = log.read_text(errors="replace")
+    if _has_trained(run_dir):
         return True
+    if process.returncode in (EXIT_OUT_OF_MEMORY, -signal.SIGKILL):
+        return False  # the second: the system's own way of saying so
     if "is larger than the" in errors:  # more than there are samples
         return False
     raise UserError(f"A trial with --batch-size {size} failed: {errors.strip()[-500:]}")

@@ -184,6 +184,8 @@ def save(
             say(f"warning: step {step} is not saved ({trouble}): training goes on, make room")
         else:
             _prune(final, config.run.keep, config.run.keep_every)
+    if tracker is not None and not trouble:
+        tracker.saved_step = step
     accelerator.wait_for_everyone()
     return None if trouble else final
 
@@ -363,8 +365,13 @@ def restore(accelerator: Accelerator, run_dir: Path, averaged) -> tuple[int, int
     path = broadcast_object_list([path])[0]  # the first process looks, for all
     try:
         trainer = read_json(path / "state" / "trainer.json")
+        scaler = accelerator.scaler
+        if not (path / "state" / "scaler.pt").exists():
+            accelerator.scaler = None  # fp16 from now on: its scale starts anew
         accelerator.load_state(str(path / "state"))
-        accelerator.step = 0  # its count of micro-batches: a checkpoint lies between optimizer steps
+        accelerator.scaler = scaler
+        # Its count of micro-batches: a checkpoint lies between optimizer steps, whatever is accumulated now.
+        accelerator.step = trainer["step"] * accelerator.gradient_accumulation_steps
         averaged.load(_read_components(path / "policy", averaged.policy), trainer["updates"])
         same = trainer["processes"] == accelerator.num_processes
         if same:
@@ -391,15 +398,15 @@ def restore(accelerator: Accelerator, run_dir: Path, averaged) -> tuple[int, int
 
 
 def _refuse_links(run_dir: Path) -> None:
-    """Refuse a run folder from elsewhere whose files are links out of it: resuming writes to them.
+    """Refuse a run folder from elsewhere with links out of it: resuming writes to them, and deletes.
 
     Raises:
         UserError: names the link.
     """
     inside = run_dir.resolve()
     for path in run_dir.rglob("*"):
-        if path.is_symlink() and not path.is_dir() and not path.resolve().is_relative_to(inside):
-            raise UserError(f"{path} is a link out of the run folder: replace it by the file.")
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise UserError(f"{path} is a link out of the run folder: replace it by what it leads to.")
 
 
 def _check_random_state(path: Path) -> None:
@@ -410,6 +417,8 @@ def _check_random_state(path: Path) -> None:
         raise UserError(
             f"{path} does not hold the random state: move its checkpoint away to use the one before it."
         )
+    if torch.cuda.is_available() and torch.cuda.get_rng_state().numpy().tobytes() not in path.read_bytes():
+        say(f"warning: the random state of the GPU is not in {path}: the noise differs from here on")
 
 
 def _read_components(folder: Path, policy: nn.Module) -> dict[str, Tensor]:

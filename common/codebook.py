@@ -53,7 +53,10 @@ class Codebook(nn.Module):
         Args:
             uniform: (B,), uniform in [0, 1), picks the code.
         """
-        below = logits.softmax(dim=1).cumsum(dim=1) <= uniform[:, None]
+        # Sums by a triangular matrix: `cumsum` of floats on CUDA is not the same every time.
+        probabilities = logits.softmax(dim=1)
+        upto = torch.ones(logits.shape[1], logits.shape[1], device=logits.device, dtype=probabilities.dtype)
+        below = probabilities @ upto.triu() <= uniform[:, None]
         return self.vectors[below.sum(dim=1).clamp(max=logits.shape[1] - 1)]
 
 
@@ -78,12 +81,13 @@ def end_window(
     Returns:
         Metrics: those of `Codebook.diagnostics`, and the number of codes replaced.
     """
-    codebook.usage.copy_(codebook.counts / codebook.counts.sum().clamp(min=1))
+    total = codebook.counts.sum()  # 0 if every step of the window was skipped: nothing is known then
+    codebook.usage.copy_(torch.where(total > 0, codebook.counts / total.clamp(min=1), codebook.usage))
     codebook.counts.zero_()
     num_codes = len(codebook.usage)
-    unused = codebook.usage < 0.1 / num_codes
+    unused = (codebook.usage < 0.1 / num_codes) & (total > 0)
     generator = torch.Generator(codebook.usage.device).manual_seed(seed)
-    popular = torch.where(unused, 0.0, codebook.usage)
+    popular = torch.where(unused, 0.0, codebook.usage.clamp(min=1e-9))
     source = torch.multinomial(popular, num_codes, replacement=True, generator=generator)
     spread = codebook.error.nan_to_num(0.0, 0.0).sqrt()  # a batch with bad numbers must not reach the codes
     noise = torch.randn(codebook.vectors.shape, generator=generator, device=spread.device)

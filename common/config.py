@@ -118,7 +118,8 @@ class RunConfig:
     """Seconds without progress after which the job ends and says which process is to blame; 0 waits for
     ever."""
     max_bad_steps: int = 20
-    """Stop, and name the samples, after so many steps in a row whose loss or gradient was not finite."""
+    """Stop, and name the samples, after so many steps in a row whose loss or gradient was not finite; seen
+    when a line of metrics is written."""
     deterministic: bool = False
     """Only algorithms whose result is always the same, bit for bit; slower on CUDA."""
     find_batch_size: bool = False
@@ -349,7 +350,8 @@ def _refuse_used(run_dir: Path | None, restart: bool) -> None:
     if run_dir is None or not run_dir.exists():
         return
     held = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else {"a file"}
-    if held and not (restart and "config.json" in held):
+    begun = all(name.endswith(".part") or name == "changes.patch" for name in held)
+    if held and not (restart and ("config.json" in held or begun)):
         raise UserError(
             f"{run_dir} exists and is not empty: continue it with --resume {run_dir}, or name another "
             f"--run-dir."
@@ -489,8 +491,11 @@ def write_run_config(run_dir: Path, script: str, config: Any, extra: dict[str, A
     versions = {"python": sys.version.split()[0]}
     installed = {name: _version(name) for name in packages}
     versions |= {name: version for name, version in installed.items() if version is not None}
-    values = {"script": script, "config": to_dict(config), "versions": versions, **_git(run_dir), **extra}
+    git, changes = _git()
+    values = {"script": script, "config": to_dict(config), "versions": versions, **git, **extra}
     write_json(run_dir / "config.json", values)
+    if changes:
+        write_whole(run_dir / "changes.patch", changes.encode(errors="replace"))
 
 
 def _version(package: str) -> str | None:
@@ -500,11 +505,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(run_dir: Path) -> dict[str, Any]:
-    """Commit of this checkout, and whether files differ from it; nothing where there is no git.
+def _git() -> tuple[dict[str, Any], str]:
+    """Commit of this checkout, whether files differ from it, and how; nothing where there is no git.
 
-    What differs is written to `changes.patch` in the run folder, new Python and JSON files included: together
-    with the commit it is the code that ran.
+    New Python and JSON files are part of the difference: with the commit it is the code that ran.
     """
     root = Path(__file__).resolve().parents[1]
 
@@ -520,10 +524,8 @@ def _git(run_dir: Path) -> dict[str, Any]:
             changes += git("diff", "--no-color", "--no-index", os.devnull, name, codes=(0, 1))
         dirty = bool(git("status", "--porcelain").strip())
     except (OSError, ValueError, subprocess.SubprocessError):
-        return {}
-    if changes:
-        write_whole(run_dir / "changes.patch", changes.encode(errors="replace"))
-    return {"git_commit": commit, "git_dirty": dirty}
+        return {}, ""
+    return {"git_commit": commit, "git_dirty": dirty}, changes
 
 
 def resolve_steps(

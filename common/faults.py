@@ -12,6 +12,7 @@ import faulthandler
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ import weakref
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -47,10 +48,18 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
+OUT_OF_MEMORY = r"DefaultCPUAllocator: can|out of memory|CU\w+_STATUS_ALLOC_FAILED"
+LOST = (
+    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|Socket closed|ncclRemoteError|"
+    r"NCCL communicator was aborted|Timed out waiting"
+)
+
+
 def explain(error: Exception, batch_size: int | None = None) -> tuple[str, int] | None:
     """What to tell a user about an error that the machine made, and the exit code; None for any other."""
     text = " ".join(str(error).split())
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can" in text:
+    runtime = isinstance(error, RuntimeError)
+    if isinstance(error, MemoryError) or (runtime and re.search(OUT_OF_MEMORY, text)):
         smaller = "" if batch_size is None else f" with --batch-size {batch_size}"
         return (
             f"Out of memory{smaller} ({text[:150]}): lower --batch-size and raise --grad-accumulation by as "
@@ -59,15 +68,14 @@ def explain(error: Exception, batch_size: int | None = None) -> tuple[str, int] 
         ), EXIT_OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"The disk is full ({error.filename or text}): make room and start again.", 1
-    if "DataLoader worker" in text:
+    if runtime and re.search(r"DataLoader worker \(pid", text):
         return (
             f"A process that loads data has died ({text[:200]}), as the system does to it when memory is "
             f"short: lower --num-workers, and go on with --resume."
         ), EXIT_HUNG
-    if "deterministic" in text and isinstance(error, RuntimeError):
+    if runtime and "does not have a deterministic implementation" in text:
         return f"--deterministic: {text[:200]}: leave the flag out, or what needs this.", 1
-    lost = "Connection closed by peer|Connection reset by peer|Connection refused|Broken pipe|Socket closed"
-    if isinstance(error, RuntimeError) and re.search(lost, text):
+    if runtime and re.search(LOST, text):
         return (
             f"The connection to another process was lost ({text[:150]}): its own message says why; go on "
             f"from the last checkpoint with --resume."
@@ -101,7 +109,8 @@ class GradientClipper:
 
     def __init__(self, policy: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float):
         self.policy, self.optimizer, self.max_norm = policy, optimizer, max_norm
-        self.buffers = list(policy.buffers())
+        saved = policy.state_dict().keys()  # buffers that are not saved are constants
+        self.buffers = [buffer for name, buffer in policy.named_buffers() if name in saved]
         self.before = [buffer.clone() for buffer in self.buffers]
 
     @torch.no_grad()
@@ -127,10 +136,16 @@ class GradientClipper:
         else:
             for parameter in parameters:
                 parameter.grad = torch.where(bad, 0.0, parameter.grad)
-        for buffer, before in zip(self.buffers, self.before, strict=True):
-            buffer.copy_(torch.where(bad, before, buffer))
-            before.copy_(buffer)
+        if self.buffers:
+            pairs = zip(self.before, self.buffers, strict=True)
+            torch._foreach_copy_(self.buffers, [torch.where(bad, before, now) for before, now in pairs])
         return {"grad_norm": total, **norms, "bad_step": bad.float()}
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Note the buffers to which a bad step goes back; called at the end of every step."""
+        if self.buffers:
+            torch._foreach_copy_(self.before, self.buffers)
 
 
 class Guard:
@@ -150,45 +165,51 @@ class Guard:
         self.stopping = False
         """Whether all processes have agreed to stop after the present step."""
         self._rank, self._world = accelerator.process_index, accelerator.num_processes
+        self._tracker = tracker
         self._deadline = None if run.max_time is None else _started + 3600 * run.max_time
-        self._signal: int | None = None
-        self._signalled = 0.0
+        self._signal: str | None = None
         self._group = self._pending = None
         if self._world > 1:
-            # On the CPU, so that nothing waits for the device. A process that is lost ends the wait.
-            wait = timedelta(seconds=run.hang_timeout or 10**7)
-            self._group = distributed.new_group(backend="gloo", timeout=wait)
-        self._handlers = {}
+            # On the CPU, so that nothing waits for the device. The watch speaks first: it can name who hangs.
+            patience = timedelta(seconds=2 * run.hang_timeout or 10**7)
+            self._group = distributed.new_group(backend="gloo", timeout=patience)
+        self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            self._listen()
         timeout = run.hang_timeout
         self._watch = _Watch(tracker, self._rank, self._world, timeout) if timeout else None
 
-    def _receive(self, number: int, frame) -> None:
-        now = time.monotonic()
+    def _listen(self) -> None:
+        """Take over signals. Numbers of those that come are also written to a socket, whatever is going on:
+
+        Python's own handlers wait until the main thread is back from C, where it may hang."""
+        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        receiving, self._sending = socket.socketpair()
+        self._sending.setblocking(False)
+        signal.set_wakeup_fd(self._sending.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=_exit_on_second, args=(receiving,), name="signals", daemon=True).start()
+
+    def _note(self, number: int, frame) -> None:
         if self._signal is None:
-            self._signal, self._signalled = number, now
+            self._signal = signal.Signals(number).name
             if self._rank == 0:  # not `print`, which a signal may have interrupted
-                name = signal.Signals(number).name
-                text = f"\n{name}: the step is finished and saved; once more to exit at once\n"
-                _write_raw(text)
-        elif now - self._signalled > SAME_REQUEST_SECONDS:
-            os._exit(128 + number)
+                _write_raw(f"\n{self._signal}: the step is finished and saved; once more to exit at once\n")
 
     def end_step(self) -> None:
         """Agree with the other processes whether to stop; called once a step by all of them.
 
         With several processes the answer is that of the step before: it has crossed the network meanwhile.
         """
-        asked = self._signal is not None or (self._deadline is not None and time.monotonic() > self._deadline)
+        if self._signal is None and self._deadline is not None and time.monotonic() > self._deadline:
+            self._signal = "time is over"
         if self._group is None:
-            self.stopping = asked
+            self.stopping = self._signal is not None
             return
         if self._pending is not None:
             work, flag = self._pending
             work.wait()
             self.stopping = bool(flag.item())
-        flag = torch.tensor([int(asked)])
+        flag = torch.tensor([int(self._signal is not None)])
         work = distributed.all_reduce(flag, distributed.ReduceOp.MAX, self._group, async_op=True)
         self._pending = work, flag
 
@@ -200,20 +221,38 @@ class Guard:
         """
         if self._pending is not None:
             self._pending[0].wait()
+            distributed.barrier(self._group)  # a launcher ends the others as soon as the first has left
         if self._watch is not None:
             self._watch.stop()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self._rank == 0 and not (run_dir / "checkpoints" / f"step_{step:07d}").is_dir():
+        if self._handlers:
+            for number, handler in self._handlers.items():
+                # One who leaves anyway is not to be ended by a signal that others have had already.
+                signal.signal(number, signal.SIG_IGN if self.stopping else handler)
+            signal.set_wakeup_fd(-1)
+            self._sending.close()
+        if self._rank == 0 and self._tracker.saved_step != step:
             raise UserError(
                 f"Step {step}, the last, could not be saved: make room, and go on from the checkpoint before "
                 f"it with --resume {run_dir}."
             )
         if self.stopping and step < total_steps:
             if self._rank == 0:
-                why = "time is over" if self._signal is None else signal.Signals(self._signal).name
+                why = self._signal or "another process was told to"
                 say(f"stopped after step {step} of {total_steps} ({why}): go on with --resume {run_dir}")
             sys.exit(EXIT_STOPPED)
+
+
+def _exit_on_second(receiving: socket.socket) -> None:
+    """Read the numbers of signals that come; exit at the second one, if it is a request of its own."""
+    first = None
+    while received := receiving.recv(1):
+        if received[0] not in SIGNALS:
+            continue
+        now = time.monotonic()
+        if first is None:
+            first = now
+        elif now - first > SAME_REQUEST_SECONDS:
+            os._exit(128 + received[0])
 
 
 class _Watch:

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -58,6 +58,8 @@ class Tracker:
         self.path = run_dir / "metrics.jsonl"
         self.progress = 0, "the first step"
         """Counts what this process has got done, and says what it does now."""
+        self.saved_step = start_step
+        """Step of the newest checkpoint that was written."""
         self._sums: dict[tuple[str, ...], Tensor] = {}  # of metrics added together: (2, n), sums and counts
         # Steps that were skipped: in a row until now, most in a row since the last line, the last of these.
         self._skipped = torch.zeros(3, device=accelerator.device)
@@ -93,7 +95,9 @@ class Tracker:
         sums = [[list(names), values.tolist()] for names, values in self._sums.items()]
         content = {"sums": sums, "skipped": self._skipped.tolist()}
         file = folder / f"metrics_{self.accelerator.process_index}.json"
-        file.write_text(json.dumps(content, allow_nan=False) + "\n")
+        file.write_text(json.dumps(content) + "\n")
+        if self.accelerator.is_main_process:
+            self._file.sync()  # a checkpoint is not newer than the lines before it
 
     def _restore(self, folder: Path) -> None:
         """Take up what `save` wrote, if as many processes wrote it."""
@@ -103,7 +107,8 @@ class Tracker:
         device = self.accelerator.device
         content = read_json(files[self.accelerator.process_index])
         self._sums = {tuple(names): torch.tensor(values, device=device) for names, values in content["sums"]}
-        self._skipped = torch.tensor(content["skipped"], device=device)
+        in_row, _, last = content["skipped"]
+        self._skipped = torch.tensor([in_row, in_row, last], device=device)
 
     def at(self, where: str) -> None:
         """Note what this process does now; see `faults.Guard`."""
@@ -222,7 +227,7 @@ class Tracker:
         if self._loader is not None:
             stream, dataset = self._loader.batch_sampler, self._loader.dataset
             global_batch = stream.batch_size * stream.world * self.accelerator.gradient_accumulation_steps
-            first = samples - (step - last + num) * global_batch
+            first = max(samples - (step - last + num) * global_batch, 0)
             rows = dataset.rows[stream.samples(first, num * global_batch)]
             episodes = dataset.store.episode_of(rows)
             frames = rows - dataset.store.episode_starts[episodes]
@@ -270,7 +275,10 @@ class Tracker:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             line = json.dumps({"step": step, "split": split, **finite}, allow_nan=False)
             self._file.append(line)
-        self.accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
+        try:
+            self.accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
+        except OSError as error:  # metrics.jsonl has them all
+            say(f"warning: the tracker cannot write ({error.strerror or error})")
 
     def close(self) -> None:
         """Draw the curves a last time and release the file."""
@@ -291,21 +299,28 @@ class _Lines:
     def append(self, line: str) -> None:
         full = bool(self._waiting)
         self._waiting += line.encode() + b"\n"
-        end = os.fstat(self._descriptor).st_size
         try:
-            written = os.write(self._descriptor, self._waiting)
-            if written < len(self._waiting):  # the disk took a part of it
-                os.ftruncate(self._descriptor, end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._flush()
         except OSError as error:
             if not full:
                 say(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait in memory")
-        else:
-            self._waiting = b""
+
+    def sync(self) -> None:
+        """Have all lines on disk; raises OSError if that cannot be."""
+        self._flush()
+        os.fsync(self._descriptor)
+
+    def _flush(self) -> None:
+        end = os.fstat(self._descriptor).st_size
+        written = os.write(self._descriptor, self._waiting) if self._waiting else 0
+        if written < len(self._waiting):  # the disk took a part of it
+            os.ftruncate(self._descriptor, end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._waiting = b""
 
     def close(self) -> None:
-        if self._waiting:
-            self.append("")
+        with suppress(OSError):
+            self._flush()
         os.close(self._descriptor)
 
 
