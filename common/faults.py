@@ -180,9 +180,11 @@ class Guard:
         self._watch = _Watch(tracker, self._rank, self._world, timeout) if timeout else None
 
     def _listen(self) -> None:
-        """Take over signals. Numbers of those that come are also written to a socket, whatever is going on:
+        """Take over signals.
 
-        Python's own handlers wait until the main thread is back from C, where it may hang."""
+        Their numbers are also written to a socket, at once: Python's own handlers wait until the main thread
+        is back from C, where it may hang.
+        """
         self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
         receiving, self._sending = socket.socketpair()
         self._sending.setblocking(False)
@@ -219,6 +221,7 @@ class Guard:
         Raises:
             UserError: if the last checkpoint could not be written.
         """
+        leaving = self.stopping and step < total_steps
         if self._pending is not None:
             self._pending[0].wait()
             distributed.barrier(self._group)  # a launcher ends the others as soon as the first has left
@@ -227,7 +230,7 @@ class Guard:
         if self._handlers:
             for number, handler in self._handlers.items():
                 # One who leaves anyway is not to be ended by a signal that others have had already.
-                signal.signal(number, signal.SIG_IGN if self.stopping else handler)
+                signal.signal(number, signal.SIG_IGN if leaving else handler)
             signal.set_wakeup_fd(-1)
             self._sending.close()
         if self._rank == 0 and self._tracker.saved_step != step:
@@ -235,7 +238,7 @@ class Guard:
                 f"Step {step}, the last, could not be saved: make room, and go on from the checkpoint before "
                 f"it with --resume {run_dir}."
             )
-        if self.stopping and step < total_steps:
+        if leaving:
             if self._rank == 0:
                 why = self._signal or "another process was told to"
                 say(f"stopped after step {step} of {total_steps} ({why}): go on with --resume {run_dir}")
