@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.config import cli
 from common.data import demo
+from common.files import read_json, write_json
 from common.mutual_information import ksg_of_episodes
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,8 @@ class Config:
     """Seeds of the policies."""
     rollouts: int = 200
     """Closed-loop episodes of each policy."""
+    policy_steps: int = 700
+    """Training steps of each policy, half of the demo's: enough to tell them apart."""
     skip_policies: bool = False
     """Only score."""
 
@@ -143,9 +146,6 @@ def time_scoring() -> float:
 
 def compare_policies(config: Config, run: Path, scores: dict[int, float]) -> None:
     """Success of `train_vfp.py` on all episodes, the best, and random ones."""
-    import evaluate
-    from common.inference import load_policy
-
     best = run / "episodes_top67.json"
     number = len(json.loads(best.read_text())["episodes"])
     drawn = np.random.default_rng((config.seed, 1)).permutation(sorted(scores))[:number]
@@ -160,15 +160,28 @@ def compare_policies(config: Config, run: Path, scores: dict[int, float]) -> Non
         rates = []
         for seed in config.seeds:
             folder = config.runs / f"vfp-{name.replace(' ', '-')}-{seed}"
-            call(
-                *("train_vfp.py", "--config", ROOT / "configs/train_vfp/demo.json", *dataset(config), *flags),
-                *("--run-dir", folder, "--seed", seed, "--resume", "auto"),
-            )
-            settings = evaluate.Config(folder, episodes=config.rollouts)
-            simulator, _ = evaluate.roll_out(load_policy(folder, seed=0), settings, 10)
-            rates.append(100 * evaluate.summarize(simulator)["success"])
+            if not (folder / "checkpoints" / f"step_{config.policy_steps:07d}").is_dir():
+                call(
+                    *("train_vfp.py", "--config", ROOT / "configs/train_vfp/demo.json", *dataset(config)),
+                    *("--run-dir", folder, "--seed", seed, "--steps", config.policy_steps, *flags),
+                    *("--resume", "auto"),
+                )
+            rates.append(100 * success(folder, config.rollouts))
         shown = ", ".join(f"{rate:.1f}" for rate in rates)
         print(f"| {name} | {count} | {statistics.mean(rates):.1f} ({shown}) |", flush=True)
+
+
+def success(folder: Path, rollouts: int) -> float:
+    """Success rate of a policy with ten sampling steps, found once."""
+    import evaluate
+    from common.inference import load_policy
+
+    file = folder / "success.json"
+    if not file.is_file():
+        settings = evaluate.Config(folder, episodes=rollouts)
+        simulator, _ = evaluate.roll_out(load_policy(folder, seed=0), settings, 10)
+        write_json(file, evaluate.summarize(simulator)["success"])
+    return read_json(file)
 
 
 if __name__ == "__main__":
