@@ -34,7 +34,11 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_cfg_vqvae
+import train_mi
+import train_naive_fm
 import train_vfp
+import train_vfp_depth
+import train_vfp_moe
 from common import checkpoint
 from common.config import cli, flat_options
 from common.data import demo
@@ -45,6 +49,7 @@ SMALL = [
     *("--horizon", 4, "--d-model", 16, "--num-heads", 2, "--encoder-layers", 1, "--decoder-layers", 1),
     *("--flow-samples", 2, "--batch-size", 4, "--num-codes", 4, "--latent-dim", 4, "--posterior-layers", 1),
     *("--code-window", 3, "--ingest-workers", 1, "--eval-samples", 8, "--sample-steps", 2),
+    *("--depth-weights", "random", "--depth-model", "small", "--num-experts", 2),
 ]
 UNLIKE = ("checksums.json", "policy.json")  # the second names the run's folder
 RHYTHM = ["--save-every", 4, "--log-every", 3, "--eval-every", 25, "--hang-timeout", 60]
@@ -75,12 +80,13 @@ def main(config: Config) -> None:
     random.seed(config.seed)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         folder = Path(folder)
-        demo.write_dataset(folder / "data", demo.demonstrate(5, seed=1))
+        demo.write_dataset(folder / "data", demo.demonstrate(10, seed=1))
         flags = ["--dataset", folder / "data", "--cache-dir", folder / "cache", *SMALL, *RHYTHM]
         flags += ["--steps", config.steps]
         table = [
             ("killed (SIGKILL)", config.kills, killed(config, folder, flags)),
             ("two processes stopped (SIGTERM)", config.stops, stopped(config, folder, flags)),
+            ("every script, two processes, stopped", 6, every_script(folder, flags)),
             ("file damaged", config.damages, damaged(config, folder, flags)),
             ("disk full", config.full_disks, full_disk(config, folder, flags)),
             ("one of two processes killed", 3, process_lost(folder, flags)),
@@ -304,6 +310,31 @@ def stopped(config: Config, folder: Path, flags: list) -> Counter:
             found["saved and left with code 75"] += set(codes) == {EXIT_STOPPED}
         judge(found, run_dir, alone, config.steps)
         print(f"{stops} of {config.stops} stops, {dict(found)}", flush=True)
+    return found
+
+
+def every_script(folder: Path, flags: list) -> Counter:
+    """Each of the six scripts, in two processes: stopped once, and gone on."""
+    found = Counter(runs=0, lost=0, different=0)
+    steps = 30
+    flags = [*flags, "--steps", steps]  # the later one holds
+    for script in (train_naive_fm, train_vfp, train_vfp_depth, train_cfg_vqvae, train_vfp_moe, train_mi):
+        home = folder / "every"
+        home.mkdir(exist_ok=True)
+        alone, run_dir = undisturbed(script, home, flags, world=2), home / f"stopped-{script.__name__}"
+
+        def stop(children: list[int], run_dir=run_dir) -> None:
+            while all(map(alive, children)) and not (run_dir / "metrics.jsonl").exists():
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 0.5))
+            for child in filter(alive, children):
+                os.kill(child, signal.SIGTERM)
+
+        codes = together(script, command(script, run_dir, flags), 2, stop)
+        found["saved and left with code 75"] += set(codes) == {EXIT_STOPPED}
+        together(script, command(script, run_dir, flags), 2)
+        judge(found, run_dir, alone, steps)
+        print(f"{script.__name__}, two processes: {dict(found)}", flush=True)
     return found
 
 
