@@ -24,6 +24,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -386,15 +387,11 @@ def full_disk(config: Config, folder: Path, flags: list) -> Counter:
                     continue  # a run that cannot even start says so, and is not what is tried here
                 if mounted:
                     filler = small / "filler"
-                    with filler.open("wb") as file:
-                        try:
-                            while True:
-                                file.write(bytes(2**16))
-                                file.flush()
-                        except OSError:
+                    with suppress(OSError), filler.open("wb", buffering=0) as file:
+                        while file.write(bytes(2**16)):
                             pass
                     time.sleep(random.uniform(0.1, 0.8))
-                    filler.unlink()
+                    filler.unlink(missing_ok=True)
                 else:
                     limits = resource.prlimit(child, resource.RLIMIT_FSIZE)
                     resource.prlimit(child, resource.RLIMIT_FSIZE, (4096, limits[1]))
@@ -412,7 +409,7 @@ def full_disk(config: Config, folder: Path, flags: list) -> Counter:
             print(f"{times} of {config.full_disks} full disks, {dict(found)}", flush=True)
     finally:
         if mounted:
-            subprocess.run(["umount", small], check=False)
+            subprocess.run(["umount", "-l", small], check=False)
     return found
 
 
