@@ -136,7 +136,7 @@ class Config:
     """Transformer layers that read the latent off a recorded chunk."""
     prior_layers: int = 1
     """Transformer layers that predict the latent from the observation."""
-    kl_weight: float = 0.01
+    kl_weight: float = 0.03
     """beta, weight of the KL divergence; of a codebook's prior, of its cross-entropy."""
     kl_warmup: float = 0.2
     """Share of training over which that weight rises from 0."""

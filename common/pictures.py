@@ -175,8 +175,10 @@ def draw_reconstructions(
         for axis in column[:2]:
             axis.set(xticks=[], yticks=[])
         for d in range(chunk.shape[1]):
-            column[2].plot(chunk[:, d], color=f"C{d % 10}", lw=1.2)
-            column[2].plot(chunk_output[:, d], color=f"C{d % 10}", lw=1.2, ls="--")
+            # Markers, since a chunk can have a single action: at the end of an episode, or all of them.
+            style = {"color": f"C{d % 10}", "lw": 1.2, "marker": ".", "ms": 3}
+            column[2].plot(chunk[:, d], **style)
+            column[2].plot(chunk_output[:, d], ls="--", **style)
         column[2].tick_params(labelsize=6)
     for axis, label in zip(
         axes[:, 0], ("image", "reconstruction", "actions (dashed: reconstruction)"), strict=True

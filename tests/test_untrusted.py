@@ -115,12 +115,14 @@ def test_a_file_of_settings_cannot_fill_the_memory(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 3 * LARGEST_JSON / 1024
 
 
+TERABYTES = b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'
+
+
 @pytest.mark.parametrize(
     "header",
     [
         struct.pack("<Q", 2**60),
-        struct.pack("<Q", 100)
-        + b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}',
+        struct.pack("<Q", len(TERABYTES)) + TERABYTES,
         struct.pack("<Q", 2**33) + b"{",
     ],
 )
