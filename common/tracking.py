@@ -190,8 +190,8 @@ class Tracker:
         self._write(step, "train", metrics)
         if self.accelerator.is_main_process:
             self._show(step, metrics, max(rates.values(), default=math.nan))
-            if means.get("bad_steps"):
-                say(f"step {step}  {means['bad_steps']} steps skipped: loss or gradient were not finite")
+            if num := means.get("bad_steps"):
+                say(f"step {step}  skipped {num} step{'s' * (num > 1)} whose loss or gradient was not finite")
         self._refuse_bad_steps(step, samples, *skipped)
         return metrics
 

@@ -256,7 +256,7 @@ def test_one_bad_step_is_skipped_counted_and_told(tiny, tmp_path, monkeypatch, c
     assert row["bad_steps"] == 1
     assert math.isfinite(row["loss"])  # of the other three
     assert all(value.isfinite().all() for value in weights(run, 4).values())
-    assert "1 steps skipped" in capsys.readouterr().out
+    assert "step 4  skipped 1 step whose loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
