@@ -1,4 +1,14 @@
-"""The one exception that a user is meant to read."""
+"""Errors that a user is meant to read, and the exit codes of the scripts."""
+
+import errno
+import re
+
+EXIT_HUNG, EXIT_OUT_OF_MEMORY, EXIT_STOPPED = 70, 71, 75
+OUT_OF_MEMORY = r"DefaultCPUAllocator: can|out of memory|CU\w+_STATUS_ALLOC_FAILED"
+LOST = (
+    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|Socket closed|ncclRemoteError|"
+    r"NCCL communicator was aborted|Timed out waiting"
+)
 
 
 class UserError(Exception):
@@ -11,3 +21,31 @@ class UserError(Exception):
 
     def __init__(self, sentence: str):
         super().__init__("".join(char if char.isprintable() else "?" for char in sentence))
+
+
+def explain(error: Exception) -> tuple[str, int] | None:
+    """What to tell a user about an error that the machine made, and the exit code; None for any other."""
+    if isinstance(error, UserError):
+        return str(error), 1
+    text = " ".join(str(error).split())
+    runtime = isinstance(error, RuntimeError)
+    if isinstance(error, MemoryError) or (runtime and re.search(OUT_OF_MEMORY, text)):
+        return (
+            f"Out of memory ({text[:150]}): lower --batch-size and raise --grad-accumulation by the same "
+            f"factor, lower --flow-samples or --image-size, or use --mixed-precision bf16."
+        ), EXIT_OUT_OF_MEMORY
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"The disk is full ({error.filename or text}): free disk space and start again.", 1
+    if runtime and re.search(r"DataLoader worker \(pid", text):
+        return (
+            f"A process that loads data has died ({text[:200]}), which happens when memory is short: lower "
+            f"--num-workers and continue with --resume."
+        ), EXIT_HUNG
+    if runtime and "does not have a deterministic implementation" in text:
+        return f"--deterministic: {text[:200]}: leave the flag out, or what needs this.", 1
+    if runtime and re.search(LOST, text):
+        return (
+            f"The connection to another process was lost ({text[:150]}): its own message says why; continue "
+            f"from the last checkpoint with --resume."
+        ), EXIT_HUNG
+    return None

@@ -7,48 +7,51 @@ Each has its own optimizer groups, learning rate and weight decay, and its gradi
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from common.config import MayChange, Share, options
 from common.errors import UserError
 
+DEFAULT_STEPS = 20_000
 
-@dataclass(frozen=True)
+
+@options
 class OptimConfig:
     """Optimizer, schedule and batch."""
 
-    lr: float = 1e-3
+    lr: MayChange[NonNegativeFloat] = 1e-3
     """Peak learning rate."""
-    backbone_lr: float | None = None
+    backbone_lr: MayChange[NonNegativeFloat | None] = None
     """Peak learning rate of every component whose name ends in `backbone` (default: as --lr)."""
-    component_lr: tuple[str, ...] = ()
-    """Peak learning rate of single components, as `action_decoder=3e-4 info_embedder=1e-4`."""
-    weight_decay: float = 1e-4
+    component_lr: MayChange[tuple[str, ...]] = ()
+    """Peak learning rate of single components, for example `action_decoder=3e-4 info_embedder=1e-4`."""
+    weight_decay: MayChange[NonNegativeFloat] = 1e-4
     """Decoupled weight decay of matrices and kernels; norms, biases, embeddings and tokens have none."""
-    component_weight_decay: tuple[str, ...] = ()
-    """Weight decay of single components, as `head_backbone=0.05`."""
-    beta2: float = 0.95
+    component_weight_decay: MayChange[tuple[str, ...]] = ()
+    """Weight decay of single components, for example `head_backbone=0.05`."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of Adam's second moment."""
-    schedule: Literal["cosine", "onecycle", "constant", "schedule-free"] = "cosine"
+    schedule: MayChange[Literal["cosine", "onecycle", "constant", "schedule-free"]] = "cosine"
     """cosine: linear warmup, cosine decay. onecycle: cosine up, cosine down. schedule-free: RAdam, which does
     without --warmup-steps and --ema-decay."""
-    warmup_steps: int | None = None
+    warmup_steps: MayChange[NonNegativeInt | None] = None
     """Steps of linear warmup, or of onecycle's rise (default: 5 %, onecycle 30 %, of the steps)."""
-    batch_size: int = 32
+    batch_size: MayChange[PositiveInt] = 32
     """Samples per process and micro-batch; the global batch is this x processes x --grad-accumulation."""
-    grad_accumulation: int = 1
+    grad_accumulation: MayChange[PositiveInt] = 1
     """Micro-batches per optimizer step."""
-    steps: int | None = None
+    steps: MayChange[PositiveInt | None] = None
     """Optimizer steps to train for (default: 20,000, unless --epochs is given)."""
-    epochs: float | None = None
+    epochs: MayChange[PositiveFloat | None] = None
     """Passes over the training episodes to train for, converted to steps at the start."""
-    grad_clip: float = 1.0
+    grad_clip: MayChange[Annotated[float, Field(gt=0, allow_inf_nan=True, strict=False)]] = 1.0
     """Largest norm of the gradient; it is scaled down to this. inf clips nothing."""
-    ema_decay: float = 0.999
+    ema_decay: MayChange[Share] = 0.999
     """Decay of the averaged weights that are evaluated and exported; 0 exports the raw weights."""
 
 

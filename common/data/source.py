@@ -1,0 +1,132 @@
+"""What a format of demonstrations has to provide: see `docs/data.md` for how to add one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from common.errors import UserError
+
+
+class BadEpisode(Exception):
+    """One episode cannot be used; the message, a clause, names it and says why."""
+
+
+class Camera(NamedTuple):
+    """A camera of a dataset: its name there, a short name, and (H, W) as recorded."""
+
+    key: str
+    short: str
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a dataset is, under the options that were chosen for it; found without decoding a frame.
+
+    Attributes:
+        source: what to call the dataset, a path or hub name.
+        fingerprint: hash of its content: data with the same fingerprint need not be read again.
+        cameras: those to use, in order, the head camera first.
+        image_size: (H, W) of the frames that `Source.frames` gives.
+        fps: control steps per second.
+        state_names, action_names: one name per dimension.
+        choices: whatever else was chosen that changes numbers or frames (keys, colour order), as JSON can
+            hold it: other choices make another store.
+    """
+
+    source: str
+    fingerprint: str
+    cameras: tuple[Camera, ...]
+    image_size: tuple[int, int]
+    fps: float
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    choices: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What an episode has besides its frames.
+
+    Attributes:
+        index: its number in the dataset.
+        state, action: (L, P) and (L, A) float32, in recorded units.
+        timestamps: (L,) float64, seconds since its first step.
+        origin: where its frames lie, for `Source.frames`; as JSON can hold it.
+        task: the instruction, if the dataset states one.
+    """
+
+    index: int
+    state: np.ndarray
+    action: np.ndarray
+    timestamps: np.ndarray
+    origin: Any
+    task: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def digest(self) -> str:
+        """Hash of everything here: an episode with the same digest need not be decoded again."""
+        sha = hashlib.sha256(repr((self.origin, self.task)).encode())
+        for array in (self.state, self.action, self.timestamps):
+            sha.update(np.ascontiguousarray(array).tobytes())
+        return sha.hexdigest()
+
+
+class Source(Protocol):
+    """A dataset in some format. Small, since it is pickled and sent to the processes that decode.
+
+    Attributes:
+        isolated: read frames in other processes always, because damaged files can crash or hang the library.
+    """
+
+    isolated: bool
+
+    def info(self) -> Info:
+        """What the dataset is.
+
+        Raises:
+            UserError: whatever is wrong with the dataset or the options.
+        """
+
+    def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
+        """The usable ones of these episodes (None: of all) by number, and a clause about each that is not.
+
+        Raises:
+            UserError: if a wanted episode does not exist (`absent_episodes`).
+        """
+
+    def frames(self, episode: Episode, camera: int) -> Iterator[np.ndarray]:
+        """All frames of one camera in order, each (3, H, W) uint8, RGB, of `Info.image_size`.
+
+        The array may be overwritten by the next frame. Raises BadEpisode.
+        """
+
+
+def refuse_nonfinite(name: str, vectors: dict[str, tuple[np.ndarray, Sequence[str]]]) -> None:
+    """Raise BadEpisode for a NaN or infinity.
+
+    Args:
+        name: the episode.
+        vectors: values (L, D) and their dimensions' names, by what they are.
+    """
+    for what, (values, names) in vectors.items():
+        broken = np.argwhere(~np.isfinite(values))
+        if len(broken):
+            step, dim = broken[0]
+            value = values[step, dim]
+            raise BadEpisode(f"{name} has {value} in {what}, dimension {names[dim]}, at step {step}")
+
+
+def absent_episodes(source: str, missing: Sequence[int]) -> UserError:
+    """The refusal of episodes that a dataset does not have."""
+    names = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+    return UserError(
+        f"{source} has no episode {names}: `python -m common.data.store inspect` lists what there is."
+    )
