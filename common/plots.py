@@ -219,8 +219,10 @@ def draw_scores(
         axis.axis("off")
     save_figure(figure, path)
 
+
 import json
 from contextlib import suppress
+
 
 def read_lines(path):
     lines = []
@@ -231,7 +233,9 @@ def read_lines(path):
                 lines.append(line)
     return lines
 
+
 _read = read_lines
+
 
 def draw_curves(path: Path, picture: Path) -> None:
     """Draw metrics.jsonl: loss, held-out error, gradient norms, learning rates, speed.
