@@ -1,0 +1,327 @@
+"""Every picture: chunks, features, latents, reconstructions, scores, training curves, what a dataset holds.
+
+All are PNG files, whole or absent. A full disk costs a picture, not the run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.console import say
+from common.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from common.data import EpisodeStore
+
+
+def grid(rows: int, columns: int, size: tuple[float, float], **sharing) -> tuple[Figure, np.ndarray]:
+    """A figure of a size in inches that needs no screen, and its axes (rows, columns)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="tight")
+    return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 100) -> None:
+    """Write a figure as PNG, whole or not at all; says so if it cannot be written."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
+    try:
+        write_whole(path, content.getvalue())
+    except OSError as error:
+        say(f"warning: {path} is not drawn ({error.strerror or error})")
+
+
+def show_images(axes: Iterable[Axes], images: np.ndarray, **options) -> None:
+    """Images (B, 3, H, W), one on each of the axes, without ticks."""
+    for axis, image in zip(axes, images, strict=True):
+        axis.imshow(image.transpose(1, 2, 0), **options)
+        axis.set(xticks=[], yticks=[])
+
+
+def principal_components(points: np.ndarray, num: int) -> tuple[np.ndarray, float]:
+    """The first principal components of points (N, D), and their share of the variance.
+
+    Returns:
+        (N, num), zero where there are fewer; and the share, in [0, 1].
+    """
+    centred = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
+    _, spread, directions = np.linalg.svd(centred, full_matrices=False)
+    components = centred @ directions[:num].T
+    share = (spread[:num] ** 2).sum() / max((spread**2).sum(), 1e-12)
+    return np.pad(components, ((0, 0), (0, num - components.shape[1]))), share
+
+
+def draw_chunks(
+    path: Path,
+    chunks: np.ndarray,
+    recorded: np.ndarray,
+    names: Sequence[str],
+    scale: np.ndarray,
+    shares: Mapping[str, np.ndarray],
+    title: str,
+    most_dimensions: int = 15,
+) -> None:
+    """Several chunks for one observation, overlaid, and bars of how often each is taken.
+
+    Args:
+        chunks: (K, T, A) in recorded units. The more a chunk has of the first share, the stronger its line.
+        recorded: (T, A), what was demonstrated.
+        names: of the A dimensions.
+        scale: of each dimension, (A,), how far it moves in the dataset.
+        shares: named, each (K,) and summing to 1.
+        title: of the picture.
+        most_dimensions: draw no more dimensions than this, those in which the chunks differ most by `scale`.
+    """
+    from matplotlib import colormaps
+
+    spread = np.ptp(chunks, axis=0).max(axis=0) / scale
+    dimensions = np.sort(np.argsort(-spread)[:most_dimensions])
+    columns = min(5, len(dimensions) + 1)
+    rows = math.ceil((len(dimensions) + 1) / columns)
+    figure, axes = grid(rows, columns, (4 * columns, 0.6 + 2.6 * rows))
+    colors = colormaps["turbo"](np.linspace(0.05, 0.95, len(chunks)))
+    first = next(iter(shares.values()))
+    alphas = 0.25 + 0.75 * first / first.max()
+    for axis, d in zip(axes.flat, dimensions, strict=False):
+        for chunk, color, alpha in zip(chunks, colors, alphas, strict=True):
+            axis.plot(chunk[:, d], color=color, alpha=alpha, lw=1.2)
+        axis.plot(recorded[:, d], color="black", lw=1.5, ls="--", label="recorded")
+        axis.set_title(names[d], fontsize=9)
+        axis.tick_params(labelsize=7)
+    axes.flat[0].legend(fontsize=7)
+    for axis in axes.flat[len(dimensions) : -1]:
+        axis.axis("off")
+    bars, places = axes.flat[-1], np.arange(len(chunks))
+    width = 0.8 / len(shares)
+    for n, (name, share) in enumerate(shares.items()):
+        hatch = None if n == 0 else "////"
+        at = places + (n - (len(shares) - 1) / 2) * width
+        bars.bar(at, share, width, color=colors, edgecolor="0.3", lw=0.4, hatch=hatch, label=name)
+    bars.set_xticks(places, [str(k) for k in places], fontsize=6)
+    bars.set_title(" (plain), ".join(shares) + (" (hatched)" if len(shares) > 1 else ""), fontsize=9)
+    bars.tick_params(axis="y", labelsize=7)
+    figure.supxlabel("control steps", fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def draw_features(
+    path: Path, images: np.ndarray, features: np.ndarray, shape: tuple[int, int], title: str
+) -> None:
+    """Images, and below each its features: their first three principal components as red, green and blue.
+
+    What has the same colour looks the same to the network that made the features.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        features: (B, L, D), L tokens row by row.
+        shape: rows and columns of the tokens.
+    """
+    components, _ = principal_components(features.reshape(-1, features.shape[-1]), 3)
+    low, high = np.quantile(components, [0.01, 0.99], axis=0)
+    colors = ((components - low) / np.maximum(high - low, 1e-9)).clip(0, 1)
+    colors = colors.reshape(len(images), *shape, 3).transpose(0, 3, 1, 2)
+    figure, axes = grid(2, len(images), (2 * len(images), 4.4))
+    extent = (0, images.shape[-1], images.shape[-2], 0)
+    for row, name, shown in zip(axes, ("camera", "features"), (images, colors), strict=True):
+        show_images(row, shown, extent=extent)
+        row[0].set_ylabel(name)
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_latents(path: Path, latents: np.ndarray, labels: Mapping[str, np.ndarray], title: str) -> None:
+    """Latents in the plane of their first two principal components, once for each labelling.
+
+    Args:
+        latents: (N, D).
+        labels: named, each (N,) small integers.
+    """
+    plane, explained = principal_components(latents, 2)
+    figure, axes = grid(1, len(labels), (5 * len(labels), 4.6))
+    for axis, (name, values) in zip(axes[0], labels.items(), strict=True):
+        for value in np.unique(values):
+            chosen = plane[values == value]
+            axis.scatter(*chosen.T, s=14, color=f"C{value % 10}", label=str(value), alpha=0.8)
+        axis.set_title(f"by {name}", fontsize=10)
+        axis.tick_params(labelsize=7)
+        axis.legend(fontsize=7)
+    figure.suptitle(f"{title} ({100 * explained:.0f} % of the variance)", fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_reconstructions(
+    path: Path, images: np.ndarray, decoded: np.ndarray, chunks: np.ndarray, decoded_chunks: np.ndarray
+) -> None:
+    """Images and action chunks, each with its reconstruction: a column for each sample.
+
+    Args:
+        images, decoded: (B, 3, H, W) in [0, 1].
+        chunks, decoded_chunks: (B, T, A), normalized; NaN is not drawn.
+    """
+    figure, axes = grid(3, len(images), (2.1 * len(images), 6.4), sharey="row")
+    show_images(axes[0], images)
+    show_images(axes[1], decoded)
+    for axis, chunk, chunk_output in zip(axes[2], chunks, decoded_chunks, strict=True):
+        for d in range(chunk.shape[1]):
+            # Markers, since a chunk can have a single action: at the end of an episode, or all of them.
+            style = {"color": f"C{d % 10}", "lw": 1.2, "marker": ".", "ms": 3}
+            axis.plot(chunk[:, d], **style)
+            axis.plot(chunk_output[:, d], ls="--", **style)
+        axis.tick_params(labelsize=6)
+    labels = ("image", "reconstruction", "actions (dashed: reconstruction)")
+    for axis, label in zip(axes[:, 0], labels, strict=True):
+        axis.set_ylabel(label, fontsize=8)
+    save_figure(figure, path, dpi=90)
+
+
+def draw_scores(
+    path: Path, pointwise: np.ndarray, scores: np.ndarray, examples: Mapping[str, np.ndarray]
+) -> None:
+    """Distribution of contributions to a mutual information, scores of episodes, and how some begin.
+
+    Args:
+        pointwise: contributions of steps, (N,), nats; NaN is left out.
+        scores: of episodes, (E,), nats.
+        examples: titled first frames, (3, H, W) uint8, best to worst.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(5, 3))
+    steps, episodes = top.subplots(1, 2)
+    steps.hist(pointwise[~np.isnan(pointwise)], bins=60, color="C0")
+    steps.set_title("contributions of steps, nats", fontsize=10)
+    episodes.plot(np.sort(scores)[::-1], marker=".", ms=3, color="C1")
+    episodes.set_title("scores of episodes, best to worst, nats", fontsize=10)
+    episodes.grid(alpha=0.3)
+    axes = bottom.subplots(1, len(examples), squeeze=False)[0]
+    show_images(axes, np.stack(list(examples.values())))
+    for axis, title in zip(axes, examples, strict=True):
+        axis.set_title(f"episode {title}", fontsize=7)
+    save_figure(figure, path)
+
+
+# Training curves
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last one that was cut off is left out."""
+    lines = []
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # cut off when the process was killed
+        if isinstance(line, dict) and "step" in line and "split" in line:
+            lines.append(line)
+    return lines
+
+
+def draw_curves(path: Path, picture: Path) -> None:
+    """Draw metrics.jsonl: loss, held-out error, gradient norms, learning rates, speed.
+
+    What a method logs in addition, named `group/name`, gets a panel for each group, held-out metrics with
+    dots.
+    """
+    lines = read_metrics(path)
+    train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
+    if not train:
+        return
+    groups: dict[str, list[str]] = {}
+    for name in sorted({key for line in lines for key in line if "/" in key}):
+        groups.setdefault(name.split("/")[0], []).append(name)
+    norms, rates = groups.pop("grad_norm", []), groups.pop("lr", [])
+    rows = 2 + (len(groups) + 1) // 2
+    figure, axes = grid(rows, 2, (12, 3.5 * rows), sharex=True)
+    plain = sorted({key for line in val for key in line if "/" not in key} - {"step", "split"})
+    _plot(axes[0, 0], train, ["loss"], "loss", log=True)
+    _plot(axes[0, 0], val, plain, "loss", log=True, held_out=True)
+    _plot(axes[0, 1], train, norms, "gradient norm", log=True)
+    _plot(axes[1, 0], train, rates, "learning rate")
+    _plot(axes[1, 1], train, ["samples_per_s"], "samples / s")
+    axes[1, 1].set_ylim(bottom=0)
+    for axis, (group, names) in zip(axes.flat[4:], groups.items(), strict=False):
+        log = group in ("loss", "error")
+        _plot(axis, train, names, group, log)
+        _plot(axis, val, names, group, log, held_out=True)
+    for axis in axes.flat[4 + len(groups) :]:
+        axis.axis("off")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.suptitle(path.parent.name)
+    save_figure(figure, picture)
+
+
+def _plot(
+    axis: Axes, lines: list[dict], names: list[str], title: str, log: bool = False, held_out: bool = False
+) -> None:
+    """Metrics against steps; on a logarithmic scale if `log`, and if anything is positive."""
+    style = {"marker": "o", "ms": 3} if held_out else {}
+    for name in names:
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        label = "held out: " * held_out + name.split("/")[-1]
+        if points:
+            axis.plot(*zip(*points, strict=True), lw=1.2, label=label, **style)
+        if log and any(value > 0 for _, value in points):
+            axis.set_yscale("log")
+    axis.set_title(title, fontsize=10)
+
+
+# What a dataset holds
+
+
+def draw_sheet(store: EpisodeStore, path: Path, most_episodes: int = 6, moments: int = 5) -> None:
+    """Frames of some episodes: a row for each episode and camera, from its beginning to its end."""
+    episodes = np.unique(np.linspace(0, store.num_episodes - 1, most_episodes).astype(int))
+    rows = len(episodes) * len(store.cameras)
+    aspect = store.image_size[0] / store.image_size[1]
+    figure, axes = grid(rows, moments, (2 * moments, 2 * aspect * rows + 0.5))
+    figure.set_layout_engine("tight", pad=0.4)
+    for place, episode in enumerate(episodes):
+        first, last = store.episode_starts[episode], store.episode_starts[episode + 1] - 1
+        steps = np.linspace(first, last, moments).astype(int)
+        images = store.images(steps).numpy()  # (moments, N, 3, H, W)
+        for camera, name in enumerate(store.cameras):
+            row = axes[place * len(store.cameras) + camera]
+            show_images(row, images[:, camera])
+            for axis, step in zip(row, steps, strict=True):
+                axis.set_title(f"{store.timestamps[step]:.1f} s", fontsize=6, pad=2)
+            row[0].set_ylabel(f"{store.episode_indices[episode]} {name}", fontsize=7)
+    save_figure(figure, path)
+
+
+def draw_histograms(store: EpisodeStore, path: Path) -> None:
+    """Distribution of every dimension of state and action, and of the episodes' lengths."""
+    panels = [("episode length (steps)", np.diff(store.episode_starts), "0.4")]
+    for color, what, names, values in (
+        ("tab:blue", "state", store.state_names, store.state),
+        ("tab:orange", "action", store.action_names, store.action),
+    ):
+        panels += [(f"{what}: {name}", values[:, d], color) for d, name in enumerate(names)]
+    columns = min(7, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = grid(rows, columns, (2.2 * columns, 1.6 * rows))
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, values, color) in zip(axes.flat, panels, strict=False):
+        axis.hist(values, bins=50, color=color)
+        axis.set_title(title, fontsize=7)
+        axis.tick_params(labelsize=6)
+        axis.set_yticks([])
+    save_figure(figure, path)
