@@ -69,6 +69,11 @@ class StoreRequest:
     def row_bytes(self) -> int:
         return int(np.prod(self.row_shape))
 
+    def candidates(self) -> list[StoreRequest]:
+        """What the request can become: `auto` is either storage."""
+        storages = SHARDS if self.storage == "auto" else [self.storage]
+        return [replace(self, storage=storage) for storage in storages]
+
     def choices(self) -> dict[str, Any]:
         """Everything chosen that a store's content follows from, as JSON gives it back."""
         chosen = {
@@ -101,7 +106,7 @@ def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
     Raises:
         UserError: if an episode is unusable, or the disk too small.
     """
-    request = settle_storage(root, request)
+    request = _settle_storage(root, request)
     path, whole = request.folder(root), replace(request, episodes=None).folder(root)
     if defect(whole) is None:
         path = whole
@@ -126,14 +131,11 @@ def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
     return store
 
 
-def settle_storage(root: Path, request: StoreRequest) -> StoreRequest:
-    """The request with `auto` decided.
-
-    It is decided once, by the first of several processes, which leaves a folder that shows it.
-    """
-    if request.storage != "auto":
+def _settle_storage(root: Path, request: StoreRequest) -> StoreRequest:
+    """Decide `auto`, once: the first of several processes leaves a folder that shows it."""
+    choices = request.candidates()
+    if len(choices) == 1:
         return request
-    choices = [replace(request, storage=storage) for storage in SHARDS]
     with _locked(root / f"choice-{request.info.fingerprint[:20]}"):
         for choice in choices:
             if choice.folder(root).is_dir():
