@@ -1,5 +1,6 @@
-# make demo   set up, record demonstrations, train train_vfp.py on them, evaluate (about ten minutes on two cores)
-# make test   set up, lint, test
+# make demo       set up, record demonstrations, train train_vfp.py on them, evaluate (about ten minutes on two cores)
+# make test       set up, lint, test
+# make test-all   the same, and the slow tests: several processes, processes that hang, files mutated at random
 
 RUN ?= runs/demo
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
@@ -7,7 +8,7 @@ CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 PYTHON = $(shell for p in python3 /usr/bin/python3 python $(HOME)/.pyenv/versions/3*/bin/python; do \
 	"$$p" -c 'f""' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: setup demo test lint format
+.PHONY: setup tools demo test test-all lint format
 
 setup: .venv/.installed
 
@@ -15,7 +16,13 @@ setup: .venv/.installed
 	@$(or $(PYTHON),$(error no Python 3 starts here: install one)) tools/setup.py
 	@touch $@
 
-# An interrupted demo goes on where it was, a finished one is only evaluated again; make demo RUN=runs/other
+tools: .venv/.installed-tools
+
+.venv/.installed-tools: .venv/.installed requirements-test.txt
+	@$(or $(PYTHON),$(error no Python 3 starts here: install one)) tools/setup.py requirements-test.txt
+	@touch $@
+
+# An interrupted demo resumes, a finished one is only evaluated again; make demo RUN=runs/other
 # starts another. The launcher would leave cores idle if it were not told how many there are.
 demo: setup
 	OMP_NUM_THREADS=$(CORES) .venv/bin/accelerate launch --num_processes 1 --num_machines 1 \
@@ -23,13 +30,19 @@ demo: setup
 		train_vfp.py --config configs/train_vfp/demo.json --run-dir $(RUN) --resume auto
 	.venv/bin/python evaluate.py $(RUN)
 
-test: setup lint
-	.venv/bin/python -m pytest
+# One process a core; in each of them one thread, since threads that share a core wait for each other.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(CORES)
 
-lint: setup
+test: tools lint
+	$(PYTEST) -m "not slow"
+
+test-all: test
+	$(PYTEST) -m slow
+
+lint: tools
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-format: setup
+format: tools
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .

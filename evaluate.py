@@ -14,17 +14,18 @@ for the built-in task `rollouts.png` and `rollouts.gif`, for a policy with codes
 import json
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import tyro
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import cli
+from common.config import UserPath, cli, options
 from common.data import ChunkDataset, open_dataset, split_episodes
 from common.errors import UserError
 from common.files import read_json
@@ -33,47 +34,43 @@ from common.inference import RobotPolicy, load_policy
 COLORS = {"policy": "tab:blue", "recorded": "black"}
 
 
-@dataclass(frozen=True)
+@options
 class Config:
     """Evaluate a trained policy: held-out error, closed-loop success on the built-in task, latency."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[UserPath, tyro.conf.Positional]
     """Run folder."""
     checkpoint: str = "last"
     """`last`, or the number of a saved step."""
-    episodes: int = 200
+    episodes: PositiveInt = 200
     """Closed-loop episodes; only for runs on the built-in task."""
-    sample_steps: tuple[int, ...] = (10, 2, 1)
+    sample_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (10, 2, 1)
     """Numbers of integration steps to evaluate; the first is used for held-out error and pictures."""
     guidance: tuple[float, ...] = ()
     """Guidance scales to compare, with the first number of steps; for policies trained with guidance."""
-    execute_steps: int | None = None
+    execute_steps: PositiveInt | None = None
     """Actions of a chunk that are executed before the next is sampled (default: half of it)."""
-    seed: int = 1_000_000
+    seed: NonNegativeInt = 1_000_000
     """Seed of episodes and noise. The same seed gives every policy the same episodes."""
-    heldout_samples: int = 2000
+    heldout_samples: PositiveInt = 2000
     """At most this many held-out steps, evenly spaced, are compared."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Observations per forward pass."""
     dataset: tuple[str, ...] = ()
     """Where the run's dataset is now, if it has moved."""
-    cache_dir: Path | None = None
+    cache_dir: UserPath | None = None
     """Folder of decoded copies of datasets, if it is not the run's."""
 
 
 def main(config: Config) -> None:
-    if not config.sample_steps or min(*config.sample_steps, config.episodes, config.heldout_samples) < 1:
-        raise UserError("--sample-steps, --episodes and --heldout-samples must each be at least 1.")
     policy = load_policy(config.run, config.checkpoint, seed=config.seed)
     if config.guidance and not hasattr(policy.config, "guidance"):
         raise UserError(f"{policy.script.__name__} trains no guidance: leave --guidance out.")
-    if not all(map(math.isfinite, config.guidance)):
-        raise UserError("--guidance must be finite numbers.")
     is_demo = policy.config.data.dataset == ("demo",)
     moved = {"dataset": config.dataset or None, "cache_dir": config.cache_dir}
     data = replace(policy.config.data, **{name: value for name, value in moved.items() if value is not None})
     policy.config = replace(policy.config, data=data)
-    folder = config.run.expanduser() / "evaluation"
+    folder = config.run / "evaluation"
     folder.mkdir(exist_ok=True)
     results = {"checkpoint": policy.checkpoint.name, "step": policy.trained_steps, "seed": config.seed}
     results["device"] = str(policy.device)
@@ -135,7 +132,7 @@ def held_out_data(policy: RobotPolicy, config: Config) -> tuple | None:
     data = policy.config.data
     store = open_dataset(data)
     try:
-        saved = read_json(config.run.expanduser() / "config.json")["fingerprint"]
+        saved = read_json(config.run / "config.json")["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{config.run} has no config.json that names its data: copy the whole run folder to evaluate it."

@@ -23,17 +23,21 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.config import RunConfig, to_dict
+from common.config import to_dict
+from common.console import say
 from common.data import ChunkDataset
 from common.data.rotation import Rotations
 from common.errors import UserError
-from common.faults import say
 from common.files import checksum, read_json, sync, sync_one, write_json
 from common.normalize import Normalizer
+from common.optim import AveragedPolicy
+from common.tracking import Tracker
+from common.vision import Backbone
 
 CHECKSUMS = "checksums.json"
 
@@ -75,65 +79,54 @@ class PolicySpec:
         return len(self.action_names)
 
     @classmethod
-    def of(cls, dataset: ChunkDataset, run: RunConfig | None = None) -> "PolicySpec":
-        """The spec of policies for a dataset.
-
-        A run that is resumed brings the architecture of its backbone along: the model it was once started
-        from, on the hub or in a folder, is no longer needed.
-        """
-        backbone, store = None, dataset.store
-        if run is not None and run.resume:
-            backbone = read_settings(_first_whole(run.run_dir, "policy/policy.json"))["spec"][
-                "backbone_config"
-            ]
+    def of(cls, dataset: ChunkDataset, backbone_config: dict | None = None) -> "PolicySpec":
+        """The spec of policies for a dataset."""
+        store = dataset.store
         return cls(
-            store.cameras,
-            store.image_size,
-            store.state_names,
-            store.action_names,
-            store.fps,
-            store.task,
-            dataset.proprio_history,
-            dataset.action_offset,
-            store.state_rotations,
-            store.action_rotations,
-            backbone,
+            cameras=store.cameras,
+            image_size=store.image_size,
+            state_names=store.state_names,
+            action_names=store.action_names,
+            fps=store.fps,
+            task=store.task,
+            proprio_history=dataset.proprio_history,
+            action_offset=dataset.action_offset,
+            state_rotations=store.state_rotations,
+            action_rotations=store.action_rotations,
+            backbone_config=backbone_config,
         )
 
-    def with_backbone(self, backbone: nn.Module) -> "PolicySpec":
-        """The spec with the architecture of the backbone that was built."""
-        return replace(self, backbone_config=backbone.hf_config)
+    def with_backbone(self, policy: nn.Module) -> "PolicySpec":
+        """The spec with the architecture of the policy's backbones; cameras that have their own share it."""
+        backbone = next((m for m in policy.modules() if isinstance(m, Backbone)), None)
+        return replace(self, backbone_config=backbone and backbone.hf_config)
 
     @classmethod
     def from_json(cls, values: dict) -> "PolicySpec":
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        for name in ("state_rotations", "action_rotations"):
-            found = values.get(name)
-            if found:
-                kind, starts, recorded = found["kind"], tuple(found["starts"]), tuple(found["recorded"])
-                values[name] = Rotations(kind, starts, recorded)
-        return cls(**values)
+        return TypeAdapter(cls).validate_python(values)
 
 
 def save(
     accelerator: Accelerator,
     run_dir: Path,
+    script: str,
+    config,
     step: int,
     samples: int,
-    averaged,
+    average: AveragedPolicy,
     normalizer: Normalizer,
     spec: PolicySpec,
-    config,
-    tracker=None,
+    tracker: Tracker,
 ) -> Path | None:
     """Write the checkpoint of a step; called by every process, since each has a random state of its own.
 
     A full disk costs this checkpoint, not the run: it says so, and those before stay.
 
     Args:
+        script: name of the training script.
+        config: its configuration; `config.run.keep` newest checkpoints stay.
         samples: training samples that all processes have drawn so far: the position in the data order.
-        averaged: `AveragedPolicy`, whose `model` is exported.
-        config: the script's configuration; `config.run.keep` newest checkpoints stay.
+        average: its `model` is exported.
         tracker: has metrics that wait for their line.
 
     Returns:
@@ -151,23 +144,19 @@ def save(
 
     def write_state() -> None:
         accelerator.save_state(str(unfinished / "state"))
-        if tracker is not None:
-            tracker.save(unfinished / "state")
+        tracker.save(unfinished / "state")
 
     def complete() -> None:
         if not accelerator.is_main_process:
             return
-        for name, component in averaged.model.named_children():
-            tensors = {
-                key: value.detach().cpu().contiguous() for key, value in component.state_dict().items()
-            }
+        for name, component in average.model.named_children():
+            tensors = {key: value.cpu().contiguous() for key, value in component.state_dict().items()}
             save_file(tensors, unfinished / "policy" / f"{name}.safetensors")
         normalizer.save(unfinished / "policy" / "stats.safetensors")
-        settings = {"step": step, "spec": asdict(spec), "config": to_dict(config)}
-        settings["script"] = config_script(config)
+        settings = {"script": script, "step": step, "spec": asdict(spec), "config": to_dict(config)}
         write_json(unfinished / "policy" / "policy.json", settings)
-        trainer = {"step": step, "samples": samples, "updates": averaged.updates}
-        trainer["processes"] = accelerator.num_processes
+        trainer = {"step": step, "samples": samples, "updates": average.updates}
+        trainer |= {"processes": accelerator.num_processes, "optimizer": type(average.optimizer).__name__}
         write_json(unfinished / "state" / "trainer.json", trainer)
         seal(unfinished)
         sync(unfinished)
@@ -181,11 +170,9 @@ def save(
     if accelerator.is_main_process:
         if trouble:
             shutil.rmtree(unfinished, ignore_errors=True)
-            say(f"warning: step {step} is not saved ({trouble}): training goes on, make room")
+            say(f"warning: step {step} is not saved ({trouble}): training continues; free disk space")
         else:
             _prune(final, config.run.keep, config.run.keep_every)
-    if tracker is not None and not trouble:
-        tracker.saved_step = step
     accelerator.wait_for_everyone()
     return None if trouble else final
 
@@ -219,13 +206,6 @@ def _prune(newest: Path, keep: int, keep_every: int | None) -> None:
         step = path.name.removeprefix("step_")
         if not (keep_every and step.isdigit() and int(step) % keep_every == 0):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def config_script(config) -> str:
-    """Name of the training script that a configuration belongs to, as `train_vfp.py`."""
-    import sys
-
-    return Path(sys.modules[type(config).__module__].__file__).name
 
 
 def _point_last_at(checkpoint: Path) -> None:
@@ -283,8 +263,6 @@ def damage(checkpoint: Path, part: str = "") -> str | None:
             return f"{CHECKSUMS} names no file of {part or 'it'}"
         for name, (size, crc) in files.items():
             path = checkpoint / name
-            if ".." in Path(name).parts or Path(name).is_absolute():
-                return f"{CHECKSUMS} names {name}, which is not its own"
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != size:
@@ -307,7 +285,7 @@ def refuse_damaged(checkpoint: Path, part: str = "") -> None:
         raise UserError(f"{checkpoint} is damaged ({what}): use another checkpoint.")
 
 
-def _first_whole(run_dir: Path, part: str = "", tell: bool = False) -> Path:
+def first_whole(run_dir: Path, part: str = "", tell: bool = False) -> Path:
     """The newest checkpoint of a run, at most the one that `last` names, that is not damaged.
 
     Args:
@@ -346,7 +324,7 @@ def read_settings(checkpoint: Path) -> dict:
     return settings
 
 
-def restore(accelerator: Accelerator, run_dir: Path, averaged) -> tuple[int, int]:
+def restore(accelerator: Accelerator, run_dir: Path, average: AveragedPolicy) -> tuple[int, int]:
     """Load the last checkpoint of a run into what `accelerator.prepare` returned, on every process.
 
     If it is damaged, the one before it is taken, with a warning. With the number of processes that saved it,
@@ -357,14 +335,13 @@ def restore(accelerator: Accelerator, run_dir: Path, averaged) -> tuple[int, int
         step and samples, as given to `save`.
 
     Raises:
-        UserError: if there is no checkpoint that is whole, or it is of another policy.
+        UserError: if there is no checkpoint that is whole, or it is of another policy or optimizer.
     """
-    if accelerator.is_main_process:
-        _refuse_links(run_dir)
-    path = _first_whole(run_dir, tell=True) if accelerator.is_main_process else None
+    path = first_whole(run_dir, tell=True) if accelerator.is_main_process else None
     path = broadcast_object_list([path])[0]  # the first process looks, for all
     try:
         trainer = read_json(path / "state" / "trainer.json")
+        _refuse_other_optimizer(path, trainer, average.optimizer)
         scaler = accelerator.scaler
         if not (path / "state" / "scaler.pt").exists():
             accelerator.scaler = None  # fp16 from now on: its scale starts anew
@@ -372,19 +349,18 @@ def restore(accelerator: Accelerator, run_dir: Path, averaged) -> tuple[int, int
         accelerator.scaler = scaler
         # Its count of micro-batches: a checkpoint lies between optimizer steps, whatever is accumulated now.
         accelerator.step = trainer["step"] * accelerator.gradient_accumulation_steps
-        averaged.load(_read_components(path / "policy", averaged.policy), trainer["updates"])
-        same = trainer["processes"] == accelerator.num_processes
-        if same:
+        average.load(_read_components(path / "policy", average.policy), trainer["updates"])
+        if trainer["processes"] == accelerator.num_processes:
             _check_random_state(path / "state" / f"random_states_{accelerator.process_index}.pkl")
         else:
-            accelerator.print(
+            say(
                 f"{path.name} was saved by {trainer['processes']} processes, now there are "
                 f"{accelerator.num_processes}: the data continue where they were, the noise differs."
             )
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = _reason(error)
         if isinstance(error, RuntimeError) and "state_dict" in reason:
             raise UserError(
                 f"{path} was saved by another network ({reason}): put the script back as it was, or start a "
@@ -397,16 +373,18 @@ def restore(accelerator: Accelerator, run_dir: Path, averaged) -> tuple[int, int
     return trainer["step"], trainer["samples"]
 
 
-def _refuse_links(run_dir: Path) -> None:
-    """Refuse a run folder from elsewhere with links out of it: resuming writes to them, and deletes.
+def _refuse_other_optimizer(path: Path, trainer: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Schedule-free training has an optimizer of its own, whose state is unlike the others'."""
+    before, now = trainer.get("optimizer"), type(optimizer).__name__
+    if before not in (None, now):
+        raise UserError(
+            f"{path} was trained with {before} and cannot continue with {now}: leave out --schedule, or "
+            f"start a new run with --init-from {path.parents[1]}."
+        )
 
-    Raises:
-        UserError: names the link.
-    """
-    inside = run_dir.resolve()
-    for path in run_dir.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
-            raise UserError(f"{path} is a link out of the run folder: replace it by what it leads to.")
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _check_random_state(path: Path) -> None:
@@ -440,14 +418,9 @@ def load_components(policy: nn.Module, folder: Path) -> None:
     try:
         policy.load_state_dict(_read_components(folder, policy))
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        if isinstance(error, RuntimeError) and "state_dict" in reason:
-            raise UserError(
-                f"The weights in {folder} cannot be loaded into this network ({reason}): use them with the "
-                f"scripts they were trained with, or train again."
-            ) from None
         raise UserError(
-            f"The weights in {folder} cannot be loaded ({reason}): use another checkpoint."
+            f"The weights in {folder} cannot be loaded into this network ({_reason(error)}): use them with "
+            f"the scripts they were trained with, or use another checkpoint."
         ) from None
 
 
@@ -503,8 +476,9 @@ def _load_file_into(component: nn.Module, name: str, file: Path) -> None:
             weights = load_file(file)
         component.load_state_dict(weights)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--init-from: {file} does not fit the component {name} ({reason}).") from None
+        raise UserError(
+            f"--init-from: {file} does not fit the component {name} ({_reason(error)})."
+        ) from None
 
 
 def freeze(policy: nn.Module, names: tuple[str, ...]) -> None:

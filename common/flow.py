@@ -112,7 +112,7 @@ def integrate(
     return x
 
 
-def prepend_start(x_0: Tensor, x_t: Tensor, t: Tensor, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
+def prepend_start(x_0: Tensor, x_t: Tensor, t: Tensor, flow_samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """Give each observation one draw more, before its others: the first one's noise, at t = 0.
 
     What is predicted there, added to that noise, is the chunk that a single integration step makes.
@@ -120,12 +120,12 @@ def prepend_start(x_0: Tensor, x_t: Tensor, t: Tensor, num_draws: int) -> tuple[
     Args:
         x_0, x_t: noise and points, (B * M, T, A), M draws per observation one after the other.
         t: (B * M,).
-        num_draws: M.
+        flow_samples: M.
 
     Returns:
         The noise of the new draws (B, T, A); points (B * (1 + M), T, A) and times (B * (1 + M),) of all.
     """
-    start = x_0.unflatten(0, (-1, num_draws))[:, :1]
-    x_t = torch.cat([start, x_t.unflatten(0, (-1, num_draws))], dim=1).flatten(0, 1)
-    t = torch.nn.functional.pad(t.unflatten(0, (-1, num_draws)), (1, 0)).flatten()
+    start = x_0.unflatten(0, (-1, flow_samples))[:, :1]
+    x_t = torch.cat([start, x_t.unflatten(0, (-1, flow_samples))], dim=1).flatten(0, 1)
+    t = torch.nn.functional.pad(t.unflatten(0, (-1, flow_samples)), (1, 0)).flatten()
     return start[:, 0], x_t, t

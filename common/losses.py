@@ -79,6 +79,15 @@ def transport_points(chunks: Tensor, states: Tensor, state_weight: float = 0.2) 
     )
 
 
+def chunk_transport(pred: Tensor, chunks: Tensor, states: Tensor, is_pad: Tensor, blur: float) -> Transport:
+    """Transport of predicted to recorded chunks (B, T, A), each a point with its state (B, P).
+
+    Chunks that run past the end of an episode, by `is_pad` (B, T), have no mass. For `blur` see below.
+    """
+    x, y = transport_points(pred, states), transport_points(chunks, states)
+    return sinkhorn_divergence(x, y, mass=~is_pad.any(dim=1), blur=blur)
+
+
 def sinkhorn_divergence(
     x: Tensor, y: Tensor, mass: Tensor | None = None, blur: float = 0.05, iterations: int = 40
 ) -> Transport:

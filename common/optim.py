@@ -55,10 +55,33 @@ class OptimConfig:
     """Decay of the averaged weights that are evaluated and exported; 0 exports the raw weights."""
 
 
+def resolve_steps(
+    config: OptimConfig, num_samples: int, global_batch: int, done_steps: int = 0, done_samples: int = 0
+) -> int:
+    """Optimizer steps to train for, from the beginning of the run.
+
+    Args:
+        num_samples: in an epoch.
+        global_batch: samples of a step, over all processes.
+        done_steps, done_samples: where a resumed run stands; its global batch may have been another.
+
+    Raises:
+        UserError: if both --steps and --epochs are given, or they come to less than one step.
+    """
+    if config.steps is not None and config.epochs is not None:
+        raise UserError("--steps and --epochs both say how long to train: give one of them.")
+    if config.epochs is None:
+        return config.steps or DEFAULT_STEPS
+    total = done_steps + math.floor((config.epochs * num_samples - done_samples) / global_batch + 0.5)
+    if total < 1:
+        raise UserError(f"--epochs {config.epochs} comes to {total} optimizer steps: train for at least 1.")
+    return total
+
+
 def build_optimizer(policy: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW, or schedule-free RAdam (Defazio et al. 2024), over `parameter_groups`.
 
-    AdamW is fused: fast on CUDA, and steps can be skipped on the device (see `faults.GradientClipper`).
+    AdamW is fused: fast on CUDA, and a step can be skipped on the device (see `GradientClipper`).
     """
     groups, betas = parameter_groups(policy, config), (0.9, config.beta2)
     if config.schedule == "schedule-free":
@@ -169,6 +192,99 @@ def build_scheduler(
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Present learning rate of each component."""
     return {group["component"]: group["lr"] for group in optimizer.param_groups}
+
+
+def or_nan(loss: Tensor) -> Tensor:
+    """The loss, or NaN with a gradient of NaN everywhere if it is not finite.
+
+    A loss that overflowed can have a finite gradient. Made NaN, it makes that of all processes NaN when DDP
+    averages them, and `GradientClipper` skips the step everywhere, with no further communication.
+    """
+    # Not `where` on the loss itself: the branch that is not taken would send back 0 * NaN.
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+class GradientClipper:
+    """Scales gradients to a largest norm, and lets steps whose gradient is not finite do nothing.
+
+    Nothing here waits for the device: what is to be skipped is decided there. After DDP's all-reduce every
+    process holds the same gradient, hence all decide the same. Weights and moments stay as they were, and so
+    do buffers, which the forward pass has changed already (statistics of batch norm, counts of codes). AdamW
+    is told to skip; the step of any other optimizer is undone.
+
+    Args:
+        policy: its children are the components whose norms are reported.
+        optimizer: over their parameters.
+        max_norm: of the gradient of all.
+    """
+
+    def __init__(self, policy: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float):
+        self.policy, self.optimizer, self.max_norm = policy, optimizer, max_norm
+        self.bad = torch.zeros((), dtype=torch.bool)
+        saved = policy.state_dict().keys()  # buffers that are not saved are constants
+        self._buffers = _Snapshot([buffer for name, buffer in policy.named_buffers() if name in saved])
+        self._fused = isinstance(optimizer, torch.optim.AdamW)  # its kernel can be told to skip a step
+        if not self._fused:
+            optimizer.register_step_pre_hook(lambda *_: self._before_step())
+            optimizer.register_step_post_hook(lambda *_: self._state.restore_where(self.bad))
+
+    def begin_step(self) -> None:
+        """Note the buffers to which a bad step goes back; called before its first forward pass."""
+        self._buffers.take()
+
+    def _before_step(self) -> None:
+        """Note what the optimizer is about to change: weights and, from the second step on, moments."""
+        known_good = self.bad.device.type == "cpu" and not self.bad  # there, looking waits for nothing
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = [x for p in weights for x in self.optimizer.state.get(p, {}).values() if torch.is_tensor(x)]
+        self._state = _Snapshot([] if known_good else [*weights, *moments])
+        self._state.take()
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, Tensor]:
+        """Clip; called once a step, when gradients are complete.
+
+        Returns:
+            Norms before clipping: `grad_norm` of the whole, `grad_norm/<component>` of each trained
+            component. Scalars on the device.
+        """
+        norms, parameters = {}, []
+        for name, component in self.policy.named_children():
+            trained = [p for p in component.parameters() if p.grad is not None]
+            if trained:
+                norms[f"grad_norm/{name}"] = nn.utils.get_total_norm([p.grad for p in trained])
+                parameters += trained
+        total = torch.stack(list(norms.values())).norm()
+        self.bad = ~torch.isfinite(total)
+        nn.utils.clip_grads_with_norm_(parameters, self.max_norm, total)
+        if self._fused:
+            self.optimizer.found_inf = self.bad.float()
+            self.optimizer.grad_scale = None
+        else:  # the step is undone afterwards; until then nothing may become NaN
+            for parameter in parameters:
+                parameter.grad = torch.where(self.bad, 0.0, parameter.grad)
+        self._buffers.restore_where(self.bad)
+        return {"grad_norm": total, **norms}
+
+
+class _Snapshot:
+    """Values of tensors, and the way back to them."""
+
+    def __init__(self, tensors: list[Tensor]):
+        self.tensors = tensors
+        self.before = [torch.empty_like(tensor) for tensor in tensors]
+
+    @torch.no_grad()
+    def take(self) -> None:
+        if self.tensors:
+            torch._foreach_copy_(self.before, self.tensors)
+
+    @torch.no_grad()
+    def restore_where(self, condition: Tensor) -> None:
+        """Go back if the condition, a bool scalar on the device, holds."""
+        if self.tensors:
+            pairs = zip(self.before, self.tensors, strict=True)
+            torch._foreach_copy_(self.tensors, [torch.where(condition, b, now) for b, now in pairs])
 
 
 @torch.no_grad()

@@ -1,11 +1,502 @@
-"""Everything between a method and Accelerate: being written."""
+"""Everything between a method and Accelerate: a run from its start to its last checkpoint.
 
-from typing import Any
+A script's `main` builds its policy, writes its loop out, and calls what is here in this order:
+
+    run = start_run(config, __file__)            # processes, precision, seeds
+    data = run.load_data(horizon, normalization) # training and held-out samples, statistics
+    optimizer, scheduler, average = run.prepare(policy, data)
+    while run.step < run.total_steps and not run.stopping:
+        for batch in run.micro_batches():        # all of one optimizer step
+            run.backward(loss)
+        run.clip_gradients()
+        optimizer.step() ...                     # what happens to the weights is visible in the script
+        run.end_step()
+        run.log_validation(...), run.save()      # where `run.due` says so
+    run.close()
+
+Nothing here calls a script back or knows a method's options; the option groups `data`, `optim` and `run` are
+those that every script has.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from common import checkpoint
+from common.checkpoint import PolicySpec
+from common.config import RunConfig, to_dict
+from common.console import say
+from common.data import (
+    Batch,
+    ChunkDataset,
+    EpisodeStore,
+    evenly_spaced,
+    make_loader,
+    open_dataset,
+    split_episodes,
+)
+from common.errors import EXIT_STOPPED, UserError
+from common.files import read_json, write_json, write_whole
+from common.normalize import Normalization, Normalizer
+from common.optim import (
+    AveragedPolicy,
+    GradientClipper,
+    build_optimizer,
+    build_scheduler,
+    learning_rates,
+    or_nan,
+    resolve_steps,
+)
+from common.tracking import Tracker
+from common.watch import HangWatch, StopRequests, patience
+
+PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "lerobot", "safetensors", "numpy", "av")
+
+
+class Data(NamedTuple):
+    """What a run learns from."""
+
+    train: ChunkDataset
+    val: ChunkDataset | None
+    """Held-out episodes; None if none are held out."""
+    normalizer: Normalizer
+    """Statistics of the training episodes, on the run's device."""
+    spec: PolicySpec
+
+    @property
+    def store(self) -> EpisodeStore:
+        return self.train.store
+
+    def on(self, store: EpisodeStore) -> "Data":
+        """The same samples of a store that holds the same steps, for instance with features."""
+        return self._replace(train=self.train.on(store), val=self.val and self.val.on(store))
+
+
+def start_run(config: Any, script: str) -> "Run":
+    """Start the processes of a run; works alone, under `accelerate launch` and under `torchrun`.
+
+    Args:
+        config: the script's configuration, with the groups `data`, `optim` and `run`.
+        script: the script's `__file__`.
+    """
+    return Run(config, Path(script), make_accelerator(config.run, config.optim.grad_accumulation))
+
+
+def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerator:
+    """Accelerate, set up as every script needs it.
+
+    Without an accelerator on the machine it runs on the CPU, with several processes too (gloo).
+    """
+    # The launcher's own hints about defaults say nothing that a user of these scripts can act on.
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+    accelerator = Accelerator(
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience(config.hang_timeout))],
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=grad_accumulation,
+        cpu=not torch.accelerator.is_available(),
+        step_scheduler_with_optimizer=False,  # otherwise a prepared scheduler steps once per process
+    )
+    if accelerator.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True  # image sizes do not change during a run
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # its sums else depend on the streams
+        torch.backends.cudnn.benchmark = False  # it may choose another algorithm the next time
+        torch.use_deterministic_algorithms(True)
+    return accelerator
 
 
 class Run:
-    pass
+    """A training run, as one of its processes sees it.
+
+    Attributes:
+        folder: the run folder, the same on all processes; there from `prepare` on.
+        device: where this process computes.
+        rank, world: this process and how many there are.
+        is_main: whether this process writes and prints.
+        resuming: whether an earlier run is continued.
+        step: number of the present optimizer step, from 1 on; between steps, of the last one that was done.
+        total_steps: of the whole run.
+        stopping: whether all processes have agreed to stop after the present step.
+        model: the policy to call in training, wrapped for several processes.
+        real_actions: what losses divide by, see `micro_batches`.
+        progress_mark: count of what this process has done, and what it does now; for `HangWatch`.
+    """
+
+    def __init__(self, config: Any, script: Path, accelerator: Accelerator):
+        self.config, self.script, self.accelerator = config, script, accelerator
+        self.device = accelerator.device
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.is_main = accelerator.is_main_process
+        self.resuming = config.run.resume is not None
+        self.global_batch = config.optim.batch_size * config.optim.grad_accumulation * self.world
+        self.step = self.samples = self.total_steps = 0
+        self.stopping = False
+        self.progress_mark = 0, "starting"
+        set_seed(config.run.seed)  # weights are initialised alike on all processes
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that was done before the present step, in [0, 1)."""
+        return (self.step - 1) / self.total_steps
+
+    # What there is to learn from
+
+    def load_data(self, horizon: int, normalization: Normalization) -> Data:
+        """Open the dataset, hold episodes out, compute statistics.
+
+        Args:
+            horizon: T, actions in a chunk.
+            normalization: how state and action are scaled.
+
+        Raises:
+            UserError: if a dataset cannot be used, or a resumed run was trained on other data.
+        """
+        options, seed = self.config.data, self.config.run.seed
+        store, backbone = open_dataset(options), None
+        if self.resuming:
+            self._check_same_data(store)
+            # The model from which a backbone was once started is not needed again, on the hub or in a folder.
+            last = checkpoint.first_whole(self.config.run.run_dir, "policy/policy.json")
+            backbone = checkpoint.read_settings(last)["spec"]["backbone_config"]
+        train_episodes, held_out = split_episodes(store, options.val_fraction, seed)
+        shape = (horizon, options.proprio_history, options.action_offset)
+        train = ChunkDataset(store, train_episodes, *shape)
+        val = ChunkDataset(store, held_out, *shape) if len(held_out) else None
+        normalizer = Normalizer.fit(train, normalization, options.relative_actions).to(self.device)
+        return Data(train, val, normalizer, PolicySpec.of(train, backbone))
+
+    def _check_same_data(self, store: EpisodeStore) -> None:
+        """Where the data lie does not matter, their content does."""
+        folder = self.config.run.run_dir
+        saved = read_json(folder / "config.json")
+        if saved.get("fingerprint") != store.fingerprint:
+            raise UserError(
+                f"{folder} was trained on data that have changed since ({saved.get('dataset')}): resume with "
+                f"the data as they were, or start a new run with --init-from {folder}."
+            )
+
+    # Start
+
+    def prepare(self, policy: nn.Module, data: Data) -> tuple[AcceleratedOptimizer, LambdaLR, AveragedPolicy]:
+        """Make a policy ready to train; the one order that works.
+
+        1. `--init-from` and `--freeze`: the optimizer takes what is trainable, the average what was loaded.
+        2. Batch norm over processes, then the device: both replace tensors that the optimizer would hold.
+        3. Optimizer, then the average: a copy that Accelerate must not have patched yet.
+        4. Compiling, then DDP around it.
+        5. Random numbers that differ from process to process; a resumed run restores its own over them.
+        6. Steps, schedule and data order, which follow from where the run stands.
+        7. The run folder: a run that cannot start leaves none.
+        8. Signals and watch: until here, a signal ends the process at once.
+
+        Returns:
+            Optimizer, scheduler, and the weights to evaluate and export.
+        """
+        config, accelerator = self.config, self.accelerator
+        if not self.resuming:
+            checkpoint.initialise(policy, config.run.init_from)
+        checkpoint.freeze(policy, config.run.freeze)
+
+        if self.world > 1 and self.device.type == "cuda":
+            policy = nn.SyncBatchNorm.convert_sync_batchnorm(policy)  # pretrained backbones can have it
+        policy.to(self.device)
+
+        raw_optimizer = build_optimizer(policy, config.optim)
+        self.average = AveragedPolicy(policy, raw_optimizer, config.optim.ema_decay)
+
+        if config.run.compile:
+            policy.compile()
+        self.model, optimizer = accelerator.prepare(policy, raw_optimizer)
+        self.model.train()
+        for name in config.run.freeze:
+            getattr(policy, name).eval()
+
+        set_seed(config.run.seed, device_specific=True)
+        if self.resuming:
+            self.step, self.samples = checkpoint.restore(accelerator, config.run.run_dir, self.average)
+
+        where = self.step, self.samples
+        self.total_steps = resolve_steps(config.optim, len(data.train), self.global_batch, *where)
+        scheduler = build_scheduler(raw_optimizer, policy, config.optim, self.total_steps, self.step)
+        self._loader = make_loader(
+            data.train,
+            config.optim.batch_size,
+            config.run.seed,
+            config.data.num_workers,
+            self.rank,
+            self.world,
+            start=self.samples,
+            pin_memory=self.device.type == "cuda",
+        )
+        self._batches = iter(self._loader)
+
+        self.folder = self._open_folder(data.store)
+        self._data = data._replace(spec=data.spec.with_backbone(policy))
+        self._tracker = Tracker(accelerator, self.folder, config, self.total_steps, *where)
+        self._saved_step = self.step
+        self._optimizer, self._clipper = (
+            raw_optimizer,
+            GradientClipper(policy, raw_optimizer, config.optim.grad_clip),
+        )
+
+        self._requests = StopRequests(self.rank, self.world, config.run.max_time, config.run.hang_timeout)
+        self._watch = HangWatch(self, self.rank, self.world, config.run.hang_timeout)
+        return optimizer, scheduler, self.average
+
+    def _open_folder(self, store: EpisodeStore) -> Path:
+        """Create the run folder with its `config.json`, or bring that of a resumed run up to date."""
+        folder = self.config.run.run_dir
+        if folder is None and self.is_main:
+            method = self.script.stem.removeprefix("train_").replace("_", "-")
+            folder = _new_folder(Path("runs") / f"{method}-{datetime.now():%Y%m%d-%H%M%S}")
+        folder = Path(broadcast_object_list([str(folder)])[0])
+        if self.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_config(folder, store)
+            say(
+                f"{folder}: {self.total_steps} steps of {self.global_batch} samples "
+                f"({self.config.optim.batch_size} per process x {self.world} processes x "
+                f"{self.config.optim.grad_accumulation} accumulated), {self.device.type}, "
+                f"{self.accelerator.mixed_precision} mixed precision"
+            )
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _write_config(self, folder: Path, store: EpisodeStore) -> None:
+        """Write `config.json` and `changes.patch`: what is needed to repeat the run."""
+        commit, changes = _git()
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
+        values = {"script": self.script.name, "config": to_dict(self.config), "versions": _versions()}
+        values |= commit | {"fingerprint": store.fingerprint, "dataset": store.source}
+        values |= {"processes": self.world, "device": device}
+        values["mixed_precision"] = self.accelerator.mixed_precision
+        write_json(folder / "config.json", values)
+        if changes:
+            write_whole(folder / "changes.patch", changes.encode(errors="replace"))
+
+    # A step
+
+    def micro_batches(self) -> Iterator[Batch]:
+        """The batches of the next optimizer step, on the device, `--grad-accumulation` of them.
+
+        Meanwhile `real_actions` is the mean number of actions that exist, over all these batches of all
+        processes. A loss that divides by it gives, accumulated and averaged over processes, the gradient of
+        the mean over all real actions, whatever share of padding each batch has.
+        """
+        self._tracker.go_on()
+        self.step += 1
+        self._clipper.begin_step()
+        self._at("loading data")
+        with self._tracker.waiting():
+            batches = [next(self._batches) for _ in range(self.accelerator.gradient_accumulation_steps)]
+            count = sum((~batch.is_pad).sum() for batch in batches).float() / len(batches)
+        self.real_actions = self.mean(count.to(self.device))
+        for batch in batches:
+            self._at("the forward pass")
+            # Gradients are exchanged between processes after the last of the batches only.
+            with self.accelerator.accumulate(self.model):
+                yield batch.to(self.device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradient to those of the step's other batches; logs the loss as `loss`."""
+        self._tracker.add({"loss": loss})
+        self._at("the backward pass")
+        self.accelerator.backward(or_nan(loss))
+
+    def log(self, metrics: dict[str, Tensor | float]) -> None:
+        """Collect scalars, whose means are written every `--log-every` steps; no wait for the device."""
+        if metrics:
+            self._tracker.add(metrics)
+
+    def clip_gradients(self) -> dict[str, Tensor]:
+        """Scale the gradients to `--grad-clip`; a step whose gradient is not finite will change nothing.
+
+        Returns:
+            Norms before clipping, of the whole and of each component.
+        """
+        self._at("the optimizer's step")
+        self.accelerator.unscale_gradients()  # fp16 scales them
+        self._rates = learning_rates(self._optimizer)
+        norms = self._clipper()
+        self._tracker.count_skipped(self._clipper.bad.float())
+        return norms
+
+    def end_step(self) -> dict[str, float]:
+        """Write a line of metrics if one is due; agree with the other processes whether to stop.
+
+        Returns:
+            What was written, averaged over steps and processes; empty if no line was due.
+
+        Raises:
+            UserError: if too many steps in a row had to be skipped.
+        """
+        self.samples += self.global_batch
+        logged: dict[str, float] = {}
+        if self.due(self.config.run.log_every):
+            logged, skipped, last = self._tracker.log(self.step, self.samples, self._rates)
+            if skipped >= self.config.run.max_bad_steps:
+                self._refuse_bad_steps(skipped, last)
+        self.stopping = self._requests.agreed()
+        self._tracker.pause()
+        self._at("evaluating and saving")
+        return logged
+
+    def due(self, every: int) -> bool:
+        """Whether this step is one of every so many, or the last."""
+        return self.step % every == 0 or self.step == self.total_steps
+
+    def _at(self, where: str) -> None:
+        self.progress_mark = self.progress_mark[0] + 1, where
+
+    def _refuse_bad_steps(self, num: int, last: int) -> None:
+        """Stop a run that does not learn any more, and name the samples of the steps that were skipped."""
+        dataset = self._loader.dataset
+        store, path = dataset.store, self.folder / "bad_steps.json"
+        first = max(self.samples - (self.step - last + num) * self.global_batch, 0)
+        rows = dataset.rows[self._loader.batch_sampler.samples(first, num * self.global_batch)]
+        episodes = store.episode_of(rows)
+        numbers, frames = store.episode_indices[episodes], rows - store.episode_starts[episodes]
+        places = zip(numbers.tolist(), frames.tolist(), rows.tolist(), strict=True)
+        listed = [
+            {"step": last - num + 1 + n // self.global_batch, "episode": e, "frame": f, "row": r}
+            for n, (e, f, r) in enumerate(places)
+        ]
+        if self.is_main:
+            write_json(path, {"samples": listed})
+        self._tracker.close()
+        raise UserError(
+            f"In {num} steps in a row, {last - num + 1} to {last}, loss or gradient were not finite, and the "
+            f"weights were left unchanged; their samples are listed in {path}, from episode {numbers[0]}, "
+            f"frame {frames[0]}, on: look at these, lower --lr, or continue from the last checkpoint with "
+            f"other precision."
+        )
+
+    # Evaluating, saving, ending
+
+    def evenly_spaced(self, dataset: ChunkDataset, num: int) -> Iterator[tuple[Tensor, Batch]]:
+        """`num` samples spread evenly over a dataset, the same ones every time, divided among processes.
+
+        Yields:
+            Which of the `num` samples these are, (B,), and their batch on the device.
+        """
+        for rows, batch in evenly_spaced(dataset, num, self.config.optim.batch_size, self.rank, self.world):
+            yield rows, batch.to(self.device)
+
+    def autocast(self):
+        """Context in which a forward pass has the run's precision."""
+        return self.accelerator.autocast()
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over processes, on all of them."""
+        return self.accelerator.reduce(x)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over processes, on all of them."""
+        return self.accelerator.reduce(x, "mean")
+
+    def log_validation(self, metrics: dict[str, float]) -> None:
+        """Write metrics of held-out episodes and redraw the curves."""
+        self._tracker.log_validation(self.step, metrics)
+
+    def save(self) -> None:
+        """Write a checkpoint; a full disk costs the checkpoint, not the run."""
+        written = checkpoint.save(
+            self.accelerator,
+            self.folder,
+            self.script.name,
+            self.config,
+            self.step,
+            self.samples,
+            self.average,
+            self._data.normalizer,
+            self._data.spec,
+            self._tracker,
+        )
+        if written:
+            self._saved_step = self.step
+
+    def close(self) -> None:
+        """Release what the run holds. Exits with code 75 if the run was stopped before its end.
+
+        Raises:
+            UserError: if the last checkpoint could not be written.
+        """
+        leaving = self.stopping and self.step < self.total_steps
+        self._tracker.close()
+        self._watch.close()
+        self._requests.close(leaving)
+        if self._saved_step != self.step:
+            raise UserError(
+                f"Step {self.step}, the last, could not be saved: free disk space, and continue from the "
+                f"checkpoint before it with --resume {self.folder}."
+            )
+        if leaving:
+            why = self._requests.reason or "another process was told to"
+            say(
+                f"stopped after step {self.step} of {self.total_steps} ({why}): continue with "
+                f"--resume {self.folder}"
+            )
+            sys.exit(EXIT_STOPPED)
 
 
-def start_run(config: Any, script: str) -> Run:
-    raise SystemExit("being written")
+def _new_folder(path: Path) -> Path:
+    """Make a folder of that name, numbered if there is one: jobs of an array start in the same second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 10_000):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise UserError(f"{path} and its numbered successors all exist: give --run-dir.")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git() -> tuple[dict[str, Any], str]:
+    """Commit of this checkout, whether files differ from it, and how; nothing where there is no git.
+
+    New Python and JSON files are part of the difference: with the commit it is the code that ran.
+    """
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*command: str, codes: tuple[int, ...] = (0,)) -> str:
+        done = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, timeout=30)
+        if done.returncode not in codes:
+            raise subprocess.SubprocessError(done.stderr)
+        return done.stdout
+
+    try:
+        commit, changes = git("rev-parse", "HEAD").strip(), git("diff", "HEAD", "--no-color")
+        for name in git("ls-files", "--others", "--exclude-standard", "--", "*.py", "*.json").splitlines():
+            changes += git("diff", "--no-color", "--no-index", os.devnull, name, codes=(0, 1))
+        dirty = bool(git("status", "--porcelain").strip())
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {}, ""
+    return {"git_commit": commit, "git_dirty": dirty}, changes

@@ -8,7 +8,6 @@ finite; null if none was.
 import errno
 import json
 import math
-import netrc
 import os
 import resource
 import sys
@@ -16,19 +15,17 @@ import time
 import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.config import flat_options
+from common.console import say
 from common.errors import UserError
-from common.faults import say
-from common.files import read_json, write_json
-from common.pictures import save_figure
+from common.files import read_json
+from common.plots import draw_curves, read_lines
 
 
 class Tracker:
@@ -41,7 +38,6 @@ class Tracker:
         total_steps: optimizer steps of the whole run.
         start_step, start_samples: where the run stands when it is resumed. Lines of later steps, written
             before an interruption, are removed: those steps are trained again.
-        loader: where the training samples come from, to name those of steps that had to be skipped.
     """
 
     def __init__(
@@ -52,30 +48,21 @@ class Tracker:
         total_steps: int,
         start_step: int = 0,
         start_samples: int = 0,
-        loader: DataLoader | None = None,
     ):
         self.accelerator, self.run_dir, self.total_steps = accelerator, run_dir, total_steps
-        self.path = run_dir / "metrics.jsonl"
-        self.progress = 0, "the first step"
-        """Counts what this process has got done, and says what it does now."""
-        self.saved_step = start_step
-        """Step of the newest checkpoint that was written."""
         self._sums: dict[tuple[str, ...], Tensor] = {}  # of metrics added together: (2, n), sums and counts
         # Steps that were skipped: in a row until now, most in a row since the last line, the last of these.
         self._skipped = torch.zeros(3, device=accelerator.device)
-        self._max_bad_steps, self._loader, self._steps_seen = config.run.max_bad_steps, loader, start_step
-        self._waited = 0.0
-        self._since = self._started = time.perf_counter()
-        self._elapsed_before = 0.0
+        self._steps_seen = self._start_step = start_step
         self._last = (start_step, start_samples)
-        self._start_step = start_step
+        self._waited = self._elapsed_before = 0.0
+        self._since = self._started = self._paused = time.perf_counter()
         if config.run.tracker != "none":
-            _start_tracker(accelerator, run_dir, config, start_step)
-        self._bar = None
+            start_tracker(accelerator, run_dir, config, start_step)
         if accelerator.is_main_process:
-            kept = keep_lines_up_to(self.path, start_step)
+            kept = keep_lines_up_to(run_dir / "metrics.jsonl", start_step)
             self._elapsed_before = max((line.get("elapsed_s", 0.0) for line in kept), default=0.0)
-            self._file = _Lines(self.path)
+            self._lines = Lines(run_dir / "metrics.jsonl")
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
@@ -97,7 +84,7 @@ class Tracker:
         file = folder / f"metrics_{self.accelerator.process_index}.json"
         file.write_text(json.dumps(content) + "\n")
         if self.accelerator.is_main_process:
-            self._file.sync()  # a checkpoint is not newer than the lines before it
+            self._lines.sync()  # a checkpoint is not newer than the lines before it
 
     def _restore(self, folder: Path) -> None:
         """Take up what `save` wrote, if as many processes wrote it."""
@@ -110,37 +97,24 @@ class Tracker:
         in_row, _, last = content["skipped"]
         self._skipped = torch.tensor([in_row, in_row, last], device=device)
 
-    def at(self, where: str) -> None:
-        """Note what this process does now; see `faults.Guard`."""
-        self.progress = self.progress[0] + 1, where
-
     @contextmanager
     def waiting(self):
         """Counts the time inside as waiting for data."""
         start = time.perf_counter()
-        self.at("loading data")
-        try:
-            yield
-        finally:
-            self._waited += time.perf_counter() - start
-            self.at("the forward pass")
+        yield
+        self._waited += time.perf_counter() - start
 
-    @contextmanager
-    def paused(self):
-        """Leaves the time inside, for evaluating or saving, out of the training speed."""
-        start = time.perf_counter()
-        self.at("evaluating and saving")
-        try:
-            yield
-        finally:
-            self._since += time.perf_counter() - start
-            self.at("the next step")
+    def pause(self) -> None:
+        """Leave the time from here to `go_on`, for evaluating or saving, out of the training speed."""
+        self._paused = time.perf_counter()
+
+    def go_on(self) -> None:
+        self._since += time.perf_counter() - self._paused
 
     def add(self, metrics: dict[str, Tensor | float]) -> None:
-        """Take in scalars of one step; they stay on the device until the next `log`.
+        """Take in scalars; they stay on the device until the next `log`.
 
-        Values that are not finite are left out: one bad step does not blank its line. `bad_step`, 1 where a
-        step was skipped, is also counted in a row.
+        Values that are not finite are left out: one bad step does not blank its line.
         """
         device = self.accelerator.device
         values = torch.stack(
@@ -150,35 +124,34 @@ class Tracker:
         entry = torch.stack([torch.where(finite, values, 0.0), finite.float()])
         names = tuple(metrics)
         self._sums[names] = self._sums[names] + entry if names in self._sums else entry
-        if "bad_step" in metrics:
-            self._count_skipped(metrics["bad_step"])
-        self.at("the backward pass" if "loss" in metrics else "the optimizer's step")
 
-    def _count_skipped(self, bad: Tensor) -> None:
+    def count_skipped(self, bad: Tensor) -> None:
+        """Take in whether a step was skipped, 1 or 0; called once a step."""
         in_row, most, last = self._skipped
         self._steps_seen += 1
         in_row = (in_row + 1) * bad
         last = torch.where(in_row > most, float(self._steps_seen), last)
         self._skipped = torch.stack([in_row, torch.maximum(in_row, most), last])
+        self.add({"bad_step": bad})
 
-    def log(self, step: int, samples: int, rates: dict[str, float]) -> dict[str, float]:
+    def log(self, step: int, samples: int, rates: dict[str, float]) -> tuple[dict[str, float], int, int]:
         """Write the means since the last call, with speed and memory; all processes call this.
 
         Args:
             step, samples: optimizer steps done and samples drawn by all processes.
             rates: learning rate of each component.
 
-        Raises:
-            UserError: if too many steps in a row had to be skipped.
+        Returns:
+            What was written, how many steps in a row were skipped, and which was the last of them.
         """
-        means, waited, skipped = self._take_means()
+        means, waited, most, last = self._take_means()
         now = time.perf_counter()
-        seconds, steps = max(now - self._since, 1e-9), step - self._last[0]
+        seconds = max(now - self._since, 1e-9)
         metrics = {
             **means,
             **{f"lr/{component}": rate for component, rate in rates.items()},
             "samples_per_s": (samples - self._last[1]) / seconds,
-            "steps_per_s": steps / seconds,
+            "steps_per_s": (step - self._last[0]) / seconds,
             "data_wait_share": waited / seconds,
             "memory_gb": _peak_memory_gb(),
             "elapsed_s": self._elapsed_before + now - self._started,
@@ -190,15 +163,14 @@ class Tracker:
         self._write(step, "train", metrics)
         if self.accelerator.is_main_process:
             self._show(step, metrics, max(rates.values(), default=math.nan))
-            if num := means.get("bad_steps"):
-                say(f"step {step}  skipped {num} step{'s' * (num > 1)} whose loss or gradient was not finite")
-        self._refuse_bad_steps(step, samples, *skipped)
-        return metrics
+        if num := means.get("bad_steps"):
+            say(f"step {step}  skipped {num} step{'s' * (num > 1)} whose loss or gradient was not finite")
+        return metrics, most, last
 
-    def _take_means(self) -> tuple[dict[str, float], float, tuple[int, int]]:
-        """Means of what was added, seconds waited for data, over all processes, and steps skipped in a row.
+    def _take_means(self) -> tuple[dict[str, float], float, int, int]:
+        """Means of what was added and seconds waited for data, over all processes; steps skipped in a row.
 
-        Begins anew. The last is how many, and which was the last of them.
+        Begins anew.
         """
         sums = torch.cat([torch.zeros(2, 0, device=self.accelerator.device), *self._sums.values()], dim=1)
         waited = torch.tensor([self._waited], device=self.accelerator.device)
@@ -216,40 +188,7 @@ class Tracker:
         waited, _, most, last = (number / world for number in numbers[sums.numel() :])
         self._skipped[1] = self._skipped[0]  # those in a row go on into the next line
         self._sums, self._waited = {}, 0.0
-        return means, waited, (round(most), round(last))
-
-    def _refuse_bad_steps(self, step: int, samples: int, num: int, last: int) -> None:
-        """Stop a run that is not learning any more, and name what it choked on."""
-        if num < self._max_bad_steps:
-            return
-        path = self.run_dir / "bad_steps.json"
-        where = "their samples could not be written down"
-        if self._loader is not None:
-            stream, dataset = self._loader.batch_sampler, self._loader.dataset
-            global_batch = stream.batch_size * stream.world * self.accelerator.gradient_accumulation_steps
-            first = max(samples - (step - last + num) * global_batch, 0)
-            rows = dataset.rows[stream.samples(first, num * global_batch)]
-            episodes = dataset.store.episode_of(rows)
-            frames = rows - dataset.store.episode_starts[episodes]
-            names = dataset.store.episode_indices[episodes]
-            listed = [
-                {
-                    "step": last - num + 1 + n // global_batch,
-                    "episode": int(e),
-                    "frame": int(f),
-                    "row": int(r),
-                }
-                for n, (e, f, r) in enumerate(zip(names, frames, rows, strict=True))
-            ]
-            if self.accelerator.is_main_process:
-                write_json(path, {"samples": listed})
-            where = f"their samples are listed in {path}, from episode {names[0]}, frame {frames[0]}, on"
-        self.close()
-        raise UserError(
-            f"In {num} steps in a row, {last - num + 1} to {last}, loss or gradient were not finite, and the "
-            f"weights were left as they were; {where}: look at these, lower --lr, or go on from the last "
-            f"checkpoint with other precision."
-        )
+        return means, waited, round(most), round(last)
 
     def _show(self, step: int, metrics: dict[str, float], rate: float) -> None:
         """Refresh the progress bar or, where there is no terminal, print a line that suits a log file."""
@@ -268,13 +207,12 @@ class Tracker:
         if self.accelerator.is_main_process:
             text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             say(f"step {step}  held out: {text}")
-            draw_curves(self.path, self.run_dir / "curves.png")
+            draw_curves(self.run_dir / "metrics.jsonl", self.run_dir / "curves.png")
 
     def _write(self, step: int, split: str, metrics: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            line = json.dumps({"step": step, "split": split, **finite}, allow_nan=False)
-            self._file.append(line)
+            self._lines.append({"step": step, "split": split, **finite})
         try:
             self.accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
         except OSError as error:  # metrics.jsonl has them all
@@ -284,21 +222,27 @@ class Tracker:
         """Draw the curves a last time and release the file."""
         if self.accelerator.is_main_process:
             self._bar.close()
-            self._file.close()
-            draw_curves(self.path, self.run_dir / "curves.png")
+            self._lines.close()
+            draw_curves(self.run_dir / "metrics.jsonl", self.run_dir / "curves.png")
         self.accelerator.end_training()
 
 
-class _Lines:
-    """A file that grows by whole lines. While the disk is full, they wait."""
+def _peak_memory_gb() -> float:
+    """Largest resident memory of this process so far; the kernel counts kB on Linux, bytes on macOS."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+class Lines:
+    """A file that grows by whole lines. While the disk is full, they wait in memory."""
 
     def __init__(self, path: Path):
         self.path, self._waiting = path, b""
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
-    def append(self, line: str) -> None:
+    def append(self, line: dict) -> None:
         full = bool(self._waiting)
-        self._waiting += line.encode() + b"\n"
+        self._waiting += json.dumps(line, allow_nan=False).encode() + b"\n"
         try:
             self._flush()
         except OSError as error:
@@ -332,33 +276,19 @@ def keep_lines_up_to(path: Path, step: int) -> list[dict]:
     """
     if not path.exists():
         return []
-    kept = [line for line in _read(path) if line["step"] <= step] if step else []
+    kept = [line for line in read_lines(path) if line["step"] <= step] if step else []
     temporary = path.with_suffix(".new")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     temporary.replace(path)
     return kept
 
 
-def _read(path: Path) -> list[dict]:
-    lines = []
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # cut off when the process was killed
-        if isinstance(line, dict) and "step" in line and "split" in line:
-            lines.append(line)
-    return lines
+def start_tracker(accelerator: Accelerator, run_dir: Path, config, start_step: int) -> None:
+    """Start wandb or TensorBoard through Accelerate, both writing below the run folder.
 
-
-def _peak_memory_gb() -> float:
-    """Largest resident memory of this process so far; the kernel counts kB on Linux, bytes on macOS."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
-
-
-def _start_tracker(accelerator: Accelerator, run_dir: Path, config, start_step: int) -> None:
-    """Start wandb or TensorBoard through Accelerate, both writing below the run folder."""
+    Raises:
+        UserError: if it does not start.
+    """
     name = config.run.tracker
     settings = {
         key: value if isinstance(value, int | float | str | bool) else json.dumps(value)
@@ -383,89 +313,15 @@ def _start_tracker(accelerator: Accelerator, run_dir: Path, config, start_step: 
 
 
 def _wandb_options(run_dir: Path, start_step: int) -> dict:
-    """Options of `wandb.init`. A resumed run goes on as the same wandb run; without a login it stays here."""
+    """Options of `wandb.init`. A resumed run continues the same wandb run; without a key it stays offline."""
+    import wandb
+
     identity = run_dir / "wandb" / "id"
     if not (start_step and identity.is_file()):
         identity.parent.mkdir(exist_ok=True)
         identity.write_text(uuid.uuid4().hex[:12])
     options = {"name": run_dir.name, "id": identity.read_text(), "dir": str(run_dir)}
-    if _wandb_may_start():
+    if wandb.setup().settings.mode in ("offline", "disabled") or wandb.api.api_key:
         return options | {"resume": "allow"}
-    print(f"wandb: not logged in, so kept offline; send it with `wandb sync {run_dir}/wandb/*run-*`")
+    say(f"wandb: not logged in, so kept offline; send it with `wandb sync {run_dir}/wandb/*run-*`")
     return options | {"mode": "offline", "settings": {"silent": True}}
-
-
-def _wandb_may_start() -> bool:
-    """Whether `wandb.init` will do as the user has set it up, without asking for a key."""
-    if any(os.environ.get(name) for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
-        return True
-    import wandb
-
-    settings = wandb.setup().settings  # those in wandb's own files
-    if settings.api_key or settings.mode in ("offline", "disabled"):
-        return True
-    files = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
-    file = next((f for f in map(os.path.expanduser, filter(None, files)) if os.path.exists(f)), None)
-    try:
-        return file is not None and bool(netrc.netrc(file).authenticators(urlsplit(settings.base_url).netloc))
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def draw_curves(path: Path, picture: Path) -> None:
-    """Draw metrics.jsonl: loss, held-out error, gradient norms, learning rates, speed.
-
-    What a method logs besides, named `group/name`, gets a panel for each group, held-out metrics with dots.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = _read(path)
-    train = [line for line in lines if line["split"] == "train"]
-    val = [line for line in lines if line["split"] == "val"]
-    if not train:
-        return
-    groups: dict[str, list[str]] = {}
-    for name in sorted({key for line in lines for key in line if "/" in key}):
-        groups.setdefault(name.split("/")[0], []).append(name)
-    norms, rates = groups.pop("grad_norm", []), groups.pop("lr", [])
-    rows = 2 + (len(groups) + 1) // 2
-    figure, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), sharex=True)
-    _plot(axes[0, 0], train, ["loss"], "loss", log=True)
-    dots = {"marker": "o", "ms": 3}
-    for name in sorted({key for line in val for key in line if "/" not in key} - {"step", "split"}):
-        _plot(axes[0, 0], val, [name], "loss", log=True, label=f"held out: {name}", **dots)
-    _plot(axes[0, 1], train, norms, "gradient norm", log=True)
-    _plot(axes[1, 0], train, rates, "learning rate")
-    _plot(axes[1, 1], train, ["samples_per_s"], "samples / s")
-    axes[1, 1].set_ylim(bottom=0)
-    for axis, (group, names) in zip(axes.flat[4:], groups.items(), strict=False):
-        log = group in ("loss", "error")
-        _plot(axis, train, names, group, log=log)
-        for name in names:
-            _plot(axis, val, [name], group, log=log, label=f"held out: {name.split('/')[-1]}", **dots)
-    for axis in axes.flat[4 + len(groups) :]:
-        axis.axis("off")
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    for axis in axes[-1]:
-        axis.set_xlabel("step")
-    figure.suptitle(path.parent.name)
-    figure.tight_layout()
-    save_figure(figure, picture)
-
-
-def _plot(axis, lines: list[dict], names: list[str], title: str, log: bool = False, **style) -> None:
-    positive = False
-    for name in names:
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        positive |= any(value > 0 for _, value in points)
-        if points:
-            axis.plot(*zip(*points, strict=True), **{"lw": 1.2, "label": name.split("/")[-1], **style})
-    axis.set_title(title, fontsize=10)
-    if log and positive:
-        axis.set_yscale("log")

@@ -392,8 +392,8 @@ class ActionDecoder(nn.Module):
             (B * M, T, A).
         """
         key_mask = None if is_pad is None or self.causal else ~is_pad
-        num_draws = len(x_t) // len(context.summary)
-        x = self.action_in(x_t) + self.position + context.summary.repeat_interleave(num_draws, dim=0)
+        flow_samples = len(x_t) // len(context.summary)
+        x = self.action_in(x_t) + self.position + context.summary.repeat_interleave(flow_samples, dim=0)
         condition = self.time(t) if latent is None else self.time(t) + self.latent_in(latent)
         for block, keys_values in zip(self.blocks, context.keys_values, strict=True):
             x = block(x, condition, keys_values, key_mask, self.causal)

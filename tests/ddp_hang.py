@@ -10,21 +10,21 @@ import time
 
 import train_vfp
 from common.config import cli
-from common.faults import Guard
+from common.watch import StopRequests
 
 how, steps = sys.argv.pop(1), [0]
 
 
-def end_step(guard, original=Guard.end_step):
+def agreed(requests, original=StopRequests.agreed):
     steps[0] += 1
     if steps[0] == 5 and os.environ["RANK"] == "1":
         if how == "asleep":
             time.sleep(1000)
         os.kill(os.getpid(), signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
-    original(guard)
+    return original(requests)
 
 
-Guard.end_step = end_step
+StopRequests.agreed = agreed
 
 if __name__ == "__main__":
     cli(train_vfp.main, train_vfp.Config)

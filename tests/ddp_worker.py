@@ -17,8 +17,8 @@ import train_vfp_depth
 from common import checkpoint, depth
 from common.config import RunConfig, parse
 from common.data import ChunkDataset, open_dataset
-from common.launch import make_accelerator
 from common.normalize import Normalizer
+from common.run import make_accelerator
 
 
 def main(dataset: str, cache_dir: str, out: str) -> None:
@@ -56,17 +56,18 @@ def gradients(script, flags: str, dataset: str, cache_dir: str, accelerator) -> 
     # The first half of the global batch has no padding, the second is mostly padding.
     ends = [int(start) for start in store.episode_starts[1:]]
     rows = [0, 1, 2, 3, ends[0] - 1, ends[1] - 1, ends[2] - 2, ends[3] - 1]
-    draws = 2
-    x_0 = torch.randn(len(rows) * draws, config.horizon, store.action.shape[1])
-    t = torch.rand(len(rows) * draws)
+    flow_samples = 2
+    x_0 = torch.randn(len(rows) * flow_samples, config.horizon, store.action.shape[1])
+    t = torch.rand(len(rows) * flow_samples)
     share = len(rows) // accelerator.num_processes
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    wide = slice(mine.start * draws, mine.stop * draws)
+    wide = slice(mine.start * flow_samples, mine.stop * flow_samples)
     batch = data.__getitems__(rows[mine])
     if script is train_vfp_depth:
         batch = script.with_depth(batch, policy)
     count = accelerator.reduce((~batch.is_pad).sum().float(), "mean")
-    loss = script.compute_loss(ddp_policy, batch, normalizer, config, (x_0[wide], t[wide]), count)
+    noise = {"x_0": x_0[wide], "t": t[wide]}
+    loss, _ = script.compute_loss(ddp_policy, batch, normalizer, config, train=True, count=count, **noise)
     accelerator.backward(loss)
     return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 

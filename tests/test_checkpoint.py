@@ -118,7 +118,7 @@ def test_damage_is_found_and_the_checkpoint_before_it_is_used(run_dir, name, how
     told = name.split("/")[-1]
     if (name, how) != ("checksums.json", "missing"):  # without it, it was never complete
         assert told in checkpoint.damage(run_dir / "checkpoints" / "step_0000003")
-    assert checkpoint._first_whole(run_dir, tell=True).name == "step_0000002"
+    assert checkpoint.first_whole(run_dir, tell=True).name == "step_0000002"
     if name.startswith("policy/"):
         with pytest.raises(UserError, match=r"is damaged .*use another checkpoint"):
             load_policy(run_dir)
@@ -182,5 +182,13 @@ def test_weights_of_another_network_or_damaged_ones_are_refused_in_one_sentence(
     assert "\n" not in str(refused.value)
     (folder / "action_decoder.safetensors").write_bytes(b"broken")
     checkpoint.seal(folder.parent)
-    with pytest.raises(UserError, match=r"cannot be loaded \(.*use another checkpoint"):
+    with pytest.raises(UserError, match=r"cannot be loaded into this network .*use another checkpoint"):
         load_policy(run_dir)
+
+
+def test_the_schedule_may_change_but_not_the_optimizer(run_dir):
+    with pytest.raises(UserError, match=r"with AdamW and cannot continue with RAdamScheduleFree: leave out"):
+        resume(run_dir, "--steps", "4", "--schedule", "schedule-free")
+    reset()
+    resume(run_dir, "--steps", "4", "--schedule", "constant")
+    assert checkpoint.find(run_dir).name == "step_0000004"

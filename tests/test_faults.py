@@ -19,10 +19,11 @@ from torch import nn
 
 import train_vfp
 import train_vfp_moe
-from common import batch_size, checkpoint, config, faults
+from common import checkpoint
+from common import run as run_module
 from common.config import parse
-from common.errors import UserError
-from common.faults import GradientClipper, Guard, explain, or_nan
+from common.errors import EXIT_HUNG, EXIT_OUT_OF_MEMORY, EXIT_STOPPED, UserError, explain
+from common.watch import SIGNALS, StopRequests
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("accelerate_reset", "tiny_depth", "signals"
 @pytest.fixture
 def signals():
     """Put signal handlers back: a run that ends by an exception leaves its own."""
-    handlers = {number: signal.getsignal(number) for number in faults.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -73,7 +74,7 @@ def same_checkpoints(one, other, step):
 # -- signals and time
 
 
-@pytest.mark.parametrize("number", faults.SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_what_follows_equals_a_run_that_was_left_alone(
     number, tiny, tmp_path, monkeypatch
 ):
@@ -81,16 +82,16 @@ def test_a_signal_saves_and_what_follows_equals_a_run_that_was_left_alone(
     whole = train(train_vfp_moe, tiny, tmp_path / "whole", *flags)
     steps = []
 
-    def end_step(guard, original=Guard.end_step):
-        steps.append(guard)
+    def agreed(requests, original=StopRequests.agreed):
+        steps.append(requests)
         if len(steps) == 3:
             os.kill(os.getpid(), number)
-        original(guard)
+        return original(requests)
 
-    monkeypatch.setattr(Guard, "end_step", end_step)
+    monkeypatch.setattr(StopRequests, "agreed", agreed)
     with pytest.raises(SystemExit) as stopped:
         train(train_vfp_moe, tiny, tmp_path / "run", *flags)
-    assert stopped.value.code == faults.EXIT_STOPPED
+    assert stopped.value.code == EXIT_STOPPED
     assert checkpoint.find(tmp_path / "run").name == "step_0000003"  # between two lines of metrics
     train(train_vfp_moe, tiny, tmp_path / "run", *flags, "--resume", "auto")
     assert same_checkpoints(tmp_path / "run", whole, 5)
@@ -101,7 +102,7 @@ def test_a_signal_saves_and_what_follows_equals_a_run_that_was_left_alone(
 def test_time_that_is_over_does_the_same(tiny, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         train(train_vfp, tiny, tmp_path / "run", "--steps", 9, "--max-time", 1e-9)
-    assert stopped.value.code == faults.EXIT_STOPPED
+    assert stopped.value.code == EXIT_STOPPED
     assert checkpoint.find(tmp_path / "run").name == "step_0000001"
     assert "stopped after step 1 of 9 (time is over)" in capsys.readouterr().out
     # and a run that stands at its end is simply done
@@ -110,20 +111,16 @@ def test_time_that_is_over_does_the_same(tiny, tmp_path, capsys):
 
 def test_a_second_signal_exits_at_once(tmp_path):
     program = """
-import hashlib, os, signal, sys, threading, time, types
-from common import faults
-run = types.SimpleNamespace(max_time=None, hang_timeout=0)
-one = types.SimpleNamespace(process_index=0, num_processes=1)
-guard = faults.Guard(one, run, types.SimpleNamespace(progress=(0, "")))
-guard.end_step()
-assert not guard.stopping
+import hashlib, os, signal, threading, time
+from common import watch
+requests = watch.StopRequests(0, 1, None, 0)
+assert not requests.agreed()
 os.kill(os.getpid(), signal.SIGINT)
 os.kill(os.getpid(), signal.SIGTERM)  # a launcher passes on what a terminal has sent already
-guard.end_step()
-assert guard.stopping
+assert requests.agreed()
 time.sleep(0.5)
 print("still here", flush=True)
-faults.SAME_REQUEST_SECONDS = 0.0
+watch.SAME_REQUEST_SECONDS = 0.0
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
 hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C, where Python's handlers do not run
 print("not reached", flush=True)
@@ -143,7 +140,7 @@ def test_two_processes_agree_on_the_step_after_which_they_stop(tiny, tmp_path):
     wait_for_step(run, 3, process)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
-    assert "(SIGTERM): go on with --resume" in printed
+    assert "(SIGTERM): continue with --resume" in printed
     assert process.returncode != 0
     done = int(checkpoint.find(run).name[5:])
     for more in (["--resume", run], [*flags, "--run-dir", whole]):
@@ -180,49 +177,18 @@ def test_clocks_that_jump_change_nothing(tiny, tmp_path, monkeypatch):
 # -- numbers
 
 
-def test_a_loss_that_overflowed_has_no_finite_gradient():
-    parameter = torch.tensor([2.0, 3.0], requires_grad=True)
-    (parameter.sum() * 2).backward()
-    finite = parameter.grad.clone()
-    parameter.grad = None
-    or_nan(parameter.sum() * 2).backward()
-    assert torch.equal(parameter.grad, finite)
-    for bad in (math.inf, -math.inf, math.nan):
-        parameter.grad = None
-        or_nan(parameter.sum() + bad).backward()
-        assert parameter.grad.isnan().all()
-
-
-def test_a_bad_step_leaves_buffers_as_they_were():
-    policy = nn.Module()
-    policy.backbone = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
-    clip = GradientClipper(policy, optimizer, 1.0)
-    for bad in (False, True, False):
-        before = {name: buffer.clone() for name, buffer in policy.named_buffers()}
-        x = torch.randn(8, 3) * (math.inf if bad else 1)
-        policy.backbone(x).square().mean().backward()
-        assert clip()["bad_step"] == bad
-        optimizer.step()
-        optimizer.zero_grad()
-        clip.remember()
-        for name, buffer in policy.named_buffers():
-            assert torch.equal(buffer, before[name]) == bad
-        assert all(parameter.isfinite().all() for parameter in policy.parameters())
-
-
 def test_a_bad_step_after_a_window_was_reset_does_not_bring_it_back(tiny, tmp_path, monkeypatch):
     """Counts of codes and experts begin anew after a line or window; the step after it may be a bad one."""
     flags = ["--num-experts", 2, "--latent", "vq", "--num-codes", 4, "--latent-dim", 4, "--code-window", 2]
     flags += ["--steps", 4, "--log-every", 2, "--max-bad-steps", 9]
     original, seen = train_vfp_moe.compute_loss, []
 
-    def compute_loss(policy, *args, **options):
-        loss = original(policy, *args, **options)
-        if policy.training:
+    def compute_loss(policy, *args, train, **more):
+        loss, metrics = original(policy, *args, train=train, **more)
+        if train:
             seen.append(policy.gate.counts.sum().item())
-            return loss._replace(total=loss.total * (math.nan if len(seen) in (3, 4) else 1.0))
-        return loss
+            loss = loss * (math.nan if len(seen) in (3, 4) else 1.0)
+        return loss, metrics
 
     monkeypatch.setattr(train_vfp_moe, "compute_loss", compute_loss)
     run = train(train_vfp_moe, tiny, tmp_path / "run", *flags)
@@ -238,12 +204,12 @@ def spoil(monkeypatch, script, bad_batches):
     drawn = []
     original = script.compute_loss
 
-    def compute_loss(policy, batch, *args, **options):
-        loss = original(policy, batch, *args, **options)
-        if policy.training:
+    def compute_loss(policy, batch, *args, train, **more):
+        loss, metrics = original(policy, batch, *args, train=train, **more)
+        if train:
             drawn.append(batch.index.tolist())
-            return loss * (math.nan if len(drawn) in bad_batches else 1.0)
-        return loss
+            loss = loss * (math.nan if len(drawn) in bad_batches else 1.0)
+        return loss, metrics
 
     monkeypatch.setattr(script, "compute_loss", compute_loss)
     return drawn
@@ -312,7 +278,7 @@ def test_a_last_step_that_cannot_be_saved_is_an_error(tiny, tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match=r"Step 2, the last, could not be saved: make room"):
+    with pytest.raises(UserError, match=r"Step 2, the last, could not be saved: free disk space"):
         train(train_vfp, tiny, tmp_path / "run", "--steps", 2)
 
 
@@ -336,10 +302,10 @@ def test_files_that_may_not_grow_are_a_full_disk(tiny, tmp_path):
 
 
 def test_lines_wait_while_the_disk_is_full(tmp_path, monkeypatch, capsys):
-    from common.tracking import _Lines
+    from common.tracking import Lines
 
-    file = _Lines(tmp_path / "metrics.jsonl")
-    file.append("one")
+    file = Lines(tmp_path / "metrics.jsonl")
+    file.append({"n": 1})
     original = os.write
 
     def full(descriptor, content):
@@ -348,13 +314,14 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
-        file.append("two")
-        file.append("three")
-    assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
+        file.append({"n": 2})
+        file.append({"n": 3})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"n": 1}\n'
     assert capsys.readouterr().out.count("wait in memory") == 1
-    file.append("four")
+    file.append({"n": 4})
     file.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == "one\ntwo\nthree\nfour\n"
+    written = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["n"] for line in written] == [1, 2, 3, 4]
 
 
 # -- processes
@@ -393,23 +360,20 @@ def test_a_loading_process_that_dies_is_reported(tiny, tmp_path):
     for pid in loading:
         os.kill(int(pid), signal.SIGKILL)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == faults.EXIT_HUNG
+    assert process.returncode == EXIT_HUNG
     assert "A process that loads data has died" in printed
     assert "Traceback" not in printed
 
 
 def test_a_run_that_makes_no_progress_ends_with_its_whereabouts():
     program = """
-import threading, time, types
-from common import faults
-tracker = types.SimpleNamespace(progress=(1, "loading data"))
-class Tracker: progress = (1, "loading data")
-tracker = Tracker()
-run = types.SimpleNamespace(max_time=None, hang_timeout=0.4)
-one = types.SimpleNamespace(process_index=0, num_processes=1)
-guard = faults.Guard(one, run, tracker)
+import time
+from common.watch import HangWatch
+class Run: progress_mark = (1, "loading data")
+run = Run()
+watch = HangWatch(run, 0, 1, timeout=0.4)
 for n in range(8):  # progress keeps it alive
-    tracker.progress = (n, "loading data")
+    run.progress_mark = (n, "loading data")
     time.sleep(0.1)
 print("alive", flush=True)
 def stuck_here(): time.sleep(60)
@@ -418,7 +382,7 @@ stuck_here()
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == faults.EXIT_HUNG
+    assert done.returncode == EXIT_HUNG
     assert done.stdout == "alive\n"
     assert "process 0 of 1 has not come further than 'loading data'" in done.stderr
     assert "stuck_here" in done.stderr
@@ -430,58 +394,15 @@ stuck_here()
 def test_running_out_of_memory_says_what_to_lower():
     with pytest.raises(RuntimeError) as failed:
         torch.empty(2**60)
-    sentence, code = explain(failed.value, 64)
-    assert "with --batch-size 64" in sentence
-    assert "--find-batch-size" in sentence
-    assert code == faults.EXIT_OUT_OF_MEMORY
-    assert explain(torch.OutOfMemoryError("CUDA out of memory."))[1] == faults.EXIT_OUT_OF_MEMORY
+    sentence, code = explain(failed.value)
+    assert "lower --batch-size" in sentence
+    assert code == EXIT_OUT_OF_MEMORY
+    assert explain(torch.OutOfMemoryError("CUDA out of memory."))[1] == EXIT_OUT_OF_MEMORY
     assert explain(OSError(errno.ENOSPC, "No space left on device", "x.bin"))[1] == 1
-    assert explain(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))[1] == faults.EXIT_OUT_OF_MEMORY
+    assert explain(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))[1] == EXIT_OUT_OF_MEMORY
     assert "process was lost" in explain(RuntimeError("[gloo] Connection closed by peer [::1]:2"))[0]
     assert explain(RuntimeError("anything else")) is None
     assert explain(IndexError("Caught IndexError in DataLoader worker process 0.")) is None
-
-
-@pytest.mark.parametrize("largest", [1, 5, 16, 100])
-def test_the_largest_batch_size_is_found(largest, tiny, monkeypatch, capsys):
-    tried = []
-
-    def fits(script, config, size, run_dir):
-        tried.append(size)
-        return size <= largest
-
-    monkeypatch.setattr(batch_size, "_fits", fits)
-    settings = parse(train_vfp.Config, [*tiny, "--batch-size", "16"], "train_vfp.py")
-    found = batch_size.find_batch_size(Path("train_vfp.py"), settings)
-    assert largest - max(1, largest // 16) <= found <= largest
-    assert len(tried) == len(set(tried)) <= 9
-    assert f"the largest that fits: --batch-size {found}" in capsys.readouterr().out
-    largest = 0
-    with pytest.raises(UserError, match="Not even --batch-size 1"):
-        batch_size.find_batch_size(Path("train_vfp.py"), settings)
-
-
-def test_trials_are_runs_of_the_script_itself(tiny, tmp_path):
-    """4 samples fit; 64 are more than there are; a learning rate of 0 lets nothing be learned, but runs."""
-    program = f"""
-import sys
-from pathlib import Path
-import train_vfp
-from common import batch_size
-from common.config import parse
-config = parse(train_vfp.Config, {[*tiny, "--find-batch-size"]!r}, "train_vfp.py")
-for size in (4, 64):
-    print(batch_size._fits(Path("train_vfp.py"), config, size, Path({str(tmp_path)!r}) / str(size)))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.split() == ["True", "False"], done.stderr
 
 
 # -- what a run leaves behind
@@ -493,12 +414,13 @@ def test_a_run_may_change_its_precision(tiny, tmp_path, monkeypatch):
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     policy = nn.ModuleDict({"a": nn.Linear(2, 2)})
-    averaged = type("Averaged", (), {"policy": policy, "load": lambda *_: None})()
+    optimizer = torch.optim.AdamW(policy.parameters())
+    average = type("Average", (), {"policy": policy, "optimizer": optimizer, "load": lambda *_: None})()
     monkeypatch.setattr(accelerator, "load_state", lambda path: loaded.append(accelerator.scaler))
     monkeypatch.setattr(checkpoint, "_read_components", lambda *_: {})
     monkeypatch.setattr(checkpoint, "_check_random_state", lambda *_: None)
     loaded = []
-    assert checkpoint.restore(accelerator, run, averaged) == (1, 4)
+    assert checkpoint.restore(accelerator, run, average) == (1, 4)
     assert loaded == [None]
     assert accelerator.scaler is not None
 
@@ -530,16 +452,16 @@ def test_uncommitted_code_is_kept_as_a_patch(tmp_path, monkeypatch):
     git = ["git", "-C", root, "-c", "user.name=a", "-c", "user.email=b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr(config, "__file__", str(root / "common" / "config.py"))
-    found, changes = config._git()
+    monkeypatch.setattr(run_module, "__file__", str(root / "common" / "run.py"))
+    found, changes = run_module._git()
     assert found["git_dirty"] is False
     assert changes == ""
     (root / "train.py").write_text("lr = 2\n")
     (root / "train_mine.py").write_text("idea = 3\n")
     (root / "notes.txt").write_text("not code\n")
-    config.write_run_config(run_dir, "train.py", {}, {})
-    assert json.loads((run_dir / "config.json").read_text())["git_dirty"] is True
-    patch = (run_dir / "changes.patch").read_text()
+    found, patch = run_module._git()
+    assert found["git_dirty"] is True
+    (run_dir / "changes.patch").write_text(patch)
     assert "+lr = 2" in patch
     assert "+idea = 3" in patch
     assert "not code" not in patch

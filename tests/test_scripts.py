@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from lerobot_factory import make_dataset
 from safetensors.torch import load_file
 
@@ -15,11 +16,13 @@ import train_naive_fm
 import train_vfp
 import train_vfp_depth
 import train_vfp_moe
+from common.checkpoint import PolicySpec
 from common.config import parse
+from common.data import ChunkDataset, open_dataset
 from common.errors import UserError
 from common.inference import load_policy, load_script
-from common.launch import _new_folder, make_accelerator
 from common.normalize import Normalizer
+from common.run import _new_folder, start_run
 
 SCRIPTS = [train_vfp, train_vfp_depth, train_naive_fm, train_cfg_vqvae, train_vfp_moe]
 SMALL = {
@@ -30,11 +33,14 @@ SMALL = {
 pytestmark = pytest.mark.usefixtures("accelerate_reset", "tiny_depth")
 
 
-def train(script, tiny, run_dir, *more):
-    from accelerate.state import AcceleratorState, GradientState
-
+def reset():
+    """Let the next run have an Accelerate of its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def train(script, tiny, run_dir, *more):
+    reset()
     argv = [*tiny, *SMALL.get(script, "").split(), "--run-dir", str(run_dir)] if run_dir else []
     script.main(parse(script.Config, [*argv, *map(str, more)], Path(script.__file__).name))
     return run_dir
@@ -43,11 +49,6 @@ def train(script, tiny, run_dir, *more):
 def prepared(script, batch, policy):
     """A batch as the script's loop gives it to `compute_loss`."""
     return script.with_depth(batch, policy) if script is train_vfp_depth else batch
-
-
-def total(loss):
-    """Some scripts return the parts of their loss as well."""
-    return getattr(loss, "total", loss)
 
 
 def lines(run_dir, split="train"):
@@ -80,16 +81,16 @@ def test_the_loss_falls_on_one_batch(script, tiny):
         *(("--camera-dropout", "0") if script in (train_vfp, train_vfp_depth) else ()),
     ]
     config = parse(script.Config, [*tiny, "--flow-samples", "4", *flags], "")
-    store = script.open_dataset(config.data)
-    data = script.ChunkDataset(store, range(store.num_episodes), config.horizon)
+    store = open_dataset(config.data)
+    data = ChunkDataset(store, range(store.num_episodes), config.horizon)
     normalizer = Normalizer.fit(data)
     torch.manual_seed(0)
-    policy = script.Policy(config, script.checkpoint.PolicySpec.of(data))
+    policy = script.Policy(config, PolicySpec.of(data))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
     batch = prepared(script, data.__getitems__([0, 5, 13, 30]), policy)
     history = []
     for _ in range(150):
-        loss = total(script.compute_loss(policy, batch, normalizer, config))
+        loss, _ = script.compute_loss(policy, batch, normalizer, config, train=True)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -148,17 +149,13 @@ def test_the_exported_policy_acts_as_it_did_in_training(script, tiny, tmp_path):
     """The error measured at the last evaluation comes out again, to the last bit, from load_policy."""
     run_dir = train(script, tiny, tmp_path / "run", "--steps", 3)
     measured = lines(run_dir, "val")[-1]
+    reset()
     policy = load_policy(run_dir, device="cpu")
     module = load_script(Path(script.__file__).name)
     config = policy.config
-    store = module.open_dataset(config.data)
-    _, held_out = module.split_episodes(store, config.data.val_fraction, config.run.seed)
-    data = module.ChunkDataset(store, held_out, config.horizon)
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = make_accelerator(config.run)
-    again = module.evaluate(policy.model, data, policy.normalizer, config, accelerator)
+    run = start_run(config, script.__file__)
+    data = run.load_data(config.horizon, config.normalization).val
+    again = module.evaluate(policy.model, data, policy.normalizer, config, run)
     assert again == {key: measured[key] for key in again}
     # act() on raw camera frames gives the samples of the batched path, in recorded units
     policy.reset()
@@ -177,7 +174,7 @@ def test_the_exported_policy_acts_as_it_did_in_training(script, tiny, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_components_can_be_frozen_and_taken_from_another_run(script, tiny, tmp_path):
-    decoder = "moe_action_decoder" if script is train_vfp_moe else "action_decoder"
+    decoder = "action_decoder"
     first = train(script, tiny, tmp_path / "first", "--steps", 2)
     flags = (
         "--steps",
@@ -326,12 +323,10 @@ def test_a_step_with_bad_numbers_is_skipped_and_counted(script, tiny, tmp_path, 
     """The second of three steps has a loss that is not a number: weights survive, and the log says so."""
     real, calls = script.compute_loss, []
 
-    def sometimes_bad(policy, *args, **kwargs):
-        loss = real(policy, *args, **kwargs)
-        calls.append(policy.training)
-        if not (policy.training and sum(calls) == 2):
-            return loss
-        return loss._replace(total=loss.total * math.nan) if hasattr(loss, "total") else loss * math.nan
+    def sometimes_bad(*args, train, **more):
+        loss, metrics = real(*args, train=train, **more)
+        calls.append(train)
+        return loss * (math.nan if train and sum(calls) == 2 else 1.0), metrics
 
     monkeypatch.setattr(script, "compute_loss", sometimes_bad)
     run_dir = train(script, tiny, tmp_path / "run", "--steps", 3)

@@ -7,7 +7,7 @@ import pty
 import select
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,14 @@ from accelerate import Accelerator
 from PIL import Image
 
 from common import tracking
-from common.config import RunConfig
+from common.config import RunConfig, options
 from common.errors import UserError
 from common.tracking import Tracker
 
 ROOT = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True)
+@options
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     names: tuple[str, ...] = ("a", "b")
@@ -64,17 +64,19 @@ def test_a_line_holds_means_speed_and_rates(accelerator, run_dir, clock):
         clock[0] += 1.0
     for loss in (1.0, 2.0, 6.0):
         tracker.add({"loss": torch.tensor(loss, requires_grad=True), "weight": 2 * loss})
-    tracker.add({"bad_step": torch.tensor(1.0)})
-    tracker.add({"bad_step": torch.tensor(0.0)})
+    tracker.count_skipped(torch.tensor(1.0))
+    tracker.count_skipped(torch.tensor(0.0))
     clock[0] += 3.0
-    with tracker.paused():
-        clock[0] += 50.0  # an evaluation
-    returned = tracker.log(6, 600, {"head": 0.1, "tail": 0.2})
+    tracker.pause()
+    clock[0] += 50.0  # an evaluation
+    tracker.go_on()
+    returned, skipped, last = tracker.log(6, 600, {"head": 0.1, "tail": 0.2})
     tracker.log(7, 700, {"head": 0.1})
     tracker.close()
 
     line, later = read(run_dir)
     assert returned.items() <= line.items()
+    assert (skipped, last) == (1, 5)
     assert (line["step"], line["split"], line["loss"], line["weight"]) == (6, "train", 3.0, 6.0)
     assert (line["lr/head"], line["lr/tail"], line["bad_steps"]) == (0.1, 0.2, 1)
     assert line["samples_per_s"] == pytest.approx(200 / 4)
@@ -98,7 +100,7 @@ def test_collecting_does_not_wait_for_the_device(accelerator, run_dir, monkeypat
             patch.setattr(torch.Tensor, name, refuse)
         for _ in range(3):
             tracker.add({"loss": torch.ones(())})
-    assert tracker.log(3, 3, {})["loss"] == 1
+    assert tracker.log(3, 3, {})[0]["loss"] == 1
     tracker.close()
 
 
@@ -290,7 +292,7 @@ def test_a_wandb_login_is_recognised(monkeypatch, tmp_path, environment, files, 
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     wandb.teardown()
-    assert tracking._wandb_may_start() is may
+    assert (tracking._wandb_options(tmp_path, 0).get("mode") != "offline") is may
     wandb.teardown()
 
 

@@ -1,4 +1,6 @@
-"""Make .venv with everything in requirements.txt. Runs on any Python >= 3.8; called by `make setup`.
+"""Make .venv with everything in requirements.txt, and in further files that are named. Runs on any Python >= 3.8.
+
+Called by `make setup` and `make test`.
 
 A Python that the packages work with is looked for by running what might be one, since names on the PATH can
 be shims that fail; only if there is none, uv downloads one. uv itself is the system's, or comes through pip,
@@ -136,8 +138,11 @@ def uv_environment(python):
     return environment
 
 
-def main():
-    """Set up, or bring an existing .venv up to date."""
+def main(more):
+    """Set up, or bring an existing .venv up to date.
+
+    `more` are names of further files of requirements.
+    """
     python = find_python()
     uv = find_uv(python)
     environment = uv_environment(python)
@@ -152,17 +157,19 @@ def main():
         subprocess.check_call([uv, "venv", "--quiet", *choice, VENV], env=environment)
     # A package that was cut off while it was copied can look installed: only a finished .venv is kept.
     open(unfinished, "w").close()
-    print("installing requirements.txt into .venv (about 6 GB with CUDA libraries)", flush=True)
+    files = ["requirements.txt", *more]
+    print("installing {} into .venv (about 6 GB with CUDA libraries)".format(", ".join(files)), flush=True)
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
-    requirements = os.path.join(ROOT, "requirements.txt")
-    command = [uv, "pip", "install", *quiet, "--python", installed, "-r", requirements]
+    command = [uv, "pip", "install", *quiet, "--python", installed]
+    for name in files:
+        command += ["-r", os.path.join(ROOT, name)]
     subprocess.check_call(command, env=environment)
     os.remove(unfinished)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except (subprocess.CalledProcessError, OSError) as error:
         sys.exit(f"error: setting up failed ({error}): see above, then run make setup again.")
     except KeyboardInterrupt:

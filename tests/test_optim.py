@@ -1,4 +1,5 @@
 import copy
+import math
 from itertools import pairwise
 
 import pytest
@@ -6,14 +7,17 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from common.faults import GradientClipper
-from common.schedules import (
+from common.optim import (
+    DEFAULT_STEPS,
     AveragedPolicy,
+    GradientClipper,
     OptimConfig,
     build_optimizer,
     build_scheduler,
     lr_factor,
+    or_nan,
     parameter_groups,
+    resolve_steps,
 )
 
 
@@ -33,13 +37,13 @@ def policy():
     return TinyPolicy()
 
 
-def train_step(policy, optimizer, bad=False):
+def train_step(policy, optimizer, clip=None, bad=False):
     loss = policy(torch.randn(8, 4)).square().mean()
     (loss * (float("nan") if bad else 1.0)).backward()
-    norms = GradientClipper(policy, optimizer, 1.0)()
+    if clip:
+        clip()
     optimizer.step()
     optimizer.zero_grad()
-    return norms
 
 
 def test_cosine_warms_up_linearly_and_decays_to_zero():
@@ -149,34 +153,114 @@ def test_gradients_are_clipped_as_a_whole_and_reported_by_component(policy):
     policy(100 * torch.randn(8, 4)).square().sum().backward()
     grads = [p.grad.clone() for p in policy.parameters()]
     total = torch.cat([g.flatten() for g in grads]).norm()
-    norms = GradientClipper(policy, build_optimizer(policy, OptimConfig()), 1.0)()
+    clip = GradientClipper(policy, build_optimizer(policy, OptimConfig()), 1.0)
+    norms = clip()
     torch.testing.assert_close(norms["grad_norm"], total)
     backbone = torch.cat([g.flatten() for g in grads[:2]]).norm()
     torch.testing.assert_close(norms["grad_norm/head_backbone"], backbone)
-    assert norms["bad_step"] == 0
+    assert not clip.bad
     clipped = torch.cat([p.grad.flatten() for p in policy.parameters()])
     torch.testing.assert_close(clipped, torch.cat([g.flatten() for g in grads]) / total, rtol=1e-4, atol=1e-6)
 
 
+def everything(policy, optimizer):
+    """Weights, buffers and moments, copied."""
+    moments = optimizer.state_dict()["state"]
+    moments = {f"{i} {name}": x for i, state in moments.items() for name, x in state.items()}
+    return copy.deepcopy({**policy.state_dict(), **moments})
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "schedule-free"])
-def test_a_gradient_that_is_not_finite_cannot_reach_the_weights(policy, schedule):
-    optimizer = build_optimizer(policy, OptimConfig(lr=0.01, schedule=schedule, weight_decay=0.0))
-    for _ in range(8):  # schedule-free RAdam holds still for its first steps
-        train_step(policy, optimizer)
-    before = copy.deepcopy(policy.state_dict())
-    moments = copy.deepcopy(optimizer.state_dict()["state"])
-    assert train_step(policy, optimizer, bad=True)["bad_step"] == 1
-    assert all(torch.isfinite(value).all() for value in policy.state_dict().values())
-    if schedule == "cosine":  # the step did not happen at all
-        assert all(
-            torch.equal(a, b) for a, b in zip(before.values(), policy.state_dict().values(), strict=True)
-        )
-        after = optimizer.state_dict()["state"]
-        assert all(torch.equal(moments[i][key], after[i][key]) for i in moments for key in moments[i])
-    train_step(policy, optimizer)
-    assert any(
-        not torch.equal(a, b) for a, b in zip(before.values(), policy.state_dict().values(), strict=True)
-    )
+@pytest.mark.parametrize("steps", [0, 8])
+def test_a_step_whose_gradient_is_not_finite_does_not_happen(policy, schedule, steps):
+    optimizer = build_optimizer(policy, OptimConfig(lr=0.01, schedule=schedule))
+    clip = GradientClipper(policy, optimizer, 1.0)
+    for _ in range(steps):  # schedule-free RAdam holds still for its first ones
+        train_step(policy, optimizer, clip)
+    before = everything(policy, optimizer)
+    train_step(policy, optimizer, clip, bad=True)
+    assert clip.bad
+    after = everything(policy, optimizer)
+    assert steps == 0 or before.keys() == after.keys()
+    assert all(torch.equal(torch.as_tensor(before[key]), torch.as_tensor(after[key])) for key in before)
+    assert all(torch.isfinite(torch.as_tensor(value)).all() for value in after.values())
+    for _ in range(8):
+        train_step(policy, optimizer, clip)
+    assert not all(torch.equal(before[key], value) for key, value in policy.state_dict().items())
+
+
+def test_undoing_a_step_does_not_need_to_look_at_the_device(policy, monkeypatch):
+    """On a GPU nobody knows in time whether a step is bad: it is undone there."""
+    optimizer = build_optimizer(policy, OptimConfig(lr=0.01, schedule="schedule-free"))
+    clip = GradientClipper(policy, optimizer, 1.0)
+    for _ in range(8):
+        train_step(policy, optimizer, clip)
+    before = everything(policy, optimizer)
+    for bad in (True, False):
+        policy(torch.randn(8, 4)).square().mean().mul(math.nan if bad else 1.0).backward()
+        clip()
+        clip.bad = Unseen(clip.bad)
+        optimizer.step()
+        optimizer.zero_grad()
+        after = everything(policy, optimizer)
+        assert all(torch.equal(before[key], after[key]) for key in policy.state_dict()) == bad
+
+
+class Unseen(torch.Tensor):
+    """A scalar that says it lies on another device, and refuses to be read."""
+
+    device = torch.device("meta")
+
+    def __bool__(self):
+        raise AssertionError("read a value from the device")
+
+
+def test_a_bad_step_leaves_buffers_as_they_were():
+    policy = nn.Module()
+    policy.backbone = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
+    clip = GradientClipper(policy, optimizer, 1.0)
+    for bad in (False, True, False):
+        # What a method changes after its step, a bad step that follows does not undo.
+        policy.backbone[1].running_mean += 1.0
+        before = {name: buffer.clone() for name, buffer in policy.named_buffers()}
+        clip.begin_step()
+        x = torch.randn(8, 3) * (math.inf if bad else 1)
+        policy.backbone(x).square().mean().backward()
+        clip()
+        assert clip.bad == bad
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, buffer in policy.named_buffers():
+            assert torch.equal(buffer, before[name]) == bad
+        assert all(parameter.isfinite().all() for parameter in policy.parameters())
+
+
+def test_a_loss_that_overflowed_has_no_finite_gradient():
+    parameter = torch.tensor([2.0, 3.0], requires_grad=True)
+    (parameter.sum() * 2).backward()
+    finite = parameter.grad.clone()
+    parameter.grad = None
+    or_nan(parameter.sum() * 2).backward()
+    assert torch.equal(parameter.grad, finite)
+    for bad in (math.inf, -math.inf, math.nan):
+        parameter.grad = None
+        or_nan(parameter.sum() + bad).backward()
+        assert parameter.grad.isnan().all()
+
+
+def test_steps_and_epochs():
+    assert resolve_steps(OptimConfig(steps=7), 100, 10) == 7
+    assert resolve_steps(OptimConfig(epochs=2.5), 100, 10) == 25
+    assert resolve_steps(OptimConfig(), 100, 10) == DEFAULT_STEPS
+    # 4 epochs of 32 samples; 20 steps of 4 are done, and 8 more samples a step follow
+    assert resolve_steps(OptimConfig(epochs=4.0), 32, 8, done_steps=20, done_samples=80) == 26
+    for done in range(40):  # a resumed run ends where it would have ended
+        config = OptimConfig(epochs=2.5)
+        assert resolve_steps(config, 33, 2, done, 2 * done) == resolve_steps(config, 33, 2)
+    for config in (OptimConfig(steps=5, epochs=1.0), OptimConfig(epochs=0.01)):
+        with pytest.raises(UserError, match="--epochs"):
+            resolve_steps(config, 100, 10)
 
 
 def test_ema_follows_its_formula(policy):
