@@ -405,6 +405,8 @@ def cached(
         UserError: if the disk is too small, or features are not finite.
     """
 
+    backbone.to(device)
+
     def compute(images: Tensor) -> Tensor:
         return backbone.of_cameras(images[:, list(cameras)].to(device), range(len(cameras))).half().cpu()
 
