@@ -28,7 +28,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from common import flow, losses, vision
+from common import checkpoint, flow, losses, vision
 from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, RunConfig, Share, cli, options
 from common.data import Batch, ChunkDataset, DataConfig
@@ -169,12 +169,12 @@ def compute_loss(
     x_0: Tensor | None = None,
     t: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Conditional flow-matching loss, L1, over the actions that exist, and its parts to log.
+    """Conditional flow-matching loss over the actions that exist, and its parts to log.
 
     Args:
         batch: with depth features.
         train: augment images, drop cameras.
-        count: real actions to divide by, see `losses.masked_l1`.
+        count: real actions to divide by, see `losses.masked_mse`.
         x_0, t: noise (B * M, T, A) and flow time (B * M,), M for each sample, where they are not to be drawn.
     """
     if train:
@@ -273,10 +273,14 @@ def main(config: Config) -> None:
     run = start_run(config, __file__)
     data = run.load_data(config.horizon, config.normalization)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
+    if config.depth.depth_cache == "on":  # features follow from the weights, which a checkpoint may bring
+        if run.resuming:
+            last = checkpoint.first_whole(config.run.run_dir, "policy/")
+            checkpoint.load_components(policy, last / "policy")
+        else:
+            checkpoint.initialise(policy, config.run.init_from)
+        data = data.on(cached(data.store, policy.depth_backbone, policy.depth_cameras, run.device))
     optimizer, scheduler, average = run.prepare(policy, data)
-    if config.depth.depth_cache == "on":  # not before the network has the weights that a checkpoint may bring
-        store = cached(data.train.store, policy.depth_backbone, policy.depth_cameras, run.device)
-        run.data = data = data.on(store)
     if run.is_main:
         draw_depth(policy, data.train, run.folder / "depth.png")
 

@@ -216,7 +216,7 @@ def draw_scores(
 # Training curves
 
 
-def read_metrics(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; a last one that was cut off is left out."""
     lines = []
     for text in path.read_text(errors="replace").splitlines():
@@ -235,7 +235,7 @@ def draw_curves(path: Path, picture: Path) -> None:
     What a method logs in addition, named `group/name`, gets a panel for each group, held-out metrics with
     dots.
     """
-    lines = read_metrics(path)
+    lines = read_lines(path)
     train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
     if not train:
         return

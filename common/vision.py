@@ -226,7 +226,7 @@ class HuggingFaceBackbone(Backbone):
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise UserError(
                 f"--backbone {name} cannot take images of {image_size[0]}x{image_size[1]} "
-                f"({_brief(error)}): choose another --image-size, or another backbone."
+                f"({brief(error)}): choose another --image-size, or another backbone."
             ) from None
         for parameter, grad in zip(named.values(), grads, strict=True):
             parameter.requires_grad_(grad is not None)
@@ -257,7 +257,8 @@ def _leading_tokens(length: int, image_size: tuple[int, int], patch: int | None,
     raise ValueError(f"its {length} tokens form no grid")
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """The beginning of an error's message, on one line."""
     return " ".join(str(error).split())[:200]
 
 
@@ -327,7 +328,7 @@ def _load_huggingface(name: str, hf_config: dict | None):
             if "pixel_values" not in str(getattr(network, "main_input_name", "")):
                 raise ValueError("it does not take images")
     except Exception as error:
-        reason = "it is not in the hub's cache here, and there is no connection: " * far + _brief(error)
+        reason = "it is not in the hub's cache here, and there is no connection: " * far + brief(error)
         raise UserError(
             f"--backbone {name} cannot be loaded ({type(error).__name__}: {reason}): download it where "
             f"there is a connection and give its local folder, or choose another, for example --backbone "
