@@ -23,50 +23,36 @@ averages noise away and shares its course with its neighbours.
 import json
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import set_seed
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import checkpoint, mutual_information, vision
-from common.config import Flat, RunConfig, cli, from_dict, resolve_steps
-from common.data import (
-    Batch,
-    ChunkDataset,
-    DataConfig,
-    EpisodeStore,
-    evenly_spaced,
-    make_loader,
-    open_dataset,
-    split_episodes,
-)
+from common import checkpoint, vision
+from common.checkpoint import PolicySpec
+from common.config import Flat, RunConfig, Share, UserPath, cli, from_dict, options
+from common.console import say
+from common.data import Batch, ChunkDataset, DataConfig, EpisodeStore, evenly_spaced, open_dataset
 from common.errors import UserError
-from common.faults import GradientClipper, Guard, or_nan
 from common.files import read_json, write_json, write_whole
-from common.launch import check_same_data, create_run_dir, make_accelerator
+from common.mutual_information import episode_means, infonce, ksg, require_episodes
 from common.normalize import Normalization, Normalizer
-from common.pictures import draw_reconstructions, draw_scores
-from common.schedules import (
-    AveragedPolicy,
-    OptimConfig,
-    build_optimizer,
-    build_scheduler,
-    learning_rates,
-)
-from common.tracking import Tracker
+from common.optim import OptimConfig
+from common.plots import draw_reconstructions, draw_scores
+from common.run import Run, start_run
 from common.transformer import Encoder
 from common.vision import VisionConfig
 
 LARGEST_SIDE = 128  # pixels: of the images that are encoded
 
 
-@dataclass(frozen=True)
+@options
 class Config:
     """Train autoencoders of states and action chunks, and estimate what these have in common."""
 
@@ -75,44 +61,44 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
     run: Flat[RunConfig] = field(default_factory=RunConfig)
 
-    horizon: int = 2
+    horizon: PositiveInt = 2
     """Actions in a chunk, in control steps."""
     normalization: Normalization = "mean-std"
     """How state and action are scaled: see common/normalize.py."""
-    state_latent_dim: int = 8
+    state_latent_dim: PositiveInt = 8
     """Width of a state's embedding."""
-    action_latent_dim: int = 8
+    action_latent_dim: PositiveInt = 8
     """Width of a chunk's embedding."""
-    d_model: int = 128
+    d_model: PositiveInt = 128
     """Width of the networks around the embeddings."""
-    num_heads: int = 4
+    num_heads: PositiveInt = 4
     """Attention heads; must divide --d-model."""
-    encoder_layers: int = 2
+    encoder_layers: PositiveInt = 2
     """Transformer layers that read a chunk."""
-    image_weight: float = 0.005
+    image_weight: NonNegativeFloat = 0.005
     """Weight of the squared error of images, summed over pixels."""
-    vector_weight: float = 10.0
+    vector_weight: NonNegativeFloat = 10.0
     """Weight of the squared errors of states and of chunks, summed over dimensions."""
-    embedding_weight: float = 0.01
+    embedding_weight: NonNegativeFloat = 0.01
     """Weight of the squared length of embeddings."""
 
-    estimator: Literal["ksg", "infonce", "mine"] = "ksg"
+    estimator: Literal["ksg", "infonce"] = "ksg"
     """Estimator of mutual information: nearest neighbours, or a lower bound with a trained critic."""
-    neighbours: tuple[int, ...] = (5, 6, 7)
+    neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (5, 6, 7)
     """ksg: numbers of neighbours, averaged over."""
-    repeats: int = 4
+    repeats: PositiveInt = 4
     """Times that every step of the longest episode is compared with steps of the others."""
-    best: tuple[float, ...] = (0.5, 0.8)
+    best: tuple[Share, ...] = (0.5, 0.8)
     """Shares of the episodes, the best by score, to list in episodes_topNN.json."""
-    estimate_only: Path | None = None
+    estimate_only: UserPath | None = None
     """Run whose autoencoders to estimate with again, instead of training. Of the other options, only those
-    from --estimator on, and --cache-dir, are heeded then."""
+    from --estimator on, and --cache-dir, have an effect then."""
 
 
 class StateEncoder(nn.Module):
     """Image of the head camera and joint states -> embedding."""
 
-    def __init__(self, config: Config, spec: checkpoint.PolicySpec, size: tuple[int, int], pretrained: bool):
+    def __init__(self, config: Config, spec: PolicySpec, size: tuple[int, int], pretrained: bool):
         super().__init__()
         self.backbone = vision.build_backbone(
             config.vision.backbone, size, pretrained, hf_config=spec.backbone_config
@@ -129,7 +115,7 @@ class StateEncoder(nn.Module):
 class StateDecoder(nn.Module):
     """Embedding -> image and joint states."""
 
-    def __init__(self, config: Config, spec: checkpoint.PolicySpec, size: tuple[int, int]):
+    def __init__(self, config: Config, spec: PolicySpec, size: tuple[int, int]):
         super().__init__()
         self.size, channels = size, config.d_model
         self.grid = tuple(math.ceil(side / 16) for side in size)
@@ -158,7 +144,7 @@ class StateDecoder(nn.Module):
 class ActionEncoder(nn.Module):
     """Action chunk -> embedding: a transformer over its actions, read at a token of its own."""
 
-    def __init__(self, config: Config, spec: checkpoint.PolicySpec):
+    def __init__(self, config: Config, spec: PolicySpec):
         super().__init__()
         self.readout = nn.Parameter(torch.randn(1, config.d_model) * 0.02)
         self.action_in = nn.Linear(spec.action_dim, config.d_model)
@@ -186,10 +172,10 @@ def mlp(features_in: int, hidden: int, features_out: int) -> nn.Sequential:
 class Autoencoders(nn.Module):
     """Embeddings of states and of action chunks, and what can be told from them.
 
-    Its children are the components that can be frozen, initialised and rated one by one.
+    Its children are the components, each of which can be frozen, initialised and given its own learning rate.
     """
 
-    def __init__(self, config: Config, spec: checkpoint.PolicySpec, pretrained: bool = True):
+    def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
         """`pretrained` = False leaves the backbone's weights to the checkpoint that is loaded next."""
         super().__init__()
         scale = min(1.0, LARGEST_SIDE / max(spec.image_size))
@@ -204,7 +190,7 @@ class Autoencoders(nn.Module):
 
     @torch.no_grad()
     def fit_average(self, dataset: ChunkDataset, num: int = 256) -> None:
-        """Give the decoder the average image of evenly spaced steps, the same in every process."""
+        """Give the decoder the average image of evenly spaced steps, the same in all processes."""
         batches = evenly_spaced(dataset, min(num, len(dataset)), 32)
         total = sum(self.view(vision.to_float(batch.images[:, :1])).sum(dim=0) for _, batch in batches)
         average = total / min(num, len(dataset))
@@ -217,8 +203,10 @@ class Autoencoders(nn.Module):
             return head
         return F.interpolate(head, self.size, mode="bilinear", antialias=True)
 
-    def forward(self, images: Tensor, proprio: Tensor, actions: Tensor, is_pad: Tensor) -> "Reconstruction":
-        """Embed and reconstruct, with noise on the embeddings while training.
+    def forward(
+        self, images: Tensor, proprio: Tensor, actions: Tensor, is_pad: Tensor, noisy: bool = False
+    ) -> "Reconstruction":
+        """Embed and reconstruct, with noise on the embeddings if `noisy`.
 
         Args:
             images: (B, N, 3, H, W) in [0, 1].
@@ -227,9 +215,9 @@ class Autoencoders(nn.Module):
         """
         image = self.view(images)
         z_s, z_a = self.state_encoder(image, proprio), self.action_encoder(actions, is_pad)
-        noisy = [z + torch.randn_like(z) if self.training else z for z in (z_s, z_a)]
-        image_out, states = self.state_decoder(noisy[0])
-        chunk = self.action_decoder(noisy[1]).unflatten(1, (self.horizon, -1))
+        told_s, told_a = (z + torch.randn_like(z) if noisy else z for z in (z_s, z_a))
+        image_out, states = self.state_decoder(told_s)
+        chunk = self.action_decoder(told_a).unflatten(1, (self.horizon, -1))
         return Reconstruction(z_s, z_a, (image - self.mean) / self.std, image_out, states, chunk)
 
 
@@ -251,20 +239,20 @@ class Reconstruction(NamedTuple):
 
 
 def compute_loss(
-    model: nn.Module, batch: Batch, normalizer: Normalizer, config: Config
+    model: nn.Module, batch: Batch, normalizer: Normalizer, config: Config, train: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Errors of the reconstructions, summed over elements, and lengths of the embeddings; means over samples.
+
+    Args:
+        train: augment images, and put noise on the embeddings.
 
     Returns:
         The loss, and its parts before they are weighted.
     """
-    images = (
-        vision.augment(batch.images[:, :1], config.vision)
-        if model.training
-        else vision.to_float(batch.images[:, :1])
-    )
+    head = batch.images[:, :1]
+    images = vision.augment(head, config.vision) if train else vision.to_float(head)
     proprio, chunk = normalizer.proprio(batch.proprio), normalizer.actions(batch.actions, batch.proprio)
-    out = model(images, proprio, chunk, batch.is_pad)
+    out = model(images, proprio, chunk, batch.is_pad, noisy=train)
     real = (~batch.is_pad).unsqueeze(-1)
     parts = {
         "error/image": (config.image_weight, out.image.float() - out.target),
@@ -279,21 +267,17 @@ def compute_loss(
 
 @torch.no_grad()
 def evaluate(
-    model: Autoencoders, dataset: ChunkDataset, normalizer: Normalizer, config: Config, accelerator
+    model: Autoencoders, dataset: ChunkDataset, normalizer: Normalizer, config: Config, run: Run
 ) -> dict[str, float]:
     """Loss and its parts, without noise, on at most `--eval-samples` held-out steps."""
     num = min(config.run.eval_samples, len(dataset))
-    sums: dict[str, Tensor] = {}
-    share = (config.optim.batch_size, accelerator.process_index, accelerator.num_processes)
-    for rows, batch in evenly_spaced(dataset, num, *share):
-        with accelerator.autocast():
-            loss, metrics = compute_loss(model, batch.to(accelerator.device), normalizer, config)
-        for name, value in {"loss": loss, **metrics}.items():
-            sums[name] = sums.get(name, 0.0) + value * len(rows)
     names = ["loss", "error/image", "error/state", "error/action", "embedding/state", "embedding/action"]
-    zero = torch.zeros((), device=accelerator.device)  # of a process that has no share
-    totals = accelerator.reduce(torch.stack([sums.get(name, zero) for name in names]))
-    return dict(zip(names, (totals / num).tolist(), strict=True))
+    sums = torch.zeros(len(names), device=run.device)
+    for rows, batch in run.evenly_spaced(dataset, num):
+        with run.autocast():
+            loss, metrics = compute_loss(model, batch, normalizer, config, train=False)
+        sums += torch.stack([loss, *(metrics[name] for name in names[1:])]) * len(rows)
+    return dict(zip(names, (run.sum(sums) / num).tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -318,20 +302,17 @@ def embed_all(
 ) -> tuple[Tensor, Tensor]:
     """Embeddings of all steps, (N, state_latent_dim) and (N, action_latent_dim), on the CPU."""
     states, actions = [], []
-    batches = range(0, len(dataset), batch_size)
-    for first in tqdm(batches, desc="embeddings", unit="batch", leave=False):
-        rows = np.arange(first, min(first + batch_size, len(dataset)))
-        batch = dataset.__getitems__(rows).to(model.mean.device)
+    for rows in tqdm(torch.arange(len(dataset)).split(batch_size), "embeddings", unit="batch", leave=False):
+        batch = dataset.__getitems__(rows.numpy()).to(model.mean.device)
         proprio, chunk = normalizer.proprio(batch.proprio), normalizer.actions(batch.actions, batch.proprio)
-        states.append(
-            model.state_encoder(model.view(vision.to_float(batch.images[:, :1])), proprio).float().cpu()
-        )
+        image = model.view(vision.to_float(batch.images[:, :1]))
+        states.append(model.state_encoder(image, proprio).float().cpu())
         actions.append(model.action_encoder(chunk, batch.is_pad).float().cpu())
     return torch.cat(states), torch.cat(actions)
 
 
 def estimate(
-    model: Autoencoders, store: EpisodeStore, normalizer: Normalizer, config: Config, run_dir: Path
+    model: Autoencoders, store: EpisodeStore, normalizer: Normalizer, config: Config, folder: Path
 ) -> None:
     """Estimate the mutual information of all episodes and write down what each contributes.
 
@@ -341,23 +322,19 @@ def estimate(
     """
     history, offset = config.data.proprio_history, config.data.action_offset
     dataset = ChunkDataset(store, range(store.num_episodes), config.horizon, history, offset)
-    x, y = embed_all(model.eval(), dataset, normalizer, 256)
-    episodes = torch.from_numpy(store.episode_of(dataset.rows))
     device = model.mean.device if model.mean.device.type == "cuda" else "cpu"  # float64 is not everywhere
-    options = {"repeats": config.repeats, "seed": config.run.seed, "progress": True}
+    x, y = (z.to(device) for z in embed_all(model.eval(), dataset, normalizer, 256))
+    episodes = torch.from_numpy(store.episode_of(dataset.rows))
+    settings = {"repeats": config.repeats, "seed": config.run.seed, "progress": True}
     if config.estimator == "ksg":
-        result = mutual_information.ksg_of_episodes(
-            x.to(device), y.to(device), episodes, config.neighbours, **options
-        )
+        result = ksg(x, y, episodes, config.neighbours, **settings)
     else:
-        bound = getattr(mutual_information, config.estimator)
-        result = bound(x.to(device), y.to(device), episodes, **options)
+        result = infonce(x, y, episodes, **settings)
     low, high = result.interval(episodes, seed=config.run.seed)
     known = result.pointwise[~result.pointwise.isnan()]
     clipped = result.pointwise.clamp(*known.quantile(torch.tensor([0.01, 0.99], dtype=known.dtype)).tolist())
-    numbers, scores = mutual_information.episode_means(clipped, episodes)
-    names, lengths = store.episode_indices[numbers.numpy()], np.diff(store.episode_starts)[numbers.numpy()]
-    order = np.argsort(-scores.numpy(), kind="stable")
+    numbers, scores = (x.numpy() for x in episode_means(clipped, episodes))
+    order = np.argsort(-scores, kind="stable")
 
     report = {
         "estimator": config.estimator,
@@ -371,26 +348,35 @@ def estimate(
         "repeats": config.repeats,
         "seed": config.run.seed,
     }
-    write_json(run_dir / "mutual_information.json", report)
-    lines = ["episode,steps,score_nats"]
-    lines += [f"{names[e]},{lengths[e]},{scores[e]:.6f}" for e in order]
-    write_whole(run_dir / "episode_scores.csv", ("\n".join(lines) + "\n").encode())
-    print(f"mutual information: {result.value:.3f} nats [{low:.3f}, {high:.3f}] ({config.estimator})")
-    for share in config.best:
-        best = np.sort(names[order[: max(round(share * len(order)), 1)]]).tolist()
-        path = run_dir / f"episodes_top{100 * share:.0f}.json"
-        content = {"fingerprint": store.source_fingerprint, "dataset": store.source, "episodes": best}
+    write_json(folder / "mutual_information.json", report)
+    say(f"mutual information: {result.value:.3f} nats [{low:.3f}, {high:.3f}] ({config.estimator})")
+    write_scores(store, numbers[order], scores[order], config.best, folder)
+    ends = order if len(order) < 8 else np.concatenate([order[:4], order[-4:]])
+    first = store.images(store.episode_starts[numbers[ends]])[:, 0].numpy()
+    titles = [f"{store.episode_indices[numbers[e]]}: {scores[e]:.2f}" for e in ends]
+    draw_scores(folder / "episode_scores.png", clipped.numpy(), scores, dict(zip(titles, first, strict=True)))
+    say(f"picture: {folder / 'episode_scores.png'}")
+
+
+def write_scores(
+    store: EpisodeStore, episodes: np.ndarray, scores: np.ndarray, best: tuple[float, ...], folder: Path
+) -> None:
+    """Write the scores of episodes, and for each share in `best` the episodes to train on.
+
+    Args:
+        episodes: places in the store, best first.
+        scores: of these episodes, nats.
+    """
+    names, lengths = store.episode_indices[episodes], np.diff(store.episode_starts)[episodes]
+    rows = zip(names, lengths, scores, strict=True)
+    lines = ["episode,steps,score_nats", *(f"{name},{steps},{score:.6f}" for name, steps, score in rows)]
+    write_whole(folder / "episode_scores.csv", ("\n".join(lines) + "\n").encode())
+    for share in best:
+        chosen = np.sort(names[: max(round(share * len(names)), 1)]).tolist()
+        path = folder / f"episodes_top{100 * share:.0f}.json"
+        content = {"fingerprint": store.source_fingerprint, "dataset": store.source, "episodes": chosen}
         write_whole(path, (json.dumps(content) + "\n").encode())
-        print(f"the best {len(best)} of {len(order)} episodes: --episodes-file {path}")
-    ends = [order[0], order[-1]] if len(order) < 8 else [*order[:4], *order[-4:]]
-    first = store.images(store.episode_starts[numbers.numpy()[ends]])[:, 0].numpy()
-    draw_scores(
-        run_dir / "episode_scores.png",
-        clipped.numpy(),
-        scores.numpy(),
-        {f"{names[e]}: {scores[e]:.2f}": image for e, image in zip(ends, first, strict=True)},
-    )
-    print(f"picture: {run_dir / 'episode_scores.png'}")
+        say(f"the best {len(chosen)} of {len(names)} episodes: --episodes-file {path}")
 
 
 def estimate_again(config: Config) -> None:
@@ -410,7 +396,7 @@ def estimate_again(config: Config) -> None:
     saved = read_json(path.parents[1] / "config.json")["fingerprint"]
     if saved != store.fingerprint:
         raise UserError(f"{config.estimate_only} was trained on data that have changed since: train anew.")
-    model = Autoencoders(trained, checkpoint.PolicySpec.from_json(settings["spec"]), pretrained=False)
+    model = Autoencoders(trained, PolicySpec.from_json(settings["spec"]), pretrained=False)
     checkpoint.load_components(model, path / "policy")
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     normalizer = Normalizer.load(path / "policy" / "stats.safetensors", trained.normalization)
@@ -424,113 +410,35 @@ def main(config: Config) -> None:
         return
     if len(config.data.dataset) > 1:
         raise UserError("Episodes are scored within one dataset: give a single --dataset.")
+    run = start_run(config, __file__)
+    data = run.load_data(config.horizon, config.normalization)
+    require_episodes(data.store.num_episodes, config.neighbours if config.estimator == "ksg" else None)
+    model = Autoencoders(config, data.spec, pretrained=not run.resuming)
+    if not run.resuming:
+        model.fit_average(data.train)
+    optimizer, scheduler, average = run.prepare(model, data)
 
-    # Processes and precision. Weights are initialised alike everywhere, noise differs from rank to rank.
-    accelerator = make_accelerator(config.run, config.optim.grad_accumulation)
-    set_seed(config.run.seed)
-
-    # Data
-    store = open_dataset(config.data)
-    check_same_data(config.run, store)
-    mutual_information.require_episodes(
-        store.num_episodes, config.neighbours if config.estimator == "ksg" else None
-    )
-    train_episodes, held_out = split_episodes(store, config.data.val_fraction, config.run.seed)
-    history, offset = config.data.proprio_history, config.data.action_offset
-    train_set = ChunkDataset(store, train_episodes, config.horizon, history, offset)
-    val_set = ChunkDataset(store, held_out, config.horizon, history, offset) if len(held_out) else None
-    normalizer = Normalizer.fit(train_set, config.normalization, config.data.relative_actions)
-    normalizer.to(accelerator.device)
-    global_batch = config.optim.batch_size * config.optim.grad_accumulation * accelerator.num_processes
-
-    # Autoencoders
-    spec = checkpoint.PolicySpec.of(train_set, config.run)
-    model = Autoencoders(config, spec, pretrained=not config.run.resume)
-    spec = spec.with_backbone(model.state_encoder.backbone)
-    if not config.run.resume:
-        model.fit_average(train_set)
-        checkpoint.initialise(model, config.run.init_from)
-    checkpoint.freeze(model, config.run.freeze)
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # pretrained convolutional backbones have it
-    model.to(accelerator.device)
-
-    # Optimizer, and the weights to export; their average is made before Accelerate patches `forward`
-    optimizer = build_optimizer(model, config.optim)
-    averaged = AveragedPolicy(model, optimizer, config.optim.ema_decay)
-    if config.run.compile:
-        model.compile()
-    ddp_model, optimizer = accelerator.prepare(model, optimizer)
-
-    # Start, or go on where an earlier run left off
-    step = samples = 0
-    set_seed(config.run.seed, device_specific=True)
-    if config.run.resume:
-        step, samples = checkpoint.restore(accelerator, config.run.run_dir, averaged)
-    total_steps = resolve_steps(
-        config.optim.steps, config.optim.epochs, len(train_set), global_batch, step, samples
-    )
-    scheduler = build_scheduler(optimizer.optimizer, model, config.optim, total_steps, step)
-    loader = make_loader(
-        train_set,
-        config.optim.batch_size,
-        config.run.seed,
-        config.data.num_workers,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        start=samples,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    batches = iter(loader)
-    run_dir = create_run_dir(accelerator, config, __file__, store, global_batch, total_steps)
-    tracker = Tracker(accelerator, run_dir, config, total_steps, step, samples, loader)
-    clip = GradientClipper(model, optimizer.optimizer, config.optim.grad_clip)
-    guard = Guard(accelerator, config.run, tracker)
-
-    # Training
-    model.train()
-    for name in config.run.freeze:
-        getattr(model, name).eval()
-    while step < total_steps and not guard.stopping:
-        with accelerator.accumulate(ddp_model):
-            with tracker.waiting():
-                batch = next(batches).to(accelerator.device)
-            loss, metrics = compute_loss(ddp_model, batch, normalizer, config)
-            tracker.add({"loss": loss, **metrics})
-            accelerator.backward(or_nan(loss))
-            if accelerator.sync_gradients:
-                accelerator.unscale_gradients()  # fp16 scales them
-                tracker.add(clip())
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue  # a step is an optimizer update, not a micro-batch
-        rates = learning_rates(optimizer.optimizer)
+    while run.step < run.total_steps and not run.stopping:
+        for batch in run.micro_batches():
+            loss, metrics = compute_loss(run.model, batch, data.normalizer, config, train=True)
+            run.backward(loss)
+            run.log(metrics)
+        run.log(run.clip_gradients())
+        optimizer.step()
+        optimizer.zero_grad()
         scheduler.step()
-        averaged.update()
-        step, samples = step + 1, samples + global_batch
+        average.update()
+        run.end_step()
 
-        if step % config.run.log_every == 0 or step == total_steps:
-            tracker.log(step, samples, rates)
-        clip.remember()
-        guard.end_step()
-        with tracker.paused():
-            if val_set and (step % config.run.eval_every == 0 or step == total_steps):
-                tracker.log_validation(
-                    step, evaluate(averaged.model, val_set, normalizer, config, accelerator)
-                )
-                if accelerator.is_main_process:
-                    draw_examples(averaged.model, val_set, normalizer, run_dir / "reconstructions.png")
-            if step % config.run.save_every == 0 or step == total_steps or guard.stopping:
-                checkpoint.save(
-                    accelerator, run_dir, step, samples, averaged, normalizer, spec, config, tracker
-                )
-    tracker.close()
-    guard.close(step, total_steps, run_dir)
-
-    # Estimation
-    if accelerator.is_main_process:
-        estimate(averaged.model, store, normalizer, config, run_dir)
+        if data.val and run.due(config.run.eval_every):
+            run.log_validation(evaluate(average.model, data.val, data.normalizer, config, run))
+            if run.is_main:
+                draw_examples(average.model, data.val, data.normalizer, run.folder / "reconstructions.png")
+        if run.due(config.run.save_every) or run.stopping:
+            run.save()
+    run.close()
+    if run.is_main:
+        estimate(average.model, data.store, data.normalizer, config, run.folder)
 
 
 if __name__ == "__main__":

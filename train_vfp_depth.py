@@ -1,62 +1,47 @@
 """Variational-flow-policy family, single expert, with depth: flow matching from cameras and Depth Anything 3.
 
-Every camera has its own backbone. The head camera, or those of `--depth-cameras`, has a further visual
-stream: features of the frozen Depth Anything 3 network (Lin et al. 2025), which has seen more shapes and
-distances than any set of demonstrations. They are computed once for every frame and cached. A transformer
-encoder fuses camera tokens, depth tokens and joint states into a memory and a summary; a transformer decoder,
-conditioned on flow time, turns a noisy action chunk into the velocity that carries it to the demonstrated
-one. With x_t = (1 - t) x_0 + t x_1, x_0 ~ N(0, 1), t ~ Beta(1.0, 1.5), and x_1 the normalized chunk recorded
-after observation s, the objective is
+Every camera has its own backbone. While training, a sample may lose one camera, so that the policy does not
+lean on a single view. The head camera, or those of `--depth-cameras`, has a further visual stream: features
+of the frozen Depth Anything 3 network (Lin et al. 2025), which has seen more shapes and distances than any
+set of demonstrations. A camera that is lost takes its depth along. A transformer encoder fuses all tokens and
+joint states into a memory and a summary; a transformer decoder, conditioned on flow time, turns a noisy
+action chunk into the velocity that carries it to the demonstrated one. With x_t = (1 - t) x_0 + t x_1,
+x_0 ~ N(0, 1), t ~ Beta(1.0, 1.5), and x_1 the normalized chunk recorded after observation s, the objective is
 
     L = E | v(x_t, t, s) - (x_1 - x_0) |          over actions that exist, not past an episode's end
 
-(Lipman et al. 2023; Liu et al. 2023; time distribution as in pi0, Black et al. 2024). While training, a
-sample may lose one camera, and its depth with it, so that the policy does not lean on a single view. To act,
-dx/dt = v is integrated from noise at t = 0 to actions at t = 1.
+(Lipman et al. 2023; Liu et al. 2023; time distribution as in pi0, Black et al. 2024). To act, dx/dt = v is
+integrated from noise at t = 0 to actions at t = 1.
 
-Differs from `train_vfp.py` in: the depth stream; the L1 loss.
+Differs from `train_vfp.py` in: depth features, computed once for every frame or anew in each step; the L1
+loss; a picture of the features.
 
     accelerate launch train_vfp_depth.py --dataset me/fold_towel --image-size 224 --depth-model base
     accelerate launch train_vfp_depth.py --depth-weights random     # to try it without a download
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate.utils import set_seed
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from common import checkpoint, flow, losses, vision
-from common.config import Flat, RunConfig, cli, resolve_steps
-from common.data import (
-    Batch,
-    ChunkDataset,
-    DataConfig,
-    evenly_spaced,
-    make_loader,
-    open_dataset,
-    split_episodes,
-)
+from common.checkpoint import PolicySpec
+from common.config import Flat, MayChange, RunConfig, Share, cli, options
+from common.data import Batch, ChunkDataset, DataConfig
 from common.depth import DepthBackbone, DepthConfig, cached, camera_numbers
-from common.faults import GradientClipper, Guard, or_nan
-from common.launch import check_same_data, create_run_dir, make_accelerator
 from common.normalize import Normalization, Normalizer
-from common.pictures import draw_features
-from common.schedules import (
-    AveragedPolicy,
-    OptimConfig,
-    build_optimizer,
-    build_scheduler,
-    learning_rates,
-)
-from common.tracking import Tracker
+from common.optim import OptimConfig
+from common.plots import draw_features
+from common.run import Run, start_run
 from common.transformer import ActionDecoder, Context, InfoEmbedder
 from common.vision import VisionConfig
 
 
-@dataclass(frozen=True)
+@options
 class Config:
     """Train a single-expert flow-matching policy with depth features on multi-camera demonstrations."""
 
@@ -66,56 +51,56 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
     run: Flat[RunConfig] = field(default_factory=RunConfig)
 
-    horizon: int = 16
+    horizon: PositiveInt = 16
     """Actions predicted per chunk, in control steps."""
     normalization: Normalization = "mean-std"
     """How state and action are scaled: see common/normalize.py."""
-    camera_dropout: float = 0.15
+    camera_dropout: Share = 0.15
     """Probability that a training sample loses one camera; the only camera is never lost."""
-    flow_samples: int = 8
-    """Draws of (noise, flow time) per observation and step. The encoder runs once for all of them, so with a
-    large backbone further draws are nearly free."""
+    flow_samples: PositiveInt = 8
+    """M, draws of (noise, flow time) per observation and step. The encoder runs once for all of them, so with
+    a large backbone further draws are nearly free."""
     time_distribution: flow.TimeDistribution = "beta"
     """Distribution of the flow time in training."""
-    time_beta: tuple[float, float] = (1.0, 1.5)
+    time_beta: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.5)
     """Parameters of the Beta distribution; the second above the first favours the noisy end."""
-    d_model: int = 128
+    d_model: PositiveInt = 128
     """Width of encoder and decoder tokens."""
-    num_heads: int = 4
+    num_heads: PositiveInt = 4
     """Attention heads; must divide --d-model."""
-    encoder_layers: int = 2
+    encoder_layers: PositiveInt = 2
     """Transformer layers that fuse cameras and joint states."""
-    decoder_layers: int = 3
+    decoder_layers: PositiveInt = 3
     """Transformer layers that predict the velocity."""
     attention: Literal["causal", "full"] = "causal"
     """Self-attention among the actions of a chunk: an action sees earlier ones only, or all."""
-    sample_steps: int = 10
+    sample_steps: MayChange[PositiveInt] = 10
     """Integration steps when sampling actions."""
-    sample_method: flow.Integrator = "euler"
+    sample_method: MayChange[flow.Integrator] = "euler"
     """Integrator when sampling actions; midpoint and heun evaluate the network twice a step."""
 
 
 class Policy(nn.Module):
     """Velocity field of action chunks given camera images, their depth features, and joint states.
 
-    Its children are the components that can be frozen, initialised and rated one by one.
+    Its children are the components, each of which can be frozen, initialised and given its own learning rate.
     """
 
-    def __init__(self, config: Config, spec: checkpoint.PolicySpec, pretrained: bool = True):
-        """`pretrained` = False leaves a backbone's weights to the checkpoint that is loaded next."""
+    def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
+        """`pretrained` = False leaves the backbones' weights to the checkpoint that is loaded next."""
         super().__init__()
-        self.cameras = spec.cameras
+        self.cameras, widths = spec.cameras, []
         for camera in spec.cameras:
             backbone = vision.build_backbone(
                 config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
             )
             self.add_module(f"{camera}_backbone", backbone)
-        backbones = [getattr(self, f"{camera}_backbone") for camera in spec.cameras]
+            widths.append((backbone.token_dim, backbone.summary_dim))
         self.depth_backbone = DepthBackbone(config.depth, spec.image_size, pretrained)
         self.depth_cameras = camera_numbers(config.depth, spec.cameras)
-        depth_widths = [(self.depth_backbone.token_dim,) * 2] * len(self.depth_cameras)
+        widths += [(self.depth_backbone.token_dim,) * 2] * len(self.depth_cameras)
         self.info_embedder = InfoEmbedder(
-            [(backbone.token_dim, backbone.summary_dim) for backbone in backbones] + depth_widths,
+            widths,
             spec.state_dim,
             spec.proprio_history,
             config.d_model,
@@ -145,7 +130,7 @@ class Policy(nn.Module):
             images: (B, N, 3, H, W) float in [0, 1].
             proprio: (B, K, P), normalized.
             depth: (B, C, L, D_f), from `depth_features` or the cache; of images that are not augmented.
-            dropped: (B, N), True where a sample has lost a camera; its depth is lost with it.
+            dropped: (B, N), True where a sample has lost a camera, and with it the depth.
         """
         views = [getattr(self, f"{c}_backbone")(images[:, n]) for n, c in enumerate(self.cameras)]
         views += [(tokens, tokens.mean(dim=1)) for tokens in depth.float().unbind(1)]
@@ -168,10 +153,10 @@ class Policy(nn.Module):
 
 
 def with_depth(batch: Batch, policy: Policy) -> Batch:
-    """The batch with depth features: those of the cache, or else computed now, rounded alike."""
-    if batch.features is not None:
+    """The batch with depth features: those of the cache, or else computed now and rounded as those are."""
+    if "depth" in batch.extras:
         return batch
-    return batch._replace(features=policy.depth_features(batch.images).half())
+    return batch._replace(extras={**batch.extras, "depth": policy.depth_features(batch.images).half()})
 
 
 def compute_loss(
@@ -179,35 +164,37 @@ def compute_loss(
     batch: Batch,
     normalizer: Normalizer,
     config: Config,
-    draws: tuple[Tensor, Tensor] | None = None,
+    train: bool,
     count: Tensor | None = None,
-) -> Tensor:
-    """Conditional flow-matching loss over the actions that exist, L1.
+    x_0: Tensor | None = None,
+    t: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Conditional flow-matching loss over the actions that exist, and its parts to log.
 
     Args:
         batch: with depth features.
-        draws: noise (B * M, T, A) and flow time (B * M,), where they must be the same every time.
-        count: real steps to divide by, see `losses.masked_mse`.
+        train: augment images, drop cameras.
+        count: real actions to divide by, see `losses.masked_mse`.
+        x_0, t: noise (B * M, T, A) and flow time (B * M,), M for each sample, where they are not to be drawn.
     """
-    if policy.training:
+    if train:
         images = vision.augment(batch.images, config.vision)
         dropped = vision.random_camera_dropout(*images.shape[:2], config.camera_dropout, images.device)
     else:
         images, dropped = vision.to_float(batch.images), None
-
-    num_draws = config.flow_samples if draws is None else len(draws[0]) // len(images)
+    flow_samples = config.flow_samples if x_0 is None else len(x_0) // len(images)
     x_1 = normalizer.actions(batch.actions, batch.proprio)  # (B, T, A)
-    x_1 = x_1.repeat_interleave(num_draws, dim=0)  # (B * M, T, A)
-    is_pad = batch.is_pad.repeat_interleave(num_draws, dim=0)  # (B * M, T)
-    if draws is None:
+    x_1 = x_1.repeat_interleave(flow_samples, dim=0)  # (B * M, T, A)
+    is_pad = batch.is_pad.repeat_interleave(flow_samples, dim=0)  # (B * M, T)
+    if x_0 is None:
         x_0 = torch.randn_like(x_1)
         t = flow.sample_time(len(x_1), x_1.device, config.time_distribution, config.time_beta)  # (B * M,)
-    else:
-        x_0, t = draws
     x_t, velocity = flow.linear_path(x_0, x_1, t)
-    proprio = normalizer.proprio(batch.proprio)
-    velocity_pred = policy(x_t, t, images, proprio, batch.features, dropped, is_pad)
-    return losses.masked_l1(velocity_pred, velocity, ~is_pad, None if count is None else count * num_draws)
+    proprio, depth = normalizer.proprio(batch.proprio), batch.extras["depth"]
+    velocity_pred = policy(x_t, t, images, proprio, depth, dropped, is_pad)
+    count = None if count is None else count * flow_samples
+    loss = losses.masked_l1(velocity_pred, velocity, ~is_pad, count)
+    return loss, {"loss/velocity": loss}
 
 
 @torch.no_grad()
@@ -229,7 +216,7 @@ def sample_actions(
         steps: integration steps, instead of the configured number.
         generator: source of the noise, on the device of the images.
         x_0: the noise itself, (B, T, A).
-        depth: features of the images, (B, C, L, D_f), where they are known already.
+        depth: features of the images, (B, C, L, D_f), if they are known already.
 
     Returns:
         (B, T, A) float32, unitless: to be un-normalized.
@@ -247,147 +234,76 @@ def sample_actions(
 
 @torch.no_grad()
 def evaluate(
-    policy: Policy, dataset: ChunkDataset, normalizer: Normalizer, config: Config, accelerator
+    policy: Policy, dataset: ChunkDataset, normalizer: Normalizer, config: Config, run: Run
 ) -> dict[str, float]:
     """Loss and error of sampled chunks on held-out episodes, with the same noise and flow times every time.
 
-    At most `--eval-samples` evenly spaced steps are used, shared out over the processes. The training
-    noise is not touched: evaluating more or less often changes nothing else.
+    At most `--eval-samples` evenly spaced steps are used, divided among the processes. The training noise is
+    not touched: evaluating more or less often changes nothing else.
     """
     num = min(config.run.eval_samples, len(dataset))
     generator = torch.Generator().manual_seed(config.run.seed)
     x_0 = torch.randn(num, config.horizon, dataset.store.action.shape[1], generator=generator)
     t = flow.sample_time(num, "cpu", config.time_distribution, config.time_beta, generator)
-    sums = torch.zeros(3, device=accelerator.device)  # loss, absolute error, real elements
-    share = (config.optim.batch_size, accelerator.process_index, accelerator.num_processes)
-    for rows, batch in evenly_spaced(dataset, num, *share):
-        batch = with_depth(batch.to(accelerator.device), policy)
-        draws = (x_0[rows].to(accelerator.device), t[rows].to(accelerator.device))
-        proprio = normalizer.proprio(batch.proprio)
-        with accelerator.autocast():
-            loss = compute_loss(policy, batch, normalizer, config, draws)
-            sampled = sample_actions(
-                policy, batch.images, proprio, config, x_0=draws[0], depth=batch.features
-            )
+    sums = torch.zeros(3, device=run.device)  # loss, absolute error, real actions
+    for rows, batch in run.evenly_spaced(dataset, num):
+        batch = with_depth(batch, policy)
+        noise, times = x_0[rows].to(run.device), t[rows].to(run.device)
+        with run.autocast():
+            loss, _ = compute_loss(policy, batch, normalizer, config, train=False, x_0=noise, t=times)
+            proprio, depth = normalizer.proprio(batch.proprio), batch.extras["depth"]
+            sampled = sample_actions(policy, batch.images, proprio, config, x_0=noise, depth=depth)
         target = normalizer.actions(batch.actions, batch.proprio)
         error = losses.masked_l1(sampled, target, ~batch.is_pad)
         sums += torch.stack([loss, error, torch.ones_like(loss)]) * (~batch.is_pad).sum()
-    loss, error, count = accelerator.reduce(sums).tolist()
-    return {"loss": loss / count, "action_mae": error / count}
+    loss, error, count = run.sum(sums).tolist()
+    return {"loss/velocity": loss / count, "action_mae": error / count}
 
 
 def draw_depth(policy: Policy, dataset: ChunkDataset, path: Path, num: int = 6) -> None:
     """Picture of the depth features at some steps, beside what the camera saw."""
-    rows = [int(row) for row in torch.linspace(0, len(dataset) - 1, num)]
-    batch = dataset.__getitems__(rows).to(policy.depth_backbone.mean.device)
-    features = with_depth(batch, policy).features[:, 0].float().cpu().numpy()
+    rows = torch.linspace(0, len(dataset) - 1, num).long().tolist()
+    batch = with_depth(dataset.__getitems__(rows).to(policy.depth_backbone.mean.device), policy)
+    features = batch.extras["depth"][:, 0].float().cpu().numpy()
     images = batch.images[:, policy.depth_cameras[0]].cpu().numpy()
     draw_features(path, images, features, policy.depth_backbone.feature_grid, "features of Depth Anything 3")
 
 
 def main(config: Config) -> None:
-    # Processes and precision. Weights are initialised alike everywhere, noise differs from rank to rank.
-    accelerator = make_accelerator(config.run, config.optim.grad_accumulation)
-    set_seed(config.run.seed)
+    run = start_run(config, __file__)
+    data = run.load_data(config.horizon, config.normalization)
+    policy = Policy(config, data.spec, pretrained=not run.resuming)
+    if config.depth.depth_cache == "on":  # features follow from the weights, which a checkpoint may bring
+        if run.resuming:
+            last = checkpoint.first_whole(config.run.run_dir, "policy/")
+            checkpoint.load_components(policy, last / "policy")
+        else:
+            checkpoint.initialise(policy, config.run.init_from)
+        data = data.on(cached(data.store, policy.depth_backbone, policy.depth_cameras, run.device))
+    optimizer, scheduler, average = run.prepare(policy, data)
+    if run.is_main:
+        draw_depth(policy, data.train, run.folder / "depth.png")
 
-    # Data
-    store = open_dataset(config.data)
-    check_same_data(config.run, store)
-    train_episodes, held_out = split_episodes(store, config.data.val_fraction, config.run.seed)
-    history, offset = config.data.proprio_history, config.data.action_offset
-    train_set = ChunkDataset(store, train_episodes, config.horizon, history, offset)
-    val_set = ChunkDataset(store, held_out, config.horizon, history, offset) if len(held_out) else None
-    normalizer = Normalizer.fit(train_set, config.normalization, config.data.relative_actions)
-    normalizer.to(accelerator.device)
-    global_batch = config.optim.batch_size * config.optim.grad_accumulation * accelerator.num_processes
-
-    # Policy
-    spec = checkpoint.PolicySpec.of(train_set, config.run)
-    policy = Policy(config, spec, pretrained=not config.run.resume)
-    spec = spec.with_backbone(getattr(policy, f"{spec.cameras[0]}_backbone"))
-    if not config.run.resume:
-        checkpoint.initialise(policy, config.run.init_from)
-    checkpoint.freeze(policy, config.run.freeze)
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        policy = nn.SyncBatchNorm.convert_sync_batchnorm(policy)  # pretrained convolutional backbones have it
-    policy.to(accelerator.device)
-
-    # Optimizer, and the weights to export; their average is made before Accelerate patches `forward`
-    optimizer = build_optimizer(policy, config.optim)
-    averaged = AveragedPolicy(policy, optimizer, config.optim.ema_decay)
-    if config.run.compile:
-        policy.compile()
-    ddp_policy, optimizer = accelerator.prepare(policy, optimizer)
-
-    # Start, or go on where an earlier run left off
-    step = samples = 0
-    set_seed(config.run.seed, device_specific=True)
-    if config.run.resume:
-        step, samples = checkpoint.restore(accelerator, config.run.run_dir, averaged)
-    if config.depth.depth_cache == "on":  # features of all frames, now and never again
-        store = cached(store, policy.depth_backbone, policy.depth_cameras, accelerator.device)
-        train_set, val_set = train_set.on(store), val_set and val_set.on(store)
-    total_steps = resolve_steps(
-        config.optim.steps, config.optim.epochs, len(train_set), global_batch, step, samples
-    )
-    scheduler = build_scheduler(optimizer.optimizer, policy, config.optim, total_steps, step)
-    loader = make_loader(
-        train_set,
-        config.optim.batch_size,
-        config.run.seed,
-        config.data.num_workers,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        start=samples,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    batches = iter(loader)
-    run_dir = create_run_dir(accelerator, config, __file__, store, global_batch, total_steps)
-    tracker = Tracker(accelerator, run_dir, config, total_steps, step, samples, loader)
-    clip = GradientClipper(policy, optimizer.optimizer, config.optim.grad_clip)
-    guard = Guard(accelerator, config.run, tracker)
-    if accelerator.is_main_process:
-        draw_depth(policy, train_set, run_dir / "depth.png")
-
-    # Training
-    policy.train()
-    for name in config.run.freeze:
-        getattr(policy, name).eval()
-    while step < total_steps and not guard.stopping:
-        with accelerator.accumulate(ddp_policy):
-            with tracker.waiting():
-                batch = with_depth(next(batches).to(accelerator.device), policy)
-            count = accelerator.reduce((~batch.is_pad).sum().float(), "mean")
-            loss = compute_loss(ddp_policy, batch, normalizer, config, count=count)
-            tracker.add({"loss": loss})
-            accelerator.backward(or_nan(loss))
-            if accelerator.sync_gradients:
-                accelerator.unscale_gradients()  # fp16 scales them
-                tracker.add(clip())
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue  # a step is an optimizer update, not a micro-batch
-        rates = learning_rates(optimizer.optimizer)
+    while run.step < run.total_steps and not run.stopping:
+        for batch in run.micro_batches():
+            batch = with_depth(batch, policy)
+            loss, metrics = compute_loss(
+                run.model, batch, data.normalizer, config, train=True, count=run.real_actions
+            )
+            run.backward(loss)
+            run.log(metrics)
+        run.log(run.clip_gradients())
+        optimizer.step()
+        optimizer.zero_grad()
         scheduler.step()
-        averaged.update()
-        step, samples = step + 1, samples + global_batch
+        average.update()
+        run.end_step()
 
-        if step % config.run.log_every == 0 or step == total_steps:
-            tracker.log(step, samples, rates)
-        clip.remember()
-        guard.end_step()
-        with tracker.paused():
-            if val_set and (step % config.run.eval_every == 0 or step == total_steps):
-                tracker.log_validation(
-                    step, evaluate(averaged.model, val_set, normalizer, config, accelerator)
-                )
-            if step % config.run.save_every == 0 or step == total_steps or guard.stopping:
-                checkpoint.save(
-                    accelerator, run_dir, step, samples, averaged, normalizer, spec, config, tracker
-                )
-    tracker.close()
-    guard.close(step, total_steps, run_dir)
+        if data.val and run.due(config.run.eval_every):
+            run.log_validation(evaluate(average.model, data.val, data.normalizer, config, run))
+        if run.due(config.run.save_every) or run.stopping:
+            run.save()
+    run.close()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ features can be computed once for every frame, see `cached`.
 """
 
 import hashlib
-import json
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,37 +16,41 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from common.config import MayChange, options
+from common.console import say
+from common.data import EpisodeStore
 from common.data.cameras import short_name
 from common.data.features import ensure_features
-from common.data.ingest import report
-from common.data.store import EpisodeStore
 from common.errors import UserError
-from common.vision import IMAGENET_MEAN, IMAGENET_STD, hub_is_near
+from common.files import read_json
+from common.vision import IMAGENET_MEAN, IMAGENET_STD, brief, hub_answers
 
 PATCH = 14
 PREFIX = "model.backbone.pretrained."  # of the backbone's weights in official files
 
 
-@dataclass(frozen=True)
+@options
 class DepthConfig:
     """Depth Anything 3 as a further visual stream."""
 
     depth_model: Literal["small", "base", "large", "mono", "metric"] = "small"
     """Depth Anything 3 model. small, base, and of large's size mono and metric are Apache-2.0; the weights of
     large may not be used commercially (CC BY-NC 4.0)."""
-    depth_weights: str | None = None
+    depth_weights: MayChange[str | None] = None
     """Where its weights are: a folder with the official config.json and model.safetensors, a hub name, or
     `random` (`random:SEED`), with which all works but the features mean nothing. Default: the official
     ones."""
     depth_layers: tuple[int, ...] = ()
     """Blocks whose tokens become features, counted from 0, side by side. Default: the last."""
-    depth_pool: int = 1
+    depth_pool: PositiveInt = 1
     """Tokens to average along each side of the image: 2 makes features a quarter of the size."""
     depth_cameras: tuple[str, ...] = ()
     """Cameras that get depth features. Default: the head camera."""
-    depth_cache: Literal["on", "off"] = "on"
+    depth_cache: MayChange[Literal["on", "off"]] = "on"
     """Compute the features of every frame once and keep them beside the episode store, or in every step."""
 
 
@@ -68,6 +72,11 @@ class Architecture:
     out_layers: tuple[int, ...]
     alt_start: int | None = None
 
+    @property
+    def hub(self) -> str:
+        """Where the official weights are."""
+        return f"depth-anything/{self.name.upper()}" + "-1.1" * (self.name == "da3-large")
+
     def is_global(self, block: int) -> bool:
         return self.alt_start is not None and block >= self.alt_start and block % 2 == 1
 
@@ -78,13 +87,6 @@ ARCHITECTURES = {
     "large": Architecture("da3-large", 1024, 24, 16, (11, 15, 19, 23), 8),
     "mono": Architecture("da3mono-large", 1024, 24, 16, (4, 11, 17, 23)),
     "metric": Architecture("da3metric-large", 1024, 24, 16, (4, 11, 17, 23)),
-}
-HUB = {
-    "small": "depth-anything/DA3-SMALL",
-    "base": "depth-anything/DA3-BASE",
-    "large": "depth-anything/DA3-LARGE-1.1",
-    "mono": "depth-anything/DA3MONO-LARGE",
-    "metric": "depth-anything/DA3METRIC-LARGE",
 }
 
 
@@ -109,34 +111,18 @@ class _Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-class _LayerScale(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class _Mlp(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class _Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, qk_norm: bool):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = _Attention(dim, num_heads, qk_norm), _Mlp(dim)
-        self.ls1, self.ls2 = _LayerScale(dim), _LayerScale(dim)
+        self.attn = _Attention(dim, num_heads, qk_norm)
+        layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU(), "fc2": nn.Linear(4 * dim, dim)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(dim)}) for _ in range(2))
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x), rotation))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.attn(self.norm1(x), rotation) * self.ls1["gamma"]
+        return x + self.mlp(self.norm2(x)) * self.ls2["gamma"]
 
 
 def _rotations(positions: Tensor, head_dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
@@ -161,22 +147,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
-class _PatchEmbed(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, PATCH, PATCH)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
 class DepthNetwork(nn.Module):
     """The single-view backbone of Depth Anything 3; parameters are named as in the official files."""
 
     def __init__(self, architecture: Architecture):
         super().__init__()
         self.architecture, dim = architecture, architecture.dim
-        self.patch_embed = _PatchEmbed(dim)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, PATCH, PATCH)})
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, 37 * 37 + 1, dim) * 0.02)
         start = math.inf if architecture.alt_start is None else architecture.alt_start
@@ -199,7 +176,7 @@ class DepthNetwork(nn.Module):
         """
         architecture = self.architecture
         grid = images.shape[-2] // PATCH, images.shape[-1] // PATCH
-        x = self.patch_embed(images)
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = x + self._positions(grid).to(x.dtype)
         rotations = self._rotations(grid, x.device) if architecture.alt_start is not None else None
@@ -246,6 +223,7 @@ class DepthBackbone(nn.Module):
         token_dim: width of the features, those of all chosen layers together.
         num_tokens: L, at the image size that it was made for.
         feature_grid: rows and columns of the tokens.
+        input_size: (H, W) at which the network looks at images.
     """
 
     def __init__(self, config: DepthConfig, image_size: tuple[int, int], pretrained: bool = True):
@@ -262,8 +240,9 @@ class DepthBackbone(nn.Module):
                 f"--depth-layers {' '.join(map(str, config.depth_layers))}: --depth-model "
                 f"{config.depth_model} has the blocks 0 to {architecture.num_blocks - 1}."
             )
-        self.image_size, self.pool = image_size, config.depth_pool
+        self.pool = config.depth_pool
         self.grid = tuple(max(round(side / PATCH), 1) for side in image_size)
+        self.input_size = tuple(PATCH * side for side in self.grid)
         self.token_dim = architecture.dim * len(self.layers)
         self.feature_grid = tuple(math.ceil(side / self.pool) for side in self.grid)
         self.num_tokens = math.prod(self.feature_grid)
@@ -273,16 +252,8 @@ class DepthBackbone(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         if pretrained and self.input_size != image_size:
-            height, width = self.input_size
-            report(
-                f"depth: images of {image_size[0]}x{image_size[1]} are resized to {height}x{width} for Depth "
-                f"Anything 3, which takes multiples of {PATCH}"
-            )
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        """(H, W) at which the network looks at images."""
-        return PATCH * self.grid[0], PATCH * self.grid[1]
+            sizes = ["x".join(map(str, size)) for size in (image_size, self.input_size)]
+            say(f"depth: images of {sizes[0]} are resized to {sizes[1]}, to multiples of {PATCH}")
 
     def train(self, mode: bool = True) -> "DepthBackbone":
         return super().train(False)
@@ -337,101 +308,77 @@ def load_network(config: DepthConfig, architecture: Architecture) -> DepthNetwor
     Raises:
         UserError: if they cannot be found or read, or are those of another model.
     """
-    source = config.depth_weights or HUB[config.depth_model]
+    source = config.depth_weights or architecture.hub
     kind, _, seed = source.partition(":")
     if kind == "random":
         if not (seed or "0").isdigit():
             raise UserError(f"--depth-weights {source}: write it as random:SEED, with a whole number.")
-        report("depth: the weights of Depth Anything 3 are RANDOM, its features mean nothing")
+        say("depth: the weights of Depth Anything 3 are RANDOM, its features mean nothing")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seed or 0))
             return DepthNetwork(architecture)
-    folder, retry = _snapshot(source, config.depth_model), f"give another --depth-weights than {source}"
-    _check_model_name(folder / "config.json", config.depth_model, source)
-    weights = _read_weights(folder / "model.safetensors", retry)
+    folder = _snapshot(source, architecture)
+    _check_model_name(folder / "config.json", architecture, source)
+    file, retry = folder / "model.safetensors", f"give another --depth-weights than {source}"
     with torch.device("meta"):
         network = DepthNetwork(architecture)
-    wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    missing, extra = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
-    other = sorted(name for name in wanted.keys() & weights if weights[name].shape != wanted[name])
-    if missing or extra or other:
-        faults = [
-            f"{what} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-            for what, names in (
-                ("lacks", missing),
-                ("has the unknown", extra),
-                ("has another shape of", other),
-            )
-            if names
-        ]
+    try:
+        with safe_open(file, "pt") as content:  # the heads are not read
+            names = [name for name in content.keys() if name.startswith(PREFIX)]  # noqa: SIM118, no mapping
+            weights = {name.removeprefix(PREFIX): content.get_tensor(name) for name in names}
+        network.load_state_dict(weights, assign=True)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged ({error}): download it again, or {retry}.") from None
+    except RuntimeError as error:
         raise UserError(
-            f"{folder / 'model.safetensors'} is no {architecture.name}: below {PREFIX} it "
-            f"{', '.join(faults)}; {retry}."
-        )
-    network.load_state_dict(weights, assign=True)
+            f"{file} is no {architecture.name} below {PREFIX} ({brief(error)}): {retry}."
+        ) from None
     if config.depth_model == "large":
-        report(
+        say(
             "depth: the weights of Depth Anything 3 LARGE are licensed CC BY-NC 4.0: no commercial use, of "
             "policies trained with them either"
         )
     return network.float()
 
 
-def _snapshot(source: str, model: str) -> Path:
+def _snapshot(source: str, architecture: Architecture) -> Path:
     """Folder with config.json and model.safetensors; downloaded, if it is a hub name."""
-    path = Path(source).expanduser()
+    path, names = Path(source).expanduser(), ("config.json", "model.safetensors")
     if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") != 1:
-        absent = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
+        absent = [name for name in names if not (path / name).is_file()]
         if absent:
             what = "does not exist" if not path.exists() else f"has no {' and no '.join(absent)}"
             raise UserError(
-                f"--depth-weights {source} {what}: give the folder of an official snapshot, as of "
-                f"{HUB[model]}."
+                f"--depth-weights {source} {what}: give the folder of an official snapshot, for example of "
+                f"{architecture.hub}."
             )
         return path
     from huggingface_hub import hf_hub_download
 
-    near = hub_is_near()
+    far = not hub_answers(source)
     try:
-        files = [
-            hf_hub_download(source, name, local_files_only=not near)
-            for name in ("config.json", "model.safetensors")
-        ]
+        files = [Path(hf_hub_download(source, name, local_files_only=far)) for name in names]
+        return files[0].parent
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        if not near:
-            reason = "it is not in the hub's cache here, and there is no connection"
+        reason = "it is not in the hub's cache here, and there is no connection" if far else brief(error)
         raise UserError(
             f"Depth Anything 3 cannot be loaded from {source} ({reason}): download it where there is a "
             f"connection and give its folder as --depth-weights, or try without, by --depth-weights random."
         ) from None
-    return Path(files[0]).parent
 
 
-def _check_model_name(path: Path, model: str, source: str) -> None:
+def _check_model_name(path: Path, wanted: Architecture, source: str) -> None:
     try:
-        name = json.loads(path.read_text())["model_name"]
+        name = read_json(path)["model_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} does not name a Depth Anything 3 model ({type(error).__name__}): give the folder of an "
             f"official snapshot as --depth-weights."
         ) from None
-    if name != ARCHITECTURES[model].name:
+    if name != wanted.name:
         known = [key for key, architecture in ARCHITECTURES.items() if architecture.name == name]
         way = f"give --depth-model {known[0]}" if known else f"only {', '.join(ARCHITECTURES)} are known"
-        raise UserError(f"--depth-weights {source} is {name}, not {ARCHITECTURES[model].name}: {way}.")
-
-
-def _read_weights(path: Path, retry: str) -> dict[str, Tensor]:
-    """The backbone's weights in an official file; heads and the rest are not read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118, no mapping
-            return {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): download it again, or {retry}.") from None
+        raise UserError(f"--depth-weights {source} is {name}, not {wanted.name}: {way}.")
 
 
 def camera_numbers(config: DepthConfig, cameras: Sequence[str]) -> list[int]:
@@ -457,6 +404,8 @@ def cached(
     Raises:
         UserError: if the disk is too small, or features are not finite.
     """
+
+    backbone.to(device)
 
     def compute(images: Tensor) -> Tensor:
         return backbone.of_cameras(images[:, list(cameras)].to(device), range(len(cameras))).half().cpu()

@@ -1,27 +1,65 @@
-"""Pictures of action chunks, features and latents."""
+"""Every picture: chunks, features, latents, reconstructions, scores, training curves, what a dataset holds.
 
+All are PNG files, whole or absent. A full disk costs a picture, not the run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.console import say
+from common.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from common.data import EpisodeStore
 
 
-def save_figure(figure, path: Path, dpi: int = 100) -> None:
-    """Write a figure as PNG, whole or not at all. A full disk costs the picture, not the run."""
-    from matplotlib import pyplot as plt
+def grid(rows: int, columns: int, size: tuple[float, float], **sharing) -> tuple[Figure, np.ndarray]:
+    """A figure of a size in inches that needs no screen, and its axes (rows, columns)."""
+    from matplotlib.figure import Figure
 
-    temporary = path.with_suffix(".new.png")
+    figure = Figure(figsize=size, layout="tight")
+    return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 100) -> None:
+    """Write a figure as PNG, whole or not at all; says so if it cannot be written."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
     try:
-        figure.savefig(temporary, dpi=dpi)
-        temporary.replace(path)
+        write_whole(path, content.getvalue())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         say(f"warning: {path} is not drawn ({error.strerror or error})")
-    finally:
-        plt.close(figure)
+
+
+def show_images(axes: Iterable[Axes], images: np.ndarray, **options) -> None:
+    """Images (B, 3, H, W), one on each of the axes, without ticks."""
+    for axis, image in zip(axes, images, strict=True):
+        axis.imshow(image.transpose(1, 2, 0), **options)
+        axis.set(xticks=[], yticks=[])
+
+
+def principal_components(points: np.ndarray, num: int) -> tuple[np.ndarray, float]:
+    """The first principal components of points (N, D), and their share of the variance.
+
+    Returns:
+        (N, num), zero where there are fewer; and the share, in [0, 1].
+    """
+    centred = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
+    _, spread, directions = np.linalg.svd(centred, full_matrices=False)
+    components = centred @ directions[:num].T
+    share = (spread[:num] ** 2).sum() / max((spread**2).sum(), 1e-12)
+    return np.pad(components, ((0, 0), (0, num - components.shape[1]))), share
 
 
 def draw_chunks(
@@ -37,7 +75,6 @@ def draw_chunks(
     """Several chunks for one observation, overlaid, and bars of how often each is taken.
 
     Args:
-        path: the PNG to write, whole or not at all.
         chunks: (K, T, A) in recorded units. The more a chunk has of the first share, the stronger its line.
         recorded: (T, A), what was demonstrated.
         names: of the A dimensions.
@@ -46,17 +83,14 @@ def draw_chunks(
         title: of the picture.
         most_dimensions: draw no more dimensions than this, those in which the chunks differ most by `scale`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import colormaps
 
     spread = np.ptp(chunks, axis=0).max(axis=0) / scale
     dimensions = np.sort(np.argsort(-spread)[:most_dimensions])
     columns = min(5, len(dimensions) + 1)
     rows = math.ceil((len(dimensions) + 1) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 0.6 + 2.6 * rows), squeeze=False)
-    colors = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(chunks)))
+    figure, axes = grid(rows, columns, (4 * columns, 0.6 + 2.6 * rows))
+    colors = colormaps["turbo"](np.linspace(0.05, 0.95, len(chunks)))
     first = next(iter(shares.values()))
     alphas = 0.25 + 0.75 * first / first.max()
     for axis, d in zip(axes.flat, dimensions, strict=False):
@@ -66,26 +100,24 @@ def draw_chunks(
         axis.set_title(names[d], fontsize=9)
         axis.tick_params(labelsize=7)
     axes.flat[0].legend(fontsize=7)
-    for axis in axes.flat[len(dimensions) :]:
+    for axis in axes.flat[len(dimensions) : -1]:
         axis.axis("off")
-    bars = axes.flat[-1]
-    bars.axis("on")
+    bars, places = axes.flat[-1], np.arange(len(chunks))
     width = 0.8 / len(shares)
     for n, (name, share) in enumerate(shares.items()):
         hatch = None if n == 0 else "////"
-        at = np.arange(len(chunks)) + (n - (len(shares) - 1) / 2) * width
+        at = places + (n - (len(shares) - 1) / 2) * width
         bars.bar(at, share, width, color=colors, edgecolor="0.3", lw=0.4, hatch=hatch, label=name)
-    bars.set_xticks(np.arange(len(chunks)), [str(k) for k in range(len(chunks))], fontsize=6)
+    bars.set_xticks(places, [str(k) for k in places], fontsize=6)
     bars.set_title(" (plain), ".join(shares) + (" (hatched)" if len(shares) > 1 else ""), fontsize=9)
     bars.tick_params(axis="y", labelsize=7)
     figure.supxlabel("control steps", fontsize=9)
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
     save_figure(figure, path)
 
 
 def draw_features(
-    path: Path, images: np.ndarray, features: np.ndarray, grid: tuple[int, int], title: str
+    path: Path, images: np.ndarray, features: np.ndarray, shape: tuple[int, int], title: str
 ) -> None:
     """Images, and below each its features: their first three principal components as red, green and blue.
 
@@ -94,32 +126,18 @@ def draw_features(
     Args:
         images: (B, 3, H, W) uint8.
         features: (B, L, D), L tokens row by row.
-        grid: rows and columns of the tokens.
+        shape: rows and columns of the tokens.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    flat = features.reshape(-1, features.shape[-1]).astype(np.float64)
-    flat = flat - flat.mean(axis=0)
-    _, _, directions = np.linalg.svd(flat, full_matrices=False)
-    colors = np.zeros((len(flat), 3))
-    components = flat @ directions[:3].T  # fewer than three if there are fewer tokens or features
+    components, _ = principal_components(features.reshape(-1, features.shape[-1]), 3)
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
-    colors[:, : components.shape[1]] = ((components - low) / np.maximum(high - low, 1e-9)).clip(0, 1)
-    colors = colors.reshape(len(images), *grid, 3)
-    figure, axes = plt.subplots(2, len(images), figsize=(2 * len(images), 4.4), squeeze=False)
+    colors = ((components - low) / np.maximum(high - low, 1e-9)).clip(0, 1)
+    colors = colors.reshape(len(images), *shape, 3).transpose(0, 3, 1, 2)
+    figure, axes = grid(2, len(images), (2 * len(images), 4.4))
     extent = (0, images.shape[-1], images.shape[-2], 0)
-    for column, (image, color) in enumerate(zip(images, colors, strict=True)):
-        axes[0, column].imshow(image.transpose(1, 2, 0), extent=extent)
-        axes[1, column].imshow(color, extent=extent)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-    axes[0, 0].set_ylabel("camera")
-    axes[1, 0].set_ylabel("features")
+    for row, name, shown in zip(axes, ("camera", "features"), (images, colors), strict=True):
+        show_images(row, shown, extent=extent)
+        row[0].set_ylabel(name)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
     save_figure(figure, path)
 
 
@@ -130,17 +148,8 @@ def draw_latents(path: Path, latents: np.ndarray, labels: Mapping[str, np.ndarra
         latents: (N, D).
         labels: named, each (N,) small integers.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    centred = latents - latents.mean(axis=0)
-    _, spread, directions = np.linalg.svd(centred.astype(np.float64), full_matrices=False)
-    plane = np.zeros((len(latents), 2))
-    plane[:, : min(2, len(directions))] = centred @ directions[:2].T
-    explained = (spread**2)[:2].sum() / max((spread**2).sum(), 1e-12)
-    figure, axes = plt.subplots(1, len(labels), figsize=(5 * len(labels), 4.6), squeeze=False)
+    plane, explained = principal_components(latents, 2)
+    figure, axes = grid(1, len(labels), (5 * len(labels), 4.6))
     for axis, (name, values) in zip(axes[0], labels.items(), strict=True):
         for value in np.unique(values):
             chosen = plane[values == value]
@@ -149,7 +158,6 @@ def draw_latents(path: Path, latents: np.ndarray, labels: Mapping[str, np.ndarra
         axis.tick_params(labelsize=7)
         axis.legend(fontsize=7)
     figure.suptitle(f"{title} ({100 * explained:.0f} % of the variance)", fontsize=10)
-    figure.tight_layout()
     save_figure(figure, path)
 
 
@@ -162,29 +170,19 @@ def draw_reconstructions(
         images, decoded: (B, 3, H, W) in [0, 1].
         chunks, decoded_chunks: (B, T, A), normalized; NaN is not drawn.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(3, len(images), figsize=(2.1 * len(images), 6.4), squeeze=False, sharey="row")
-    columns = zip(axes.T, images, decoded, chunks, decoded_chunks, strict=True)
-    for column, image, output, chunk, chunk_output in columns:
-        column[0].imshow(image.transpose(1, 2, 0))
-        column[1].imshow(output.transpose(1, 2, 0))
-        for axis in column[:2]:
-            axis.set(xticks=[], yticks=[])
+    figure, axes = grid(3, len(images), (2.1 * len(images), 6.4), sharey="row")
+    show_images(axes[0], images)
+    show_images(axes[1], decoded)
+    for axis, chunk, chunk_output in zip(axes[2], chunks, decoded_chunks, strict=True):
         for d in range(chunk.shape[1]):
             # Markers, since a chunk can have a single action: at the end of an episode, or all of them.
             style = {"color": f"C{d % 10}", "lw": 1.2, "marker": ".", "ms": 3}
-            column[2].plot(chunk[:, d], **style)
-            column[2].plot(chunk_output[:, d], ls="--", **style)
-        column[2].tick_params(labelsize=6)
-    for axis, label in zip(
-        axes[:, 0], ("image", "reconstruction", "actions (dashed: reconstruction)"), strict=True
-    ):
+            axis.plot(chunk[:, d], **style)
+            axis.plot(chunk_output[:, d], ls="--", **style)
+        axis.tick_params(labelsize=6)
+    labels = ("image", "reconstruction", "actions (dashed: reconstruction)")
+    for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label, fontsize=8)
-    figure.tight_layout()
     save_figure(figure, path, dpi=90)
 
 
@@ -198,54 +196,47 @@ def draw_scores(
         scores: of episodes, (E,), nats.
         examples: titled first frames, (3, H, W) uint8, best to worst.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(11, 5.4))
-    top = figure.add_gridspec(1, 2, bottom=0.42, top=0.93, left=0.06, right=0.98)
-    steps, episodes = (figure.add_subplot(top[0, n]) for n in (0, 1))
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(5, 3))
+    steps, episodes = top.subplots(1, 2)
     steps.hist(pointwise[~np.isnan(pointwise)], bins=60, color="C0")
     steps.set_title("contributions of steps, nats", fontsize=10)
     episodes.plot(np.sort(scores)[::-1], marker=".", ms=3, color="C1")
     episodes.set_title("scores of episodes, best to worst, nats", fontsize=10)
     episodes.grid(alpha=0.3)
-    row = figure.add_gridspec(1, len(examples), bottom=0.03, top=0.3, left=0.02, right=0.98)
-    for n, (title, image) in enumerate(examples.items()):
-        axis = figure.add_subplot(row[0, n])
-        axis.imshow(image.transpose(1, 2, 0))
+    axes = bottom.subplots(1, len(examples), squeeze=False)[0]
+    show_images(axes, np.stack(list(examples.values())))
+    for axis, title in zip(axes, examples, strict=True):
         axis.set_title(f"episode {title}", fontsize=7)
-        axis.axis("off")
     save_figure(figure, path)
 
-import json
-from contextlib import suppress
 
-def read_lines(path):
+# Training curves
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last one that was cut off is left out."""
     lines = []
     for text in path.read_text(errors="replace").splitlines():
-        with suppress(ValueError):
+        try:
             line = json.loads(text)
-            if isinstance(line, dict) and "step" in line and "split" in line:
-                lines.append(line)
+        except ValueError:
+            continue  # cut off when the process was killed
+        if isinstance(line, dict) and "step" in line and "split" in line:
+            lines.append(line)
     return lines
 
-_read = read_lines
 
 def draw_curves(path: Path, picture: Path) -> None:
     """Draw metrics.jsonl: loss, held-out error, gradient norms, learning rates, speed.
 
-    What a method logs besides, named `group/name`, gets a panel for each group, held-out metrics with dots.
+    What a method logs in addition, named `group/name`, gets a panel for each group, held-out metrics with
+    dots.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = _read(path)
-    train = [line for line in lines if line["split"] == "train"]
-    val = [line for line in lines if line["split"] == "val"]
+    lines = read_lines(path)
+    train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
     if not train:
         return
     groups: dict[str, list[str]] = {}
@@ -253,20 +244,18 @@ def draw_curves(path: Path, picture: Path) -> None:
         groups.setdefault(name.split("/")[0], []).append(name)
     norms, rates = groups.pop("grad_norm", []), groups.pop("lr", [])
     rows = 2 + (len(groups) + 1) // 2
-    figure, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), sharex=True)
+    figure, axes = grid(rows, 2, (12, 3.5 * rows), sharex=True)
+    plain = sorted({key for line in val for key in line if "/" not in key} - {"step", "split"})
     _plot(axes[0, 0], train, ["loss"], "loss", log=True)
-    dots = {"marker": "o", "ms": 3}
-    for name in sorted({key for line in val for key in line if "/" not in key} - {"step", "split"}):
-        _plot(axes[0, 0], val, [name], "loss", log=True, label=f"held out: {name}", **dots)
+    _plot(axes[0, 0], val, plain, "loss", log=True, held_out=True)
     _plot(axes[0, 1], train, norms, "gradient norm", log=True)
     _plot(axes[1, 0], train, rates, "learning rate")
     _plot(axes[1, 1], train, ["samples_per_s"], "samples / s")
     axes[1, 1].set_ylim(bottom=0)
     for axis, (group, names) in zip(axes.flat[4:], groups.items(), strict=False):
         log = group in ("loss", "error")
-        _plot(axis, train, names, group, log=log)
-        for name in names:
-            _plot(axis, val, [name], group, log=log, label=f"held out: {name.split('/')[-1]}", **dots)
+        _plot(axis, train, names, group, log)
+        _plot(axis, val, names, group, log, held_out=True)
     for axis in axes.flat[4 + len(groups) :]:
         axis.axis("off")
     for axis in axes.flat:
@@ -276,17 +265,63 @@ def draw_curves(path: Path, picture: Path) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("step")
     figure.suptitle(path.parent.name)
-    figure.tight_layout()
     save_figure(figure, picture)
 
 
-def _plot(axis, lines: list[dict], names: list[str], title: str, log: bool = False, **style) -> None:
-    positive = False
+def _plot(
+    axis: Axes, lines: list[dict], names: list[str], title: str, log: bool = False, held_out: bool = False
+) -> None:
+    """Metrics against steps; on a logarithmic scale if `log`, and if anything is positive."""
+    style = {"marker": "o", "ms": 3} if held_out else {}
     for name in names:
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        positive |= any(value > 0 for _, value in points)
+        label = "held out: " * held_out + name.split("/")[-1]
         if points:
-            axis.plot(*zip(*points, strict=True), **{"lw": 1.2, "label": name.split("/")[-1], **style})
+            axis.plot(*zip(*points, strict=True), lw=1.2, label=label, **style)
+        if log and any(value > 0 for _, value in points):
+            axis.set_yscale("log")
     axis.set_title(title, fontsize=10)
-    if log and positive:
-        axis.set_yscale("log")
+
+
+# What a dataset holds
+
+
+def draw_sheet(store: EpisodeStore, path: Path, most_episodes: int = 6, moments: int = 5) -> None:
+    """Frames of some episodes: a row for each episode and camera, from its beginning to its end."""
+    episodes = np.unique(np.linspace(0, store.num_episodes - 1, most_episodes).astype(int))
+    rows = len(episodes) * len(store.cameras)
+    aspect = store.image_size[0] / store.image_size[1]
+    figure, axes = grid(rows, moments, (2 * moments, 2 * aspect * rows + 0.5))
+    figure.set_layout_engine("tight", pad=0.4)
+    for place, episode in enumerate(episodes):
+        first, last = store.episode_starts[episode], store.episode_starts[episode + 1] - 1
+        steps = np.linspace(first, last, moments).astype(int)
+        images = store.images(steps).numpy()  # (moments, N, 3, H, W)
+        for camera, name in enumerate(store.cameras):
+            row = axes[place * len(store.cameras) + camera]
+            show_images(row, images[:, camera])
+            for axis, step in zip(row, steps, strict=True):
+                axis.set_title(f"{store.timestamps[step]:.1f} s", fontsize=6, pad=2)
+            row[0].set_ylabel(f"{store.episode_indices[episode]} {name}", fontsize=7)
+    save_figure(figure, path)
+
+
+def draw_histograms(store: EpisodeStore, path: Path) -> None:
+    """Distribution of every dimension of state and action, and of the episodes' lengths."""
+    panels = [("episode length (steps)", np.diff(store.episode_starts), "0.4")]
+    for color, what, names, values in (
+        ("tab:blue", "state", store.state_names, store.state),
+        ("tab:orange", "action", store.action_names, store.action),
+    ):
+        panels += [(f"{what}: {name}", values[:, d], color) for d, name in enumerate(names)]
+    columns = min(7, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = grid(rows, columns, (2.2 * columns, 1.6 * rows))
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, values, color) in zip(axes.flat, panels, strict=False):
+        axis.hist(values, bins=50, color=color)
+        axis.set_title(title, fontsize=7)
+        axis.tick_params(labelsize=6)
+        axis.set_yticks([])
+    save_figure(figure, path)

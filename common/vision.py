@@ -6,41 +6,40 @@ the image, and one summary (B, summary_dim). Whatever normalization of pixels it
 
 import logging
 import math
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
+from common.config import Share, options
 from common.errors import UserError
 from common.transformer import sincos_position_2d
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 RESNETS = ("resnet18", "resnet34", "resnet50")
+CONVOLUTIONAL = {"convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet"}  # they know no patches
 
 
-@dataclass(frozen=True)
+@options
 class VisionConfig:
     """Vision backbone and augmentation of training images."""
 
     backbone: str = "conv"
     """`conv` (a small network for small images), `resnet18`, `resnet34`, `resnet50` (all from scratch), or
-    a pretrained Hugging Face vision model by name or local path, as `facebook/dinov2-base`."""
-    aug_shift: float = 0.0
+    a pretrained Hugging Face vision model by name or local path, for example `facebook/dinov2-base`."""
+    aug_shift: Share = 0.0
     """Largest random shift, as a share of the image's side; the rim is repeated. 0.05 is a usual value."""
-    aug_rotate: float = 0.0
+    aug_rotate: NonNegativeFloat = 0.0
     """Largest random rotation, degrees. 3 is a usual value."""
-    aug_color: float = 0.0
+    aug_color: Share = 0.0
     """Strength of random brightness, contrast and saturation, in [0, 1]. 0.3 is a usual value."""
-    aug_blur: float = 0.0
+    aug_blur: NonNegativeFloat = 0.0
     """Largest standard deviation of a random Gaussian blur, pixels. 1 is a usual value."""
 
 
@@ -66,13 +65,11 @@ class Backbone(nn.Module):
 def build_backbone(
     name: str, image_size: tuple[int, int], pretrained: bool = True, hf_config: dict | None = None
 ) -> Backbone:
-    """Build a backbone for images of a size.
+    """The backbone that `VisionConfig.backbone` names, for images of (H, W) pixels.
 
     Args:
-        name: see `VisionConfig.backbone`.
-        image_size: (H, W), pixels.
-        pretrained: load the weights of a Hugging Face model; False when a checkpoint's will be loaded next.
-        hf_config: architecture of a Hugging Face model, as kept in a checkpoint; used when not `pretrained`.
+        pretrained: load the weights of a Hugging Face model; False if a checkpoint's will be loaded next.
+        hf_config: architecture of a Hugging Face model from that checkpoint.
 
     Raises:
         UserError: for a model that cannot be loaded, or images of a size that it cannot take.
@@ -82,6 +79,13 @@ def build_backbone(
     if name in RESNETS:
         return ResNetBackbone(name, image_size)
     return HuggingFaceBackbone(name, image_size, pretrained, hf_config)
+
+
+def _refuse_small(name: str, image_size: tuple[int, int], least: int) -> None:
+    if min(image_size) < least:
+        raise UserError(
+            f"--backbone {name} needs images of at least {least}x{least} pixels: raise --image-size."
+        )
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -105,10 +109,7 @@ class ConvBackbone(Backbone):
 
     def __init__(self, image_size: tuple[int, int], num_keypoints: int = 32, max_tokens: int = 64):
         super().__init__()
-        if min(image_size) < 16:
-            raise UserError(
-                f"--backbone conv needs images of at least 16x16, not {image_size}: raise --image-size."
-            )
+        _refuse_small("conv", image_size, 16)
         self.stem = nn.Sequential(_conv(3, 32, 5, 2), _conv(32, 64, 3, 2), _conv(64, 64, 3, 1))
         self.keypoints = nn.Conv2d(64, num_keypoints, 1)
         with torch.no_grad():
@@ -144,10 +145,7 @@ class ResNetBackbone(Backbone):
         super().__init__()
         from torchvision.models import resnet
 
-        if min(image_size) < 32:
-            raise UserError(
-                f"--backbone {name} needs images of at least 32x32, not {image_size}: raise --image-size."
-            )
+        _refuse_small(name, image_size, 32)
         network = getattr(resnet, name)(weights=None, norm_layer=_norm)
         self.network = nn.Sequential(*list(network.children())[:-2])  # without pooling and classifier
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -173,73 +171,62 @@ class HuggingFaceBackbone(Backbone):
         self, name: str, image_size: tuple[int, int], pretrained: bool = True, hf_config: dict | None = None
     ):
         super().__init__()
-        self.network, processor, absent = _load_huggingface(name, pretrained, hf_config)
+        self.network, processor, absent = _load_huggingface(name, None if pretrained else hf_config)
         config = self.network.config
         self.hf_config = config.to_dict()
-        self._interpolate = "interpolate_pos_encoding" in signature(self.network.forward).parameters
+        knows_sizes = "interpolate_pos_encoding" in signature(self.network.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if knows_sizes else {}
         self._is_radio = config.model_type == "radio"  # normalizes inside
-        patch = getattr(config, "patch_size", None)
-        patch = patch if isinstance(patch, int) and config.model_type not in _CONVOLUTIONAL else None
+        patch = None if config.model_type in CONVOLUTIONAL else getattr(config, "patch_size", None)
+        self._patch = patch = patch if isinstance(patch, int) else None
         if patch and any(side % patch for side in image_size):
             near = " or ".join(str(max(patch * (image_size[0] // patch + i), patch)) for i in (0, 1))
             raise UserError(
                 f"--backbone {name} takes images whose sides are multiples of {patch}, not "
                 f"{image_size[0]}x{image_size[1]}: choose --image-size {near}."
             )
-        default = (HALF, HALF) if "siglip" in config.model_type else (IMAGENET_MEAN, IMAGENET_STD)
-        mean, std = (
-            processor.get(key) or d for key, d in zip(("image_mean", "image_std"), default, strict=True)
-        )
+        mean, std = (HALF, HALF) if "siglip" in config.model_type else (IMAGENET_MEAN, IMAGENET_STD)
+        mean, std = processor.get("image_mean") or mean, processor.get("image_std") or std
         mean, std = ((0.0,) * 3, (1.0,) * 3) if self._is_radio else (mean, std)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=True)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=True)
-        self._leading = 0  # tokens before those of the patches
-        self._measure(name, image_size, patch, absent)
+        self._leading: int | None = None  # tokens before those of the patches: the first forward counts them
+        self._measure(name, image_size, absent)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        out = self._run(images)
+        out = self.network(pixel_values=(images - self.mean) / self.std, **self._options)
         if self._is_radio:
             return out.features, out.summary
         hidden = out.last_hidden_state
         if hidden.ndim == 4:  # a feature map
             tokens = hidden.flatten(2).transpose(1, 2)
             return tokens, tokens.mean(dim=1)
+        if self._leading is None:
+            self._leading = _leading_tokens(
+                hidden.shape[1], images.shape[-2:], self._patch, self.network.config
+            )
         tokens = hidden[:, self._leading :]
         if self._leading:
             return tokens, hidden[:, 0]
         pooled = getattr(out, "pooler_output", None)
         return tokens, tokens.mean(dim=1) if pooled is None else pooled.flatten(1)
 
-    def _run(self, images: Tensor):
-        options = {"interpolate_pos_encoding": True} if self._interpolate else {}
-        return self.network(pixel_values=(images - self.mean) / self.std, **options)
-
-    def _measure(self, name: str, image_size: tuple[int, int], patch: int | None, absent: set[str]) -> None:
+    def _measure(self, name: str, image_size: tuple[int, int], absent: set[str]) -> None:
         """Run once: learn the layout of the tokens, and exclude weights that cannot learn.
 
-        DistributedDataParallel would wait for the gradients of such weights (mask tokens, unused heads).
-
-        Args:
-            patch: side of a patch in pixels, if the model says so.
-            absent: weights that the model's files do not have.
+        DistributedDataParallel would wait for the gradients of such weights (mask tokens, unused heads). Of
+        the others none may be `absent` from the model's files.
         """
-        size = f"{image_size[0]}x{image_size[1]}"
-        images = torch.zeros(1, 3, *image_size)
+        named = dict(self.network.named_parameters())
         try:
             with torch.enable_grad():
-                hidden = getattr(self._run(images), "last_hidden_state", None)
-                if hidden is not None and hidden.ndim == 3 and not self._is_radio:
-                    self._leading = _leading_tokens(hidden.shape[1], image_size, patch, self.network.config)
-                tokens, summary = self(images)
-                named = dict(self.network.named_parameters())
-                grads = torch.autograd.grad(
-                    tokens.sum() + summary.sum(), list(named.values()), allow_unused=True
-                )
+                tokens, summary = self(torch.zeros(1, 3, *image_size))
+                output = tokens.sum() + summary.sum()
+                grads = torch.autograd.grad(output, list(named.values()), allow_unused=True)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"--backbone {name} cannot take images of {size} ({reason}): choose another --image-size, or "
-                f"another backbone."
+                f"--backbone {name} cannot take images of {image_size[0]}x{image_size[1]} "
+                f"({brief(error)}): choose another --image-size, or another backbone."
             ) from None
         for parameter, grad in zip(named.values(), grads, strict=True):
             parameter.requires_grad_(grad is not None)
@@ -247,13 +234,10 @@ class HuggingFaceBackbone(Backbone):
         if unset:
             raise UserError(
                 f"--backbone {name} holds no weights for {len(unset)} parts of its vision network "
-                f"({unset[0]}, ...), which would be random: give the vision model itself, as "
+                f"({unset[0]}, ...), which would be random: give the vision model itself, for example "
                 f"openai/clip-vit-base-patch16."
             )
         self.num_tokens, self.token_dim, self.summary_dim = tokens.shape[1], tokens.shape[2], summary.shape[1]
-
-
-_CONVOLUTIONAL = {"convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet"}
 
 
 def _leading_tokens(length: int, image_size: tuple[int, int], patch: int | None, config) -> int:
@@ -273,85 +257,82 @@ def _leading_tokens(length: int, image_size: tuple[int, int], patch: int | None,
     raise ValueError(f"its {length} tokens form no grid")
 
 
+def brief(error: Exception) -> str:
+    """The beginning of an error's message, on one line."""
+    return " ".join(str(error).split())[:200]
+
+
 @contextmanager
 def _silence() -> Iterator[None]:
     """No progress bars and warnings from loading a model; as before afterwards."""
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging as bars
 
-    hub, before = logging.getLogger("huggingface_hub"), transformers_logging.get_verbosity()
-    level, bars = hub.level, transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub.setLevel(logging.ERROR)
+    shown, disabled = bars.is_progress_bar_enabled(), logging.root.manager.disable
+    bars.disable_progress_bar()
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        hub.setLevel(level)
-        transformers_logging.set_verbosity(before)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        logging.disable(disabled)
+        if shown:
+            bars.enable_progress_bar()
 
 
-def hub_is_near() -> bool:
-    """Whether the hub can be reached: the libraries themselves try for half a minute before they give up."""
-    from huggingface_hub import constants
+def hub_answers(name: str) -> bool:
+    """Whether the hub can be asked for a model now: one request, where its client tries for 23 seconds."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
-    if constants.HF_HUB_OFFLINE or getproxies():
-        return not constants.HF_HUB_OFFLINE
-    address = urlsplit(constants.ENDPOINT)
     try:
-        port = address.port or {"http": 80}.get(address.scheme, 443)
-        socket.create_connection((address.hostname, port), timeout=3).close()
-    except OSError:
-        return False
+        HfApi().model_info(name, timeout=3)
+    except Exception as error:  # offline, or no connection
+        return isinstance(error, HfHubHTTPError)  # an answer, even if there is no such model
     return True
 
 
-def _load_huggingface(name: str, pretrained: bool, hf_config: dict | None):
+def _load_huggingface(name: str, hf_config: dict | None):
     """The vision part of a model, its image processor's settings, and the weights that its files lack.
 
     A local path is never looked up on the hub. Weights must be safetensors and no code comes with a model,
     so that nothing that is loaded can run code.
+
+    Args:
+        hf_config: make a network of this architecture, with random weights, and load nothing.
+
+    Raises:
+        UserError: if it cannot be loaded.
     """
     from transformers import AutoConfig, AutoModel, ViTConfig
     from transformers.image_processing_base import ImageProcessingMixin
 
     path = Path(name).expanduser()
     is_path = path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
-    source, near = (str(path), True) if is_path else (name, pretrained and hub_is_near())
-    where = {"local_files_only": is_path or not near}
+    source, far = (str(path), False) if is_path else (name, hf_config is None and not hub_answers(name))
+    where = {"local_files_only": is_path or far, "trust_remote_code": False}
     try:
         with _silence():
-            if not pretrained and hf_config is not None:
+            if hf_config is not None:
                 settings = dict(hf_config)
                 config = AutoConfig.for_model(settings.pop("model_type"), **settings)
                 return AutoModel.from_config(config), {}, set()
             if is_path and not path.exists():
                 raise OSError("there is no such folder")
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+            config = AutoConfig.from_pretrained(source, **where)
             config = getattr(config, "vision_config", config)  # SigLIP and CLIP come with a text model
             if config.model_type == "vit_mae":  # the plain network: the other drops and shuffles patches
                 known = ViTConfig().to_dict().keys() - {"model_type", "architectures"}
                 config = ViTConfig(**{key: getattr(config, key) for key in known if hasattr(config, key)})
-            if not pretrained:
-                return AutoModel.from_config(config), {}, set()
             network, report = AutoModel.from_pretrained(
-                source,
-                config=config,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **where,
+                source, config=config, use_safetensors=True, output_loading_info=True, **where
             )
             if "pixel_values" not in str(getattr(network, "main_input_name", "")):
                 raise ValueError("it does not take images")
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        if not near:
-            reason = f"it is not in the hub's cache here, and there is no connection: {reason}"
+        reason = "it is not in the hub's cache here, and there is no connection: " * far + brief(error)
         raise UserError(
             f"--backbone {name} cannot be loaded ({type(error).__name__}: {reason}): download it where "
-            f"there is a connection and give its local folder, or choose another, as --backbone resnet18."
+            f"there is a connection and give its local folder, or choose another, for example --backbone "
+            f"resnet18."
         ) from None
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(source, **where)
@@ -387,16 +368,12 @@ def augment(images: Tensor, config: VisionConfig, generator: torch.Generator | N
         if config.aug_color:
             s = config.aug_color
             x = x * draw(1 - s, 1 + s)
-            x = _blend(x, x.mean(dim=(1, 2, 3), keepdim=True), draw(1 - s, 1 + s))
+            x = torch.lerp(x.mean(dim=(1, 2, 3), keepdim=True), x, draw(1 - s, 1 + s))
             luma = 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
-            x = _blend(x, luma, draw(1 - s, 1 + s)).clamp(0, 1)
+            x = torch.lerp(luma, x, draw(1 - s, 1 + s)).clamp(0, 1)
         if config.aug_blur:
             x = _blur(x, draw(0, config.aug_blur), config.aug_blur)
     return x.view(images.shape)
-
-
-def _blend(x: Tensor, other: Tensor, share: Tensor) -> Tensor:
-    return other + share * (x - other)
 
 
 def _shift_rotate(x: Tensor, draw, shift: float, degrees: float) -> Tensor:
@@ -415,9 +392,8 @@ def _blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
     radius = max(math.ceil(2 * largest), 1)
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-(offsets**2) / (2 * sigma.flatten()[:, None].clamp(min=1e-3) ** 2))  # (B, taps)
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)[
-        :, None
-    ]  # (B * 3, 1, taps)
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)
+    kernel = kernel.unsqueeze(1)  # (B * 3, 1, taps)
     batch, channels, height, width = x.shape
     x = F.pad(x, [radius] * 4, mode="replicate").view(1, batch * channels, height + 2 * radius, -1)
     x = F.conv2d(x, kernel[:, :, None, :], groups=batch * channels)

@@ -360,12 +360,18 @@ def test_different_sizes_need_a_common_one(tmp_path, refused):
 
 @pytest.mark.parametrize("size", [(0,), (-3, 4), (1, 2, 3), (10**6,)])
 def test_nonsense_sizes(tmp_path, refused, size):
-    refused(make_dataset(tmp_path / "d", (4,)), "--image-size .* is no size", image_size=size)
+    refused(
+        make_dataset(tmp_path / "d", (4,)),
+        "--image-size is .* must be one side, or height and width",
+        image_size=size,
+    )
 
 
 @pytest.mark.parametrize("flag", ["num_workers", "ingest_workers"])
 def test_negative_workers(tmp_path, refused, flag):
-    refused(make_dataset(tmp_path / "d", (4,)), "must be at least", **{flag: -1})
+    refused(
+        make_dataset(tmp_path / "d", (4,)), f"--{flag.replace('_', '-')} is -1: it should be", **{flag: -1}
+    )
 
 
 def flip(path, start, count=400):

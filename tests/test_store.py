@@ -1,5 +1,4 @@
 import errno
-import os
 import pickle
 import shutil
 import signal
@@ -8,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,35 +15,35 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from common.data import ingest
-from common.data.ingest import BadEpisode, Episode, StoreInfo, ensure_store
-from common.data.store import (
+from common.data.ingest import StoreRequest, ensure_store
+from common.data.samples import (
+    Batch,
     ChunkDataset,
-    EpisodeStore,
     SampleStream,
     evenly_spaced,
     make_loader,
     split_episodes,
 )
+from common.data.source import BadEpisode, Camera, Episode, Info
+from common.data.store import EpisodeStore
 from common.errors import UserError
 from common.files import write_whole
 
 LENGTHS = (5, 2, 9, 4)
 CAMERAS, SIZE = ("head", "left"), (6, 8)
 ROW_BYTES = len(CAMERAS) * 3 * SIZE[0] * SIZE[1]
-INFO = StoreInfo(
+INFO = Info(
     source="/somewhere/towel",
     fingerprint="1",
-    cameras=CAMERAS,
-    camera_keys=tuple(f"observation.images.cam_{name}" for name in CAMERAS),
+    cameras=tuple(Camera(f"observation.images.cam_{name}", name, SIZE) for name in CAMERAS),
     image_size=SIZE,
     fps=10.0,
-    state_keys=("observation.state",),
-    action_keys=("action",),
     state_names=("x", "y"),
     action_names=("x", "y"),
-    task="fold",
+    choices={"task": "fold"},
 )
 
 
@@ -53,51 +53,48 @@ def pixels(episode, camera, step, version=0):
 
 
 @dataclass
-class Reader:
-    """Frames from `pixels`, with faults and a record of what was decoded to the end."""
+class Drawn:
+    """A source of frames from `pixels`, with faults and a record of what was decoded to the end.
+
+    Attributes:
+        lengths: of the episodes.
+        frames_of: how many frames an episode has, where they are not as many as its steps.
+        unusable: clauses about further episodes.
+    """
 
     lengths: tuple[int, ...] = LENGTHS
+    frames_of: dict | None = None
     bad: tuple[int, ...] = ()
+    unusable: tuple[str, ...] = ()
     stops_at: int | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
     version: int = 0
     delay: float = 0.0
     decoded: list | None = None
     isolated = False
 
-    def only(self, episode):
-        return self
+    def episodes(self, wanted=None):
+        rng = np.random.default_rng(0)
+        found = []
+        for index, length in enumerate(self.lengths):
+            state, action = rng.normal(size=(2, length, 2)).astype(np.float32)
+            found.append(Episode(index, state, action, np.arange(length) / 10, f"video {index}", "fold"))
+        return [e for e in found if wanted is None or e.index in wanted], list(self.unusable)
 
     def frames(self, episode, camera):
-        if episode == self.stops_at:
+        if episode.index == self.stops_at:
             raise self.error
-        for step in range(self.lengths[episode]):
-            if episode in self.bad and step == 1:
-                raise BadEpisode(f"Episode {episode} is broken")
+        for step in range((self.frames_of or {}).get(episode.index, len(episode))):
+            if episode.index in self.bad and step == 1:
+                raise BadEpisode(f"Episode {episode.index} is broken")
             time.sleep(self.delay)
-            yield pixels(episode, camera, step, self.version)
+            yield pixels(episode.index, camera, step, self.version)
         if self.decoded is not None:
-            self.decoded.append((episode, camera))
+            self.decoded.append((episode.index, camera))
 
 
-def episodes_of(lengths=LENGTHS):
-    rng = np.random.default_rng(0)
-    return [
-        Episode(
-            index,
-            rng.normal(size=(length, 2)).astype(np.float32),
-            rng.normal(size=(length, 2)).astype(np.float32),
-            np.arange(length) / 10,
-            f"video {index}",
-        )
-        for index, length in enumerate(lengths)
-    ]
-
-
-def build(root, reader=None, info=INFO, lengths=LENGTHS, bad=(), **options):
-    options.setdefault("workers", 1)
-    reader = reader or Reader(lengths)
-    return ensure_store(root, info, lambda wanted: (episodes_of(lengths), list(bad), reader), **options)
+def build(root, source=None, info=INFO, **options):
+    return ensure_store(root, StoreRequest(source or Drawn(), info, **{"workers": 1, **options}))
 
 
 @pytest.fixture(params=[1, 3], ids=["one shard", "several shards"])
@@ -107,10 +104,6 @@ def store(request, tmp_path, monkeypatch):
     store = build(tmp_path)
     assert len(list(store.path.glob("frames-*.bin"))) == request.param
     return store
-
-
-def small_store(root):
-    return build(root / "stores")
 
 
 # Reading
@@ -124,7 +117,7 @@ def test_every_sample_equals_a_walk_through_its_episode(store, horizon, history)
     assert len(dataset) == len(samples)
     order = np.random.default_rng(0).permutation(len(samples))
     batch = dataset.__getitems__([*order, order[0]])  # any order, with a repetition
-    recorded = episodes_of()
+    recorded = Drawn().episodes()[0]
     for slot, sample in enumerate([*order, order[0]]):
         e, step = samples[sample]
         for camera in range(len(CAMERAS)):
@@ -146,7 +139,7 @@ def test_one_sample_is_a_batch_without_its_first_dimension(store):
     dataset = ChunkDataset(store, range(4), 3)
     for one, many in zip(dataset[7][:5], dataset.__getitems__([7])[:5], strict=True):
         assert torch.equal(one, many[0])
-    assert dataset[7].features is None
+    assert dataset[7].extras == {}
 
 
 def test_attributes_say_what_was_recorded(store):
@@ -189,7 +182,28 @@ def test_a_batch_that_nobody_holds_lends_its_memory_to_the_next(store):
 def test_batch_moves_to_a_device(store):
     batch = ChunkDataset(store, range(4), 2).__getitems__([0, 1]).to("meta")
     assert all(tensor.device.type == "meta" for tensor in batch[:5])
-    assert batch.features is None
+    assert batch.extras == {}
+
+
+def test_what_is_done_to_a_batch_is_done_to_its_extras():
+    batch = Batch(*(torch.arange(3) for _ in range(5)), {"depth": torch.ones(3, 2)})
+    first = batch.each(lambda tensor: tensor[0])
+    assert first.index.shape == ()
+    assert first.extras["depth"].tolist() == [1, 1]
+    assert batch.to("meta").extras["depth"].device.type == "meta"
+    assert Batch(*batch[:5]).extras == {}
+
+
+def test_every_episode_keeps_its_task(store):
+    assert store.episode_tasks == ("fold",) * 4
+    assert store.task == "fold"
+    other = replace(store, episode_tasks=("fold", "open", "fold", None))
+    assert other.task is None
+    assert other.select([1]).task == "open"
+    assert other.select([0, 2]).task == "fold"
+    both = EpisodeStore.concatenate([other.select([1]), store])
+    assert both.episode_tasks == ("open", *store.episode_tasks)
+    assert both.task is None
 
 
 @pytest.mark.parametrize(("horizon", "history"), [(0, 1), (4, 0), (-1, 1)])
@@ -200,18 +214,18 @@ def test_lengths_below_one_are_refused(store, horizon, history):
 
 @pytest.mark.parametrize("damage", ["shard", "arrays", "meta", "missing", "format"])
 def test_a_damaged_store_is_not_opened_but_rebuilt(tmp_path, damage):
-    store = small_store(tmp_path)
+    store = build(tmp_path)
     file = {"shard": "frames-00000.bin", "arrays": "arrays.safetensors"}.get(damage, "meta.json")
     content = (store.path / file).read_bytes()
     if damage == "missing":
         (store.path / file).unlink()
     elif damage == "format":
-        (store.path / file).write_bytes(content.replace(b'"format": 2', b'"format": 1'))
+        (store.path / file).write_bytes(content.replace(b'"format": 3', b'"format": 2'))
     else:
         (store.path / file).write_bytes(content[:-7])
     with pytest.raises(UserError, match="delete it"):
         EpisodeStore.open(store.path)
-    again = small_store(tmp_path)
+    again = build(tmp_path)
     assert (again.images(np.array([19]))[0, 1].numpy() == pixels(3, 1, 3)).all()
 
 
@@ -334,13 +348,13 @@ def check_whole(store, lengths=LENGTHS, version=0):
         for step in range(length):
             for camera in range(len(CAMERAS)):
                 assert (images[starts[e] + step, camera] == pixels(e, camera, step, version)).all()
-    assert (store.state == np.concatenate([episode.state for episode in episodes_of(lengths)])).all()
+    assert (store.state == np.concatenate([episode.state for episode in Drawn(lengths).episodes()[0]])).all()
     assert not list(store.path.glob("*.part"))
 
 
 def test_a_finished_store_is_only_opened(tmp_path):
     build(tmp_path)
-    store = ensure_store(tmp_path, INFO, lambda wanted: pytest.fail("read again"))
+    store = build(tmp_path, SimpleNamespace(episodes=lambda wanted: pytest.fail("read again")))
     check_whole(store)
 
 
@@ -349,17 +363,17 @@ def test_an_interrupted_ingest_continues_with_what_is_missing(tmp_path, monkeypa
     monkeypatch.setattr(ingest, "SHARD_BYTES", 9 * ROW_BYTES)  # episodes 0 and 1, episode 2, episode 3
     expected = UserError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected, match="disk" if expected is UserError else None):
-        build(tmp_path, Reader(stops_at=3, error=error))
+        build(tmp_path, Drawn(stops_at=3, error=error))
     left = [Path(file).name for file in files(tmp_path)]
     assert left[1:] == [f"frames-0000{k}.{end}" for k in range(2) for end in ("bin", "json")]
-    reader = Reader(decoded=[])
-    check_whole(build(tmp_path, reader))
-    assert reader.decoded == [(3, 0), (3, 1)]
+    source = Drawn(decoded=[])
+    check_whole(build(tmp_path, source))
+    assert source.decoded == [(3, 0), (3, 1)]
 
 
 def test_an_ingest_that_finished_nothing_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r"^Episode 2 is broken: .*--skip-bad-episodes"):
-        build(tmp_path, Reader(bad=(2,)))
+        build(tmp_path, Drawn(bad=(2,)))
     assert files(tmp_path) == []
 
 
@@ -369,7 +383,7 @@ def test_a_killed_ingest_continues(tmp_path):
         sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}
         import test_store
         test_store.ingest.SHARD_BYTES = 9 * test_store.ROW_BYTES
-        test_store.build(test_store.Path({str(tmp_path)!r}), test_store.Reader(delay=0.05))
+        test_store.build(test_store.Path({str(tmp_path)!r}), test_store.Drawn(delay=0.05))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
@@ -379,66 +393,111 @@ def test_a_killed_ingest_continues(tmp_path):
     process.wait()
     assert list(tmp_path.glob("*/frames-00001.bin.part")), "killed in the middle of the second shard"
     assert not list(tmp_path.glob("*/meta.json"))
-    reader = Reader(decoded=[])
-    check_whole(build(tmp_path, reader))
-    assert (0, 0) not in reader.decoded
+    source = Drawn(decoded=[])
+    check_whole(build(tmp_path, source))
+    assert (0, 0) not in source.decoded
 
 
 def test_several_processes_decode_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(ingest, "SHARD_BYTES", 9 * ROW_BYTES)
-    store = build(tmp_path, Reader((*LENGTHS, 3), bad=(4,)), lengths=(*LENGTHS, 3), workers=2, skip_bad=True)
+    store = build(tmp_path, Drawn((*LENGTHS, 3), bad=(4,)), workers=2, skip_bad=True)
     check_whole(store)
     assert store.skipped == ("Episode 4 is broken",)
 
 
 def test_two_that_ingest_at_once_build_it_once(tmp_path, capfd):
-    readers, stores = [Reader(delay=0.01, decoded=[]) for _ in range(2)], {}
+    sources, stores = [Drawn(delay=0.01, decoded=[]) for _ in range(2)], {}
     threads = [
-        threading.Thread(target=lambda i=i: stores.update({i: build(tmp_path, readers[i])})) for i in (0, 1)
+        threading.Thread(target=lambda i=i: stores.update({i: build(tmp_path, sources[i])})) for i in (0, 1)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(len(reader.decoded) for reader in readers) == [0, 2 * len(LENGTHS)]
+    assert sorted(len(source.decoded) for source in sources) == [0, 2 * len(LENGTHS)]
     for store in stores.values():
         check_whole(store)
     assert "waiting for another process" in capfd.readouterr().out
 
 
+def grown(version=0, bad=()):
+    """The dataset two episodes later."""
+    return Drawn((*LENGTHS, 3, 6), version=version, decoded=[], bad=bad), replace(INFO, fingerprint="2")
+
+
 def test_a_dataset_that_grew_decodes_only_its_new_episodes(tmp_path):
     first = build(tmp_path)
-    longer, reader = (*LENGTHS, 3, 6), Reader((*LENGTHS, 3, 6), decoded=[])
-    second = build(tmp_path, reader, replace(INFO, fingerprint="2"), longer)
+    inode = first.shard_files[0].stat().st_ino
+    (first.path / "features-x").mkdir()
+    (first.path / "features-x/frames-00000.bin").write_bytes(b"features")
+    source, info = grown()
+    second = build(tmp_path, source, info)
     assert second.path != first.path
-    check_whole(second, longer)
-    check_whole(first)
-    assert sorted(reader.decoded) == [(4, 0), (4, 1), (5, 0), (5, 1)]
-    shard = "frames-00000.bin"
-    assert os.path.samefile(first.path / shard, second.path / shard)
-    shutil.rmtree(first.path)
-    check_whole(EpisodeStore.open(second.path), longer)
+    check_whole(second, source.lengths)
+    check_whole(first)  # opened before: its files are mapped
+    assert sorted(source.decoded) == [(4, 0), (4, 1), (5, 0), (5, 1)]
+    assert second.shard_files[0].stat().st_ino == inode
+    assert (second.path / "features-x/frames-00000.bin").read_bytes() == b"features"
+    assert not first.path.exists()
+    check_whole(build(tmp_path, source, info), source.lengths)
+
+
+def test_a_growth_that_is_interrupted_continues(tmp_path):
+    build(tmp_path)
+    source, info = grown()
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, replace(source, stops_at=4, error=KeyboardInterrupt()), info)
+    check_whole(build(tmp_path, source, info), source.lengths)
+    assert sorted(source.decoded) == [(4, 0), (4, 1), (5, 0), (5, 1)]
 
 
 def test_frames_that_changed_are_decoded_again_though_the_numbers_are_the_same(tmp_path):
     build(tmp_path)
-    longer = (*LENGTHS, 3)
-    store = build(tmp_path, Reader(longer, version=1), replace(INFO, fingerprint="2"), longer)
-    check_whole(store, longer, version=1)
+    source, info = grown(version=1)
+    check_whole(build(tmp_path, source, info), source.lengths, version=1)
 
 
-@pytest.mark.parametrize("change", [{"image_size": (6, 9)}, {"camera_keys": ("a", "b")}, {"task": "other"}])
+@pytest.mark.parametrize("other", ["source", "choices", "numbers", "chosen", "locked"])
+def test_a_store_is_taken_over_by_the_same_dataset_and_choices_only(tmp_path, other):
+    first = build(tmp_path, episodes=(0, 1, 2) if other == "chosen" else None)
+    source, info = grown()
+    if other in ("source", "choices"):
+        info = replace(info, **{other: {"source": "/elsewhere", "choices": {"task": "open"}}[other]})
+    if other == "numbers":
+        source.lengths = (6, *source.lengths)
+    episodes = (1, 2) if other == "chosen" else None
+    with FileLock(ingest.lock_file(first.path)) if other == "locked" else nullcontext():
+        second = build(tmp_path, source, info, episodes=episodes)
+    assert second.num_episodes == len(episodes or source.lengths)
+    check_whole(EpisodeStore.open(first.path), LENGTHS[:3] if other == "chosen" else LENGTHS)
+
+
+def test_of_several_earlier_stores_the_one_that_saves_most_is_taken_over(tmp_path):
+    few, many = build(tmp_path, episodes=(0,)), build(tmp_path, episodes=(0, 1, 3))
+    source = Drawn(decoded=[])
+    check_whole(build(tmp_path, source))
+    assert source.decoded == [(2, 0), (2, 1)]
+    assert few.path.exists()
+    assert not many.path.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"image_size": (6, 9)}, {"cameras": (Camera("a", "head", SIZE),)}, {"choices": {"task": "other"}}],
+)
 def test_what_is_chosen_decides_which_store_it_is(tmp_path, change):
-    info = replace(INFO, **change)
-    assert info.folder(tmp_path) != INFO.folder(tmp_path)
-    assert replace(INFO, source="/moved/to").folder(tmp_path).name.startswith("to-")
+    def folder(**changes):
+        return StoreRequest(Drawn(), replace(INFO, **changes)).folder(tmp_path)
+
+    assert folder(**change) != folder()
+    assert folder(source="/moved/to").name.startswith("to-")
     path = build(tmp_path).path
-    assert replace(INFO, source="/moved/to").folder(tmp_path) == path  # content counts, not the place
+    assert folder(source="/moved/to") == path  # content counts, not the place
 
 
 def test_bad_episodes_are_left_out_on_request(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ingest, "SHARD_BYTES", 16 * ROW_BYTES)
-    store = build(tmp_path, Reader(bad=(1,)), bad=["Episode 9 is too short"], skip_bad=True)
+    store = build(tmp_path, Drawn(bad=(1,), unusable=("Episode 9 is too short",)), skip_bad=True)
     assert store.episode_indices.tolist() == [0, 2, 3]
     assert store.skipped == ("Episode 9 is too short", "Episode 1 is broken")
     assert "left out 2 of 5 episodes" in capsys.readouterr().out
@@ -446,15 +505,14 @@ def test_bad_episodes_are_left_out_on_request(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="Episode 9 is too short"):
         build(tmp_path)
     with pytest.raises(UserError, match="no usable episode"):
-        build(tmp_path / "other", Reader(bad=(0, 1, 2, 3)), skip_bad=True)
+        build(tmp_path / "other", Drawn(bad=(0, 1, 2, 3)), skip_bad=True)
     assert files(tmp_path / "other") == []
 
 
 @pytest.mark.parametrize("wrong", [-1, 1])
 def test_a_wrong_number_of_frames_is_a_fault(tmp_path, wrong):
-    lengths = (5, 2, 9 + wrong, 4)
     with pytest.raises(UserError, match=r"Episode 2 has .* head frames"):
-        build(tmp_path, Reader(lengths))
+        build(tmp_path, Drawn(frames_of={2: 9 + wrong}))
 
 
 def test_too_small_a_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 A shard is filled under a temporary name, flushed to the disk and renamed; a small JSON file beside it then
 says which episodes it holds. An interrupted ingest leaves its finished shards, and the next one decodes only
-what is missing. A dataset that grew starts from hard links to the shards of its earlier store.
+what is missing. Where a dataset has grown, its earlier store moves to the new name and is completed there.
 """
 
 from __future__ import annotations
@@ -10,238 +10,165 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from common.data.shards import (
-    SHARDS,
-    Storage,
-    decode_jpeg,
-    encode_jpeg,
-    join_jpeg,
-    write_jpeg,
-)
+from common.console import say
+from common.data.shards import SHARDS, Storage, as_jpeg, encode_jpeg, write_jpeg
+from common.data.source import BadEpisode, Episode, Info, Source, absent_episodes
 from common.data.store import ARRAYS, FORMAT, META, EpisodeStore, defect
-from common.data.workers import Died, advance, cores, guarded_map, refuse_inside_worker
+from common.data.workers import Died, cores, guarded_map, refuse_inside_worker
 from common.errors import UserError
-from common.files import checksum, write_whole
+from common.files import checksum, read_json, sync_one, write_whole
 
 SHARD_BYTES = 2**30
 FRAMES_PER_WORKER = 2500  # a worker takes some seconds to start: fewer frames are not worth one more
 SECONDS_PER_FRAME = 0.5  # slower than any disk: reading that takes longer hangs
 JPEG_RATIO = 5  # raw bytes per JPEG byte, at least: for the free space to ask for
-
-
-class BadEpisode(Exception):
-    """One episode cannot be used; the message, a clause, names it and says why."""
-
-
-@dataclass(frozen=True)
-class Episode:
-    """What an episode has besides frames.
-
-    Attributes:
-        index: its number in the source.
-        state, action: (L, P) and (L, A) float32.
-        timestamps: (L,) float64, seconds since its first step.
-        origin: where its frames lie in the source.
-    """
-
-    index: int
-    state: np.ndarray
-    action: np.ndarray
-    timestamps: np.ndarray
-    origin: str
-
-    def __len__(self) -> int:
-        return len(self.state)
-
-    def digest(self) -> str:
-        """Hash of everything here: an episode with the same digest need not be decoded again."""
-        sha = hashlib.sha256(self.origin.encode())
-        for array in (self.state, self.action, self.timestamps):
-            sha.update(np.ascontiguousarray(array).tobytes())
-        return sha.hexdigest()
-
-
-def refuse_nonfinite(name: str, vectors: dict[str, tuple[np.ndarray, Sequence[str]]]) -> None:
-    """Raise BadEpisode for a NaN or infinity.
-
-    Args:
-        name: the episode.
-        vectors: values (L, D) and their dimensions' names, by what they are.
-    """
-    for what, (values, names) in vectors.items():
-        broken = np.argwhere(~np.isfinite(values))
-        if len(broken):
-            step, dim = broken[0]
-            value = values[step, dim]
-            raise BadEpisode(f"{name} has {value} in {what}, dimension {names[dim]}, at step {step}")
-
-
-class FrameReader(Protocol):
-    """The frames of a source; pickled to the worker processes.
-
-    Attributes:
-        isolated: read in other processes always, because damaged files can crash or hang the library.
-    """
-
-    isolated: bool
-
-    def frames(self, episode: int, camera: int) -> Iterator[np.ndarray]:
-        """All frames of one camera in order, each (3, H, W) uint8, RGB. Raises BadEpisode."""
-
-    def only(self, episode: int) -> FrameReader:
-        """A reader of this episode alone, small enough to be sent to a process."""
-
-
-@dataclass(frozen=True)
-class StoreInfo:
-    """What a store says about itself; with the fingerprint, everything that its content follows from."""
-
-    source: str
-    fingerprint: str
-    cameras: tuple[str, ...]
-    camera_keys: tuple[str, ...]
-    image_size: tuple[int, int]
-    fps: float
-    state_keys: tuple[str, ...]
-    action_keys: tuple[str, ...]
-    state_names: tuple[str, ...]
-    action_names: tuple[str, ...]
-    task: str | None
-    color_order: str = "rgb"
-    storage: Storage = "raw"
-    episodes: tuple[int, ...] | None = None
-    """Only these episodes were asked for when the store was made; None: all."""
-    options: dict[str, Any] | None = None
-    """The data options that lead to this store, for `python -m common.data.store verify`."""
-
-    @property
-    def frame_bytes(self) -> int:
-        return 3 * self.image_size[0] * self.image_size[1]
-
-    @property
-    def row_bytes(self) -> int:
-        return len(self.cameras) * self.frame_bytes
-
-    def choices(self) -> dict[str, Any]:
-        """What was chosen, apart from the data themselves."""
-        names = ("camera_keys", "image_size", "fps", "state_keys", "action_keys", "task", "color_order")
-        return {name: _plain(getattr(self, name)) for name in (*names, "storage", "episodes")}
-
-    def folder(self, root: Path) -> Path:
-        """The store's folder: named after the source for people, found by the content's hash alone."""
-        content = [FORMAT, self.fingerprint, self.choices()]
-        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
-        present = [path for path in root.glob(f"*-{key}") if path.is_dir()]
-        name = "".join(c if c.isalnum() or c in "_." else "-" for c in Path(self.source).name)[:60]
-        return min(present, default=root / f"{name}-{key}")
-
-
-Loaded = tuple[list[Episode], list[str], FrameReader]
-Load = Callable[[Sequence[int] | None], Loaded]
 Entry = dict[str, Any]  # what the JSON file beside a shard says
 
 
-def ensure_store(
-    root: Path, info: StoreInfo, load: Load, skip_bad: bool = False, workers: int | None = None
-) -> EpisodeStore:
-    """The store for `info` below `root`, built if it is not there; several processes at once build it once.
+@dataclass(frozen=True)
+class StoreRequest:
+    """A store as it is asked for.
+
+    Attributes:
+        source, info: the dataset, and what it says about itself.
+        storage: how to keep frames; `auto` takes what is there already, else raw pixels if they take at most
+            half of the free disk.
+        episodes: numbers of those to keep, ascending; None: all.
+        options: the data options that lead to this store, for `python -m common.data.store verify`.
+        skip_bad: leave unusable episodes out instead of stopping.
+        workers: processes that decode; None: as many as are worth it.
+    """
+
+    source: Source
+    info: Info
+    storage: Storage | Literal["auto"] = "raw"
+    episodes: tuple[int, ...] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    skip_bad: bool = False
+    workers: int | None = None
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """(N, 3, H, W): what one step's frames are."""
+        return (len(self.info.cameras), 3, *self.info.image_size)
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.row_shape))
+
+    def candidates(self) -> list[StoreRequest]:
+        """What the request can become: `auto` is either storage."""
+        storages = SHARDS if self.storage == "auto" else [self.storage]
+        return [replace(self, storage=storage) for storage in storages]
+
+    def choices(self) -> dict[str, Any]:
+        """Everything chosen that a store's content follows from, as JSON gives it back."""
+        chosen = {
+            "cameras": [camera.key for camera in self.info.cameras],
+            "image_size": self.info.image_size,
+            "fps": self.info.fps,
+            "source": self.info.choices,
+            "storage": self.storage,
+            "episodes": self.episodes,
+        }
+        return json.loads(json.dumps(chosen))
+
+    def folder(self, root: Path) -> Path:
+        """The store's folder: named after the source for people, found by its content's hash alone."""
+        content = json.dumps([FORMAT, self.info.fingerprint, self.choices()], sort_keys=True)
+        key = hashlib.sha256(content.encode()).hexdigest()[:20]
+        present = [path for path in root.glob(f"*-{key}") if path.is_dir()]
+        name = "".join(c if c.isalnum() or c in "_." else "-" for c in Path(self.info.source).name)[:60]
+        return min(present, default=root / f"{name}-{key}")
+
+
+def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
+    """The store, built if it is not there; several processes at once build it once.
 
     A store of all episodes serves when some of them are asked for, too.
 
     Args:
         root: folder of all stores.
-        load: gives the usable ones of these episodes (None: of all), a clause about each that is not, and
-            the reader of the frames.
-        skip_bad: leave unusable episodes out instead of stopping.
-        workers: processes that decode; None uses every core.
 
     Raises:
         UserError: if an episode is unusable, or the disk too small.
     """
-    path, whole = info.folder(root), replace(info, episodes=None).folder(root)
-    if info.episodes is not None and defect(whole) is None:
-        return _select(EpisodeStore.open(whole), info.episodes, skip_bad)
+    request = _settle_storage(root, request)
+    path, whole = request.folder(root), replace(request, episodes=None).folder(root)
+    if defect(whole) is None:
+        path = whole
     if defect(path) is not None:
         refuse_inside_worker()
-        with _lock(root, path):
+        with _locked(path):
             if defect(path) is not None:  # nobody else has built it meanwhile
-                _build(path, info, *load(info.episodes), skip_bad, workers)
-    store = EpisodeStore.open(path)
-    if store.skipped and not skip_bad:
+                _build(path, request)
+    store, wanted = EpisodeStore.open(path), request.episodes
+    left_out = store.skipped
+    if wanted is not None:
+        left_out = sorted(set(wanted) - set(store.episode_indices.tolist()))
+        store = store.select(wanted)
+    if left_out and not store.skipped:
+        raise absent_episodes(store.source, left_out)
+    if left_out and not request.skip_bad:
         raise _refusal(store.skipped)
-    if info.episodes is not None:
-        store = store.select(info.episodes)
-    if store.skipped:
-        report(f"left out {len(store.skipped)} of {store.num_episodes + len(store.skipped)} episodes:")
+    if left_out:
+        say(f"left out {len(left_out)} of {store.num_episodes + len(left_out)} episodes; unusable are:")
         for reason in store.skipped:
-            report(f"  {reason}")
+            say(f"  {reason}")
     return store
 
 
-def _select(store: EpisodeStore, episodes: Sequence[int], skip_bad: bool) -> EpisodeStore:
-    missing = sorted(set(episodes) - set(store.episode_indices.tolist()))
-    if missing and not (skip_bad and store.skipped):
-        raise _refusal(store.skipped) if store.skipped else absent_episodes(store.source, missing)
-    if missing:
-        report(f"left out: episodes {', '.join(map(str, missing))}, which cannot be used")
-    return store.select(episodes)
-
-
-def absent_episodes(source: str, missing: Sequence[int]) -> UserError:
-    """The refusal of episodes that a dataset does not have."""
-    names = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-    return UserError(
-        f"{source} has no episode {names}: `python -m common.data.store inspect` lists what there is."
-    )
-
-
-def choose_storage(root: Path, info: StoreInfo, load: Load) -> Storage:
-    """`--store auto`: what is there already, else raw pixels if they take at most half of the free disk.
-
-    The choice is made once, by the first of several processes, and leaves a folder that shows it.
-    """
-    choices: tuple[Storage, ...] = ("raw", "jpeg")
-    with _lock(root, info.folder(root).with_name("choice-" + info.fingerprint[:20])):
-        for storage in choices:
-            if replace(info, storage=storage).folder(root).is_dir():
-                return storage
-        needed = sum(map(len, load(info.episodes)[0])) * info.row_bytes
+def _settle_storage(root: Path, request: StoreRequest) -> StoreRequest:
+    """Decide `auto`, once: the first of several processes leaves a folder that shows it."""
+    choices = request.candidates()
+    if len(choices) == 1:
+        return request
+    with _locked(root / f"choice-{request.info.fingerprint[:20]}"):
+        for choice in choices:
+            if choice.folder(root).is_dir():
+                return choice
+        needed = sum(map(len, request.source.episodes(request.episodes)[0])) * request.row_bytes
         free = shutil.disk_usage(root).free
-        storage = choices[needed > free / 2]
+        choice = choices[needed > free / 2]
         sizes = f"raw frames need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        report(f"store: {storage} ({sizes}; JPEG above half of that, or by --store jpeg)")
-        replace(info, storage=storage).folder(root).mkdir(parents=True, exist_ok=True)
-        return storage
+        say(f"store: {choice.storage} ({sizes}; JPEG above half of that, or by --store jpeg)")
+        choice.folder(root).mkdir(parents=True, exist_ok=True)
+        return choice
+
+
+def lock_file(path: Path) -> Path:
+    """What whoever builds, moves or deletes the store `path` locks."""
+    return path.with_name(f".{path.name.rpartition('-')[2]}.lock")
 
 
 @contextmanager
-def _lock(root: Path, path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     """Keep other processes from building the same store."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(root / f".{path.name.rpartition('-')[2]}.lock")
+    lock = FileLock(lock_file(path))
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"waiting for another process, which is building the episode store {path}", flush=True)
+        say(f"waiting for another process, which is building the episode store {path}")
         lock.acquire()
     except OSError as error:
         raise UserError(
-            f"{root} cannot be written ({error.strerror}): choose another --cache-dir."
+            f"{path.parent} cannot be written ({error.strerror}): choose another --cache-dir."
         ) from error
     try:
         yield
@@ -249,55 +176,50 @@ def _lock(root: Path, path: Path) -> Iterator[None]:
         lock.release()
 
 
-def report(line: str) -> None:
-    """Print on the main process of a distributed run."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
-
-
 def _refusal(reasons: Sequence[str]) -> UserError:
     more = f" ({len(reasons) - 1} more episodes are unusable, too)" if len(reasons) > 1 else ""
     return UserError(f"{reasons[0]}{more}: repair it, or leave it out with --skip-bad-episodes.")
 
 
-class _Shard(NamedTuple):
-    """A frames file that is being filled: its number, and (episode, first row) for each episode."""
+@dataclass
+class _Shard:
+    """A file of frames that is being filled.
 
-    number: int
-    episodes: list[tuple[Episode, int]]
-    rows: int
+    Attributes:
+        part: where, until it is complete.
+        episodes: those that it shall hold.
+        records: of each, what the file's entry says: number, first row, length, digest.
+        rows: in all.
+        encoded: its JPEG frames by number, row by row and camera by camera.
+    """
+
+    part: Path
+    episodes: list[Episode] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    rows: int = 0
+    encoded: dict[int, bytes] = field(default_factory=dict)
 
 
-def _build(
-    path: Path,
-    info: StoreInfo,
-    episodes: list[Episode],
-    bad: list[str],
-    reader: FrameReader,
-    skip_bad: bool,
-    workers: int | None,
-) -> None:
+def _build(path: Path, request: StoreRequest) -> None:
     """Decode what is missing, then write the arrays and last `meta.json`."""
-    if bad and not skip_bad:
+    episodes, bad = request.source.episodes(request.episodes)
+    if bad and not request.skip_bad:
         raise _refusal(bad)
     digests = {episode.index: episode.digest() for episode in episodes}
-    kept = _finished_shards(path, info, digests) or _earlier_shards(path, info, digests, reader)
-    have = {record["index"] for entry, _ in kept for record in entry["episodes"]}
+    if not _finished_shards(path, digests):
+        _take_over(path, request, digests)
+    kept = _finished_shards(path, digests)
+    kept = [entry for entry in kept if _same_frames(path, entry, request, episodes)]
+    have = {record["index"] for entry in kept for record in entry["episodes"]}
     missing = [episode for episode in episodes if episode.index not in have]
-    first_free = 1 + max((int(entry["file"][7:12]) for entry, _ in kept), default=-1)
-    shards = _plan(missing, info.row_bytes, first_free)
-    ratio = JPEG_RATIO if info.storage == "jpeg" else 1
-    pixels = sum(shard.rows for shard in shards) * info.row_bytes // ratio
-    _check_disk(path, pixels + sum(map(_array_bytes, episodes)), info.storage)
+    first_free = 1 + max((int(entry["file"][7:12]) for entry in kept), default=-1)
+    shards = _plan(path, missing, digests, request.row_bytes, first_free)
+    _check_disk(path, request, shards, episodes)
     path.mkdir(parents=True, exist_ok=True)
     try:
-        _keep_only(path, [entry for entry, folder in kept if folder == path])
-        for entry, folder in kept:
-            if folder != path:
-                _link(folder / entry["file"], path / entry["file"])
-                write_whole(path / entry["file"].replace(".bin", ".json"), json.dumps(entry).encode())
-        new = _decode(path, info, shards, digests, reader, skip_bad, workers, bad)
-        _finish(path, info, episodes, [entry for entry, _ in kept] + new, bad)
+        _keep_only(path, kept)
+        new, failed = _decode(shards, request)
+        _finish(path, request, episodes, kept + new, bad + failed)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -314,177 +236,166 @@ def _build(
             path.rmdir()
 
 
-def _keep_only(path: Path, entries: list[Entry]) -> None:
-    """Remove everything but these shards from an unfinished store."""
-    names = {name for entry in entries for name in (entry["file"], entry["file"].replace(".bin", ".json"))}
-    for file in path.iterdir():
-        if file.is_file() and file.name not in names:
-            file.unlink()
+# What is there already
 
 
-def _finished_shards(path: Path, info: StoreInfo, digests: dict[int, str]) -> list[tuple[Entry, Path]]:
-    """The whole shards in a folder whose episodes are all wanted, with that folder."""
+def _finished_shards(path: Path, digests: dict[int, str]) -> list[Entry]:
+    """The whole shards in a folder whose episodes are all wanted."""
     found = []
     for file in sorted(path.glob("frames-*.json")):
-        try:
-            entry = json.loads(file.read_bytes())
-            rows = sum(record["length"] for record in entry["episodes"])
-            whole = (path / entry["file"]).stat().st_size == entry["bytes"] > 0
-            whole &= info.storage == "jpeg" or entry["bytes"] >= rows * info.row_bytes
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged
+            entry = read_json(file)
             known = all(digests.get(record["index"]) == record["digest"] for record in entry["episodes"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if whole and known:
-            found.append((entry, path))
+            if known and (path / entry["file"]).stat().st_size == entry["bytes"]:
+                found.append(entry)
     return found
 
 
-def _earlier_shards(
-    path: Path, info: StoreInfo, digests: dict[int, str], reader: FrameReader
-) -> list[tuple[Entry, Path]]:
-    """Shards of an earlier, smaller store of this source, with their folder.
-
-    Equal numbers do not prove equal frames, so the first frame of every episode is decoded and compared.
-    """
-    found: list[tuple[Entry, Path]] = []
-    for folder in path.parent.glob("*/"):
-        try:
-            meta = json.loads((folder / META).read_bytes())
-            alike = {**meta["choices"], "episodes": None} == {**info.choices(), "episodes": None}
-            related = meta["source"] == info.source and alike
-            count = sum(len(entry["episodes"]) for entry in meta["shards"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if related and count < len(digests) and defect(folder) is None:
-            shards = _finished_shards(folder, info, digests)
-            found = max(found, shards, key=lambda s: sum(len(entry["episodes"]) for entry, _ in s))
-    return [(entry, folder) for entry, folder in found if _same_frames(folder, entry, info, reader)]
-
-
-def _same_frames(folder: Path, entry: Entry, info: StoreInfo, reader: FrameReader) -> bool:
-    if reader.isolated:
+def _same_frames(path: Path, entry: Entry, request: StoreRequest, episodes: list[Episode]) -> bool:
+    """Whether every episode of a shard still begins with the same frames: equal numbers do not prove it."""
+    if request.source.isolated:
         return True  # the digests of its episodes hold a hash of their files
-    shape = (len(info.cameras), 3, *info.image_size)
-    shard, stored = SHARDS[info.storage](folder / entry["file"], shape), np.empty((1, *shape), np.uint8)
+    shard = SHARDS[request.storage](path / entry["file"], request.row_shape)
+    stored, by_index = np.empty((1, *request.row_shape), np.uint8), {e.index: e for e in episodes}
     try:
         for record in entry["episodes"]:
             shard.read(np.array([record["row"]]), stored, np.array([0]))
-            for camera in range(len(info.cameras)):
-                frame = next(iter(reader.frames(record["index"], camera)))
-                if info.storage == "jpeg":
-                    encoded, frame = encode_jpeg(frame), np.empty_like(frame)
-                    decode_jpeg(np.frombuffer(encoded, np.uint8), frame, folder)
-                if not np.array_equal(frame, stored[0, camera]):
+            for camera, mine in enumerate(stored[0]):
+                frame = next(iter(request.source.frames(by_index[record["index"]], camera)))
+                if not np.array_equal(as_jpeg(frame) if request.storage == "jpeg" else frame, mine):
                     return False
     except (BadEpisode, OSError, StopIteration):
         return False
     return True
 
 
-def _plan(episodes: list[Episode], row_bytes: int, number: int) -> list[_Shard]:
-    """Consecutive whole episodes to shards of about SHARD_BYTES."""
+def _take_over(path: Path, request: StoreRequest, digests: dict[int, str]) -> None:
+    """Move the dataset's earlier store here, of several the one that holds most of the episodes.
+
+    It loses `meta.json` first, so that it is never taken for finished. Whoever reads it keeps its files.
+    """
+    from filelock import FileLock, Timeout
+
+    def shared(folder: Path) -> int:
+        """How many of the episodes a store holds, if it is of this dataset and was made as this one shall."""
+        mine = request.choices()
+        try:
+            meta = read_json(folder / META)
+            theirs = meta["choices"]
+            related = meta["format"] == FORMAT and meta["source"] == request.info.source
+            related &= {**theirs, "episodes": None} == {**mine, "episodes": None}
+            related &= mine["episodes"] in (None, theirs["episodes"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+        return related and sum(len(e["episodes"]) for e in _finished_shards(folder, digests))
+
+    earlier = max(path.parent.glob("*/"), key=shared, default=path)
+    if not shared(earlier):
+        return
+    with suppress(Timeout), FileLock(lock_file(earlier), timeout=0):
+        if (earlier / META).is_file():  # nobody else has taken it
+            (earlier / META).unlink()
+            shutil.rmtree(path, ignore_errors=True)
+            earlier.rename(path)
+
+
+def _keep_only(path: Path, entries: list[Entry]) -> None:
+    """Remove every file but these shards from an unfinished store; features lie in folders."""
+    names = {name for entry in entries for name in (entry["file"], entry["file"].replace(".bin", ".json"))}
+    for file in path.iterdir():
+        if file.is_file() and file.name not in names:
+            file.unlink()
+
+
+# What is missing
+
+
+def _plan(
+    path: Path, episodes: list[Episode], digests: dict[int, str], row_bytes: int, number: int
+) -> list[_Shard]:
+    """Consecutive whole episodes to shards of about SHARD_BYTES, numbered from `number` on."""
     shards: list[_Shard] = []
     for episode in episodes:
-        rows = shards[-1].rows if shards else 0
-        if not shards or (rows + len(episode)) * row_bytes > SHARD_BYTES:
-            shards.append(_Shard(number + len(shards), [], rows := 0))
-        shards[-1].episodes.append((episode, rows))
-        shards[-1] = shards[-1]._replace(rows=rows + len(episode))
+        index, length = episode.index, len(episode)
+        if not shards or (shards[-1].rows + length) * row_bytes > SHARD_BYTES:
+            shards.append(_Shard(path / f"frames-{number + len(shards):05d}.bin.part"))
+        shard = shards[-1]
+        shard.episodes.append(episode)
+        shard.records.append({"index": index, "row": shard.rows, "length": length, "digest": digests[index]})
+        shard.rows += length
     return shards
 
 
-def _array_bytes(episode: Episode) -> int:
-    return episode.state.nbytes + episode.action.nbytes + episode.timestamps.nbytes
-
-
-def _check_disk(path: Path, needed: int, storage: Storage) -> None:
+def _check_disk(path: Path, request: StoreRequest, shards: list[_Shard], episodes: list[Episode]) -> None:
+    ratio = JPEG_RATIO if request.storage == "jpeg" else 1
+    needed = sum(shard.rows for shard in shards) * request.row_bytes // ratio
+    needed += sum(e.state.nbytes + e.action.nbytes + e.timestamps.nbytes for e in episodes)
     folder = next(parent for parent in path.parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if needed * 1.01 > free:
-        other = ", --store jpeg" if storage == "raw" else ""
+        other = ", --store jpeg" if request.storage == "raw" else ""
         raise UserError(
             f"The episode store needs {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB "
             f"free: free some, move --cache-dir, or choose a smaller --image-size{other}."
         )
 
 
-def _decode(path, info, shards, digests, reader, skip_bad, workers, bad) -> list[Entry]:
-    """Fill the shards and finish each one as its last episode arrives; extends `bad` by what failed."""
-    tasks, left, failed, finished = [], {}, {}, []
-    for shard in shards:
-        part = _part(path, shard)
-        if info.storage == "raw":
-            with part.open("wb") as file:
-                file.truncate(shard.rows * info.row_bytes)
-        left[shard.number] = len(shard.episodes) * len(info.cameras)
-        for episode, row in shard.episodes:
-            tasks += [
-                _Task(part, shard.number, episode.index, len(episode), row, camera)
-                for camera in range(len(info.cameras))
-            ]
-    by_number = {shard.number: shard for shard in shards}
+def _decode(shards: list[_Shard], request: StoreRequest) -> tuple[list[Entry], list[str]]:
+    """Fill the shards and finish each one as its last episode arrives; also says what has failed."""
+    cameras, tasks = request.info.cameras, []
+    for number, shard in enumerate(shards):
+        if request.storage == "raw":
+            with shard.part.open("wb") as file:
+                file.truncate(shard.rows * request.row_bytes)
+        tasks += [
+            _Task(number, episode, c, camera.short, record["row"] * len(cameras) + c, len(cameras))
+            for episode, record in zip(shard.episodes, shard.records, strict=True)
+            for c, camera in enumerate(cameras)
+        ]
+    left = [len(shard.episodes) * len(cameras) for shard in shards]
+    failed: dict[int, str] = {}
+    finished = []
     # Checksums and flushing take turns with nobody: a thread does them while the next shard is decoded.
-    with ThreadPoolExecutor(1) as finisher, closing(_run(tasks, reader, info, workers)) as results:
-        for task, fault in results:
+    with ThreadPoolExecutor(1) as finisher, closing(_run(tasks, shards, request)) as results:
+        for task, fault, encoded in results:
             if fault:
-                failed.setdefault(task.episode, fault)
-                if not skip_bad:
+                failed.setdefault(task.episode.index, fault)
+                if not request.skip_bad:
                     raise _refusal([fault])
+            shard = shards[task.shard]
+            shard.encoded.update(zip(count(task.first, task.stride), encoded))
             left[task.shard] -= 1
             if left[task.shard] == 0:
-                shard = by_number[task.shard]
-                finished.append(finisher.submit(_finish_shard, path, shard, info, digests, dict(failed)))
-    bad += [failed[index] for index in sorted(failed)]
-    return [entry for future in finished for entry in future.result()]
+                good = [record for record in shard.records if record["index"] not in failed]
+                finished.append(finisher.submit(_finish_shard, shard, good, request))
+    faults = [failed[index] for index in sorted(failed)]
+    return [entry for future in finished for entry in future.result()], faults
 
 
-def _part(path: Path, shard: _Shard) -> Path:
-    return path / f"frames-{shard.number:05d}.bin.part"
-
-
-def _jpeg_part(part: Path, episode: int, camera: int) -> Path:
-    """Where the JPEG frames of one camera and episode wait for the rest of their shard."""
-    return part.with_name(f"{part.stem}-{episode}-{camera}.part")
-
-
-def _finish_shard(path: Path, shard: _Shard, info: StoreInfo, digests, failed) -> list[Entry]:
-    """Make a filled shard permanent; rows of failed episodes stay as a hole in the file."""
-    part = _part(path, shard)
-    good = [(episode, row) for episode, row in shard.episodes if episode.index not in failed]
-    if not good:
+def _finish_shard(shard: _Shard, records: list[dict[str, Any]], request: StoreRequest) -> list[Entry]:
+    """Make a filled shard permanent; rows of failed episodes, which have no record, stay empty."""
+    part = shard.part
+    if not records:
         part.unlink(missing_ok=True)
         return []
-    if info.storage == "jpeg":
-        count = len(info.cameras)
-        places = {
-            _jpeg_part(part, episode.index, camera): row * count + camera
-            for episode, row in good
-            for camera in range(count)
-        }
-        join_jpeg(list(places), list(places.values()), shard.rows, count, part)
-        for piece in places:
-            piece.unlink()
+    if request.storage == "jpeg":
+        write_jpeg([shard.encoded.get(n) for n in range(shard.rows * len(request.info.cameras))], part)
+        shard.encoded.clear()
     file = part.with_suffix("")
-    entry = {
-        "file": file.name,
-        "bytes": part.stat().st_size,
-        "crc32": checksum(part),
-        "episodes": [
-            {"index": episode.index, "row": row, "length": len(episode), "digest": digests[episode.index]}
-            for episode, row in good
-        ],
-    }
-    with part.open("rb") as handle:
-        os.fsync(handle.fileno())
+    entry = {"file": file.name, "bytes": part.stat().st_size, "crc32": checksum(part), "episodes": records}
+    sync_one(part)
     part.rename(file)
     write_whole(file.with_suffix(".json"), json.dumps(entry).encode())
     return [entry]
 
 
-def _finish(path: Path, info: StoreInfo, episodes: list[Episode], entries, bad: list[str]) -> None:
+def _finish(
+    path: Path, request: StoreRequest, episodes: list[Episode], entries: list[Entry], bad: list[str]
+) -> None:
+    """Write the arrays, and with `meta.json` finish the store."""
     from safetensors.numpy import save
 
-    entries = sorted(entries, key=lambda entry: entry["file"])
+    info, entries = request.info, sorted(entries, key=lambda entry: entry["file"])
     places = {
         record["index"]: (shard, record["row"])
         for shard, entry in enumerate(entries)
@@ -504,95 +415,86 @@ def _finish(path: Path, info: StoreInfo, episodes: list[Episode], entries, bad: 
     }
     payload = save(arrays)
     write_whole(path / ARRAYS, payload)
-    meta = {"format": FORMAT, **asdict(info), "choices": info.choices(), "skipped": bad}
-    meta["arrays"] = {"file": ARRAYS, "bytes": len(payload), "crc32": zlib.crc32(payload)}
-    meta["shards"] = entries
+    meta = {
+        "format": FORMAT,
+        **asdict(info),
+        "storage": request.storage,
+        "choices": request.choices(),
+        "options": request.options,
+        "skipped": bad,
+        "episode_tasks": [e.task for e in episodes],
+        "arrays": {"file": ARRAYS, "bytes": len(payload), "crc32": zlib.crc32(payload)},
+        "shards": entries,
+    }
     write_whole(path / META, json.dumps(meta, indent=1).encode())
 
 
-def _link(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        part = target.with_name(target.name + ".part")
-        shutil.copyfile(source, part)
-        part.replace(target)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+# Frames
 
 
 class _Task(NamedTuple):
-    """One camera of one episode, to be written to a shard from a row on."""
+    """One camera of one episode.
 
-    part: Path
+    Attributes:
+        shard: where its frames go, in the order of the plan.
+        camera, name: its number and short name.
+        first, stride: the number of its first frame in the shard, and how far apart they are.
+    """
+
     shard: int
-    episode: int
-    length: int
-    row: int
+    episode: Episode
     camera: int
+    name: str
+    first: int
+    stride: int
 
 
-def _write_frames(
-    task: _Task, reader: FrameReader, info: StoreInfo, advance: Callable[[int], Any]
-) -> str | None:
-    """Decode a task's frames into their place; returns a clause if the episode is bad."""
-    camera, written, encoded = info.cameras[task.camera], 0, []
+def _read_frames(task: _Task, part: Path, storage: Storage, source: Source) -> tuple[str | None, list[bytes]]:
+    """Decode a task's frames; gives a clause if the episode is bad, and the frames if they are JPEG.
+
+    Raw frames are written to their places in `part`.
+    """
+    index, steps, written, encoded = task.episode.index, len(task.episode), 0, []
     try:
-        with task.part.open("r+b", buffering=0) if info.storage == "raw" else nullcontext() as file:
-            for frame in reader.frames(task.episode, task.camera):
-                if written == task.length:
-                    return f"Episode {task.episode} has more {camera} frames than its {task.length} steps"
+        with part.open("r+b", buffering=0) if storage == "raw" else nullcontext() as file:
+            for frame in source.frames(task.episode, task.camera):
+                if written == steps:
+                    return f"Episode {index} has more {task.name} frames than its {steps} steps", []
                 if file is None:
                     encoded.append(encode_jpeg(frame))
                 else:
-                    file.seek((task.row + written) * info.row_bytes + task.camera * info.frame_bytes)
-                    if file.write(frame) != info.frame_bytes:
+                    file.seek((task.first + written * task.stride) * frame.nbytes)
+                    if file.write(frame) != frame.nbytes:
                         raise OSError(errno.ENOSPC, "no room for a frame")
                 written += 1
-                advance(1)
-        if written < task.length:
-            return f"Episode {task.episode} has {written} {camera} frames for its {task.length} steps"
-        if info.storage == "jpeg":
-            write_jpeg(encoded, _jpeg_part(task.part, task.episode, task.camera))
     except BadEpisode as error:
-        return str(error)
-    finally:
-        advance(task.length - written)
-    return None
+        return str(error), []
+    short = f"Episode {index} has {written} {task.name} frames for its {steps} steps"
+    return (short if written < steps else None), encoded
 
 
 def _run(
-    tasks: list[_Task], reader: FrameReader, info: StoreInfo, workers: int | None
-) -> Iterator[tuple[_Task, str | None]]:
-    """Do the tasks, in this process or in several, under one progress bar; yields each with its fault."""
+    tasks: list[_Task], shards: list[_Shard], request: StoreRequest
+) -> Iterator[tuple[_Task, str | None, list[bytes]]]:
+    """Do the tasks, in this process or in several, under one progress bar."""
     from tqdm import tqdm
 
-    frames = sum(task.length for task in tasks)
-    if workers is None:  # isolated readers have started their processes already
-        workers = cores() if reader.isolated else min(cores(), frames // FRAMES_PER_WORKER)
+    source, workers = request.source, request.workers
+    frames = sum(len(task.episode) for task in tasks)
+    if workers is None:  # isolated sources have started their processes already
+        workers = cores() if source.isolated else min(cores(), frames // FRAMES_PER_WORKER)
     workers = max(1, min(workers, len(tasks)))
-    bar = tqdm(total=frames, unit="frame", desc=f"ingest {Path(info.source).name}", smoothing=0.05)
-    with bar:
-        if workers == 1 and not reader.isolated:
-            for task in tasks:
-                yield task, _write_frames(task, reader, info, bar.update)
-            return
+    calls = [(task, shards[task.shard].part, request.storage, source) for task in tasks]
+    if workers == 1 and not source.isolated:
+        results = ((call, _read_frames(*call)) for call in calls)
+    else:
         results = guarded_map(
-            _work,
-            ((task, reader.only(task.episode), info) for task in tasks),
-            workers,
-            lambda task: SECONDS_PER_FRAME * task[0].length,
-            lambda done: bar.update(done - bar.n),
+            _read_frames, calls, workers, lambda call: SECONDS_PER_FRAME * len(call[0].episode)
         )
-        with closing(results):
-            for (task, _, _), fault in results:
-                if isinstance(fault, Died):
-                    fault = f"Episode {task.episode}, camera {info.cameras[task.camera]}: {fault}"
-                yield task, fault
-
-
-def _work(task: _Task, reader: FrameReader, info: StoreInfo) -> str | None:
-    return _write_frames(task, reader, info, advance)
+    name = Path(request.info.source).name
+    with tqdm(total=frames, unit="frame", desc=f"ingest {name}") as bar, closing(results):
+        for (task, *_), result in results:
+            if isinstance(result, Died):
+                result = f"Episode {task.episode.index}, camera {task.name}: {result}", []
+            yield task, *result
+            bar.update(len(task.episode))

@@ -5,15 +5,13 @@ by a turn. The first two columns of the rotation matrix, six numbers, are contin
 the Continuity of Rotation Representations in Neural Networks"); Gram-Schmidt brings any six back.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.store import EpisodeStore
 from common.errors import UserError
 
 TARGET, TARGET_DIM = "6d", 6
@@ -43,7 +41,7 @@ class Rotations:
     recorded: tuple[str, ...]
 
     @classmethod
-    def find(cls, names: Sequence[str], kind: str, pattern: str | None) -> Rotations:
+    def find(cls, names: Sequence[str], kind: str, pattern: str | None) -> "Rotations":
         """Runs of dimensions whose names match, cut into rotations."""
         wanted = re.compile(re.escape(pattern) if pattern else USUAL_NAMES[kind], re.IGNORECASE)
         size, starts, index = SOURCES[kind], [], 0
@@ -63,32 +61,32 @@ class Rotations:
 
     def names(self) -> tuple[str, ...]:
         """Names of the re-expressed dimensions."""
-        return tuple(
-            self._walk(list(self.recorded), lambda part: [f"{part[0]}:r{i}" for i in range(TARGET_DIM)])
-        )
+        names = list(self.recorded)
+        for start in reversed(self.starts):
+            six = [f"{self.recorded[start]}:r{i}" for i in range(TARGET_DIM)]
+            names[start : start + SOURCES[self.kind]] = six
+        return tuple(names)
 
-    def _walk(self, items: list, convert: Callable[[list], list]) -> list:
-        out, index, size = [], 0, SOURCES[self.kind]
-        for start in self.starts:
-            out += items[index:start] + convert(items[start : start + size])
-            index = start + size
-        return out + items[index:]
+    def zeros(self, values: np.ndarray) -> np.ndarray:
+        """Rows of recorded vectors (S, D) with a quaternion of four zeros, which is no rotation."""
+        starts = self.starts if self.kind.startswith("quaternion") else ()
+        return np.flatnonzero(np.any([~values[:, start : start + 4].any(1) for start in starts], axis=0))
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Recorded vectors (..., D) to re-expressed ones (..., D'), float32."""
-        columns = [values[..., i : i + 1] for i in range(values.shape[-1])]
-
-        def convert(part: list[np.ndarray]) -> list[np.ndarray]:
-            matrix = to_matrix(np.concatenate(part, -1).astype(np.float64), self.kind)
-            return [matrix[..., :, 0], matrix[..., :, 1]]
-
-        return np.concatenate(self._walk(columns, convert), -1).astype(np.float32)
+        parts, index = [], 0
+        for start in self.starts:
+            end = start + SOURCES[self.kind]
+            matrix = to_matrix(values[..., start:end].astype(np.float64), self.kind)
+            parts += [values[..., index:start], matrix[..., 0], matrix[..., 1]]
+            index = end
+        return np.concatenate([*parts, values[..., index:]], -1).astype(np.float32)
 
     def decode(self, values: np.ndarray) -> np.ndarray:
         """Re-expressed vectors (..., D') back to recorded ones (..., D), float32."""
-        size, parts, index = SOURCES[self.kind], [], 0
+        parts, index = [], 0
         for number, start in enumerate(self.starts):
-            here = start + (TARGET_DIM - size) * number
+            here = start + (TARGET_DIM - SOURCES[self.kind]) * number
             six = values[..., here : here + TARGET_DIM].astype(np.float64)
             parts += [values[..., index:here], from_matrix(gram_schmidt(six), self.kind)]
             index = here + TARGET_DIM
@@ -107,111 +105,52 @@ def parse(option: str) -> tuple[str | None, str]:
     return pattern or None, kind
 
 
-def re_express(store: EpisodeStore, option: str) -> EpisodeStore:
-    """The store with the rotations of its states and actions in six numbers each.
-
-    Raises:
-        UserError: if there is no rotation among the dimensions.
-    """
-    pattern, kind = parse(option)
-    state = Rotations.find(store.state_names, kind, pattern)
-    action = Rotations.find(store.action_names, kind, pattern)
-    if not state.starts and not action.starts:
-        raise UserError(
-            f"--rotation {option}: no dimension of {store.source} is named like one: the state has "
-            f"{', '.join(store.state_names)}; the action {', '.join(store.action_names)}."
-        )
-    for rotations, values in ((state, store.state), (action, store.action)):
-        if kind.startswith("quaternion"):
-            parts = [values[:, start : start + 4] for start in rotations.starts]
-            zero = [int(np.argmin(abs(part).sum(1))) for part in parts if not abs(part).sum(1).all()]
-            if zero:
-                episode = store.episode_indices[store.episode_of(np.array(zero[0]))]
-                raise UserError(
-                    f"--rotation {option}: episode {episode} of {store.source} holds a quaternion of four "
-                    f"zeros, which is no rotation: choose others with --episodes, or record it again."
-                )
-    return replace(
-        store,
-        state=state.encode(store.state),
-        action=action.encode(store.action),
-        state_names=state.names(),
-        action_names=action.names(),
-        state_rotations=state,
-        action_rotations=action,
-    )
-
-
 def to_matrix(values: np.ndarray, kind: str) -> np.ndarray:
     """(..., 3 or 4) numbers of a kind to rotation matrices (..., 3, 3)."""
+    from scipy.spatial.transform import Rotation
+
+    flat = values.reshape(-1, SOURCES[kind])
     if kind == "euler":
-        cos, sin = np.cos(values), np.sin(values)
-        zero, one = np.zeros_like(cos[..., 0]), np.ones_like(cos[..., 0])
-
-        def about(axis: int) -> np.ndarray:
-            c, s = cos[..., axis], sin[..., axis]
-            rows = {
-                0: [one, zero, zero, zero, c, -s, zero, s, c],
-                1: [c, zero, s, zero, one, zero, -s, zero, c],
-                2: [c, -s, zero, s, c, zero, zero, zero, one],
-            }[axis]
-            return np.stack(rows, -1).reshape(*c.shape, 3, 3)
-
-        return about(2) @ about(1) @ about(0)
-    if kind == "axis-angle":
-        angle = np.linalg.norm(values, axis=-1, keepdims=True)
-        xyz = values * 0.5 * np.sinc(angle / (2 * np.pi))  # sin(angle / 2) / angle, also at 0
-        values = np.concatenate([xyz, np.cos(angle / 2)], -1)
-    elif kind == "quaternion-wxyz":
-        values = np.roll(values, -1, axis=-1)
-    x, y, z, w = np.moveaxis(values / np.linalg.norm(values, axis=-1, keepdims=True), -1, 0)
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.stack([np.stack(row, -1) for row in rows], -2)
-
-
-def gram_schmidt(six: np.ndarray) -> np.ndarray:
-    """The rotation (..., 3, 3) whose first two columns are nearest, in turn, to (..., 6) numbers."""
-    first = six[..., :3] / np.maximum(np.linalg.norm(six[..., :3], axis=-1, keepdims=True), 1e-9)
-    second = six[..., 3:] - (first * six[..., 3:]).sum(-1, keepdims=True) * first
-    second = second / np.maximum(np.linalg.norm(second, axis=-1, keepdims=True), 1e-9)
-    return np.stack([first, second, np.cross(first, second)], -1)
+        rotation = Rotation.from_euler("xyz", flat)  # lower case: about fixed axes
+    elif kind == "axis-angle":
+        rotation = Rotation.from_rotvec(flat)
+    else:
+        rotation = Rotation.from_quat(flat, scalar_first=kind == "quaternion-wxyz")
+    return rotation.as_matrix().reshape(*values.shape[:-1], 3, 3)
 
 
 def from_matrix(matrix: np.ndarray, kind: str) -> np.ndarray:
     """Rotation matrices (..., 3, 3) to numbers of a kind; quaternions along a chunk never flip their sign."""
-    m = matrix
+    from scipy.spatial.transform import Rotation
+
+    rotation, shape = Rotation.from_matrix(matrix.reshape(-1, 3, 3)), matrix.shape[:-2]
     if kind == "euler":
-        pitch = np.arctan2(-m[..., 2, 0], np.hypot(m[..., 0, 0], m[..., 1, 0]))
-        return np.stack(
-            [np.arctan2(m[..., 2, 1], m[..., 2, 2]), pitch, np.arctan2(m[..., 1, 0], m[..., 0, 0])], -1
-        )
-    # Each row is 4 q_k (x, y, z, w) for one k: the longest one loses no precision.
-    xx, yy, zz = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
-    xy, xz, yz = m[..., 0, 1] + m[..., 1, 0], m[..., 0, 2] + m[..., 2, 0], m[..., 1, 2] + m[..., 2, 1]
-    xw, yw, zw = m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]
-    rows = np.stack(
-        [
-            np.stack([1 + xx - yy - zz, xy, xz, xw], -1),
-            np.stack([xy, 1 - xx + yy - zz, yz, yw], -1),
-            np.stack([xz, yz, 1 - xx - yy + zz, zw], -1),
-            np.stack([xw, yw, zw, 1 + xx + yy + zz], -1),
-        ],
-        -2,
-    )
-    lengths = np.linalg.norm(rows, axis=-1)
-    best = lengths.argmax(-1)[..., None, None]
-    quaternion = np.take_along_axis(rows, best, -2)[..., 0, :]
-    quaternion /= np.linalg.norm(quaternion, axis=-1, keepdims=True)
-    quaternion *= np.where(quaternion[..., 3:] < 0, -1, 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Gimbal lock")  # any of the angles that give it will do
+            return rotation.as_euler("xyz").reshape(*shape, 3)
     if kind == "axis-angle":
-        half = np.arctan2(np.linalg.norm(quaternion[..., :3], axis=-1, keepdims=True), quaternion[..., 3:])
-        return quaternion[..., :3] * 2 / np.sinc(half / np.pi)  # half / sin(half), also at 0
-    if quaternion.ndim > 1:
-        turns = (quaternion[..., 1:, :] * quaternion[..., :-1, :]).sum(-1) < 0
-        flips = np.cumsum(turns, axis=-1) % 2
-        quaternion[..., 1:, :] *= np.where(flips, -1, 1)[..., None]
-    return quaternion if kind == "quaternion" else np.roll(quaternion, 1, axis=-1)
+        return rotation.as_rotvec().reshape(*shape, 3)
+    values = rotation.as_quat(canonical=True).reshape(*shape, 4)
+    if values.ndim > 1:
+        turns = (values[..., 1:, :] * values[..., :-1, :]).sum(-1) < 0
+        values[..., 1:, :] *= np.where(np.cumsum(turns, axis=-1) % 2, -1, 1)[..., None]
+    return values if kind == "quaternion" else np.roll(values, 1, axis=-1)
+
+
+def gram_schmidt(six: np.ndarray) -> np.ndarray:
+    """The rotation (..., 3, 3) whose first two columns are nearest, in turn, to (..., 6) numbers.
+
+    Columns that are zero or parallel, from which none follows, are replaced: every six numbers give one.
+    """
+
+    def unit(vector: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+        length = np.linalg.norm(vector, axis=-1, keepdims=True)
+        return np.where(length > 1e-9, vector / np.maximum(length, 1e-9), otherwise)
+
+    def across(vector: np.ndarray) -> np.ndarray:
+        return vector - (first * vector).sum(-1, keepdims=True) * first
+
+    first = unit(six[..., :3], np.eye(3)[0])
+    other = across(np.eye(3)[abs(first).argmin(-1)])  # the axis that is least parallel
+    second = unit(across(six[..., 3:]), other / np.linalg.norm(other, axis=-1, keepdims=True))
+    return np.stack([first, second, np.cross(first, second)], -1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import mmap
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -49,7 +48,8 @@ class JpegShard:
         self.path, self.cameras = path, row_shape[0]
         self.file = _map(path)
         self.bytes = np.frombuffer(self.file, np.uint8)
-        self.offsets = jpeg_offsets(self.bytes)
+        # Where frames begin, and the last one ends; the first follows the offsets.
+        self.offsets = self.bytes[: int(self.bytes[:8].view(np.int64)[0])].view(np.int64)
 
     def fetch(self, places: np.ndarray) -> None:
         """Have the system read the rows `places` from the disk, without waiting for it."""
@@ -76,11 +76,6 @@ def _will_need(file: mmap.mmap, first: int, last: int) -> None:
         file.madvise(mmap.MADV_WILLNEED, start, last - start)
 
 
-def jpeg_offsets(content: np.ndarray) -> np.ndarray:
-    """Where the frames of a JPEG shard begin, and the last one ends; the first follows the offsets."""
-    return content[: int(content[:8].view(np.int64)[0])].view(np.int64)
-
-
 SHARDS = {"raw": RawShard, "jpeg": JpegShard}
 
 
@@ -93,7 +88,7 @@ def encode_jpeg(frame: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def decode_jpeg(encoded: np.ndarray, out: np.ndarray, path: Path) -> None:
+def decode_jpeg(encoded: np.ndarray, out: np.ndarray, path: Path | str) -> None:
     """Decode into (3, H, W) uint8.
 
     Raises:
@@ -110,25 +105,15 @@ def decode_jpeg(encoded: np.ndarray, out: np.ndarray, path: Path) -> None:
         raise OSError(f"{path} is damaged ({reason}): run `python -m common.data.store verify`.") from error
 
 
-def join_jpeg(parts: list[Path], starts: list[int], rows: int, cameras: int, target: Path) -> int:
-    """Interleave the frames of (episode, camera) files to one shard; returns its size in bytes.
-
-    Args:
-        parts: one file an episode and camera, itself a shard of one camera.
-        starts: number of the first frame of each in the shard, row * cameras + camera.
-        rows: of the whole shard; rows that no part covers stay empty.
-    """
-    contents = [np.memmap(part, np.uint8, "r") for part in parts]
-    frames: list[np.ndarray | None] = [None] * (rows * cameras)
-    for content, start in zip(contents, starts, strict=True):
-        edges = jpeg_offsets(content).tolist()
-        for k, (first, last) in enumerate(pairwise(edges)):
-            frames[start + k * cameras] = content[first:last]
-    return write_jpeg(frames, target)
+def as_jpeg(frame: np.ndarray) -> np.ndarray:
+    """What a JPEG shard gives back of a frame (3, H, W)."""
+    out = np.empty_like(frame)
+    decode_jpeg(np.frombuffer(encode_jpeg(frame), np.uint8), out, "the frame")
+    return out
 
 
-def write_jpeg(frames: Sequence[np.ndarray | bytes | None], target: Path) -> int:
-    """Write encoded frames as a shard; returns its size in bytes."""
+def write_jpeg(frames: Sequence[bytes | None], target: Path) -> None:
+    """Write encoded frames, None for those that are missing, as a shard."""
     lengths = [0 if frame is None else len(frame) for frame in frames]
     offsets = 8 * (len(frames) + 1) + np.cumsum([0, *lengths], dtype=np.int64)
     with target.open("wb") as file:
@@ -136,4 +121,3 @@ def write_jpeg(frames: Sequence[np.ndarray | bytes | None], target: Path) -> int
         for frame in frames:
             if frame is not None:
                 file.write(frame)
-    return int(offsets[-1])

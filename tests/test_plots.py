@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.pictures import draw_chunks
+from common.plots import draw_chunks
 
 
 @pytest.mark.parametrize("dims", [1, 4, 30])

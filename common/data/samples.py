@@ -1,0 +1,330 @@
+"""Samples for training: chunks of actions and what was seen when they began, in shuffled, resumable order."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from common.data.store import EpisodeStore
+from common.data.workers import cores
+from common.errors import UserError
+
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # they end a run
+
+
+class Batch(NamedTuple):
+    """What a policy learns from: B chunks and what was seen when they began."""
+
+    images: Tensor
+    """(B, N, 3, H, W) uint8, RGB; N cameras in the order of the store."""
+    proprio: Tensor
+    """(B, K, P) float32, the last K states, the present one last; in the units of the recording."""
+    actions: Tensor
+    """(B, T, A) float32, the present step's action and the T - 1 after it; in the units of the recording."""
+    is_pad: Tensor
+    """(B, T) bool, true where the action lies past the episode's end (there the last action is repeated)."""
+    index: Tensor
+    """(B,) int64, the step's number in the store."""
+    extras: Mapping[str, Tensor] = MappingProxyType({})
+    """(B, ...) each, what caches have added to the store."""
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with `function` applied to all of its tensors."""
+        return Batch(*map(function, self[:-1]), {name: function(x) for name, x in self.extras.items()})
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`; asynchronous where the memory is pinned."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+class _Recycler:
+    """Buffers of batches that are used again once nobody holds the tensor made from them.
+
+    A fresh batch above some 32 MB comes as untouched pages from the system, whose first touch costs up to ten
+    times the copy itself. A tensor made by `torch.from_numpy` keeps its array alive as long as any view of it
+    lives: each loan is such an array, watched by a weak reference.
+    """
+
+    def __init__(self, keep: int = 4):
+        self.keep = keep
+        self.loans: list[tuple[np.ndarray, weakref.ref]] = []
+
+    def __reduce__(self):
+        return _Recycler, (self.keep,)  # loans stay in their process
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor."""
+        shape = (*shape[:-1], shape[-1] * dtype.itemsize)
+        free = [buffer for buffer, loan in self.loans if loan() is None and buffer.shape == shape]
+        # PyTorch aligns to 64 bytes and NumPy to 16, with which copying takes half as long again.
+        buffer = free[0] if free else torch.empty(shape, dtype=torch.uint8).numpy()
+        others = [loan for loan in self.loans if loan[0] is not buffer]
+        view = buffer.view()
+        self.loans = [*others[1 - self.keep :], (buffer, weakref.ref(view))]
+        return torch.from_numpy(view).view(dtype)
+
+
+class ChunkDataset(Dataset):
+    """Every step of some episodes, as the start of an action chunk.
+
+    The chunk of step i is the actions i + offset to i + offset + T - 1; past the episode's end the last
+    action is repeated and marked in `is_pad`. History before the episode's start repeats its first state.
+    A step whose chunk would lie wholly past the end is no sample.
+
+    Args:
+        store: where the steps are.
+        episodes: numbers of the episodes to draw from, counted in the store.
+        horizon: T, actions in a chunk.
+        proprio_history: K, states in a sample.
+        action_offset: control steps from an observation to the first action of its chunk.
+    """
+
+    def __init__(
+        self,
+        store: EpisodeStore,
+        episodes: Sequence[int] | np.ndarray,
+        horizon: int,
+        proprio_history: int = 1,
+        action_offset: int = 0,
+    ):
+        for flag, value, least in (
+            ("--horizon", horizon, 1),
+            ("--proprio-history", proprio_history, 1),
+            ("--action-offset", action_offset, 0),
+        ):
+            if value < least:
+                raise UserError(f"{flag} is {value}: it counts control steps and must be at least {least}.")
+        self.store, self.horizon = store, horizon
+        self.proprio_history, self.action_offset = proprio_history, action_offset
+        self.episodes = np.asarray(episodes, np.int64)
+        starts = store.episode_starts
+        spans = [np.arange(starts[e], starts[e + 1] - action_offset) for e in self.episodes]
+        self.rows = np.concatenate(spans) if spans else np.empty(0, np.int64)  # step of each sample
+        if spans and not len(self.rows):
+            raise UserError(f"--action-offset {action_offset} is longer than every episode: lower it.")
+        parts = np.repeat(np.arange(len(store.part_episodes)), store.part_episodes)
+        sample_parts = np.repeat(parts[self.episodes], [len(span) for span in spans])
+        self.part_samples = np.bincount(sample_parts, minlength=len(store.part_episodes))  # of each dataset
+        self._buffers = {name: _Recycler() for name in ("images", *store.extras)}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One sample, without the batch dimension."""
+        return self.__getitems__([index]).each(lambda tensor: tensor[0])
+
+    def __getitems__(self, indices: list[int] | np.ndarray) -> Batch:
+        """The samples at `indices` as one batch, gathered whole."""
+        store, rows = self.store, self.rows[np.asarray(indices, np.int64)]
+        actions, is_pad = self.chunks(rows)
+
+        def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return self._buffers[name].take((len(rows), *shape), dtype)
+
+        return Batch(
+            images=store.images(rows, buffer("images", store.row_shape, torch.uint8)),
+            proprio=torch.from_numpy(self.history(rows)),
+            actions=torch.from_numpy(actions),
+            is_pad=torch.from_numpy(is_pad),
+            index=torch.from_numpy(rows),
+            extras={
+                name: store.extra(name, rows, buffer(name, extra.shape, torch.float16))
+                for name, extra in store.extras.items()
+            },
+        )
+
+    def on(self, store: EpisodeStore) -> ChunkDataset:
+        """The same samples of a store that holds the same steps, with extras for instance."""
+        return ChunkDataset(store, self.episodes, self.horizon, self.proprio_history, self.action_offset)
+
+    def chunks(self, rows: np.ndarray, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Actions (B, T, A) and is_pad (B, T) of the chunks that begin at the steps `rows` of the store.
+
+        Args:
+            dim: give this dimension of the actions only, (B, T).
+        """
+        last = self.store.episode_starts[self.store.episode_of(rows) + 1] - 1
+        future = rows[:, None] + np.arange(self.action_offset, self.action_offset + self.horizon)
+        action = self.store.action if dim is None else self.store.action[:, dim]
+        return action[np.minimum(future, last[:, None])], future > last[:, None]
+
+    def history(self, rows: np.ndarray) -> np.ndarray:
+        """States (B, K, P) up to and including the steps `rows` of the store."""
+        first = self.store.episode_starts[self.store.episode_of(rows)]
+        past = rows[:, None] + np.arange(1 - self.proprio_history, 1)
+        return self.store.state[np.maximum(past, first[:, None])]
+
+
+class SampleStream(Sampler):
+    """Endless batches of sample numbers: one shuffled epoch after the other, without a seam.
+
+    Position p of the stream holds sample p % n of epoch p // n, so the order is a function of the seed alone
+    and the stream can begin anywhere. Micro-batch k of a rank covers the B positions from
+    start + k * B * world + rank * B.
+
+    An epoch of one dataset is a permutation of its n samples. Of several with weights, it holds each in
+    proportion to its weight, and each goes through its own permutations from epoch to epoch.
+
+    Args:
+        num_samples: samples of each dataset; n in all.
+        batch_size: B, per rank.
+        seed: of the shuffling.
+        rank, world: this process and how many there are.
+        start: samples that all ranks together have already consumed.
+        weights: one per dataset; None draws every sample once an epoch.
+    """
+
+    def __init__(
+        self,
+        num_samples: Sequence[int],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+        weights: Sequence[float] | None = None,
+    ):
+        self.total, self.batch_size, self.seed = int(sum(num_samples)), batch_size, seed
+        self.rank, self.world, self.start = rank, world, start
+        self.parts = [self.total] if weights is None else list(map(int, num_samples))
+        shares = np.array([1.0] if weights is None else weights, float) * (np.array(self.parts) > 0)
+        ends = np.rint(np.cumsum(shares) / shares.sum() * self.total).astype(int)
+        self.quotas = np.diff(ends, prepend=0).tolist()  # samples of each dataset in an epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, np.empty(0, np.int64)
+        position = self.start + self.rank * self.batch_size
+        while True:
+            batch: list[int] = []
+            while len(batch) < self.batch_size:
+                wanted, offset = divmod(position + len(batch), self.total)
+                if wanted != epoch:
+                    epoch, order = wanted, self._epoch(wanted)
+                batch += order[offset : offset + self.batch_size - len(batch)].tolist()
+            yield batch
+            position += self.batch_size * self.world
+
+    def samples(self, first: int, count: int) -> list[int]:
+        """The samples at `count` positions of the stream from `first` on, whatever this one's share."""
+        whole = copy.copy(self)
+        whole.start, whole.batch_size, whole.rank = first, count, 0
+        return next(iter(whole))
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch, in order."""
+        if len(self.parts) == 1:
+            return np.random.default_rng((self.seed, epoch)).permutation(self.total)
+        drawn, first = [], 0
+        for part, (size, quota) in enumerate(zip(self.parts, self.quotas, strict=True)):
+            rounds, offset = divmod(epoch * quota, max(size, 1))
+            orders = [
+                np.random.default_rng((self.seed, rounds + k, part)).permutation(size)
+                for k in range(-(-(offset + quota) // max(size, 1)))
+            ]
+            drawn.append(first + np.concatenate([np.empty(0, np.int64), *orders])[offset : offset + quota])
+            first += size
+        return np.random.default_rng((self.seed, epoch)).permutation(np.concatenate(drawn).astype(np.int64))
+
+
+def split_episodes(store: EpisodeStore, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted numbers of the training and the held-out episodes, split dataset by dataset.
+
+    With a positive fraction and more than one episode, at least one of a dataset is held out; one is always
+    left to train.
+    """
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val-fraction is {val_fraction:g}: it must be at least 0 and below 1.")
+    train, val, first = [], [], 0
+    for count in store.part_episodes:
+        held_out = 0
+        if val_fraction > 0 and count > 1:
+            held_out = min(max(1, round(count * val_fraction)), count - 1)
+        order = first + np.random.default_rng(seed).permutation(count)
+        train.append(order[held_out:])
+        val.append(order[:held_out])
+        first += count
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(val))
+
+
+def evenly_spaced(
+    dataset: ChunkDataset, num: int, batch_size: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Batch]]:
+    """Batches of `num` samples spread evenly over a dataset, for evaluation: the same ones every time.
+
+    Args:
+        dataset: to take them from.
+        num: of all processes together, at most the size of the dataset.
+        batch_size: at most so many in a batch.
+        rank, world: this process and their number; each sample is seen by one of them, and one that has no
+            share sees none.
+
+    Yields:
+        Which of the `num` samples these are, (B,), and their batch.
+    """
+    chosen = torch.linspace(0, len(dataset) - 1, num).long()
+    mine = torch.arange(num)[rank::world]
+    for rows in mine.split(batch_size) if len(mine) else ():
+        yield rows, dataset.__getitems__(chosen[rows].tolist())
+
+
+def make_loader(
+    dataset: ChunkDataset,
+    batch_size: int,
+    seed: int,
+    num_workers: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    start: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """An endless loader of shuffled batches, this rank's share of the `SampleStream`.
+
+    Args:
+        num_workers: processes that gather ahead; 0 gathers in this one. None: as many as are worth it.
+
+    Raises:
+        UserError: if one step of all ranks takes more samples than there are.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}: it must be at least 1.")
+    if batch_size * world > len(dataset):
+        raise UserError(
+            f"A batch of {batch_size * world} samples ({batch_size} a process, {world} process"
+            f"{'es' * (world > 1)}) is larger than the {len(dataset)} training samples: "
+            f"lower --batch-size to at most {len(dataset) // world}."
+        )
+    if num_workers is None:  # copying is faster than handing over, decoding is not
+        num_workers = min(8, max(1, cores() // world)) if dataset.store.storage == "jpeg" else 0
+    weights = dataset.store.part_weights
+    return DataLoader(
+        dataset,
+        batch_sampler=SampleStream(dataset.part_samples, batch_size, seed, rank, world, start, weights),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        collate_fn=_identity,
+        worker_init_fn=_ignore_signals,
+        # Starting an iterator draws a number: not from the generator that training noise comes from.
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    """Signals that end a run are for the training process, which needs its workers for the last step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _identity(batch: Batch) -> Batch:
+    return batch

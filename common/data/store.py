@@ -1,0 +1,368 @@
+"""The episode store: one columnar copy of a dataset, read by whole batches.
+
+A store is a folder:
+
+    frames-00000.bin, ...   frames of whole episodes, about 1 GiB of pixels a file, see common/data/shards.py
+    frames-00000.json, ...  which episodes such a file holds, and where, and its checksum
+    arrays.safetensors      state, action, timestamps, and the place of every episode
+    features-*/             features of frozen networks, see common/data/features.py
+    meta.json               source, fingerprint, cameras, names, tasks; written last: with it the store is
+                            finished
+
+Reading copies out of memory-mapped files: nothing is decoded while training, unless the store was made with
+`--store jpeg`. `common/data/ingest.py` writes, `common/data/samples.py` draws samples. What there is, whether
+it is whole, and how to be rid of it:
+
+    python -m common.data.store inspect DATASET
+    python -m common.data.store verify DATASET
+    python -m common.data.store prune
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.data.rotation import Rotations, parse
+from common.data.shards import SHARDS, RawShard, Storage
+from common.errors import UserError
+from common.files import read_json
+
+# The package imports this module before `python -m common.data.store` runs it, which Python would remark on.
+warnings.filterwarnings("ignore", "'common.data.store' found in sys.modules")
+
+FORMAT = 3
+META, ARRAYS = "meta.json", "arrays.safetensors"
+MEMORY_SPEED = 2e9  # bytes a second: slower gathers have waited for a disk
+FETCH_AHEAD = 50  # so many gathers after one that has waited ask for their rows before they copy
+
+
+class Extra(NamedTuple):
+    """What a cache keeps for every step beside the frames, float16.
+
+    Attributes:
+        files: for each of a store's `shard_files`; those of episodes that are not chosen need not exist.
+        shape: of one step's values.
+    """
+
+    files: tuple[Path, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EpisodeStore:
+    """Recorded episodes, opened read-only: one store on disk, some episodes of it, or several stores.
+
+    Attributes:
+        path: folder of the (first) store.
+        source: the dataset it was made from, as a path or hub name; several are joined by " + ".
+        fingerprint: hash of the content of the datasets, and of the choice of their episodes.
+        source_fingerprint: hash of the content of the (first) dataset, whatever is chosen of it.
+        cameras, camera_keys: short and full camera names, N of each.
+        image_size: (H, W) in pixels.
+        fps: control steps per second.
+        state_names, action_names: one name per dimension.
+        skipped: sentences about the episodes that were left out.
+        storage: how frames are kept.
+        state, action: (S, P) and (S, A) float32.
+        timestamps: (S,) float64, seconds since the episode began.
+        episode_starts: (E + 1,) int64; episode e is the steps episode_starts[e] to episode_starts[e + 1].
+        episode_indices: (E,) int64, the episodes' numbers in their source.
+        episode_tasks: E instructions, None where the dataset states none.
+        episode_shard, episode_row: (E,) int64, the shard of an episode and its first row there.
+        shard_files: every shard's file.
+        part_episodes: episodes of each dataset, in order.
+        part_weights: how often samples of each dataset are drawn, relative to each other; None: as often as
+            they are there.
+        state_rotations, action_rotations: what `re_express` has changed in the recorded vectors.
+        extras: what caches have added, by its name in `Batch.extras`.
+    """
+
+    path: Path
+    source: str
+    fingerprint: str
+    source_fingerprint: str
+    cameras: tuple[str, ...]
+    camera_keys: tuple[str, ...]
+    image_size: tuple[int, int]
+    fps: float
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    skipped: tuple[str, ...]
+    storage: Storage
+    state: np.ndarray
+    action: np.ndarray
+    timestamps: np.ndarray
+    episode_starts: np.ndarray
+    episode_indices: np.ndarray
+    episode_tasks: tuple[str | None, ...]
+    episode_shard: np.ndarray
+    episode_row: np.ndarray
+    shard_files: tuple[Path, ...]
+    part_episodes: tuple[int, ...]
+    part_weights: tuple[float, ...] | None = None
+    state_rotations: Rotations | None = None
+    action_rotations: Rotations | None = None
+    extras: dict[str, Extra] = field(default_factory=dict)
+
+    def __post_init__(self):
+        used = np.unique(self.episode_shard).tolist()
+        frames = {n: SHARDS[self.storage](self.shard_files[n], self.row_shape) for n in used}
+        extras = {
+            name: {n: RawShard(extra.files[n], extra.shape, np.float16) for n in used}
+            for name, extra in self.extras.items()
+        }
+        # _ahead: gathers that shall ask for their rows first
+        self.__dict__.update(_frame_shards=frames, _extra_shards=extras, _ahead=0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_frame_shards", "_extra_shards")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # a worker process maps the files itself
+
+    @classmethod
+    def open(cls, path: Path | str) -> EpisodeStore:
+        """Open the finished store in the folder `path`.
+
+        Raises:
+            UserError: if the store is unfinished, damaged or of another format.
+        """
+        from safetensors.numpy import load
+
+        path = Path(path)
+        problem = defect(path)
+        if problem is None:
+            meta, payload = read_json(path / META), (path / ARRAYS).read_bytes()
+            if zlib.crc32(payload) != meta["arrays"]["crc32"]:
+                problem = f"{ARRAYS} is not what was written"
+        if problem:
+            raise UserError(
+                f"The episode store {path} cannot be read ({problem}): delete it to have it rebuilt."
+            )
+        arrays = load(payload)
+        names = ("image_size", "state_names", "action_names", "episode_tasks", "skipped")
+        return cls(
+            path=path,
+            source_fingerprint=meta["fingerprint"],
+            cameras=tuple(short for _, short, _ in meta["cameras"]),
+            camera_keys=tuple(key for key, _, _ in meta["cameras"]),
+            **{name: meta[name] for name in ("source", "fingerprint", "fps", "storage")},
+            **{name: tuple(meta[name]) for name in names},
+            **arrays,
+            shard_files=tuple(path / shard["file"] for shard in meta["shards"]),
+            part_episodes=(len(arrays["episode_indices"]),),
+        )
+
+    def select(self, episodes: Sequence[int]) -> EpisodeStore:
+        """The store with these of its episodes only, numbered as in the source."""
+        kept = np.flatnonzero(np.isin(self.episode_indices, np.asarray(episodes, np.int64)))
+        starts, lengths = self.episode_starts[kept], np.diff(self.episode_starts)[kept]
+        rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+        names = ("episode_indices", "episode_shard", "episode_row")
+        chosen = json.dumps([self.fingerprint, self.episode_indices[kept].tolist()])
+        return replace(
+            self,
+            fingerprint=hashlib.sha256(chosen.encode()).hexdigest(),
+            **{name: getattr(self, name)[rows] for name in ("state", "action", "timestamps")},
+            **{name: getattr(self, name)[kept] for name in names},
+            episode_starts=np.cumsum([0, *lengths], dtype=np.int64),
+            episode_tasks=tuple(self.episode_tasks[e] for e in kept),
+            part_episodes=(len(kept),),
+        )
+
+    @classmethod
+    def concatenate(
+        cls, stores: Sequence[EpisodeStore], weights: Sequence[float] | None = None
+    ) -> EpisodeStore:
+        """Several datasets as one, in their order.
+
+        Args:
+            weights: see `part_weights`.
+
+        Raises:
+            UserError: if they differ in cameras, image size, dimensions or control rate.
+        """
+        first = stores[0]
+        for other in stores[1:]:
+            for what, name, show in (
+                ("cameras", "cameras", " ".join),
+                ("image sizes (choose one with --image-size)", "image_size", "{0[0]}x{0[1]}".format),
+                ("dimensions of the state", "state_names", _brief),
+                ("dimensions of the action", "action_names", _brief),
+                ("control rates", "fps", "{:g} Hz".format),
+                ("stores (choose one with --store)", "storage", str),
+            ):
+                mine, its = getattr(first, name), getattr(other, name)
+                if mine != its:
+                    raise UserError(
+                        f"{first.source} and {other.source} have different {what}, {show(mine)} and "
+                        f"{show(its)}: one run learns from datasets that agree in them."
+                    )
+        names = ("state", "action", "timestamps", "episode_indices", "episode_row")
+        arrays = {name: np.concatenate([getattr(store, name) for store in stores]) for name in names}
+        names = ("episode_tasks", "shard_files", "skipped")
+        tuples = {name: tuple(x for store in stores for x in getattr(store, name)) for name in names}
+        shards = np.cumsum([0, *(len(store.shard_files) for store in stores)])
+        shard = [store.episode_shard + n for store, n in zip(stores, shards, strict=False)]
+        lengths = np.concatenate([np.diff(store.episode_starts) for store in stores])
+        parts = json.dumps([store.fingerprint for store in stores])
+        return replace(
+            first,
+            source=" + ".join(store.source for store in stores),
+            fingerprint=hashlib.sha256(parts.encode()).hexdigest(),
+            **arrays,
+            **tuples,
+            episode_starts=np.cumsum([0, *lengths], dtype=np.int64),
+            episode_shard=np.concatenate(shard),
+            extras={},
+            part_episodes=tuple(store.num_episodes for store in stores),
+            part_weights=None if weights is None else tuple(weights),
+        )
+
+    def re_express(self, option: str) -> EpisodeStore:
+        """The store with the rotations of its states and actions in six numbers each.
+
+        Args:
+            option: `--rotation`, see `common/data/rotation.py`.
+
+        Raises:
+            UserError: if there is no rotation among the dimensions, or a quaternion of four zeros.
+        """
+        pattern, kind = parse(option)
+        state = Rotations.find(self.state_names, kind, pattern)
+        action = Rotations.find(self.action_names, kind, pattern)
+        if not state.starts and not action.starts:
+            raise UserError(
+                f"--rotation {option}: no dimension of {self.source} is named like one: the state has "
+                f"{', '.join(self.state_names)}; the action {', '.join(self.action_names)}."
+            )
+        zeros = np.concatenate([state.zeros(self.state), action.zeros(self.action)])
+        if len(zeros):
+            raise UserError(
+                f"--rotation {option}: episode {self.episode_indices[self.episode_of(zeros[0])]} of "
+                f"{self.source} holds a quaternion of four zeros, which is no rotation: choose others with "
+                f"--episodes, or record it again."
+            )
+        return replace(
+            self,
+            state=state.encode(self.state),
+            action=action.encode(self.action),
+            state_names=state.names(),
+            action_names=action.names(),
+            state_rotations=state,
+            action_rotations=action,
+        )
+
+    @property
+    def task(self) -> str | None:
+        """The instruction that all episodes share, if there is one."""
+        return self.episode_tasks[0] if len(set(self.episode_tasks)) == 1 else None
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """(N, 3, H, W): what one step's frames are."""
+        return (len(self.cameras), 3, *self.image_size)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.state)
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self.episode_starts) - 1
+
+    @property
+    def shared_space(self) -> bool:
+        """Whether state and action have the same dimensions, so that "stay where you are" is an action."""
+        return self.state_names == self.action_names
+
+    def episode_of(self, rows: np.ndarray) -> np.ndarray:
+        """The episode of each step: int64 of the same shape."""
+        return np.searchsorted(self.episode_starts, rows, side="right") - 1
+
+    def images(self, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
+        """Frames of all cameras at the steps `rows`, (B,) int64: (B, N, 3, H, W) uint8.
+
+        One thread copies: on a busy machine several threads wait for each other and are far slower. A gather
+        that had to wait for the disk makes the next ones ask for all their rows before they copy, which reads
+        many times faster than meeting missing pages one by one; where nothing is missing, asking would only
+        cost time.
+
+        Args:
+            out: tensor of that shape to fill, instead of a new one.
+        """
+        return self._gather(self._frame_shards, rows, self.row_shape, torch.uint8, out)
+
+    def extra(self, name: str, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
+        """What the cache `name` has for the steps `rows`: (B, *shape) float16; `out` as for `images`."""
+        return self._gather(self._extra_shards[name], rows, self.extras[name].shape, torch.float16, out)
+
+    def _gather(
+        self,
+        shards: dict[int, Any],
+        rows: np.ndarray,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        out: Tensor | None,
+    ) -> Tensor:
+        """Copy the steps `rows` out of files by number."""
+        if out is None:
+            out = torch.empty(len(rows), *shape, dtype=dtype)
+        if len(rows) == 0:
+            return out
+        began = time.perf_counter()
+        episodes = self.episode_of(rows)
+        places = rows - self.episode_starts[episodes] + self.episode_row[episodes]
+        numbers = self.episode_shard[episodes]
+        order = np.lexsort((places, numbers)) if len(shards) > 1 else np.arange(len(rows))  # disk order
+        edges = np.flatnonzero(np.diff(numbers[order], prepend=-1)).tolist()
+        parts = [order[first:last] for first, last in zip(edges, [*edges[1:], len(order)], strict=True)]
+        if self._ahead:
+            for slots in parts:
+                shards[numbers[slots[0]]].fetch(places[slots])
+        for slots in parts:
+            shards[numbers[slots[0]]].read(places[slots], out.numpy(), slots)
+        waited = out.nbytes / (time.perf_counter() - began) < MEMORY_SPEED
+        self.__dict__["_ahead"] = FETCH_AHEAD if waited else max(self._ahead - 1, 0)
+        return out
+
+
+def _brief(names: Sequence[str]) -> str:
+    """A list of names in a sentence."""
+    return f"{len(names)} ({', '.join(names[:20])}{', ...' * (len(names) > 20)})"
+
+
+def defect(path: Path) -> str | None:
+    """What keeps the folder from being a finished, whole store of this format; None if nothing does."""
+    try:
+        meta = read_json(path / META)
+        if meta["format"] != FORMAT:
+            return f"it has format {meta['format']}, this program reads {FORMAT}"
+        for entry in [*meta["shards"], meta["arrays"]]:
+            size = (path / entry["file"]).stat().st_size
+            if size != entry["bytes"]:
+                return f"{entry['file']} has {size} bytes instead of {entry['bytes']}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{META} is damaged: {type(error).__name__}"
+    return None
+
+
+if __name__ == "__main__":
+    from common.data.inspect import main
+
+    main()
