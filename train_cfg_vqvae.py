@@ -210,7 +210,8 @@ def compute_loss(
     batch: Batch,
     normalizer: Normalizer,
     config: Config,
-    progress: float,
+    progress: float = 1.0,
+    *,
     train: bool,
     count: Tensor | None = None,
     x_0: Tensor | None = None,
@@ -219,7 +220,7 @@ def compute_loss(
     """The objective above, and what to log of it: scalars, and what is to be counted over all processes.
 
     Args:
-        progress: share of training that is done.
+        progress: share of training that is done, for what changes in its course.
         train: augment images, draw latents and what else is random.
         count: real actions to divide by, see `losses.masked_mse`.
         x_0, t: noise (B * M, T, A) and flow time (B * M,), M for each sample, where they are not to be drawn.
@@ -343,7 +344,7 @@ def evaluate(
     for rows, batch in run.evenly_spaced(dataset, num):
         x, times, z_noise = (draws[rows].to(run.device) for draws in (x_0, t, noise))
         with run.autocast():
-            _, metrics = compute_loss(policy, batch, normalizer, config, 1.0, train=False, x_0=x, t=times)
+            _, metrics = compute_loss(policy, batch, normalizer, config, train=False, x_0=x, t=times)
             sampled = sample_actions(
                 policy, batch.images, normalizer.proprio(batch.proprio), config, x_0=x, noise=z_noise
             )
