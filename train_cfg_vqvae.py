@@ -31,7 +31,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from common.plots import draw_chunks
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -42,6 +41,7 @@ from common.data import Batch, ChunkDataset, DataConfig
 from common.latent import CodebookLatent, Inferred
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
+from common.plots import draw_chunks
 from common.run import Run, start_run
 from common.transformer import ActionDecoder, ChunkEncoder, InfoEmbedder, Observation, ObservationHead
 from common.vision import VisionConfig

@@ -30,7 +30,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common.plots import draw_chunks, draw_latents
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -43,6 +42,7 @@ from common.errors import UserError
 from common.latent import CodebookLatent, Inferred, NormalLatent
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
+from common.plots import draw_chunks, draw_latents
 from common.run import Run, start_run
 from common.transformer import (
     ChunkEncoder,

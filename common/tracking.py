@@ -25,7 +25,7 @@ from common.config import flat_options
 from common.console import say
 from common.errors import UserError
 from common.files import read_json
-from common.plots import draw_curves, read_metrics
+from common.plots import draw_curves, read_lines
 
 
 class Tracker:
@@ -276,7 +276,7 @@ def keep_lines_up_to(path: Path, step: int) -> list[dict]:
     """
     if not path.exists():
         return []
-    kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+    kept = [line for line in read_lines(path) if line["step"] <= step] if step else []
     temporary = path.with_suffix(".new")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     temporary.replace(path)

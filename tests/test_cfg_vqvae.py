@@ -6,17 +6,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from common.codebook import Codebook, end_window
+from common.schedules import AveragedPolicy, build_optimizer, move_average
 
 import evaluate
 import train_cfg_vqvae
 import train_vfp
 from common import checkpoint
-from common.codebook import Codebook, end_window
 from common.config import parse
 from common.data import ChunkDataset, open_dataset
 from common.errors import UserError
 from common.normalize import Normalizer
-from common.schedules import AveragedPolicy, build_optimizer, move_average
 
 CODES = ("--num-codes", "4", "--latent-dim", "4", "--posterior-layers", "1")
 
