@@ -279,7 +279,7 @@ def _take_over(path: Path, request: StoreRequest, episodes: dict[int, Episode]) 
                 shards = _finished_shards(file.parent, episodes)
                 found.append((sum(len(entry["episodes"]) for entry in shards), file))
     count, file = max(found, default=(0, None))
-    if count == 0:
+    if count in (0, len(episodes)):  # all of them in a dataset that is another: it has not grown, but changed
         return
     with suppress(Timeout, FileNotFoundError), FileLock(lock_file(file.parent), timeout=0):
         file.unlink()  # not found: another process has taken it
