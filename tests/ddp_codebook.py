@@ -9,34 +9,31 @@ import torch
 
 import train_cfg_vqvae
 from common.config import parse
+from common.latent import CodebookLatent
+from common.run import Run
 
 
 def main(argv: list[str]) -> None:
-    kept, real = {}, train_cfg_vqvae.end_window
-    counted = []
+    kept, counted = {}, []
 
-    def end_window(codebook, prior_out, averaged, *args):
-        samples = codebook.counts.sum().item()
-        metrics = real(codebook, prior_out, averaged, *args)
-        kept.update(codebook=codebook, averaged=averaged)
+    def end_window(latent, prior_out, average, *args, original=CodebookLatent.end_window):
+        samples = latent.usage.counts.sum().item()
+        metrics = original(latent, prior_out, average, *args)
+        kept.update(latent=latent, average=average)
         counted.append((samples, int(metrics["codes/replaced"])))
         return metrics
 
-    train_cfg_vqvae.end_window = end_window
-    close = train_cfg_vqvae.Tracker.close
-
-    def compare(tracker):
-        accelerator, vectors = tracker.accelerator, kept["codebook"].vectors
-        moments = kept["averaged"].optimizer.state[vectors]["exp_avg"]
-        average = kept["averaged"].model.codebook.vectors
-        mine = torch.stack([vectors.detach(), moments, average])
-        everyone = accelerator.gather(mine[None])
+    def close(run, original=Run.close):
+        vectors, average = kept["latent"].vectors, kept["average"]
+        moments = average.optimizer.state[vectors]["exp_avg"]
+        mine = torch.stack([vectors.detach(), moments, average.model.latent.vectors])
+        everyone = run.accelerator.gather(mine[None])
         assert all(torch.equal(theirs, everyone[0]) for theirs in everyone), "processes differ"
         assert all(samples == 8 for samples, _ in counted), "counts are not those of all processes"
-        accelerator.print(f"replaced {sum(replaced for _, replaced in counted)}")
-        close(tracker)
+        run.accelerator.print(f"replaced {sum(replaced for _, replaced in counted)}")
+        original(run)
 
-    train_cfg_vqvae.Tracker.close = compare
+    CodebookLatent.end_window, Run.close = end_window, close
     train_cfg_vqvae.main(parse(train_cfg_vqvae.Config, argv, "train_cfg_vqvae.py"))
 
 

@@ -9,35 +9,32 @@ import torch
 
 import train_vfp_moe
 from common.config import parse
+from common.run import Run
+from train_vfp_moe import Gate
 
 
 def main(argv: list[str]) -> None:
     counted, own = [], []
-    count_loss, end_window = train_vfp_moe.compute_loss, train_vfp_moe.Gate.end_window
 
-    def compute_loss(policy, *args, **options):
-        loss = count_loss(policy, *args, **options)
-        if policy.training:
-            own.append(loss.experts.clone())
-        return loss
+    def compute_loss(*args, train, original=train_vfp_moe.compute_loss, **options):
+        loss, metrics = original(*args, train=train, **options)
+        if train:
+            own.append(metrics["experts"].clone())
+        return loss, metrics
 
-    def look(gate):
-        counted.append(gate.counts.clone())
-        return end_window(gate)
+    def end_window(gate, original=Gate.end_window):
+        counted.append(gate.usage.counts.clone())
+        return original(gate)
 
-    train_vfp_moe.compute_loss, train_vfp_moe.Gate.end_window = compute_loss, look
-    close = train_vfp_moe.Tracker.close
-
-    def compare(tracker):
-        accelerator = tracker.accelerator
-        everyone = accelerator.gather(torch.stack(counted)[None])
+    def close(run, original=Run.close):
+        everyone = run.accelerator.gather(torch.stack(counted)[None])
         assert all(torch.equal(theirs, everyone[0]) for theirs in everyone), "processes differ"
-        together = accelerator.gather(torch.stack(own)[None].float()).sum(dim=0)  # one step a line
+        together = run.accelerator.gather(torch.stack(own)[None].float()).sum(dim=0)  # one step a line
         assert torch.equal(together, torch.stack(counted)), "counts are not those of all processes"
-        accelerator.print(f"samples {int(together.sum())}")
-        close(tracker)
+        run.accelerator.print(f"samples {int(together.sum())}")
+        original(run)
 
-    train_vfp_moe.Tracker.close = compare
+    train_vfp_moe.compute_loss, Gate.end_window, Run.close = compute_loss, end_window, close
     train_vfp_moe.main(parse(train_vfp_moe.Config, argv, "train_vfp_moe.py"))
 
 

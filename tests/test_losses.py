@@ -177,6 +177,14 @@ def test_the_cost_is_the_mean_over_dimensions_and_the_weighted_mean_over_the_sta
             torch.testing.assert_close((points[i] - points[j]).square().sum(), cost)
 
 
+def test_a_chunk_is_a_point_with_its_state_and_without_mass_where_it_is_padded():
+    pred, chunks, states = torch.randn(5, 4, 2), torch.randn(5, 4, 2), torch.randn(5, 3)
+    is_pad = torch.arange(4).expand(5, 4) >= torch.tensor([4, 4, 2, 4, 0])[:, None]
+    x, y = (losses.transport_points(points, states)[[0, 1, 3]] for points in (pred, chunks))
+    value = losses.chunk_transport(pred, chunks, states, is_pad, blur=0.3).divergence
+    torch.testing.assert_close(value, losses.sinkhorn_divergence(x, y, blur=0.3).divergence)
+
+
 def test_gradient_descent_on_the_divergence_carries_one_cloud_to_the_other():
     corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
     x, y = torch.randn(24, 2) * 0.2, corners.repeat(6, 1) + 0.1 * torch.randn(24, 2)
