@@ -1,22 +1,22 @@
 """Discrete latent with classifier-free guidance: flow matching whose velocity is told which mode to take.
 
 Plain flow matching has one velocity field for all the ways in which a task can be done; near t = 0, where
-noise says nothing yet, it points at their average. Here a latent z names the way. A posterior reads a code
-off the recorded chunk x_1, a prior predicts the code from the observation s alone, and the decoder's velocity
-is conditioned on it. With z_e the posterior's output, q the nearest of K code vectors, n normal noise, and
-x_t, t and u = x_1 - x_0 as in plain flow matching,
+noise says nothing yet, it points at their average. Here a latent z names the way. A posterior infers it from
+the recorded chunk x_1 while training, a prior from the observation s alone. With x_t, t and u = x_1 - x_0 as
+in plain flow matching, z_e the posterior's output, q the nearest of K code vectors and n normal noise,
 
     z = z_e + |z_e - q| n / |n|                                        (NSVQ, Vali & Backstrom 2022)
     L = || v(x_t, t, s, z) - u ||^2                                    z replaced by a null token at times
         + 0.2 S(x_0 + v(x_0, 0, s, z), x_1)                            K-OT: Sinkhorn divergence of clouds
         - log p(k | sg(s)) + 0.25 |z_e - sg(q)|^2 / d_z                prior; commitment
 
-where sg stops the gradient, the clouds are the chunks of one micro-batch on one process, and k is the code
-that a slowly moving average of the posterior assigns (cross-entropy over codes: regressing the latent would
-average the very modes that the codebook separates). The commitment is a mean over the d_z dimensions, so that
-its weight means the same for every width of the latent. To act, a code is sampled from the prior and
-dx/dt = v_null + w (v_z - v_null) is integrated (Ho & Salimans 2022). Codes that are hardly used are replaced
-by perturbed copies of popular ones early in training.
+where sg stops the gradient and the clouds are the chunks of one micro-batch on one process.
+
+The prior learns the code k that a slowly moving average of the posterior assigns. It is a distribution over
+codes because regressing the latent would average the very modes that the codebook separates. The commitment
+is a mean over the d_z dimensions, so that its weight means the same for every width. To act, a code is drawn
+from the prior and dx/dt = v_null + w (v_z - v_null) is integrated (Ho & Salimans 2022). Codes that are hardly
+used are replaced by perturbed copies of popular ones early in training.
 
 Differs from `train_naive_fm.py` in: posterior, prior, codebook and their losses; the decoder takes a latent,
 which is dropped at times; optimal transport of one-step predictions; guidance; AdamW by default.
@@ -31,11 +31,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from common.plots import draw_chunks
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from common import flow, losses, vision
+from common import alternatives, flow, losses, vision
 from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, RunConfig, Share, cli, options
 from common.data import Batch, ChunkDataset, DataConfig
@@ -43,7 +42,13 @@ from common.latent import CodebookLatent, Inferred
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
 from common.run import Run, start_run
-from common.transformer import ActionDecoder, ChunkEncoder, InfoEmbedder, Observation, ObservationHead
+from common.transformer import (
+    ActionDecoder,
+    ChunkEncoder,
+    InfoEmbedder,
+    Observation,
+    ObservationHead,
+)
 from common.vision import VisionConfig
 
 
@@ -205,22 +210,20 @@ def compute_loss(
     batch: Batch,
     normalizer: Normalizer,
     config: Config,
-    progress: float,
+    progress: float = 1.0,
+    *,
     train: bool,
     count: Tensor | None = None,
     x_0: Tensor | None = None,
     t: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Velocity, transport and latent losses, and their parts to log.
+    """The objective above, and what to log of it: scalars, and what is to be counted over all processes.
 
     Args:
-        progress: share of training that is done.
-        train: augment images, draw the latents, drop some of them.
+        progress: share of training that is done, for what changes in its course.
+        train: augment images, draw latents and what else is random.
         count: real actions to divide by, see `losses.masked_mse`.
         x_0, t: noise (B * M, T, A) and flow time (B * M,), M for each sample, where they are not to be drawn.
-
-    Returns:
-        The loss, and scalars to log; under `latent` what `Latent.count` takes in.
     """
     images = vision.augment(batch.images, config.vision) if train else vision.to_float(batch.images)
     flow_samples = config.flow_samples if x_0 is None else len(x_0) // len(images)
@@ -295,10 +298,10 @@ def sample_actions(
     if noise is None:
         noise = torch.randn(len(images), config.latent_dim, device=images.device, generator=generator)
     z = policy.latent.draw(policy.prior(observation), noise)
-    return integrate_guided(policy, observation, z, x_0, config, steps)
+    return integrate(policy, observation, z, x_0, config, steps)
 
 
-def integrate_guided(
+def integrate(
     policy: Policy,
     observation: Observation,
     z: Tensor,
@@ -341,7 +344,7 @@ def evaluate(
     for rows, batch in run.evenly_spaced(dataset, num):
         x, times, z_noise = (draws[rows].to(run.device) for draws in (x_0, t, noise))
         with run.autocast():
-            _, metrics = compute_loss(policy, batch, normalizer, config, 1.0, train=False, x_0=x, t=times)
+            _, metrics = compute_loss(policy, batch, normalizer, config, train=False, x_0=x, t=times)
             sampled = sample_actions(
                 policy, batch.images, normalizer.proprio(batch.proprio), config, x_0=x, noise=z_noise
             )
@@ -359,23 +362,14 @@ def draw_alternatives(
     policy: Policy, dataset: ChunkDataset, normalizer: Normalizer, config: Config, path: Path
 ) -> None:
     """Picture of what each code does at the start of an episode, how probable it is there, and how used."""
-    batch = dataset.__getitems__([0]).to(policy.latent.usage.device)
+    batch = dataset.__getitems__([0]).to(normalizer.action_scale.device)
     generator = torch.Generator().manual_seed(config.run.seed)
     x_0 = torch.randn(batch.actions.shape, generator=generator).to(batch.proprio.device)
     _, observation = policy.encode(vision.to_float(batch.images), normalizer.proprio(batch.proprio))
     prior, z = policy.prior(observation), policy.latent.vectors
-    chunks = integrate_guided(policy, observation, z, x_0.expand(len(z), -1, -1), config)
-    chunks = normalizer.unnormalize_actions(chunks, batch.proprio.expand(len(chunks), -1, -1))
-    shares = {"prior": prior[0].softmax(dim=0), "usage": policy.latent.usage}
-    draw_chunks(
-        path,
-        chunks.cpu().numpy(),
-        recorded=batch.actions[0][~batch.is_pad[0]].cpu().numpy(),
-        names=dataset.store.action_names,
-        scale=normalizer.action_scale.cpu().numpy(),
-        shares={name: share.cpu().numpy() for name, share in shares.items()},
-        title=f"the chunk of each of {len(chunks)} codes at the start of a held-out episode",
-    )
+    chunks = integrate(policy, observation, z, x_0.expand(len(z), -1, -1), config)
+    shares = {"prior": prior[0].softmax(dim=0), "usage": policy.latent.usage.shares}
+    alternatives.draw_chunks(path, batch, chunks, normalizer, dataset.store.action_names, shares, "codes")
 
 
 def main(config: Config) -> None:
@@ -404,10 +398,10 @@ def main(config: Config) -> None:
         run.end_step()
 
         if data.val and run.due(config.run.eval_every):
-            run.log_validation(evaluate(average.model, data.val, data.normalizer, config, run))
+            model = average.model
+            run.log_validation(evaluate(model, data.val, data.normalizer, config, run))
             if run.is_main:
-                shown = (average.model, data.val, data.normalizer, config)
-                draw_alternatives(*shown, run.folder / "alternatives.png")
+                draw_alternatives(model, data.val, data.normalizer, config, run.folder / "alternatives.png")
         if run.due(config.run.save_every) or run.stopping:
             run.save()
     run.close()

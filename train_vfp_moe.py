@@ -1,19 +1,20 @@
 """Variational flow matching with a mixture of experts: a latent names the way, a gate picks who acts.
 
 Plain flow matching has one velocity field for all the ways in which a task can be done; near t = 0, where
-noise says nothing yet, it points at their average. Here a latent z names the way (VFP, Zhai et al. 2025). A
-posterior infers it from the recorded chunk x_1, a prior from the observation s alone, and a gate g chooses
-by it among E decoders v_e. With x_t, t and u = x_1 - x_0 as in plain flow matching,
+noise says nothing yet, it points at their average. Here a latent z names the way. A posterior infers it from
+the recorded chunk x_1 while training, a prior from the observation s alone. With x_t, t and u = x_1 - x_0 as
+in plain flow matching, and a gate g that chooses by z among E decoders v_e (VFP, Zhai et al. 2025),
 
     L = sum_e g_e(z) || v_e(x_t, t, s, z) - u ||^2                     z ~ q(z | s, x_1)
         + 0.2 S(x_0 + sum_e g_e v_e(x_0, 0, s, z), x_1)                K-OT: Sinkhorn divergence of clouds
         + beta KL(q(z | s, x_1) || p(z | sg(s)))                       diagonal normals, free bits, warm-up
         + 1e-3 (log sum_e exp l_e)^2 + 1e-2 E sum_e f_e mean g_e       l: logits of g, f: shares of top-1
 
-where sg stops the gradient and the clouds are the chunks of one micro-batch on one process (router z-loss:
-Zoph et al. 2022; load balance: Fedus et al. 2021). All experts are computed as one batched product. To act,
-z is drawn from the prior and dx/dt = v_e is integrated for the expert of the largest g_e alone: E experts
-cost what one costs.
+where sg stops the gradient and the clouds are the chunks of one micro-batch on one process.
+
+All experts are computed as one batched product, and kept in use by the last line (router z-loss: Zoph et al.
+2022; load balance: Fedus et al. 2021). To act, z is drawn from the prior and dx/dt = v_e is integrated for
+the expert of the largest g_e alone: E experts cost what one costs.
 
 Differs from `train_cfg_vqvae.py` in: a normal latent, with warm-up and free bits (`--latent vq` has the
 codebook); no null token and no guidance, but experts, the gate, its losses, and a picture of what it does.
@@ -27,20 +28,18 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from common.plots import draw_chunks, draw_latents
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from common import flow, losses, vision
+from common import alternatives, flow, losses, vision
 from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, RunConfig, Share, cli, options
 from common.console import say
 from common.data import Batch, ChunkDataset, DataConfig
 from common.errors import UserError
-from common.latent import CodebookLatent, Inferred, NormalLatent
+from common.latent import CodebookLatent, Inferred, NormalLatent, Usage
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
 from common.run import Run, start_run
@@ -105,9 +104,6 @@ class Config:
     """E, decoders among which the gate chooses."""
     expert_layers: PositiveInt | None = None
     """How many of the decoder's layers, the last ones, each expert has for itself. Default: all."""
-    top_k: NonNegativeInt = 0
-    """Experts that learn from a sample once the gate has warmed up, the most probable ones; 0 lets all learn,
-    weighted by the gate. All are computed either way."""
     gate_noise: NonNegativeFloat = 0.3
     """Standard deviation of the noise on the gate's logits while training."""
     gate_warmup: Share = 0.3
@@ -124,8 +120,7 @@ class Config:
     """Nats of KL divergence in each dimension that cost nothing; of a codebook, of the cross-entropy."""
 
     latent: Literal["gaussian", "vq"] = "gaussian"
-    """Latent: normal, or a vector of a codebook with a categorical prior, to which alone the options from
-    --num-codes on belong."""
+    """Latent: normal, or a vector of a codebook, which the options from --num-codes on are for."""
     variances: Literal["learned", "unit"] = "learned"
     """Variances of the normal posterior and prior: learned, or all 1."""
     latent_dim: PositiveInt = 8
@@ -143,61 +138,48 @@ class Config:
 
 
 class Gate(nn.Module):
-    """Which expert a latent is for.
+    """Which expert a latent is for: a linear map that is decided from the start.
 
-    Attributes:
-        usage: (E,), shares of the samples whose most probable expert each was, over all processes, between
-            the last two lines of the log.
-        counts: (E,), such samples since then.
+    One that starts undecided stays so: experts that all learn everything give it nothing to choose by. A
+    decided one cuts the latents into as many cones; which latent lies in which, the posterior learns.
+    `usage` counts of how many samples each expert is the most probable, between two lines of the log.
     """
 
-    def __init__(self, latent_dim: int, num_experts: int, sharpness: float = 3.0):
-        """Make a gate that is decided from the start.
-
-        One that starts undecided stays so: experts that all learn everything give it nothing to choose by. A
-        decided one cuts the latents into as many cones; which latent lies in which, the posterior learns.
-
-        Args:
-            sharpness: standard deviation of its logits, for latents of unit variance.
-        """
+    def __init__(self, latent_dim: int, num_experts: int):
         super().__init__()
         self.logits = nn.Linear(latent_dim, num_experts)
-        nn.init.normal_(self.logits.weight, std=sharpness / latent_dim**0.5)
+        nn.init.normal_(self.logits.weight, std=3 / latent_dim**0.5)  # logits of deviation 3
         nn.init.zeros_(self.logits.bias)
-        self.register_buffer("usage", torch.full((num_experts,), 1 / num_experts))
-        self.register_buffer("counts", torch.zeros(num_experts))
+        self.usage = Usage(num_experts)
 
     def forward(self, z: Tensor) -> Tensor:
         """Logits (B, E) of latents (B, latent_dim)."""
         return self.logits(z).float()
 
-    @torch.no_grad()
     def end_window(self) -> dict[str, Tensor]:
         """Look at how experts were used since the last call; nothing waits for the device."""
-        self.usage.copy_(self.counts / self.counts.sum().clamp(min=1))
-        self.counts.zero_()
+        shares, _ = self.usage.end_window()
         return {
-            **{f"experts/use_{e}": use for e, use in enumerate(self.usage)},
-            "experts/usage_entropy": torch.special.entr(self.usage).sum(),
-            "experts/most_used": self.usage.max(),
-            "experts/least_used": self.usage.min(),
+            **{f"experts/use_{e}": share for e, share in enumerate(shares)},
+            "experts/usage_entropy": torch.special.entr(shares).sum(),
+            "experts/most_used": shares.max(),
+            "experts/least_used": shares.min(),
         }
 
 
 class MoEActionDecoder(nn.Module):
     """E decoders, run as one, over one embedding of noisy actions, flow time, summary and latent.
 
-    With fewer layers of its own than there are, an expert's are the last: the first ones belong to the
-    embedding, and what is the same in every mode is not learned E times.
+    An expert's own layers are the last; with the others, what is the same in every mode is learned once.
     """
 
     def __init__(self, config: Config, action_dim: int):
         super().__init__()
         d_model, num_heads = config.d_model, config.num_heads
+        self.causal = config.attention == "causal"
         num_own = config.expert_layers or config.decoder_layers
         num_shared = config.decoder_layers - num_own
         linear = partial(StackedLinear, config.num_experts)
-        self.causal = config.attention == "causal"
         self.action_in = nn.Linear(action_dim, d_model)
         self.position = nn.Parameter(torch.randn(config.horizon, d_model) * 0.02)
         self.summary_in = nn.Linear(d_model, d_model)
@@ -212,16 +194,13 @@ class MoEActionDecoder(nn.Module):
         nn.init.zeros_(self.velocity_out.weight)
         nn.init.zeros_(self.velocity_out.bias)
 
-    def stacked(self, x: Tensor) -> Tensor:
-        """The same for every expert, (E, ...), without a copy."""
-        return x.expand(len(self.velocity_out.weight), *x.shape)
-
     def context(self, observation: Observation) -> Context:
         """What `forward` needs of B observations: for the shared layers, then for those of all experts."""
         memory = observation.memory
-        keys_values = [block.cross_attention.keys_values(memory) for block in self.shared]
-        keys_values += [block.cross_attention.keys_values(self.stacked(memory)) for block in self.experts]
-        return Context(keys_values, self.summary_in(observation.summary).unsqueeze(1))
+        shared = [block.cross_attention.keys_values(memory) for block in self.shared]
+        memory = memory.expand(len(self.velocity_out.weight), -1, -1, -1)
+        own = [block.cross_attention.keys_values(memory) for block in self.experts]
+        return Context(shared + own, self.summary_in(observation.summary).unsqueeze(1))
 
     def forward(self, x_t: Tensor, t: Tensor, context: Context, is_pad: Tensor | None, z: Tensor) -> Tensor:
         """Velocity of every expert, (E, B * M, T, A); arguments as for `ActionDecoder`."""
@@ -231,14 +210,15 @@ class MoEActionDecoder(nn.Module):
         condition, keys_values = self.time(t) + self.latent_in(z), iter(context.keys_values)
         for block in self.shared:
             x = block(x, condition, next(keys_values), key_mask, self.causal)
-        x, condition = self.stacked(x), self.stacked(condition)
+        num_experts = len(self.velocity_out.weight)  # one, where `take_expert` has chosen it
+        x, condition = x.expand(num_experts, -1, -1, -1), condition.expand(num_experts, -1, -1)
         for block in self.experts:
             x = block(x, condition, next(keys_values), key_mask, self.causal)
         return self.velocity_out(self.norm(x))
 
 
 class Policy(nn.Module):
-    """Velocity fields of action chunks given camera images, joint states and a latent, and who of them acts.
+    """Velocity field of action chunks given camera images, joint states and a latent.
 
     Its children are the components, each of which can be frozen, initialised and given its own learning rate.
     """
@@ -246,12 +226,8 @@ class Policy(nn.Module):
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
         """`pretrained` = False leaves the backbone's weights to the checkpoint that is loaded next."""
         super().__init__()
-        if config.top_k > config.num_experts:
-            raise UserError(f"--top-k {config.top_k}: there are {config.num_experts} experts, take as many.")
         if (config.expert_layers or 0) > config.decoder_layers:
-            raise UserError(
-                f"--expert-layers {config.expert_layers}: there are {config.decoder_layers} layers."
-            )
+            raise UserError(f"--expert-layers must be at most --decoder-layers, {config.decoder_layers}.")
         self.backbone = vision.build_backbone(
             config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
         )
@@ -307,8 +283,7 @@ class Policy(nn.Module):
         is_pad: Tensor,
         train: bool,
     ) -> tuple[Tensor, Tensor, Inferred]:
-        """Velocity of every expert (E, B * M, T, A) for M draws per observation, given its recorded chunk's
-        latents; the gate's logits of them, (B * M, E); and these.
+        """Velocity of every expert (E, B * M, T, A), the gate's logits (B * M, E), and the chunks' latents.
 
         Args:
             x_t, t: points (B * M, T, A) and flow times (B * M,).
@@ -333,23 +308,20 @@ def compute_loss(
     batch: Batch,
     normalizer: Normalizer,
     config: Config,
-    progress: float,
+    progress: float = 1.0,
+    *,
     train: bool,
     count: Tensor | None = None,
     x_0: Tensor | None = None,
     t: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Velocity, transport, latent and router losses, and their parts to log.
+    """The objective above, and what to log of it: scalars, and what is to be counted over all processes.
 
     Args:
-        progress: share of training that is done.
-        train: augment images, draw the latents, add noise to the gate.
+        progress: share of training that is done, for what changes in its course.
+        train: augment images, draw latents and what else is random.
         count: real actions to divide by, see `losses.masked_mse`.
         x_0, t: noise (B * M, T, A) and flow time (B * M,), M for each sample, where they are not to be drawn.
-
-    Returns:
-        The loss, and scalars to log; under `latent` what `Latent.count` takes in, under `experts` the samples
-        whose most probable expert each is.
     """
     images = vision.augment(batch.images, config.vision) if train else vision.to_float(batch.images)
     flow_samples = config.flow_samples if x_0 is None else len(x_0) // len(images)
@@ -364,10 +336,10 @@ def compute_loss(
     # One draw more for each observation, for the one-step prediction.
     start, x_t, t = flow.prepend_start(x_0, x_t, t, flow_samples)  # (B, T, A), (B * (1 + M), ...)
 
-    velocity_pred, clean, latent = policy(x_t, t, images, proprio, chunks, batch.is_pad, train)
+    velocity_pred, logits, latent = policy(x_t, t, images, proprio, chunks, batch.is_pad, train)
     velocity_pred = velocity_pred.unflatten(1, (-1, 1 + flow_samples))  # (E, B, 1 + M, T, A)
-    logits = clean + config.gate_noise * torch.randn_like(clean) if train else clean  # (B * (1 + M), E)
-    gates = expert_weights(logits, config, progress).unflatten(0, (-1, 1 + flow_samples))  # (B, 1 + M, E)
+    gates, router_loss, router_metrics = route(logits, config, progress, train)
+    gates = gates.unflatten(0, (-1, 1 + flow_samples))  # (B, 1 + M, E)
 
     count = None if count is None else count * flow_samples
     velocity_loss = losses.expert_mse(
@@ -377,40 +349,45 @@ def compute_loss(
     transport = losses.chunk_transport(one_step, chunks, proprio[:, -1], batch.is_pad, config.transport_blur)
     divergence = latent.divergence.mean(dim=0)  # of each dimension
     beta = config.kl_weight * min(progress / max(config.kl_warmup, 1e-9), 1.0)
-    router_z, balance = losses.router_z_loss(logits), losses.load_balance(logits.softmax(dim=1))
     loss = (
         velocity_loss
         + beta * divergence.clamp(min=config.free_bits).sum()
         + config.commitment_weight * latent.commitment
         + config.transport_weight * transport.divergence
-        + config.z_loss_weight * router_z
-        + config.balance_weight * balance
+        + router_loss
     )
     return loss, {
         "loss/velocity": velocity_loss,
         "loss/kl": divergence.sum(),
         "loss/transport": transport.divergence,
-        "loss/router_z": router_z,
-        "loss/balance": balance,
-        "gate/entropy": torch.special.entr(logits.softmax(dim=1)).sum(dim=1).mean(),
         "transport/marginal_error": transport.marginal_error,
         **latent.metrics,
+        **router_metrics,
         "latent": latent.counted,
-        "experts": F.one_hot(clean.argmax(dim=1), config.num_experts).sum(dim=0),
     }
 
 
-def expert_weights(logits: Tensor, config: Config, progress: float) -> Tensor:
-    """How much each expert learns from a sample, (B, E), summing to 1, by the gate's logits (B, E).
+def route(logits: Tensor, config: Config, progress: float, train: bool) -> tuple[Tensor, Tensor, dict]:
+    """How much each expert learns from a sample, (B, E); the gate's own losses; what to log of it.
 
     At first all experts learn alike: while errors are large, the one that happens to be ahead would be given
     every sample, learn all the more, and never be caught up with.
     """
-    if 0 < config.top_k < config.num_experts:
-        least = logits.topk(config.top_k, dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+    noisy = logits + config.gate_noise * torch.randn_like(logits) if train else logits
+    probabilities = noisy.softmax(dim=1)
     trust = min(progress / max(config.gate_warmup, 1e-9), 1.0)
-    return trust * logits.softmax(dim=1) + (1 - trust) / config.num_experts
+    weights = trust * probabilities + (1 - trust) / config.num_experts
+    z_loss, balance = losses.router_z_loss(noisy), losses.load_balance(probabilities)
+    return (
+        weights,
+        config.z_loss_weight * z_loss + config.balance_weight * balance,
+        {
+            "loss/router_z": z_loss,
+            "loss/balance": balance,
+            "gate/entropy": torch.special.entr(probabilities).sum(dim=1).mean(),
+            "experts": F.one_hot(logits.argmax(dim=1), config.num_experts).sum(dim=0),
+        },
+    )
 
 
 @torch.no_grad()
@@ -444,22 +421,23 @@ def sample_actions(
     if noise is None:
         noise = torch.randn(len(images), config.latent_dim, device=images.device, generator=generator)
     z = policy.latent.draw(policy.prior(observation), noise)
-    return integrate_experts(policy, observation, z, policy.gate(z).argmax(dim=1), x_0, config, steps)
+    return integrate(policy, observation, z, x_0, config, steps)
 
 
-def integrate_experts(
+def integrate(
     policy: Policy,
     observation: Observation,
     z: Tensor,
-    experts: Tensor,
     x_0: Tensor,
     config: Config,
     steps: int | None = None,
+    experts: Tensor | None = None,
 ) -> Tensor:
-    """Chunks (B, T, A) from noise x_0 (B, T, A) and latents z (B, latent_dim), each by its expert (B,).
+    """Chunks (B, T, A) from noise x_0 (B, T, A) and latents z (B, latent_dim), each by its expert.
 
-    Only the experts that are chosen are computed.
+    These are (B,), by default those that the gate finds most probable; only they are computed.
     """
+    experts = policy.gate(z).argmax(dim=1) if experts is None else experts
     chunks = torch.empty_like(x_0)
     for expert in experts.unique().tolist():
         rows = (experts == expert).nonzero()[:, 0]
@@ -492,7 +470,7 @@ def evaluate(
     for rows, batch in run.evenly_spaced(dataset, num):
         x, times, z_noise = (draws[rows].to(run.device) for draws in (x_0, t, noise))
         with run.autocast():
-            _, metrics = compute_loss(policy, batch, normalizer, config, 1.0, train=False, x_0=x, t=times)
+            _, metrics = compute_loss(policy, batch, normalizer, config, train=False, x_0=x, t=times)
             sampled = sample_actions(
                 policy, batch.images, normalizer.proprio(batch.proprio), config, x_0=x, noise=z_noise
             )
@@ -513,62 +491,27 @@ def draw_alternatives(
 
     An expert is shown with the latent, of 512 from the prior, that the gate finds most its own.
     """
-    batch = dataset.__getitems__([0]).to(policy.gate.usage.device)
+    batch = dataset.__getitems__([0]).to(normalizer.action_scale.device)
     generator = torch.Generator().manual_seed(config.run.seed)
     x_0 = torch.randn(batch.actions.shape, generator=generator).to(batch.proprio.device)
     _, observation = policy.encode(vision.to_float(batch.images), normalizer.proprio(batch.proprio))
     noise = torch.randn(512, config.latent_dim, generator=generator).to(x_0.device)
     z = policy.latent.draw(policy.prior(observation).expand(512, -1), noise)
-    gate = policy.gate(z)
-    chosen = F.one_hot(gate.argmax(dim=1), config.num_experts).float().mean(dim=0)
-    own = gate.log_softmax(dim=1).argmax(dim=0)  # for each expert a latent
+    gate = policy.gate(z).log_softmax(dim=1)
+    own, chosen = gate.argmax(dim=0), gate.argmax(dim=1)  # for each expert a latent, and the reverse
     observation = Observation(*(part.expand(len(own), *part.shape[1:]) for part in observation))
-    experts = torch.arange(len(own), device=z.device)
-    chunks = integrate_experts(policy, observation, z[own], experts, x_0.expand(len(own), -1, -1), config)
-    chunks = normalizer.unnormalize_actions(chunks, batch.proprio.expand(len(chunks), -1, -1))
-    shares = {"prior": chosen, "usage": policy.gate.usage}
-    draw_chunks(
-        path,
-        chunks.cpu().numpy(),
-        recorded=batch.actions[0][~batch.is_pad[0]].cpu().numpy(),
-        names=dataset.store.action_names,
-        scale=normalizer.action_scale.cpu().numpy(),
-        shares={name: share.cpu().numpy() for name, share in shares.items()},
-        title=f"the chunk of each of {len(chunks)} experts at the start of a held-out episode",
-    )
-
-
-@torch.no_grad()
-def latents_of_episodes(
-    policy: Policy, dataset: ChunkDataset, normalizer: Normalizer, config: Config
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Latents (N, latent_dim) of the chunks with which episodes begin, their experts (N,), the episodes (N,).
-
-    At most `--eval-samples` episodes are looked at, evenly spaced.
-    """
-    episodes = np.unique(dataset.store.episode_of(dataset.rows))  # those that are long enough for samples
-    num = min(config.run.eval_samples, len(episodes))
-    episodes = episodes[np.linspace(0, len(episodes) - 1, num).astype(int)]
-    first = np.searchsorted(dataset.rows, dataset.store.episode_starts[episodes])
-    latents = []
-    for rows in torch.from_numpy(first).split(config.optim.batch_size):
-        batch = dataset.__getitems__(rows.tolist()).to(policy.gate.usage.device)
-        proprio, chunks = normalizer.proprio(batch.proprio), normalizer.actions(batch.actions, batch.proprio)
-        head_tokens, _ = policy.encode(vision.to_float(batch.images), proprio)
-        posterior = policy.posterior(proprio, head_tokens, chunks, batch.is_pad)
-        latents.append(policy.latent.most_probable(posterior))
-    z = torch.cat(latents)
-    return z.cpu().numpy(), policy.gate(z).argmax(dim=1).cpu().numpy(), episodes
+    experts, x_0 = torch.arange(len(own), device=z.device), x_0.expand(len(own), -1, -1)
+    chunks = integrate(policy, observation, z[own], x_0, config, experts=experts)
+    shares = {"prior": F.one_hot(chosen, len(own)).float().mean(dim=0), "usage": policy.gate.usage.shares}
+    alternatives.draw_chunks(path, batch, chunks, normalizer, dataset.store.action_names, shares, "experts")
 
 
 def report_idle_experts(step: int, logged: dict[str, float], num_experts: int) -> None:
     """Say so when experts are idle: what the gate never chooses learns nothing, and costs time."""
-    idle = [e for e in range(num_experts) if logged.get(f"experts/use_{e}", 1.0) < 0.1 / num_experts]
+    idle = [str(e) for e in range(num_experts) if logged.get(f"experts/use_{e}", 1.0) < 0.1 / num_experts]
     if idle:
-        say(
-            f"step {step}  experts {', '.join(map(str, idle))} of {num_experts} are hardly used (below "
-            f"{10 / num_experts:.1f} %): raise --balance-weight or --gate-noise, or lower --num-experts"
-        )
+        which = f"experts {', '.join(idle)} of {num_experts} are hardly used"
+        say(f"step {step}  {which}: raise --balance-weight or --gate-noise, or lower --num-experts")
 
 
 def main(config: Config) -> None:
@@ -584,7 +527,7 @@ def main(config: Config) -> None:
             )
             run.backward(loss)
             policy.latent.count(run.sum(metrics.pop("latent")))
-            policy.gate.counts += run.sum(metrics.pop("experts"))
+            policy.gate.usage.counts += run.sum(metrics.pop("experts"))
             run.log(metrics)
         run.log(run.clip_gradients())
         optimizer.step()
@@ -600,13 +543,13 @@ def main(config: Config) -> None:
         report_idle_experts(run.step, run.end_step(), config.num_experts)
 
         if data.val and run.due(config.run.eval_every):
-            run.log_validation(evaluate(average.model, data.val, data.normalizer, config, run))
+            model = average.model
+            run.log_validation(evaluate(model, data.val, data.normalizer, config, run))
             if run.is_main:
-                shown = (average.model, data.val, data.normalizer, config)
-                draw_alternatives(*shown, run.folder / "alternatives.png")
-                z, experts, _ = latents_of_episodes(average.model, data.train, data.normalizer, config)
-                title = "latents of the chunks with which episodes begin"
-                draw_latents(run.folder / "latents.png", z, {"expert": experts}, title)
+                draw_alternatives(model, data.val, data.normalizer, config, run.folder / "alternatives.png")
+                z, _ = alternatives.first_latents(model, data.train, data.normalizer, config.run.eval_samples)
+                experts = model.gate(z).argmax(dim=1)
+                alternatives.draw_latents(run.folder / "latents.png", z, {"expert": experts})
         if run.due(config.run.save_every) or run.stopping:
             run.save()
     run.close()

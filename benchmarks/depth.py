@@ -21,6 +21,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common.faults import GradientClipper
+from common.launch import make_accelerator
+from common.schedules import AveragedPolicy, build_optimizer
+
 import train_vfp
 import train_vfp_depth
 from common import checkpoint
@@ -29,10 +33,7 @@ from common.data import ChunkDataset, EpisodeStore, make_loader, open_dataset
 from common.data.demo import record
 from common.data.inspect import folder_size
 from common.depth import DepthBackbone, DepthConfig, cached
-from common.faults import GradientClipper
-from common.launch import make_accelerator
 from common.normalize import Normalizer
-from common.schedules import AveragedPolicy, build_optimizer
 from common.transformer import InfoEmbedder
 
 

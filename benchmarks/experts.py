@@ -19,14 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common.faults import GradientClipper
+from common.launch import make_accelerator
+from common.schedules import build_optimizer
+
 import train_vfp_moe
 from common import checkpoint
 from common.config import Flat, cli
 from common.data import ChunkDataset, open_dataset
-from common.faults import GradientClipper
-from common.launch import make_accelerator
 from common.normalize import Normalizer
-from common.schedules import build_optimizer
 
 
 @dataclass(frozen=True)

@@ -171,13 +171,13 @@ def training_steps(method: str):
     import importlib
 
     import torch
+    from common.faults import GradientClipper
+    from common.schedules import AveragedPolicy, build_optimizer
 
     from common.checkpoint import PolicySpec
     from common.config import parse
     from common.data import ChunkDataset, make_loader, open_dataset
-    from common.faults import GradientClipper
     from common.normalize import Normalizer
-    from common.schedules import AveragedPolicy, build_optimizer
 
     script = importlib.import_module(script_of(method).removesuffix(".py"))
     config = parse(script.Config, ["--config", str(config_file(method))], script_of(method))

@@ -62,7 +62,7 @@ def options[T](cls: type[T]) -> type[T]:
             note = tyro.conf.arg(help=" ".join((doc.description or "").split()), help_behavior_hint=hint)
             annotations[doc.arg_name] = Annotated[annotations[doc.arg_name], note]
     cls.__annotations__ = annotations
-    settings = ConfigDict(extra="forbid", allow_inf_nan=False, ser_json_inf_nan="strings")
+    settings = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, ser_json_inf_nan="strings")
     made = validated_dataclass(cls, frozen=True, config=settings)
     construct = made.__init__
 
@@ -304,7 +304,7 @@ def from_dict[T](config_type: type[T], values: Any) -> T:
         UserError: for an option that does not exist, or a value of the wrong type or out of range; names it.
     """
     try:
-        return TypeAdapter(config_type).validate_json(json.dumps(values), strict=True)
+        return TypeAdapter(config_type).validate_json(json.dumps(values))
     except ValidationError as error:
         raise UserError(_sentence(error)) from None
 

@@ -1,9 +1,9 @@
 """Latents that say in which of several ways a chunk goes: normal, or a vector of a codebook.
 
-While training, a posterior network reads the latent off the recorded chunk; to act, a prior network predicts
-it from the observation. What the outputs of the two mean, how a latent is drawn from them, and what a prior
-costs that did not expect it, stands here. Both kinds have the methods of `Latent`, so that a script is the
-same with either.
+A posterior network reads the latent off the recorded chunk while training, a prior network predicts it
+from the observation. What the outputs of the two mean, how a latent is drawn from them, and what it costs
+that the prior did not expect, stands here. Both kinds have the same methods, so that a script is the same
+with either.
 """
 
 import copy
@@ -28,60 +28,38 @@ class Inferred(NamedTuple):
     commitment: Tensor
     """Mean squared distance of the posterior's outputs from their codes, a scalar; 0 without codes."""
     counted: Tensor
-    """What `Latent.count` takes in, once it is summed over processes: one dimension."""
+    """What `count` takes in, once it is summed over processes: one dimension."""
     metrics: dict[str, Tensor]
     """Scalars to log."""
 
 
-class Latent(nn.Module):
-    """What both kinds can do. The last three methods do nothing unless there are codes."""
+class Usage(nn.Module):
+    """How often each of K choices is taken, over all processes, in windows of training.
 
-    def infer(
-        self, posterior: Tensor, prior: Tensor, seen: tuple[Tensor, ...], flow_samples: int, train: bool
-    ) -> Inferred:
-        """Latents of recorded chunks.
+    Attributes:
+        shares: (K,), of the samples of the last whole window.
+        counts: (K,), samples since then.
+    """
 
-        Args:
-            posterior, prior: outputs of the two networks, (B, ...).
-            seen: what the posterior was given.
-            flow_samples: M.
-            train: draw from the posterior, instead of taking the latents of `most_probable`.
-        """
-        raise NotImplementedError
+    def __init__(self, num: int):
+        super().__init__()
+        self.register_buffer("shares", torch.full((num,), 1 / num))
+        self.register_buffer("counts", torch.zeros(num))
 
-    def most_probable(self, posterior: Tensor) -> Tensor:
-        """Latents (B, latent_dim) that the posterior finds most probable."""
-        raise NotImplementedError
-
-    def draw(self, prior: Tensor, noise: Tensor) -> Tensor:
-        """Latents (B, latent_dim) from the prior; `noise` (B, latent_dim), standard normal, picks them."""
-        raise NotImplementedError
-
-    def count(self, counted: Tensor) -> None:
-        """Take in how a batch used the codes: `Inferred.counted`, summed over processes."""
-
-    def follow(self, posterior: nn.Module, updates: int, decay: float) -> None:
-        """Move the averaged posterior after an optimizer step; `updates` is how often it moved before."""
-
-    def end_window(
-        self, prior_out: nn.Linear, average: AveragedPolicy, seed: int, replace: bool
-    ) -> dict[str, Tensor]:
-        """Look at how codes were used since the last call, and replace those that were not.
-
-        Args:
-            prior_out: last layer of the prior, with a row for each code.
-            average: of the policy that they belong to.
-            seed: of the choice and the moves; another one each time.
-            replace: whether training is early enough.
-
-        Returns:
-            Metrics.
-        """
-        return {}
+    @torch.no_grad()
+    def end_window(self) -> tuple[Tensor, Tensor]:
+        """Begin the next window; returns `shares`, and how many samples were in the last."""
+        total = self.counts.sum()  # 0 if every step of the window was skipped: nothing is known then
+        self.shares.copy_(torch.where(total > 0, self.counts / total.clamp(min=1), self.shares))
+        self.counts.zero_()
+        return self.shares, total
 
 
-class NormalLatent(Latent):
-    """A diagonal normal, whose mean and, unless `unit_variances`, log variances posterior and prior give."""
+class NormalLatent(nn.Module):
+    """A diagonal normal, whose mean and, unless `unit_variances`, log variances posterior and prior give.
+
+    Its methods are those of `CodebookLatent`; it has nothing to count, to follow or to replace.
+    """
 
     def __init__(self, unit_variances: bool = False):
         super().__init__()
@@ -112,8 +90,17 @@ class NormalLatent(Latent):
         mean, log_var = self.parameters_of(prior)
         return mean + (0.5 * log_var).exp() * noise
 
+    def count(self, counted) -> None:
+        pass
 
-class CodebookLatent(Latent):
+    def follow(self, posterior, updates, decay) -> None:
+        pass
+
+    def end_window(self, prior_out, average, seed, replace) -> dict[str, Tensor]:
+        return {}
+
+
+class CodebookLatent(nn.Module):
     """One of K code vectors: the posterior gives a point near it, the prior logits of all K.
 
     The prior learns the codes that a slowly moving average of the posterior assigns.
@@ -122,23 +109,19 @@ class CodebookLatent(Latent):
         vectors: (K, latent_dim), at the start of mean 0 and variance 1 each.
         null: (latent_dim,), token of unconditional draws, of a codebook made with one.
         posterior_average: average of the posterior over the course of training.
-        usage: (K,), shares of the samples of the last whole window, over all processes.
-        counts: (K,), samples assigned to each code since then.
+        usage: how often each code is assigned, in windows of training.
         error: of the latest samples, mean squared distance to their codes, in each dimension.
     """
 
     def __init__(self, num_codes: int, latent_dim: int, posterior: nn.Module, null: bool = False):
         super().__init__()
         if latent_dim < 2:
-            raise UserError(
-                f"A code needs a direction, thus 2 dimensions or more, not {latent_dim}: widen it."
-            )
+            raise UserError(f"A code needs 2 dimensions or more, not {latent_dim}: make the latent wider.")
         self.vectors = nn.Parameter(F.layer_norm(torch.randn(num_codes, latent_dim), (latent_dim,)))
         if null:
             self.null = nn.Parameter(torch.randn(latent_dim) * 0.02)
         self.posterior_average = copy.deepcopy(posterior).requires_grad_(False)
-        self.register_buffer("usage", torch.full((num_codes,), 1 / num_codes))
-        self.register_buffer("counts", torch.zeros(num_codes))
+        self.usage = Usage(num_codes)
         self.register_buffer("error", torch.zeros(()))
 
     def assign(self, posterior: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +133,17 @@ class CodebookLatent(Latent):
         point = F.layer_norm(posterior, posterior.shape[-1:])
         return point, losses.nearest_code(point, self.vectors)
 
-    def infer(self, posterior, prior, seen, flow_samples, train) -> Inferred:
+    def infer(
+        self, posterior: Tensor, prior: Tensor, seen: tuple[Tensor, ...], flow_samples: int, train: bool
+    ) -> Inferred:
+        """Latents of recorded chunks.
+
+        Args:
+            posterior, prior: outputs of the two networks, (B, ...).
+            seen: what the posterior was given.
+            flow_samples: M, latents of each chunk.
+            train: draw them, instead of taking the most probable.
+        """
         point, code = self.assign(posterior)
         quantized = self.vectors[code]
         with torch.no_grad():
@@ -158,9 +151,8 @@ class CodebookLatent(Latent):
         divergence = F.cross_entropy(prior, target, reduction="none").unsqueeze(1)
         z = quantized.repeat_interleave(flow_samples, dim=0)
         if train:
-            z = losses.noise_substitution(
-                point.repeat_interleave(flow_samples, dim=0), z, torch.randn_like(z)
-            )
+            repeated = point.repeat_interleave(flow_samples, dim=0)
+            z = losses.noise_substitution(repeated, z, torch.randn_like(z))
         commitment = (point - quantized.detach()).square().mean()
         samples = F.one_hot(code, len(self.vectors)).sum(dim=0)
         error = torch.stack([commitment.detach(), torch.ones_like(commitment)])  # and how many such errors
@@ -173,42 +165,48 @@ class CodebookLatent(Latent):
         return Inferred(z, divergence, commitment, torch.cat([samples, error]), metrics)
 
     def most_probable(self, posterior: Tensor) -> Tensor:
+        """Latents (B, latent_dim) that the posterior finds most probable."""
         return self.vectors[self.assign(posterior)[1]]
 
     def draw(self, prior: Tensor, noise: Tensor) -> Tensor:
+        """Latents (B, latent_dim) from the prior; `noise` (B, latent_dim), standard normal, picks them."""
         # Sums by a triangular matrix: `cumsum` of floats on CUDA is not the same every time.
         probabilities = prior.softmax(dim=1)
         upto = torch.ones(prior.shape[1], prior.shape[1], device=prior.device, dtype=probabilities.dtype)
-        uniform = torch.special.ndtr(noise[:, :1])
-        below = probabilities @ upto.triu() <= uniform
+        below = probabilities @ upto.triu() <= torch.special.ndtr(noise[:, :1])
         return self.vectors[below.sum(dim=1).clamp(max=prior.shape[1] - 1)]
 
     def count(self, counted: Tensor) -> None:
-        self.counts += counted[:-2]
+        """Take in how a batch used the codes: `Inferred.counted`, summed over processes."""
+        self.usage.counts += counted[:-2]
         self.error.copy_(counted[-2] / counted[-1])
 
     def follow(self, posterior: nn.Module, updates: int, decay: float) -> None:
+        """Move the averaged posterior after an optimizer step; `updates` is how often it moved before."""
         move_average(self.posterior_average.parameters(), posterior.parameters(), updates, decay)
 
     @torch.no_grad()
     def end_window(
         self, prior_out: nn.Linear, average: AveragedPolicy, seed: int, replace: bool
     ) -> dict[str, Tensor]:
-        """Look at how codes were used; early in training, replace those that were not.
+        """Look at how codes were used; early in training, replace those that were not. Returns metrics.
 
         A code used less than a tenth of its share becomes a copy of one that is in use, popular ones more
         often, so that one that serves too many gets company; the prior takes them for the same at first. The
         copy is moved by a tenth of the distance of a sample to its code: whatever the size of a cluster, this
         cuts it in two, while a longer way, in a random one of many directions, would lead out of it. Nothing
         waits for the device, and all processes do the same.
+
+        Args:
+            prior_out: last layer of the prior, with a row for each code.
+            average: of the policy that they belong to.
+            seed: of the choice and the moves; another one each time.
+            replace: whether training is early enough.
         """
-        total = self.counts.sum()  # 0 if every step of the window was skipped: nothing is known then
-        self.usage.copy_(torch.where(total > 0, self.counts / total.clamp(min=1), self.usage))
-        self.counts.zero_()
-        num_codes = len(self.usage)
-        unused = (self.usage < 0.1 / num_codes) & (total > 0)
-        generator = torch.Generator(self.usage.device).manual_seed(seed)
-        popular = torch.where(unused, 0.0, self.usage.clamp(min=1e-9))
+        (usage, total), num_codes = self.usage.end_window(), len(self.vectors)
+        unused = (usage < 0.1 / num_codes) & (total > 0)
+        generator = torch.Generator(usage.device).manual_seed(seed)
+        popular = torch.where(unused, 0.0, usage.clamp(min=1e-9))
         source = torch.multinomial(popular, num_codes, replacement=True, generator=generator)
         spread = self.error.nan_to_num(0.0, 0.0).sqrt()  # a batch with bad numbers must not reach the codes
         noise = torch.randn(self.vectors.shape, generator=generator, device=spread.device)
@@ -222,12 +220,12 @@ class CodebookLatent(Latent):
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Perplexity of the usage, codes in use, distances to nearest and farthest codes."""
-        vectors = self.vectors.detach()
+        vectors, usage = self.vectors.detach(), self.usage.shares
         distances = torch.cdist(vectors, vectors)
-        others = distances + torch.diag(torch.full_like(self.usage, torch.inf))
+        others = distances + torch.diag(torch.full_like(usage, torch.inf))
         return {
-            "codes/perplexity": torch.special.entr(self.usage).sum().exp(),
-            "codes/in_use": (self.usage >= 0.1 / len(self.usage)).sum(),
+            "codes/perplexity": torch.special.entr(usage).sum().exp(),
+            "codes/in_use": (usage >= 0.1 / len(usage)).sum(),
             "codes/nearest_distance": others.amin(dim=1).mean(),
             "codes/farthest_distance": distances.amax(dim=1).mean(),
         }

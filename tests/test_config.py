@@ -98,7 +98,7 @@ def test_a_configuration_survives_json():
         ({"beta": [1.0]}, "--beta"),
         ({"optim": {"lr": None}}, "--lr"),
         ({"optim": 3}, "--optim is 3"),
-        ({"names": "x"}, "--names is x: it should be a valid tuple"),
+        ({"names": "x"}, "--names is x: it should be a valid array"),
         ({"optim": {"steps": 1.5}}, "--steps is 1.5: it should be a valid integer"),
         ({"optim": {"steps": 0}}, "--steps is 0: it should be greater than 0"),
     ],

@@ -1,7 +1,6 @@
 """Options that decide what a run learns from, for every source of data."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -58,7 +57,7 @@ def whole(store, **options):
 
 
 def equal(one, two):
-    return all(a is b or torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    return all(torch.equal(a, b) for a, b in zip(one[:5], two[:5], strict=True))
 
 
 # Which episodes
@@ -81,10 +80,13 @@ def test_chosen_episodes_are_the_same_from_their_own_store_and_from_the_whole(ro
 
 
 def test_a_store_of_some_episodes_grows_to_one_of_all(root, open_):
-    some, full = open_(root, episodes=("0-1",)), open_(root)
+    some = open_(root, episodes=("0-1",))
+    inode = some.shard_files[0].stat().st_ino
+    full = open_(root)
     assert full.num_episodes == 4
-    assert os.path.samefile(some.shard_files[0], full.shard_files[0])  # these were not decoded again
+    assert inode == full.shard_files[0].stat().st_ino  # these were not decoded again
     assert len(full.shard_files) == 2
+    assert open_(root, episodes=("0-1",)).path == full.path != some.path
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,16 @@ def test_every_dataset_holds_out_its_share(hdf5, open_, tmp_path):
 # Action chunks
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"val_fraction": -0.1}, {"val_fraction": 1.0}, {"proprio_history": 0}, {"action_offset": -1}],
+)
+def test_counts_and_shares_out_of_range_are_refused(options):
+    (name,) = options
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is "):
+        DataConfig(**options)
+
+
 @pytest.mark.parametrize("offset", [0, 1, 5])
 def test_the_first_action_lies_so_many_steps_ahead(root, open_, offset):
     store = open_(root)
@@ -233,8 +245,6 @@ def test_the_first_action_lies_so_many_steps_ahead(root, open_, offset):
 def test_an_offset_longer_than_the_episodes(root, open_):
     with pytest.raises(UserError, match="--action-offset 15 is longer than every episode"):
         ChunkDataset(open_(root), range(4), 4, action_offset=15)
-    with pytest.raises(UserError, match="must be at least 0"):
-        ChunkDataset(open_(root), range(4), 4, action_offset=-1)
 
 
 def test_the_state_can_be_the_action(lerobot, open_):
@@ -316,8 +326,8 @@ def test_frames_kept_as_jpeg_are_nearly_those_recorded(root, open_):
     assert raw.path != jpeg.path
     assert jpeg.storage == "jpeg"
     one, two = whole(raw), whole(jpeg)
-    for a, b in zip(one[1:], two[1:], strict=True):
-        assert a is b or torch.equal(a, b)
+    for a, b in zip(one[1:5], two[1:5], strict=True):
+        assert torch.equal(a, b)
     difference = (one.images.float() - two.images.float()).abs()
     assert difference.mean() < 3
     assert jpeg.shard_files[0].read_bytes().count(b"\xff\xd8\xff") == 2 * sum(LENGTHS)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from test_scripts import SCRIPTS, interrupt_after, lines, train, weights
+from running import interrupt_after, lines, train, weights
+from test_scripts import SCRIPTS
 from torch import nn
 
 import train_vfp

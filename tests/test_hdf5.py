@@ -13,8 +13,9 @@ import torch
 from hdf5_factory import LAYOUTS, encode, make_hdf5, write_images
 from lerobot_factory import action_of, draw, make_dataset, read, state_of
 
-from common.data import ChunkDataset, DataConfig, hdf5_files, ingest, open_dataset
+from common.data import ChunkDataset, DataConfig, hdf5_files, open_dataset
 from common.data.hdf5 import ALOHA_JOINTS
+from common.data.source import BadEpisode
 from common.errors import UserError
 
 HIGH = "observations/images/cam_high"
@@ -82,7 +83,7 @@ def test_hdf5_and_lerobot_give_the_same_batches_to_the_bit(tmp_path, open_, layo
     for store in (one, two):
         dataset = ChunkDataset(store, [0, 2], horizon=5, proprio_history=3, action_offset=1)
         batches.append(dataset.__getitems__(np.arange(len(dataset))))
-    for a, b in zip(*(batch[:5] for batch in batches), strict=True):  # all but features, which there are none
+    for a, b in zip(*(batch[:5] for batch in batches), strict=True):  # all but extras, which there are none
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
     if not image_size:
@@ -104,7 +105,7 @@ def test_twenty_episodes_as_video_and_as_hdf5_agree_on_everything_but_pixels(tmp
         ChunkDataset(store, range(20), 4, 2).__getitems__(np.arange(video.num_steps))
         for store in (video, hdf5)
     )
-    assert all(a is b or torch.equal(a, b) for a, b in zip(one[1:], two[1:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one[1:5], two[1:5], strict=True))
     lossy = (one.images.float() - two.images.float()).abs().mean()
     assert 0.1 < lossy < 10
     assert check_aligned(video).tolist() == check_aligned(hdf5).tolist()
@@ -199,7 +200,7 @@ def test_groups_that_are_episodes():
     assert hdf5_files.episode_groups(["episode_3/demo_1/a"]) == ["episode_3/"]
     assert hdf5_files.episode_groups(["action", "observations/qpos"]) == [""]
     assert hdf5_files.episode_groups([]) == []
-    with pytest.raises(ingest.BadEpisode, match="in data/dem/, which is not named like data/demo_1/"):
+    with pytest.raises(BadEpisode, match="in data/dem/, which is not named like data/demo_1/"):
         hdf5_files.episode_groups(["data/demo_1/actions", "data/dem/actions", "data/dem/obs"])
 
 
@@ -210,7 +211,7 @@ def test_any_layout_can_be_given_by_keys(tmp_path, open_, refused):
         file["command"] = action_of(np.arange(5), 3)
         write_images(file, "rgb/front", [draw(i, 0, (32, 48)) for i in range(5)])
         file["depth"] = np.zeros((5, 32, 48), np.uint16)
-    message = refused(tmp_path / "d", "say with --state-keys which datasets to use", fps=10)
+    message = refused(tmp_path / "d", "say with --state-keys which arrays to use", fps=10)
     assert "robot/arm 5x2 float32" in message
     assert "depth 5x32x48 uint16" in message
     keys = {"state_keys": ("/robot/arm", "robot/hand"), "action_keys": ("command",), "fps": 10}
@@ -221,10 +222,10 @@ def test_any_layout_can_be_given_by_keys(tmp_path, open_, refused):
     assert open_(tmp_path / "d", **keys, camera_keys=("rgb/front",)).path == store.path
     refused(
         tmp_path / "d",
-        r"--state-keys robot/arn is not there \(did you mean robot/arm",
+        r"no --state-keys robot/arn \(did you mean robot/arm",
         state_keys=("robot/arn",),
     )
-    refused(tmp_path / "d", "--camera-keys depth holds no pixels", **{**keys, "camera_keys": ("depth",)})
+    refused(tmp_path / "d", "--camera-keys depth holds no images", **{**keys, "camera_keys": ("depth",)})
 
 
 def test_the_frame_rate(tmp_path, open_, refused):
@@ -276,6 +277,7 @@ def test_a_second_start_reads_nothing(tmp_path, open_, monkeypatch):
 def test_a_source_that_changed_gives_another_store(tmp_path, open_, what):
     root = make_hdf5(tmp_path / "d", (4, 5))
     first = open_(root)
+    inode = first.shard_files[0].stat().st_ino
     if what == "new episode":
         more = make_hdf5(tmp_path / "more", (4, 5, 6))
         shutil.copy(more / "day_0/episode_2.hdf5", root / "day_0/episode_2.hdf5")
@@ -293,8 +295,7 @@ def test_a_source_that_changed_gives_another_store(tmp_path, open_, what):
         assert second.action[2, 0] == 77
     else:
         assert check_aligned(second).tolist() == list(range(15))
-        shards = [store.path / "frames-00000.bin" for store in (first, second)]
-        assert os.path.samefile(*shards)  # only the new episode was decoded
+        assert second.shard_files[0].stat().st_ino == inode  # only the new episode was decoded
 
 
 def test_a_copy_elsewhere_is_the_same_dataset(tmp_path, open_):
@@ -396,14 +397,6 @@ def shorten(path):
         change(path, key, lambda a: a[:1])
 
 
-def absurd_chunk(path, key, row, dtype):
-    with h5py.File(path, "a") as file:
-        del file[key]
-        rows = 3 * 2**30 // np.prod([*row, np.dtype(dtype).itemsize])
-        item = file.create_dataset(key, (9, *row), dtype, chunks=(rows, *row), maxshape=(None, *row))
-        assert item.chunks[0] == rows
-
-
 NAME = r"^Episode 1 \(day_1/episode_1.hdf5\)"
 QPOS = "observations/qpos"
 LINK = h5py.ExternalLink("../x.h5", "/a")
@@ -411,7 +404,10 @@ BAD = {
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:9000]), "cannot be read"),
     "zero length": (lambda p: p.write_bytes(b""), "is empty"),
     "not HDF5": (lambda p: p.write_text("hello" * 1000), "is not an HDF5 file"),
-    "missing key": (lambda p: delete(p, "action"), f"has no action, it has {QPOS} 9x3 float64, {HIGH} 9x32x"),
+    "missing key": (
+        lambda p: delete(p, "action"),
+        f"no action, it has {HIGH} 9x32x48x3 uint8, {QPOS} 9x3 float",
+    ),
     "missing camera": (lambda p: delete(p, HIGH), f"has no {HIGH}"),
     "lengths": (lambda p: change(p, "action", lambda a: a[:-1]), f"has 9 steps in {QPOS} and 8 in action"),
     "frames": (lambda p: change(p, HIGH, lambda a: a[:-1]), f"has 9 steps in {QPOS} and 8 in {HIGH}"),
@@ -432,8 +428,6 @@ BAD = {
     ),
     "absurd length": (lambda p: absurd(p, QPOS, (10**12, 3)), "has 1000000000000 steps"),
     "absurd width": (lambda p: absurd(p, "action", (9, 10**7)), "has 10000000 numbers a step"),
-    "absurd frames": (lambda p: absurd_chunk(p, HIGH, (32, 48, 3), "u1"), "one chunk of it takes 3.2 GB"),
-    "absurd numbers": (lambda p: absurd_chunk(p, "action", (3,), "f8"), "one chunk of it takes 3.2 GB"),
 }
 
 
@@ -468,11 +462,11 @@ def test_a_first_episode_that_is_bad_does_not_decide_what_the_dataset_is(tmp_pat
     assert open_(root, skip_bad_episodes=True).episode_indices.tolist() == [1]
 
 
-def test_groups_inside_themselves_end(tmp_path, refused):
+def test_groups_inside_themselves_are_read_once(tmp_path, open_):
     root = make_hdf5(tmp_path / "d", (12,))
     with h5py.File(root / "day_0/episode_0.hdf5", "a") as file:
         file["observations/again"] = file["/"]
-    refused(root, "groups inside each other without end")
+    check_aligned(open_(root))
 
 
 def test_files_outside_the_folder_are_not_read(tmp_path, open_, refused):
@@ -568,6 +562,4 @@ def test_no_store_is_left_of_an_ingest_that_failed(tmp_path, refused):
     root = make_hdf5(tmp_path / "d", (12, 9))
     broken_jpeg(root / "day_1/episode_1.hdf5")
     refused(root, "cannot be decoded")
-    stores = tmp_path / "cache/stores"
-    assert [path.name for path in stores.iterdir() if path.is_dir()] == ["scans"]
-    assert ingest.SHARD_BYTES == 2**30
+    assert not [path for path in (tmp_path / "cache/stores").iterdir() if path.is_dir()]

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 
 from common.config import parse
 from common.data import DataConfig, inspect, open_dataset
+from common.data.ingest import lock_file
 from common.data.inspect import Inspect, Prune, Verify
 from common.errors import UserError
 
@@ -129,6 +132,15 @@ def test_only_the_damaged_part_is_decoded_again(tmp_path, root, run, monkeypatch
     assert store.shard_files[0].stat().st_ino == kept
 
 
+def test_a_store_whose_storage_was_chosen_by_itself_is_found(tmp_path, root, run, capsys):
+    with pytest.raises(UserError, match="has no store yet"):
+        run("verify", root, "--store", "auto")
+    assert not list(tmp_path.glob("cache/stores/d-*"))
+    open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache", store="jpeg"))
+    run("verify", root, "--store", "auto")
+    assert "47 steps of 4 episodes equal" in capsys.readouterr().out
+
+
 def test_a_store_that_differs_from_its_source(tmp_path, root, run):
     store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
     file = store.shard_files[0]
@@ -177,7 +189,14 @@ def test_the_cache_is_listed_and_freed(tmp_path, root, run, capsys):
 
 def test_a_store_that_is_being_built_is_not_deleted(tmp_path, root, run):
     store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
-    lock = FileLock(store.path.parent / f".{store.path.name.rpartition('-')[2]}.lock")
-    with lock, pytest.raises(UserError, match="is being built by another process"):
+    with FileLock(lock_file(store.path)), pytest.raises(UserError, match="is being built by another process"):
         run("prune", "--all")
     assert store.path.exists()
+
+
+def test_the_commands_run_as_they_are_documented(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "common.data.store", "prune"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "0 stores, 0.00 GB" in done.stdout
+    assert done.stderr == ""

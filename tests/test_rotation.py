@@ -79,6 +79,24 @@ def test_gram_schmidt_makes_a_rotation_of_any_six_numbers():
     )
 
 
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("six", [np.zeros(6), np.ones(6), [0, 0, 0, 1, 2, 3], [1, 2, 3, -2, -4, -6]])
+def test_six_numbers_from_which_no_rotation_follows_still_give_one(six, kind):
+    matrix = gram_schmidt(np.array([six, six], float))
+    np.testing.assert_allclose(matrix.swapaxes(-1, -2) @ matrix, np.stack([np.eye(3)] * 2), atol=1e-9)
+    np.testing.assert_allclose(np.linalg.det(matrix), 1)
+    assert np.isfinite(from_matrix(matrix, kind)).all()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("pitch", [np.pi / 2, -np.pi / 2])
+def test_a_pitch_straight_up_or_down_gives_the_same_rotation(pitch):
+    rotations = Rotations("euler", (0,), ("roll", "pitch", "yaw"))
+    recorded = np.array([[0.3, pitch, 0.7], [0, pitch, 0], [-2, pitch, 1], [0.3, pitch * (1 - 1e-8), 0.7]])
+    back = rotations.decode(rotations.encode(recorded))
+    np.testing.assert_allclose(to_matrix(back, "euler"), to_matrix(recorded, "euler"), atol=1e-3)
+
+
 def test_dimensions_are_found_by_name_and_others_left_alone():
     names = ("x", "left_quat.0", "left_quat.1", "left_quat.2", "left_quat.3", "grip", "qx", "qy", "qz", "qw")
     found = Rotations.find(names, "quaternion", None)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_scripts import lines, reset, train, weights
+from running import lines, reset, train, weights
 
 import train_naive_fm
 from common.config import parse
@@ -62,7 +62,7 @@ def test_steps_are_counted_and_due(tiny, tmp_path):
     for step in (1, 2, 3):
         gradient(run, data, policy, config)
         assert (run.step, run.progress) == (step, (step - 1) / 100)
-        run.clip_gradients()
+        run.log(run.clip_gradients())
         assert run.end_step().keys() >= {"loss", "grad_norm", "samples_per_s"}
         assert run.samples == 8 * step
         assert run.due(2) == (step == 2)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from lerobot_factory import make_dataset
+from running import SMALL, interrupt_after, lines, reset, train, weights
 from safetensors.torch import load_file
 
 import train_cfg_vqvae
@@ -25,25 +25,7 @@ from common.normalize import Normalizer
 from common.run import _new_folder, start_run
 
 SCRIPTS = [train_vfp, train_vfp_depth, train_naive_fm, train_cfg_vqvae, train_vfp_moe]
-SMALL = {
-    train_vfp_depth: "--depth-weights random",
-    train_cfg_vqvae: "--num-codes 4 --latent-dim 4 --posterior-layers 1 --code-window 1",
-    train_vfp_moe: "--num-experts 2 --latent-dim 4 --posterior-layers 1",
-}
 pytestmark = pytest.mark.usefixtures("accelerate_reset", "tiny_depth")
-
-
-def reset():
-    """Let the next run have an Accelerate of its own."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def train(script, tiny, run_dir, *more):
-    reset()
-    argv = [*tiny, *SMALL.get(script, "").split(), "--run-dir", str(run_dir)] if run_dir else []
-    script.main(parse(script.Config, [*argv, *map(str, more)], Path(script.__file__).name))
-    return run_dir
 
 
 def prepared(script, batch, policy):
@@ -51,33 +33,10 @@ def prepared(script, batch, policy):
     return script.with_depth(batch, policy) if script is train_vfp_depth else batch
 
 
-def lines(run_dir, split="train"):
-    """Metrics by step, without what depends on the clock."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("samples_per_s", "steps_per_s", "data_wait_share", "memory_gb", "elapsed_s", "eta_s", "split")
-    return [{k: v for k, v in row.items() if k not in timed} for row in rows if row["split"] == split]
-
-
-def interrupt_after(run_dir, step, copy):
-    """A copy of the run as it stood when the checkpoint of a step had just been written."""
-    shutil.copytree(run_dir, copy, symlinks=True)
-    for folder in (copy / "checkpoints").glob("step_*"):
-        if int(folder.name[5:]) > step:
-            shutil.rmtree(folder)
-    return copy
-
-
-def weights(run_dir, step):
-    folder = run_dir / "checkpoints" / f"step_{step:07d}"
-    files = sorted(folder.rglob("*.safetensors"))
-    assert len(files) > 3
-    return {f"{file.name}:{key}": value for file in files for key, value in load_file(file).items()}
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_loss_falls_on_one_batch(script, tiny):
     flags = [
-        *SMALL.get(script, "").split(),
+        *SMALL.get(script.__name__, "").split(),
         *(("--camera-dropout", "0") if script in (train_vfp, train_vfp_depth) else ()),
     ]
     config = parse(script.Config, [*tiny, "--flow-samples", "4", *flags], "")

@@ -276,7 +276,7 @@ def test_wandb_without_a_login_stays_offline_and_never_asks(run_dir, tmp_path):
         ({}, {".netrc": "not a netrc file"}, False),
         (
             {"WANDB_BASE_URL": "http://example.org"},
-            {".netrc": "machine example.org login u password x"},
+            {".netrc": "machine example.org login u password " + "x" * 40},
             True,
         ),
     ],

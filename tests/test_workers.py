@@ -4,7 +4,7 @@ import time
 import pytest
 
 from common.data import workers
-from common.data.workers import Died, advance, guarded_map, kept_pool
+from common.data.workers import Died, guarded_map, kept_pool
 
 
 def work(number, what):
@@ -16,16 +16,12 @@ def work(number, what):
         time.sleep(60)
     if what == "raise":
         raise ValueError(f"number {number}")
-    advance(number)
     return number * number
 
 
-def test_results_come_with_their_tasks_and_progress_is_summed():
-    seen = []
-    results = dict(guarded_map(work, [(n, "square") for n in range(20)], 2, show=seen.append))
-    assert results == {(n, "square"): n * n for n in range(20)}
-    assert seen == sorted(seen)
-    assert sum(dict(guarded_map(work, [(3, "square")], 1)).values()) == 9
+def test_results_come_with_their_tasks():
+    results = dict(guarded_map(work, [(n, "square") for n in range(500)], 2))
+    assert results == {(n, "square"): n * n for n in range(500)}
 
 
 def test_a_task_that_dies_or_hangs_costs_itself_only(monkeypatch):

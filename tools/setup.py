@@ -1,4 +1,4 @@
-"""Make .venv with everything in requirements.txt, and in further files that are named. Runs on any Python >= 3.8.
+"""Make .venv with everything in requirements.txt, and in further files that are named. For any Python >= 3.8.
 
 Called by `make setup` and `make test`.
 

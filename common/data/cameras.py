@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
-from common.data.ingest import report
+from common.console import say
+from common.data.source import Camera
 from common.errors import UserError
 
 USUAL_CAMERAS = ("head", "left", "right")
-MAX_IMAGE_SIDE = 4096
-
-
-class Camera(NamedTuple):
-    """A camera of the dataset: its name there, a short name, (H, W) as recorded, and how it is stored."""
-
-    key: str
-    short: str
-    size: tuple[int, int]
-    is_video: bool = False
 
 
 def short_name(key: str) -> str:
@@ -33,21 +23,19 @@ def short_name(key: str) -> str:
     return name.removeprefix("cam_").removesuffix("_image").removesuffix("_rgb") or name
 
 
-def with_short_names(cameras: Iterable[Camera]) -> list[Camera]:
-    """The cameras under their short names, or, where two would share one, under their full ones."""
-    cameras = [camera._replace(short=short_name(camera.key)) for camera in cameras]
-    shorts = [camera.short for camera in cameras]
-    return [c._replace(short=re.sub(r"\W", "_", c.key)) if shorts.count(c.short) > 1 else c for c in cameras]
+def named_cameras(sizes: Mapping[str, Sequence[int]]) -> list[Camera]:
+    """Cameras from (H, W) by key, under their short names, or, where two would share one, their full ones."""
+    shorts = [short_name(key) for key in sizes]
+    return [
+        Camera(key, short if shorts.count(short) == 1 else re.sub(r"\W", "_", key), (height, width))
+        for short, (key, (height, width)) in zip(shorts, sizes.items(), strict=True)
+    ]
 
 
-def select_cameras(
-    cameras: Sequence[Camera], wanted: Sequence[str], source: str, quiet: bool = False
-) -> tuple[Camera, ...]:
+def select_cameras(cameras: Sequence[Camera], wanted: Sequence[str], source: str) -> tuple[Camera, ...]:
     """The chosen cameras in their order; by default head, left, right, or else all, and said so."""
     by_name = {camera.short: camera for camera in cameras} | {camera.key: camera for camera in cameras}
-    there = ", ".join(camera.short for camera in cameras) or "none"
-    if not cameras:
-        raise UserError(f"{source} has no colour camera: a policy here needs at least one.")
+    there = ", ".join(camera.short for camera in cameras)
     if wanted:
         for name in wanted:
             if name not in by_name:
@@ -58,20 +46,15 @@ def select_cameras(
         return chosen
     usual = set(USUAL_CAMERAS) <= by_name.keys()
     chosen = tuple(by_name[name] for name in USUAL_CAMERAS) if usual else tuple(cameras)
-    if not quiet and (len(chosen) < len(cameras) or not usual):
+    if len(chosen) < len(cameras) or not usual:
         names, share = " ".join(camera.short for camera in chosen), f"{len(chosen)} of {len(cameras)}"
         share = "all" if len(chosen) == len(cameras) else share
-        report(f"cameras: {names} ({share} in {source}; choose others with --cameras)")
+        say(f"cameras: {names} ({share} in {source}; choose others with --cameras)")
     return chosen
 
 
 def target_size(cameras: Sequence[Camera], image_size: Sequence[int]) -> tuple[int, int]:
     """(H, W) of the stored frames: as recorded, one number for a square, or height and width."""
-    given = " ".join(map(str, image_size))
-    if len(image_size) > 2 or not all(0 < side <= MAX_IMAGE_SIDE for side in image_size):
-        raise UserError(
-            f"--image-size {given} is no size: give one side, or height and width, of 1 to {MAX_IMAGE_SIDE}."
-        )
     if image_size:
         return image_size[0], image_size[-1]
     if len({camera.size for camera in cameras}) > 1:

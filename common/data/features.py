@@ -3,35 +3,30 @@
     <store>/features-<name>-<key>/frames-00000.bin    float16, a row for each row of that file of frames
     <store>/features-<name>-<key>/frames-00000.json   what they were made from; with it the file is finished
 
-The key is a hash of what the features follow from: weights, settings, cameras. A file is filled under a
-temporary name and renamed when it is complete and on the disk; after an interruption the next process goes on
-where it was. Several processes at once, as of a distributed run, share the files out among themselves.
+The key is a hash of what the features follow from: weights, settings, cameras. Rows are appended to a file
+whose name holds the checksum of the frames, and which is renamed when it is complete: an interrupted process
+leaves its rows to the next one. Several processes, as of a distributed run, share the files out among
+themselves.
 """
-
-from __future__ import annotations
 
 import errno
 import hashlib
 import json
 import os
 import shutil
-import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from common.data.ingest import report
-from common.data.store import META, EpisodeStore
+from common.console import say
+from common.data.store import META, EpisodeStore, Extra
 from common.errors import UserError
-from common.files import write_whole
+from common.files import checksum, read_json, sync_one, write_whole
 
-SAVE_EVERY = 20.0  # seconds of work that an interruption may cost
 Compute = Callable[[Tensor], Tensor]
 
 
@@ -48,7 +43,7 @@ def ensure_features(
 
     Args:
         store: any selection or joining of stores; features are kept with each of them.
-        name: of the features, for people.
+        name: of the features, in `Batch.extras` and for people.
         identity: what they follow from, apart from the images.
         shape: of one step's features.
         compute: images (B, N, 3, H, W) uint8 to features (B, *shape) float16 on the CPU.
@@ -59,126 +54,91 @@ def ensure_features(
         UserError: if the disk is too small, or features are not finite.
     """
     identity = {**identity, "shape": list(shape), "dtype": "float16"}
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     used = sorted({store.shard_files[s] for s in np.unique(store.episode_shard).tolist()})
-    files = {frames: Features.of(frames, name, key, identity) for frames in used}
+    files = {frames: _File.of(frames, name, identity) for frames in used}
     pending = [file for file in files.values() if not file.finished()]
     if pending:
-        _fill_all(pending, name, tuple(shape), compute, batch_size, remedy)
+        _fill_all(pending, name, compute, batch_size, remedy)
     paths = tuple(files[frames].path if frames in files else frames for frames in store.shard_files)
-    return replace(store, feature_files=paths, feature_shape=tuple(shape))
+    return replace(store, extras={**store.extras, name: Extra(paths, tuple(shape))})
 
 
 @dataclass(frozen=True, eq=False)
-class Features:
+class _File:
     """The features of one file of frames.
 
     Attributes:
         frames: that file.
-        path: where they are, or shall be.
-        identity: what they follow from.
-        source: checksum and size of the frames: others have other features.
+        path, part: where they are when they are finished, and until then.
+        made_from: the network's identity, and size and checksum of the frames: others have other features.
     """
 
     frames: Path
     path: Path
-    identity: dict[str, Any]
-    source: dict[str, int]
+    part: Path
+    made_from: dict[str, Any]
 
     @classmethod
-    def of(cls, frames: Path, name: str, key: str, identity: dict[str, Any]) -> Features:
-        meta = json.loads((frames.parent / META).read_text())
-        entry = next(entry for entry in meta["shards"] if entry["file"] == frames.name)
+    def of(cls, frames: Path, name: str, identity: dict[str, Any]) -> "_File":
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        shards = read_json(frames.parent / META)["shards"]
+        entry = next(entry for entry in shards if entry["file"] == frames.name)
+        path = frames.parent / f"features-{name}-{key}" / frames.name
         source = {"crc32": entry["crc32"], "bytes": entry["bytes"]}
-        return cls(frames, frames.parent / f"features-{name}-{key}" / frames.name, identity, source)
+        part = path.with_name(f"{path.stem}-{entry['crc32']:08x}.part")
+        return cls(frames, path, part, {"identity": identity, "source": source})
 
     @property
-    def note(self) -> Path:
-        return self.path.with_suffix(".json")
-
-    @property
-    def part(self) -> Path:
-        return self.path.with_suffix(".bin.part")
-
-    def begun_bytes(self) -> int:
-        """What is on the disk already."""
-        return sum(path.stat().st_size for path in (self.path, self.part) if path.exists())
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.made_from["identity"]["shape"])
 
     @property
     def row_bytes(self) -> int:
-        return 2 * int(np.prod(self.identity["shape"]))
+        return 2 * int(np.prod(self.shape))
 
     def finished(self) -> bool:
         """Whether they are there, whole, and of these frames and this network."""
         try:
-            note = json.loads(self.note.read_text())
-            same = note["identity"] == self.identity and note["source"] == self.source
-            return same and self.path.stat().st_size == note["bytes"] > 0
+            note = read_json(self.path.with_suffix(".json"))
+            return note == {**note, **self.made_from} and self.path.stat().st_size == note["bytes"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def adopt(self) -> bool:
-        """Take them, by a hard link, from an earlier store that shares the frames: a dataset has grown.
-
-        Only under the file's lock.
-        """
-        for path in self.frames.parent.parent.glob(f"*/{self.path.parent.name}/{self.path.name}"):
-            other = replace(self, path=path)
-            if path != self.path and other.finished():
-                self.path.parent.mkdir(exist_ok=True)
-                try:
-                    self.path.unlink(missing_ok=True)
-                    os.link(path, self.path)
-                except OSError:  # another disk, or a file system without links
-                    return False
-                write_whole(self.note, other.note.read_bytes())
-                return True
-        return False
+    def finish(self) -> None:
+        """Make the complete part permanent."""
+        sync_one(self.part)
+        note = {**self.made_from, "bytes": self.part.stat().st_size, "crc32": checksum(self.part)}
+        self.part.replace(self.path)
+        write_whole(self.path.with_suffix(".json"), json.dumps(note).encode())
 
 
-def _fill_all(
-    pending: list[Features],
-    name: str,
-    shape: tuple[int, ...],
-    compute: Compute,
-    batch_size: int,
-    remedy: str,
-) -> None:
+def _fill_all(pending: list[_File], name: str, compute: Compute, batch_size: int, remedy: str) -> None:
     """Compute all that are missing, those that other processes work on left to them."""
     from filelock import FileLock, Timeout
     from tqdm import tqdm
 
-    stores = {folder: EpisodeStore.open(folder) for folder in {file.frames.parent for file in pending}}
-    readers = {file: _Frames(stores[file.frames.parent], file.frames) for file in pending}
-    needed = sum(readers[file].rows * file.row_bytes - file.begun_bytes() for file in pending)
     folder = pending[0].frames.parent
-    free = shutil.disk_usage(folder).free
-    if needed * 1.01 > free:
-        raise UserError(
-            f"The {name} features need {needed / 1e9:.2f} GB and the disk of {folder} has "
-            f"{free / 1e9:.2f} GB free: free some, move --cache-dir, or choose {remedy}."
-        )
-    report(f"{name} features: {needed / 1e9:.2f} GB beside {folder}, computed once")
-    steps = sum(len(readers[file].steps) for file in pending)
+    stores = {path: EpisodeStore.open(path) for path in {file.frames.parent for file in pending}}
+    steps = {file: _steps_by_row(stores[file.frames.parent], file.frames) for file in pending}
     try:
-        shown = os.environ.get("RANK", "0") == "0"
-        with tqdm(total=steps, desc=f"{name} features", unit="step", disable=not shown) as bar:
+        _check_disk(steps, folder, name, remedy)
+        total, shown = sum(map(_count, steps.values())), os.environ.get("RANK", "0") == "0"
+        with tqdm(total=total, desc=f"{name} features", unit="step", disable=not shown) as bar:
             waiting = False  # first what nobody works on, then wait for what others do
             while pending:
                 for file in list(pending):
                     file.path.parent.mkdir(exist_ok=True)
                     lock = FileLock(file.path.with_name(f".{file.path.stem}.lock"))
                     try:
-                        lock.acquire(timeout=-1 if waiting else 0)
+                        held = lock.acquire(timeout=-1 if waiting else 0)
                     except Timeout:
                         continue
-                    try:
-                        if not file.finished() and not file.adopt():
-                            batch_size = _fill(file, readers[file], shape, compute, batch_size, bar)
+                    with held:
+                        if file.finished():
+                            bar.update(_count(steps[file]))
                         else:
-                            bar.update(len(readers[file].steps))
-                    finally:
-                        lock.release()
+                            images = stores[file.frames.parent].images
+                            batch_size = _fill(file, steps[file], images, compute, batch_size, bar)
                     pending.remove(file)
                 if pending and not waiting:
                     bar.set_postfix_str("the rest is being computed by other processes")
@@ -196,84 +156,70 @@ def _fill_all(
         ) from error
 
 
-class _Frames:
-    """The frames of one file, by row."""
+def _check_disk(steps: dict[_File, np.ndarray], folder: Path, name: str, remedy: str) -> None:
+    begun = sum(p.stat().st_size for file in steps for p in (file.path, file.part) if p.exists())
+    needed = sum(len(rows) * file.row_bytes for file, rows in steps.items()) - begun
+    free = shutil.disk_usage(folder).free
+    if needed * 1.01 > free:
+        raise UserError(
+            f"The {name} features need {needed / 1e9:.2f} GB and the disk of {folder} has "
+            f"{free / 1e9:.2f} GB free: free some, move --cache-dir, or choose {remedy}."
+        )
+    say(f"{name} features: {needed / 1e9:.2f} GB beside {folder}, computed once")
 
-    def __init__(self, store: EpisodeStore, frames: Path):
-        self.store = store
-        number = self.store.shard_files.index(frames)
-        spans = [
-            (int(self.store.episode_row[e]), int(self.store.episode_starts[e]), int(n))
-            for e, n in enumerate(np.diff(self.store.episode_starts))
-            if self.store.episode_shard[e] == number
-        ]
-        self.rows = max(row + n for row, _, n in spans)
-        self.steps = np.concatenate([np.arange(start, start + n) for _, start, n in sorted(spans)])
-        self.at = np.concatenate([np.arange(row, row + n) for row, _, n in sorted(spans)])
+
+def _steps_by_row(store: EpisodeStore, frames: Path) -> np.ndarray:
+    """The step of the store in each row of a file of frames, -1 where no episode is: (R,) int64."""
+    number, lengths = store.shard_files.index(frames), np.diff(store.episode_starts)
+    here = np.flatnonzero(store.episode_shard == number)
+    steps = np.full((store.episode_row[here] + lengths[here]).max(), -1)
+    for e in here:
+        row = store.episode_row[e]
+        steps[row : row + lengths[e]] = np.arange(store.episode_starts[e], store.episode_starts[e + 1])
+    return steps
+
+
+def _count(steps: np.ndarray) -> int:
+    return int((steps >= 0).sum())
 
 
 def _fill(
-    file: Features, frames: _Frames, shape: tuple[int, ...], compute: Compute, batch_size: int, bar
+    file: _File,
+    steps: np.ndarray,
+    images: Callable[[np.ndarray], Tensor],
+    compute: Compute,
+    batch_size: int,
+    bar: Any,
 ) -> int:
-    """Compute one file, zeros where no episode is; returns the batch size that there is memory for."""
-    from accelerate.utils import find_executable_batch_size
+    """Compute what a file lacks, zeros where no episode is; returns the batch size that memory allows."""
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-    progress = file.path.with_suffix(".progress")
-    done, crc = _progress(file, progress)
-    if done == 0:
-        progress.unlink(missing_ok=True)  # of a file that is gone: it must not vouch for this one
-    bar.update(int(np.searchsorted(frames.at, done)))
-    with file.part.open("r+b" if done else "wb") as out:
+    for stale in set(file.path.parent.glob(f"{file.path.stem}-*.part")) - {file.part}:
+        stale.unlink()
+    with file.part.open("ab") as out:
+        done = out.tell() // file.row_bytes
         out.truncate(done * file.row_bytes)
-        out.seek(done * file.row_bytes)
-        saved = time.monotonic()
-
-        def halve() -> int:
-            nonlocal batch_size
-            batch_size //= 2
-            return batch_size
-
-        @find_executable_batch_size(starting_batch_size=batch_size, reduce_batch_size_fn=halve)
-        def fill(size: int) -> None:
-            nonlocal done, crc, saved
-            while done < frames.rows:
-                rows = np.zeros((min(size, frames.rows - done), *shape), np.float16)
-                here = np.searchsorted(frames.at, [done, done + len(rows)])
-                if here[1] > here[0]:
-                    features = compute(frames.store.images(frames.steps[here[0] : here[1]]))
-                    if not torch.isfinite(features).all():
-                        raise UserError(
-                            f"The features of {file.frames} are not finite: the network or its weights are "
-                            f"broken."
-                        )
-                    rows[frames.at[here[0] : here[1]] - done] = features.numpy()
-                out.write(rows.data)
-                done, crc = done + len(rows), zlib.crc32(rows.data, crc)
-                bar.update(int(here[1] - here[0]))
-                if time.monotonic() - saved > SAVE_EVERY:
-                    out.flush()
-                    os.fsync(out.fileno())
-                    write_whole(progress, json.dumps([done, crc, file.identity, file.source]).encode())
-                    saved = time.monotonic()
-
-        fill()
-        out.flush()
-        os.fsync(out.fileno())
-    file.part.replace(file.path)
-    note = {"bytes": frames.rows * file.row_bytes, "crc32": crc}
-    note |= {"identity": file.identity, "source": file.source}
-    write_whole(file.note, json.dumps(note).encode())
-    progress.unlink(missing_ok=True)
+        bar.update(_count(steps[:done]))
+        while done < len(steps):
+            here = steps[done : done + batch_size]
+            rows = np.zeros((len(here), *file.shape), np.float16)
+            try:
+                if _count(here):
+                    rows[here >= 0] = compute(images(here[here >= 0])).numpy()
+            except RuntimeError as error:
+                if len(here) == 1 or not should_reduce_batch_size(error):
+                    raise
+                batch_size = len(here) // 2
+                clear_device_cache(garbage_collection=True)
+                continue
+            if not np.isfinite(rows).all():
+                raise UserError(
+                    f"The features of {file.frames} are not finite: the network or its weights are broken."
+                )
+            out.write(rows.data)
+            out.flush()
+            os.fsync(out.fileno())
+            done += len(here)
+            bar.update(_count(here))
+    file.finish()
     return batch_size
-
-
-def _progress(file: Features, progress: Path) -> tuple[int, int]:
-    """Rows that an interrupted process has left on the disk, and their checksum."""
-    try:
-        done, crc, identity, source = json.loads(progress.read_text())
-        known = identity == file.identity and source == file.source
-        if known and file.part.stat().st_size >= done * file.row_bytes:
-            return int(done), int(crc)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return 0, 0

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BT601 = 5  # swscale's default matrix, and what an unmarked stream is taken for
 UNMARKED = (0, 2, BT601, 6)  # RGB, unspecified, and the two names of BT.601
 FULL_RANGE = 2
+CHANNELS = (1, 3, 4)  # of an image: grey, RGB, RGB and transparency
 
 
 class FrameError(Exception):
@@ -130,14 +131,25 @@ def image_frame(encoded: bytes, recorded: tuple[int, int], size: tuple[int, int]
 
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            if (image.height, image.width) != recorded:
-                raise FrameError(
-                    f"an image is {image.height}x{image.width} instead of {recorded[0]}x{recorded[1]}"
-                )
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise FrameError(f"an image is damaged: {error}") from error
-    return np.ascontiguousarray(resize_rgb(pixels, size).transpose(2, 0, 1))
+    return pixel_frame(pixels, recorded, size)
+
+
+def pixel_frame(pixels: np.ndarray, recorded: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """An array (H, W, C) or (C, H, W) uint8, C of 1, 3 or 4, as (3, H, W).
+
+    Raises:
+        FrameError: if it is not `recorded` in size.
+    """
+    if pixels.shape[2] not in CHANNELS:
+        pixels = pixels.transpose(1, 2, 0)
+    height, width, channels = pixels.shape
+    if (height, width) != recorded:
+        raise FrameError(f"an image is {height}x{width} instead of {recorded[0]}x{recorded[1]}")
+    rgb = np.repeat(pixels, 3, axis=2) if channels == 1 else pixels[:, :, :3]
+    return np.ascontiguousarray(resize_rgb(rgb, size).transpose(2, 0, 1))
 
 
 def resize_rgb(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -149,4 +161,9 @@ def resize_rgb(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     shrinks = height <= frame.shape[0] and width <= frame.shape[1]
     method = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(frame).resize((width, height), method))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(frame)).resize((width, height), method))
+
+
+def as_rgb(frame: np.ndarray, color_order: str) -> np.ndarray:
+    """A (3, H, W) frame whose colours were recorded as `rgb` or `bgr`."""
+    return frame if color_order == "rgb" else np.ascontiguousarray(frame[::-1])

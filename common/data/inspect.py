@@ -10,42 +10,42 @@ DATASET is what a training script takes; the flags that a training script takes 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from pydantic import NonNegativeFloat
 
-from common.config import Flat, cli, from_dict
-from common.data import DataConfig, default_cache_dir, describe, open_dataset, stores_folder
-from common.data.ingest import BadEpisode, Load, StoreInfo, ensure_store
-from common.data.shards import decode_jpeg, encode_jpeg
-from common.data.store import ARRAYS, META, EpisodeStore, defect
+from common.config import AbsolutePath, Flat, UserPath, cli, from_dict, options
+from common.data import DataConfig, default_cache_dir, open_dataset, request_store, stores_folder
+from common.data.ingest import StoreRequest, ensure_store, lock_file
+from common.data.shards import as_jpeg
+from common.data.source import BadEpisode
+from common.data.store import ARRAYS, META, EpisodeStore, defect, wrong_size
 from common.errors import UserError
 from common.files import checksum, read_json
 
 EDGE_SHARE = 0.2  # of the steps at the very lowest or highest value: a dimension saturates
 FROZEN_FRAMES, FROZEN_EPISODES = 17, 500  # frames that are compared in an episode, and in how many episodes
-SHEET_EPISODES, SHEET_MOMENTS = 6, 5
 
 
-@dataclass(frozen=True)
+@options
 class Inspect:
     """What a dataset is: episodes, dimensions, cameras, what looks wrong; pictures of all of it."""
 
     name: Annotated[str, tyro.conf.Positional]
     """Dataset, as for training: a folder, a file, a hub name, or demo."""
     data: Flat[DataConfig] = field(default_factory=DataConfig)
-    out: Path | None = None
+    out: UserPath | None = None
     """Folder for the pictures. Default: inspection/ and the dataset's name."""
 
 
-@dataclass(frozen=True)
+@options
 class Verify:
     """Compare a dataset's store with its checksums, then, frame by frame, with the source."""
 
@@ -56,17 +56,17 @@ class Verify:
     """Decode again what is damaged."""
 
 
-@dataclass(frozen=True)
+@options
 class Prune:
     """List the stores in the cache, and delete those that are asked for."""
 
-    cache_dir: Path = field(default_factory=default_cache_dir)
+    cache_dir: AbsolutePath = field(default_factory=default_cache_dir)
     """The cache of the training scripts."""
     all: bool = False
     """Delete every store; they are made again when they are needed."""
     unfinished: bool = False
     """Delete stores that were never finished, are damaged, or are of an older format."""
-    older_than: float | None = None
+    older_than: NonNegativeFloat | None = None
     """Delete stores that were not opened for so many days."""
 
 
@@ -77,23 +77,24 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0] not in commands:
         print(__doc__.strip())
         sys.exit(0 if argv and argv[0] in ("-h", "--help") else 2)
-    function, options = commands[argv[0]]
-    cli(function, options, argv[1:])
+    cli(*commands[argv[0]], argv[1:])
 
 
 # inspect
 
 
-def inspect(options: Inspect) -> None:
+def inspect(config: Inspect) -> None:
     """Print what a dataset is, and draw it."""
-    store = open_dataset(replace(options.data, dataset=(options.name,)))
+    from common import plots
+
+    store = open_dataset(replace(config.data, dataset=(config.name,)))
     summary = summarize(store)
     print("\n".join(describe_summary(summary)))
-    out = options.out or Path("inspection") / Path(store.source).name
+    out = config.out or Path("inspection") / Path(store.source).name
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    draw_sheet(store, out / "frames.png")
-    draw_histograms(store, out / "dimensions.png")
+    plots.draw_sheet(store, out / "frames.png")
+    plots.draw_histograms(store, out / "dimensions.png")
     print(f"pictures: {out / 'frames.png'}, {out / 'dimensions.png'}")
 
 
@@ -101,51 +102,41 @@ def summarize(store: EpisodeStore) -> dict[str, Any]:
     """What a store holds and what looks wrong in it, as JSON can hold it."""
     lengths = np.diff(store.episode_starts)
     quartiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1])
-    numbers = {int(n): e for e, n in enumerate(store.episode_indices)}
-    dimensions = {
-        part: [_dimension(name, values[:, d]) for d, name in enumerate(names)]
-        for part, names, values in (
-            ("state", store.state_names, store.state),
-            ("action", store.action_names, store.action),
-        )
-    }
+    shortest = np.argsort(lengths, kind="stable")[:5]
     return {
-        "source": store.source,
+        **{name: getattr(store, name) for name in ("source", "storage", "fps", "task")},
         "store": str(store.path),
-        "storage": store.storage,
         "gigabytes": sum(file.stat().st_size for file in store.shard_files) / 1e9,
-        "fps": store.fps,
-        "task": store.task,
         "episodes": store.num_episodes,
         "steps": store.num_steps,
         "minutes": store.num_steps / store.fps / 60,
         "lengths": dict(zip(("min", "q25", "median", "q75", "max"), quartiles.tolist(), strict=True)),
-        "shortest": _extremes(numbers, lengths, 5),
+        "shortest": {str(store.episode_indices[e]): int(lengths[e]) for e in shortest},
         "cameras": dict(zip(store.cameras, store.camera_keys, strict=True)),
         "image_size": list(store.image_size),
         "skipped": list(store.skipped),
-        "dimensions": dimensions,
+        "dimensions": {
+            "state": list(map(_dimension, store.state_names, store.state.T)),
+            "action": list(map(_dimension, store.action_names, store.action.T)),
+        },
         "frozen_cameras": frozen_cameras(store),
         "time_gaps": time_gaps(store),
     }
 
 
-def _extremes(numbers: dict[int, int], lengths: np.ndarray, count: int) -> dict[str, int]:
-    shortest = sorted(numbers, key=lambda n: lengths[numbers[n]])[:count]
-    return {str(n): int(lengths[numbers[n]]) for n in shortest}
-
-
 def _dimension(name: str, values: np.ndarray) -> dict[str, Any]:
     """Range of a dimension, and whether it is constant or rests at an end of its range."""
-    low, high = float(values.min()), float(values.max())
-    quantiles = np.quantile(values.astype(np.float64), [0.01, 0.99])
+    values = values.astype(np.float64)
+    low, q01, q99, high = np.quantile(values, [0, 0.01, 0.99, 1]).tolist()
     constant = high - low <= 1e-6 * max(abs(low), abs(high), 1e-6)
     margin = 1e-4 * (high - low)
     edges = {"low": (values <= low + margin).mean(), "high": (values >= high - margin).mean()}
-    found = {"name": name, "min": low, "max": high, "mean": float(values.astype(np.float64).mean())}
-    found |= {"std": float(values.astype(np.float64).std()), "q01": quantiles[0], "q99": quantiles[1]}
-    saturated = [] if constant else [edge for edge, share in edges.items() if share >= EDGE_SHARE]
-    return {**found, "constant": bool(constant), "saturated": saturated}
+    return {
+        "name": name,
+        **{"min": low, "q01": q01, "mean": values.mean(), "std": values.std(), "q99": q99, "max": high},
+        "constant": constant,
+        "saturated": [] if constant else [edge for edge, share in edges.items() if share >= EDGE_SHARE],
+    }
 
 
 def frozen_cameras(store: EpisodeStore) -> dict[str, list[int]]:
@@ -167,18 +158,13 @@ def frozen_cameras(store: EpisodeStore) -> dict[str, list[int]]:
 
 def time_gaps(store: EpisodeStore) -> list[dict[str, float]]:
     """Steps that lie more than one and a half control steps apart."""
-    steps = np.diff(store.timestamps)
-    steps[store.episode_starts[1:-1] - 1] = 0  # from one episode to the next
-    found = np.flatnonzero(steps > 1.5 / store.fps)
-    episodes = store.episode_of(found)
-    return [
-        {
-            "episode": int(store.episode_indices[episode]),
-            "step": int(row - store.episode_starts[episode]),
-            "seconds": float(steps[row]),
-        }
-        for row, episode in zip(found.tolist(), episodes.tolist(), strict=True)
-    ]
+    seconds = np.diff(store.timestamps)
+    seconds[store.episode_starts[1:-1] - 1] = 0  # from one episode to the next
+    rows = np.flatnonzero(seconds > 1.5 / store.fps)
+    e = store.episode_of(rows)
+    found = store.episode_indices[e], rows - store.episode_starts[e], seconds[rows]
+    columns = (column.tolist() for column in found)
+    return [dict(zip(("episode", "step", "seconds"), gap, strict=True)) for gap in zip(*columns, strict=True)]
 
 
 def describe_summary(summary: dict[str, Any]) -> list[str]:
@@ -195,11 +181,10 @@ def describe_summary(summary: dict[str, Any]) -> list[str]:
     ]
     for part, dimensions in summary["dimensions"].items():
         width = max(len(d["name"]) for d in dimensions)
-        lines.append(
-            f"  {part:<6} {'':<{width}} {'min':>10} {'q01':>10} {'mean':>10} {'q99':>10} {'max':>10}"
-        )
+        columns = ("min", "q01", "mean", "q99", "max")
+        lines.append(f"  {part:<6} {'':<{width}} {' '.join(f'{column:>10}' for column in columns)}")
         for d in dimensions:
-            numbers = " ".join(f"{d[key]:>10.4g}" for key in ("min", "q01", "mean", "q99", "max"))
+            numbers = " ".join(f"{d[column]:>10.4g}" for column in columns)
             notes = ["constant"] * d["constant"] + [f"rests at its {edge}" for edge in d["saturated"]]
             lines.append(f"         {d['name']:<{width}} {numbers}  {', '.join(notes)}".rstrip())
     problems = [f"left out: {reason}" for reason in summary["skipped"]]
@@ -217,93 +202,34 @@ def _some(numbers: list[int], count: int = 12) -> str:
     return ", ".join(map(str, numbers[:count])) + more
 
 
-def draw_sheet(store: EpisodeStore, path: Path) -> None:
-    """Frames of some episodes: a row an episode and camera, from its beginning to its end."""
-    plt = _pyplot()
-    episodes = np.unique(np.linspace(0, store.num_episodes - 1, SHEET_EPISODES).astype(int))
-    rows = len(episodes) * len(store.cameras)
-    aspect = store.image_size[0] / store.image_size[1]
-    figure, axes = plt.subplots(
-        rows, SHEET_MOMENTS, figsize=(2 * SHEET_MOMENTS, 2 * aspect * rows + 0.5), squeeze=False
-    )
-    for place, episode in enumerate(episodes):
-        first, last = store.episode_starts[episode], store.episode_starts[episode + 1] - 1
-        moments = np.linspace(first, last, SHEET_MOMENTS).astype(int)
-        images = store.images(moments).permute(0, 1, 3, 4, 2).numpy()
-        for camera, name in enumerate(store.cameras):
-            for moment, axis in enumerate(axes[place * len(store.cameras) + camera]):
-                axis.imshow(images[moment, camera])
-                axis.set(xticks=[], yticks=[])
-                seconds = store.timestamps[moments[moment]]
-                axis.set_title(f"{seconds:.1f} s", fontsize=6, pad=2)
-                if moment == 0:
-                    axis.set_ylabel(f"{store.episode_indices[episode]} {name}", fontsize=7)
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def draw_histograms(store: EpisodeStore, path: Path) -> None:
-    """Distribution of every dimension of state and action, and of the episodes' lengths."""
-    plt = _pyplot()
-    panels = [("episode length (steps)", np.diff(store.episode_starts), "0.4")]
-    for color, what, names, values in (
-        ("tab:blue", "state", store.state_names, store.state),
-        ("tab:orange", "action", store.action_names, store.action),
-    ):
-        panels += [(f"{what}: {name}", values[:, d], color) for d, name in enumerate(names)]
-    columns = min(7, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, 1.6 * rows), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, (title, values, color) in zip(axes.flat, panels, strict=False):
-        axis.hist(values, bins=50, color=color)
-        axis.set_title(title, fontsize=7)
-        axis.tick_params(labelsize=6)
-        axis.set_yticks([])
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
 # verify
 
 
-def verify(options: Verify) -> None:
+def verify(config: Verify) -> None:
     """Check a store; exits with 1 if it is damaged and not rebuilt.
 
     Raises:
         UserError: names the first damaged file, or the first frame that differs from the source.
     """
-    config, info, load = _described(options)
-    path = info.folder(stores_folder(config))
-    if not path.is_dir():
-        raise UserError(f"{options.name} has no store yet: it is made when the dataset is first used.")
+    root, request = _requested(config)
+    request = next((r for r in request.candidates() if r.folder(root).is_dir()), None)
+    if request is None:
+        raise UserError(f"{config.name} has no store yet: it is made when the dataset is first used.")
+    path = request.folder(root)
     damaged = damaged_files(path)
+    if damaged and not config.rebuild:
+        raise UserError(
+            f"{path} is damaged: {', '.join(f'{name} {fault}' for name, fault in damaged.items())}; "
+            f"give --rebuild to decode that part again."
+        )
     if damaged:
-        if not options.rebuild:
-            raise UserError(
-                f"{path} is damaged: {', '.join(f'{name} {fault}' for name, fault in damaged.items())}; "
-                f"give --rebuild to decode that part again."
-            )
-        for name in damaged:
+        for name in (*damaged, META):
             (path / name).unlink(missing_ok=True)
             (path / name).with_suffix(".json").unlink(missing_ok=True)
-        (path / META).unlink(missing_ok=True)
         print(f"rebuilding {', '.join(damaged)}")
-    store = ensure_store(stores_folder(config), info, load, config.skip_bad_episodes, config.ingest_workers)
+    store = ensure_store(root, request)
     try:
-        steps = compare_with_source(store, info, load)
+        steps = compare_with_source(store, request)
     except BadEpisode as error:
         raise UserError(f"{error}: the store was made when it could be; restore the dataset.") from None
     print(
@@ -312,26 +238,26 @@ def verify(options: Verify) -> None:
     )
 
 
-def _described(options: Verify) -> tuple[DataConfig, StoreInfo, Load]:
-    """The data options of a store, named itself or by its dataset, and what it is made from."""
-    path, config = Path(options.name).expanduser(), replace(options.data, dataset=(options.name,))
+def _requested(config: Verify) -> tuple[Path, StoreRequest]:
+    """The folder of all stores, and the request for one that is named itself or by its dataset."""
+    path, data = Path(config.name).expanduser(), replace(config.data, dataset=(config.name,))
     if not (path / META).is_file():
-        return config, *describe(config.dataset[0], config)
+        return stores_folder(data), request_store(config.name, data)
     try:
         meta = read_json(path / META)
         cache = {"cache_dir": str(path.resolve().parent.parent), "store": meta["storage"]}
-        config, made_from = from_dict(DataConfig, {**meta["options"], **cache}), meta["fingerprint"]
+        data, made_from = from_dict(DataConfig, {**meta["options"], **cache}), meta["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{path / META} is damaged: name the dataset instead of the store, or delete the store."
         ) from None
-    info, load = describe(config.dataset[0], config)
-    if info.fingerprint != made_from:
+    request = request_store(data.dataset[0], data)
+    if request.info.fingerprint != made_from:
         raise UserError(
-            f"{info.source} has changed since {path} was made from it: training makes another store; delete "
-            f"this one, or restore the dataset."
+            f"{request.info.source} has changed since {path} was made from it: training makes another store; "
+            f"delete this one, or restore the dataset."
         )
-    return config, info, load
+    return stores_folder(data), request
 
 
 def damaged_files(path: Path) -> dict[str, str]:
@@ -347,106 +273,86 @@ def damaged_files(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError):
         return {META: defect(path) or "is damaged"}
     damaged = {}
-    total = sum(entry["bytes"] for entry in entries)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="checksums") as bar:
-        for entry in entries:
-            file = path / entry["file"]
-            if not file.is_file():
-                damaged[entry["file"]] = "is missing"
-            elif file.stat().st_size != entry["bytes"]:
-                damaged[entry["file"]] = f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            elif checksum(file) != entry["crc32"]:
-                damaged[entry["file"]] = "has another checksum than was written"
-            bar.update(entry["bytes"])
+    for entry in tqdm(entries, unit="file", desc="checksums"):
+        fault = wrong_size(path, entry)
+        if not fault and checksum(path / entry["file"]) != entry["crc32"]:
+            fault = "has another checksum than was written"
+        if fault:
+            damaged[entry["file"]] = fault
     return damaged
 
 
-def compare_with_source(store: EpisodeStore, info: StoreInfo, load: Load) -> int:
+def compare_with_source(store: EpisodeStore, request: StoreRequest) -> int:
     """Decode the source again and compare everything; returns the number of steps."""
     from tqdm import tqdm
 
-    episodes, _, reader = load(info.episodes)
-    if len(episodes) < store.num_episodes:
+    def refuse(index: int, what: str) -> None:
+        raise UserError(
+            f"{store.path} differs from {store.source} in episode {index}, {what}: delete that folder to "
+            f"have it made again."
+        )
+
+    found = {episode.index: episode for episode in request.source.episodes(request.episodes)[0]}
+    if not found.keys() >= set(store.episode_indices.tolist()):
         raise UserError(f"{store.source} has lost episodes that {store.path} has: restore the dataset.")
-    place = {int(index): e for e, index in enumerate(store.episode_indices)}
-    episodes = [episode for episode in episodes if episode.index in place]
-    with tqdm(total=sum(map(len, episodes)), unit="step", desc="compare") as bar:
-        for episode in episodes:
-            e = place[episode.index]
-            first, last = store.episode_starts[e], store.episode_starts[e + 1]
-            for what, stored, source in (
-                ("state", store.state, episode.state),
-                ("action", store.action, episode.action),
-            ):
-                if not np.array_equal(stored[first:last], source):
-                    raise UserError(_differs(store, episode.index, what))
-            views = [iter(reader.frames(episode.index, c)) for c in range(len(store.cameras))]
-            for row in range(first, last):
-                stored = store.images(np.array([row]))[0].numpy()
-                for camera, view in enumerate(views):
-                    frame = next(view, None)
-                    if frame is not None and store.storage == "jpeg":
-                        encoded, frame = encode_jpeg(frame), np.empty_like(frame)
-                        decode_jpeg(np.frombuffer(encoded, np.uint8), frame, store.path)
-                    if not np.array_equal(stored[camera], frame):
-                        where = f"camera {store.cameras[camera]} at step {row - first}"
-                        raise UserError(_differs(store, episode.index, where))
-                bar.update()
+    for e, index in enumerate(tqdm(store.episode_indices.tolist(), unit="episode", desc="compare")):
+        episode, (first, last) = found[index], store.episode_starts[e : e + 2]
+        for what in ("state", "action"):
+            if not np.array_equal(getattr(store, what)[first:last], getattr(episode, what)):
+                refuse(index, what)
+        views = [request.source.frames(episode, camera) for camera in range(len(store.cameras))]
+        for row in range(first, last):
+            stored = store.images(np.array([row]))[0].numpy()
+            for camera, mine, view in zip(store.cameras, stored, views, strict=True):
+                frame = next(view, None)
+                if frame is not None and store.storage == "jpeg":
+                    frame = as_jpeg(frame)
+                if not np.array_equal(mine, frame):
+                    refuse(index, f"camera {camera} at step {row - first}")
     return store.num_steps
-
-
-def _differs(store: EpisodeStore, episode: int, what: str) -> str:
-    return (
-        f"{store.path} differs from {store.source} in episode {episode}, {what}: delete that folder to have "
-        f"it made again."
-    )
 
 
 # prune
 
 
-def prune(options: Prune) -> None:
+def prune(config: Prune) -> None:
     """List the stores; delete what is asked for."""
-    root = options.cache_dir.expanduser() / "stores"
+    root = config.cache_dir / "stores"
     stores = sorted(path for path in root.glob("*") if path.is_dir() and path.name != "scans")
     total = freed = 0
     for path in stores:
-        size, fault = folder_size(path), defect(path)
+        size, fault = (
+            sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file()),
+            defect(path),
+        )
         meta = {} if fault else read_json(path / META)
         days = (time.time() - last_used(path)) / 86400
-        doomed = options.all or (options.unfinished and fault is not None)
-        doomed = doomed or (options.older_than is not None and days > options.older_than)
+        doomed = config.all or (config.unfinished and fault is not None)
+        doomed = doomed or (config.older_than is not None and days > config.older_than)
         state = fault or f"{meta['storage']}, {len(meta['cameras'])} cameras, from {meta['source']}"
-        print(
-            f"{'delete' if doomed else 'keep':<7} {size / 1e9:8.2f} GB {days:6.1f} days  {path.name}: {state}"
-        )
+        verb = "delete" if doomed else "keep"
+        print(f"{verb:<7} {size / 1e9:8.2f} GB {days:6.1f} days  {path.name}: {state}")
         if doomed:
-            delete(root, path)
+            delete(path)
             freed += size
         total += size
     print(f"{len(stores)} stores, {total / 1e9:.2f} GB in {root}; freed {freed / 1e9:.2f} GB")
-    if stores and not (options.all or options.unfinished or options.older_than is not None):
+    if stores and not (config.all or config.unfinished or config.older_than is not None):
         print("delete with --all, --unfinished, or --older-than DAYS")
-
-
-def folder_size(path: Path) -> int:
-    """Bytes on the disk, files that other stores share counted once here, too."""
-    return sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
 
 
 def last_used(path: Path) -> float:
     """When a store was last opened, or else changed, in seconds since 1970."""
-    file = path / ARRAYS if (path / ARRAYS).exists() else path
-    status = file.stat()
+    status = (path / ARRAYS if (path / ARRAYS).exists() else path).stat()
     return max(status.st_atime, status.st_mtime)
 
 
-def delete(root: Path, path: Path) -> None:
+def delete(path: Path) -> None:
     """Remove a store, unless somebody is building it."""
     from filelock import FileLock, Timeout
 
     try:
-        with FileLock(root / f".{path.name.rpartition('-')[2]}.lock", timeout=0):
+        with FileLock(lock_file(path), timeout=0):
             (path / META).unlink(missing_ok=True)  # first: what is half deleted never looks finished
             shutil.rmtree(path)
     except Timeout:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, TimeoutError, wait
+from concurrent.futures import TimeoutError, as_completed
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,52 +48,34 @@ def guarded_map(
     tasks: Iterable[tuple],
     workers: int,
     seconds: Callable[[tuple], float] = lambda task: 0.0,
-    show: Callable[[int], Any] | None = None,
 ) -> Iterator[tuple[tuple, Any]]:
-    """Call `function(*task)` for every task in other processes; yields (task, result) as they come.
+    """Call `function(*task)` for every task in other processes; yields (task, result) as they end.
 
-    Tasks start in order. Closing the iterator stops those that run.
+    Tasks start in order. Closing the iterator stops those that run. The result is a `Died` where a task
+    killed its process or took too long; other exceptions of `function` are raised here.
 
     Args:
-        seconds: what a task may take besides `STALL_SECONDS`.
-        show: called about twice a second with the sum of what tasks have passed to `advance`.
-
-    Returns:
-        The result is a `Died` where a task killed its process or took too long. Other exceptions of
-        `function` are raised here.
+        seconds: what a task may take in addition to `STALL_SECONDS`.
     """
     from pebble import ProcessExpired
 
-    queue, pending = iter(tasks), {}
     with kept_pool():
-        pool = _pool.of_size(workers)
-        before = _pool.done.value
-
-        def submit(count: int) -> None:
-            for _, task in zip(range(count), queue, strict=False):
+        pool, pending = _pool.of_size(workers), {}
+        try:
+            for task in tasks:
                 limit = STALL_SECONDS + seconds(task)
                 pending[pool.schedule(function, task, timeout=limit)] = task, limit
-
-        try:
-            submit(4 * workers)  # so many and no more, that what belongs together ends together
-            while pending:
-                finished = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED).done
-                if show:
-                    show(_pool.done.value - before)
-                for future in finished:
-                    task, limit = pending.pop(future)
-                    try:
-                        yield task, future.result()
-                    except TimeoutError:
-                        yield task, Died(f"reading did not end within {limit:.0f} s")
-                    except ProcessExpired as error:
-                        number = -(error.exitcode or 0)
-                        by = f"signal {number}" if number > 0 else f"exit code {error.exitcode}"
-                        yield (
-                            task,
-                            Died(f"the process that read it ended with {by}, damage or too little memory"),
-                        )
-                submit(len(finished))
+            for future in as_completed(pending):
+                task, limit = pending.pop(future)
+                try:
+                    result = future.result()
+                except TimeoutError:
+                    result = Died(f"reading did not end within {limit:.0f} s")
+                except ProcessExpired as error:
+                    code = error.exitcode or 0
+                    by = f"signal {-code}" if code < 0 else f"exit code {code}"
+                    result = Died(f"the process that read it ended with {by}, damage or too little memory")
+                yield task, result
         finally:
             for future in pending:
                 future.cancel()
@@ -102,8 +84,7 @@ def guarded_map(
 class _Pool:
     """The processes, while anybody uses them."""
 
-    def __init__(self):
-        self.users, self.pool, self.size, self.done = 0, None, 0, None
+    users, size, pool = 0, 0, None
 
     def of_size(self, size: int):
         from pebble import ProcessPool
@@ -113,8 +94,7 @@ class _Pool:
             self.stop()
         if self.pool is None:
             context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
-            self.size, self.done = size, context.Value("q", 0)
-            self.pool = ProcessPool(size, initializer=_start, initargs=(self.done,), context=context)
+            self.size, self.pool = size, ProcessPool(size, initializer=_start, context=context)
         return self.pool
 
     def stop(self) -> None:
@@ -125,25 +105,15 @@ class _Pool:
 
 
 _pool = _Pool()
-_done: Any = None
 
 
-def advance(count: int) -> None:
-    """In a worker: report progress."""
-    lock = _done.get_lock()
-    if lock.acquire(timeout=1):  # its holder may have been killed
-        _done.value += count
-        lock.release()
-
-
-def _start(done) -> None:
-    global _done
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+def _start() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end with it even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def leave_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()  # a killed parent cannot stop us
-    _done = done
+    threading.Thread(target=leave_with_parent, daemon=True).start()

@@ -1,0 +1,154 @@
+"""Replay buffers in zarr, as UMI and diffusion_policy write them: a folder or a .zarr.zip.
+
+    data/<key>          all steps of all episodes, one after the other: (S, ...)
+    meta/episode_ends   (E,), where each episode ends
+
+Recognised are UMI's names and those of the pushT task; others are given by `--state-keys`, `--action-keys`,
+`--camera-keys`. Images are (S, H, W, C) or (S, C, H, W), uint8 or whole numbers in a wider type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from common.data.frames import as_rgb, pixel_frame
+from common.data.layout import Known, Layout, choose_layout, describe, rows_of
+from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, refuse_nonfinite
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.data import DataConfig
+
+UMI = ("robot{}_eef_pos", "robot{}_eef_rot_axis_angle", "robot{}_gripper_width")
+
+
+def is_zarr(path: Path) -> bool:
+    return path.name.endswith(".zarr.zip") or (path / ".zgroup").is_file() or (path / "zarr.json").is_file()
+
+
+@dataclass(frozen=True)
+class ZarrSource:
+    """A replay buffer, under the options chosen for it (see `Source`)."""
+
+    path: Path
+    name: str
+    config: DataConfig
+
+    isolated: ClassVar[bool] = False
+
+    @cached_property
+    def layout(self) -> Layout:
+        arrays = {}
+        for key, array in sorted(open_group(self.path, self.name)["data"].arrays()):
+            is_image = array.ndim == 4 and array.dtype.kind in "fiu"
+            arrays[key] = describe(array.shape, np.dtype(np.uint8) if is_image else array.dtype)
+        umi = tuple(name.format(robot) for robot in range(10) for name in UMI if name.format(robot) in arrays)
+        action, known = ("action",) if "action" in arrays else (), None
+        if umi and not action and not self.config.action_keys:
+            raise UserError(
+                f"{self.name} records no action: to learn where the robot went, give --action-keys "
+                f"{' '.join(umi)} --action-offset 1."
+            )
+        if umi:
+            known = Known("UMI", umi, action)
+        elif {"img", "state", "action"} <= arrays.keys():
+            known = Known("pushT", ("state",), action)
+        return choose_layout(arrays, known, self.config, self.name, "data")
+
+    def info(self) -> Info:
+        layout, fps = self.layout, self.config.fps
+        if fps is None:
+            raise UserError(f"{self.name} does not say how many control steps a second it has: give --fps.")
+        layout.say(f"{self.name}: zarr, {layout.name} layout, {fps:g} Hz")
+        return layout.info(self.name, fingerprint(self.path), fps)
+
+    def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
+        group, layout = open_group(self.path, self.name), self.layout
+        spans = list(pairwise([0, *group["meta/episode_ends"][:].tolist()]))
+        for key, array in layout.arrays.items():
+            if array.shape[0] != spans[-1][1]:
+                raise UserError(
+                    f"{self.name} has {array.shape[0]} steps in data/{key} and {spans[-1][1]} by "
+                    f"meta/episode_ends: copy it again."
+                )
+        state, action = layout.vectors(lambda key: group[f"data/{key}"][:])
+        episodes, bad = [], []
+        for index in existing(wanted, range(len(spans)), self.name):
+            first, last = spans[index]
+            times, name = np.arange(last - first) / self.config.fps, f"Episode {index}"
+            episode = Episode(index, state[first:last], action[first:last], times, [first, last])
+            try:
+                if len(episode) < 2:
+                    raise BadEpisode(f"{name} has {len(episode)} steps, and an action chunk needs at least 2")
+                refuse_nonfinite(name, episode, layout.names)
+                episodes.append(episode)
+            except BadEpisode as error:
+                bad.append(str(error))
+        return episodes, bad
+
+    def frames(self, episode: Episode, camera: int) -> Iterator[np.ndarray]:
+        key, _, recorded = self.layout.cameras[camera]
+        try:
+            for cell in rows_of(open_group(self.path, self.name)[f"data/{key}"], *episode.origin):
+                pixels = cell.astype(np.uint8)
+                if not np.array_equal(pixels, cell):
+                    raise ValueError("its pixels are no whole numbers from 0 to 255")
+                yield as_rgb(pixel_frame(pixels, recorded, self.layout.size), self.layout.color_order)
+        except Exception as error:  # each codec has its own
+            raise BadEpisode(f"Episode {episode.index} cannot be decoded from {key} ({error})") from None
+
+
+def open_group(path: Path, name: str) -> Any:
+    """The buffer, opened read-only.
+
+    Raises:
+        UserError: if a package is missing, or it is no replay buffer.
+    """
+    try:
+        import zarr
+    except ImportError:
+        raise UserError(f"{name} needs zarr: pip install -r requirements-zarr.txt.") from None
+    with suppress(ImportError):
+        from imagecodecs.numcodecs import register_codecs
+
+        register_codecs(verbose=False)
+    try:
+        group = zarr.open_group(zarr.storage.ZipStore(path, mode="r") if path.is_file() else path, mode="r")
+        group["meta/episode_ends"], list(group["data"].arrays())
+    except Exception as error:  # zarr and its stores have classes of their own
+        codec = re.search(r"codec '?([\w.-]+)'?.*not available", str(error))
+        if codec:
+            raise UserError(
+                f"{name} is compressed with {codec[1]}: pip install imagecodecs, which can read it."
+            ) from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name} is no replay buffer (data/..., meta/episode_ends) that can be read: {reason}."
+        ) from None
+    return group
+
+
+def fingerprint(path: Path) -> str:
+    """Hash of the content: of a zip file the checksums in it, of a folder each file's size, head and tail."""
+    if path.is_file():
+        with zipfile.ZipFile(path) as file:
+            content = sorted((entry.filename, entry.file_size, entry.CRC) for entry in file.infolist())
+    else:
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        with ThreadPoolExecutor(8) as pool:
+            names = [file.relative_to(path).as_posix() for file in files]
+            content = list(zip(names, pool.map(hash_ends, files), strict=True))
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

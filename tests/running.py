@@ -1,0 +1,52 @@
+"""Runs of scripts inside a test, and what they leave behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from common.config import parse
+
+SMALL = {
+    "train_vfp_depth": "--depth-weights random",
+    "train_cfg_vqvae": "--num-codes 4 --latent-dim 4 --posterior-layers 1 --code-window 1",
+    "train_vfp_moe": "--num-experts 2 --latent-dim 4 --posterior-layers 1",
+}
+
+
+def reset():
+    """Let the next run have an Accelerate of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train(script, tiny, run_dir, *more):
+    reset()
+    argv = [*tiny, *SMALL.get(script.__name__, "").split(), "--run-dir", str(run_dir)] if run_dir else []
+    script.main(parse(script.Config, [*argv, *map(str, more)], Path(script.__file__).name))
+    return run_dir
+
+
+def lines(run_dir, split="train"):
+    """Metrics by step, without what depends on the clock."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("samples_per_s", "steps_per_s", "data_wait_share", "memory_gb", "elapsed_s", "eta_s", "split")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows if row["split"] == split]
+
+
+def interrupt_after(run_dir, step, copy):
+    """A copy of the run as it stood when the checkpoint of a step had just been written."""
+    shutil.copytree(run_dir, copy, symlinks=True)
+    for folder in (copy / "checkpoints").glob("step_*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    return copy
+
+
+def weights(run_dir, step):
+    folder = run_dir / "checkpoints" / f"step_{step:07d}"
+    files = sorted(folder.rglob("*.safetensors"))
+    assert len(files) > 3
+    return {f"{file.name}:{key}": value for file in files for key, value in load_file(file).items()}
