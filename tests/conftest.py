@@ -12,6 +12,21 @@ from common.data.workers import kept_pool
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    """Leave out what costs time and is not what most tests are about: git, waiting for the disk, curves.
+
+    `@pytest.mark.real("git", "fsync", "drawing")` leaves some of it as it is.
+    """
+    real = {what for mark in request.node.iter_markers("real") for what in mark.args}
+    if "git" not in real:
+        monkeypatch.setattr("common.run._git", lambda: ({}, ""))
+    if "fsync" not in real:
+        monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    if "drawing" not in real:
+        monkeypatch.setattr("common.tracking.draw_curves", lambda path, picture: None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def reading_processes():
     """The processes that read HDF5 take seconds to start: all tests share them."""

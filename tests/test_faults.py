@@ -110,6 +110,7 @@ def test_time_that_is_over_does_the_same(tiny, tmp_path, capsys):
     train(train_vfp, [], None, "--resume", tmp_path / "run", "--steps", 2, "--max-time", 1e-9)
 
 
+@pytest.mark.slow
 def test_a_second_signal_exits_at_once(tmp_path):
     program = """
 import hashlib, os, signal, threading, time
@@ -134,6 +135,7 @@ print("not reached", flush=True)
     assert "once more to exit at once" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_the_step_after_which_they_stop(tiny, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     flags = [*tiny, "--log-every", 3, "--eval-every", 1000, "--schedule", "constant", "--warmup-steps", 0]
@@ -283,6 +285,7 @@ def test_a_last_step_that_cannot_be_saved_is_an_error(tiny, tmp_path, monkeypatc
         train(train_vfp, tiny, tmp_path / "run", "--steps", 2)
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow_are_a_full_disk(tiny, tmp_path):
     """The real errors of torch, safetensors and Python, by a limit on the size of files."""
     run, limit = tmp_path / "run", 300_000
@@ -328,6 +331,7 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, monkeypatch, capsys):
 # -- processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stopped", "asleep", "killed"])
 def test_a_process_that_hangs_or_dies_ends_the_job_and_is_named(how, tiny, tmp_path):
     flags = [*tiny, "--run-dir", tmp_path / "run", "--steps", 100_000, "--hang-timeout", 8, "--log-every", 5]
@@ -345,6 +349,7 @@ def test_a_process_that_hangs_or_dies_ends_the_job_and_is_named(how, tiny, tmp_p
         assert "--hang-timeout" in printed
 
 
+@pytest.mark.slow
 def test_a_loading_process_that_dies_is_reported(tiny, tmp_path):
     run = tmp_path / "run"
     flags = ["--num-workers", 1, "--run-dir", run, "--steps", 100_000]
@@ -366,6 +371,7 @@ def test_a_loading_process_that_dies_is_reported(tiny, tmp_path):
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_a_run_that_makes_no_progress_ends_with_its_whereabouts():
     program = """
 import time
@@ -434,6 +440,7 @@ def test_a_job_that_died_while_it_wrote_its_first_file_can_start_again(tiny, tmp
     assert checkpoint.find(run).name == "step_0000001"
 
 
+@pytest.mark.real("git", "fsync", "drawing")
 def test_the_run_folder_says_what_ran(tiny, tmp_path):
     run = train(train_vfp, tiny, tmp_path / "run", "--steps", 1)
     saved = json.loads((run / "config.json").read_text())
@@ -445,6 +452,7 @@ def test_the_run_folder_says_what_ran(tiny, tmp_path):
     assert len(saved["fingerprint"]) > 8
 
 
+@pytest.mark.real("git")
 def test_uncommitted_code_is_kept_as_a_patch(tmp_path, monkeypatch):
     root, run_dir = tmp_path / "project", tmp_path / "run"
     (root / "common").mkdir(parents=True)

@@ -64,16 +64,20 @@ def test_the_loss_falls_on_one_batch(script, tiny):
     assert error < 0.35  # the normalized actions of the batch spread by about 1
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+EMA, ACCUMULATION = (), ("--grad-accumulation", "2", "--ema-decay", "0")
+SCHEDULE_FREE, ONECYCLE = ("--schedule", "schedule-free"), ("--schedule", "onecycle")
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("script", "options"),
     [
-        (),
-        ("--grad-accumulation", "2", "--ema-decay", "0"),
-        ("--schedule", "schedule-free"),
-        ("--schedule", "onecycle"),
+        *((train_vfp, options) for options in (EMA, ACCUMULATION, SCHEDULE_FREE, ONECYCLE)),
+        (train_vfp_depth, EMA),
+        (train_naive_fm, SCHEDULE_FREE),
+        (train_cfg_vqvae, ACCUMULATION),
+        (train_vfp_moe, SCHEDULE_FREE),
     ],
-    ids=["ema", "accumulation", "schedule-free", "onecycle"],
+    ids=lambda value: getattr(value, "__name__", " ".join(value) if isinstance(value, tuple) else None),
 )
 def test_two_and_two_resumed_steps_equal_four_bit_for_bit(script, options, tiny, tmp_path):
     whole = train(

@@ -169,6 +169,7 @@ def test_without_a_terminal_each_interval_is_a_plain_line(accelerator, run_dir, 
     assert printed.err == ""
 
 
+@pytest.mark.real("drawing")
 def test_curves_are_drawn_and_redrawn(accelerator, run_dir):
     tracker = Tracker(accelerator, run_dir, Config(), 4)
     for step in (1, 2):
@@ -231,6 +232,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_wandb_without_a_login_stays_offline_and_never_asks(run_dir, tmp_path):
     """On a terminal, where wandb would ask for a key if it were left to itself."""
     left_out = ("WANDB_", "NETRC")

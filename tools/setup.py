@@ -138,7 +138,7 @@ def uv_environment(python):
     return environment
 
 
-def main(more):
+def main(more=()):
     """Set up, or bring an existing .venv up to date.
 
     `more` are names of further files of requirements.
