@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and files that may come from anywhere."""
+"""Files that are whole or absent, and what is on the disk for certain."""
 
 import json
 import os
@@ -6,8 +6,6 @@ import uuid
 import zlib
 from pathlib import Path
 from typing import Any
-
-LARGEST_JSON = 2**26  # bytes
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -29,18 +27,14 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file that may come from anywhere.
+    """The content of a JSON file.
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is not JSON, larger than any settings are, or nested to exhaust the stack.
+        ValueError: if it is not JSON.
     """
-    with path.open("rb") as file:
-        content = file.read(LARGEST_JSON + 1)
-    if len(content) > LARGEST_JSON:
-        raise ValueError(f"larger than {LARGEST_JSON // 2**20} MiB")
     try:
-        return json.loads(content)
+        return json.loads(path.read_bytes())
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -6,19 +6,18 @@ quantiles, which are not the quantiles of the whole.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common.data import ChunkDataset
 from common.errors import UserError
 
-if TYPE_CHECKING:
-    from common.data import ChunkDataset
-
 Normalization = Literal["mean-std", "min-max", "quantile"]
+STATISTICS = ("mean", "std", "min", "max", "q01", "q99")
 
 
 def fit_statistics(values: np.ndarray) -> dict[str, Tensor]:
@@ -31,16 +30,9 @@ def fit_statistics(values: np.ndarray) -> dict[str, Tensor]:
         mean, std, min, max, q01, q99: each (D,) float32.
     """
     exact = values.astype(np.float64)
-    q01, q99 = np.quantile(exact, [0.01, 0.99], axis=0)
-    statistics = {
-        "mean": exact.mean(0),
-        "std": exact.std(0),
-        "min": exact.min(0),
-        "max": exact.max(0),
-        "q01": q01,
-        "q99": q99,
-    }
-    return {name: torch.from_numpy(value.astype(np.float32)) for name, value in statistics.items()}
+    quantiles = np.quantile(exact, [0.01, 0.99], axis=0)
+    found = exact.mean(0), exact.std(0), exact.min(0), exact.max(0), *quantiles
+    return {name: torch.from_numpy(x.astype(np.float32)) for name, x in zip(STATISTICS, found, strict=True)}
 
 
 def scale_offset(statistics: dict[str, Tensor], mode: Normalization) -> tuple[Tensor, Tensor]:
@@ -76,9 +68,8 @@ def shared_dimensions(state_names: Sequence[str], action_names: Sequence[str]) -
         UserError: if neither holds.
     """
     places = {name: i for i, name in enumerate(state_names)}
-    pairs = np.array([places.get(name, -1) for name in action_names], np.int64)
-    if (pairs >= 0).any():
-        return pairs
+    if places.keys() & set(action_names):
+        return np.array([places.get(name, -1) for name in action_names])
     if len(state_names) == len(action_names):
         return np.arange(len(action_names))
     raise UserError(
@@ -117,16 +108,10 @@ class Normalizer(nn.Module):
         if action_range is None:
             action_range = torch.stack([action["min"], action["max"]])
         self.register_buffer("action_range", action_range)
-        self.is_relative = relative_to is not None
-        relative_to = torch.full(action["mean"].shape, -1) if relative_to is None else relative_to
         self.register_buffer("relative_to", relative_to)
-        self.register_buffer("_base_index", relative_to.clamp(min=0))
-        self.register_buffer("_base_weight", (relative_to >= 0).float())
 
     @classmethod
-    def fit(
-        cls, dataset: "ChunkDataset", mode: Normalization = "mean-std", relative: bool = False
-    ) -> "Normalizer":
+    def fit(cls, dataset: ChunkDataset, mode: Normalization = "mean-std", relative: bool = False) -> Self:
         """Fit on the steps of a dataset, each counted once whatever the datasets' weights."""
         store, rows = dataset.store, dataset.rows
         recorded = store.action[rows + dataset.action_offset]
@@ -162,24 +147,21 @@ class Normalizer(nn.Module):
 
     def _base(self, proprio: Tensor) -> Tensor | float:
         """What actions are relative to, (B, 1, A)."""
-        if not self.is_relative:
+        if self.relative_to is None:
             return 0.0
-        return proprio[:, -1:].float().index_select(-1, self._base_index) * self._base_weight
+        base = proprio[:, -1:].float().index_select(-1, self.relative_to.clamp(min=0))
+        return base * (self.relative_to >= 0)
 
     def save(self, path: Path) -> None:
         """Write the statistics as safetensors: `state.mean`, `action.q99`, ..."""
-        tensors = {
-            f"{name}.{key}": value.cpu().contiguous()
-            for name, statistics in self.statistics.items()
-            for key, value in statistics.items()
-        }
-        tensors["action_range"] = self.action_range.cpu().contiguous()
-        if self.is_relative:
-            tensors["relative_to"] = self.relative_to.cpu().contiguous()
-        save_file(tensors, path)
+        tensors = {f"{name}.{key}": x for name, part in self.statistics.items() for key, x in part.items()}
+        tensors["action_range"] = self.action_range
+        if self.relative_to is not None:
+            tensors["relative_to"] = self.relative_to
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
     @classmethod
-    def load(cls, path: Path, mode: Normalization) -> "Normalizer":
+    def load(cls, path: Path, mode: Normalization) -> Self:
         """Read what `save` wrote.
 
         Raises:
@@ -187,10 +169,7 @@ class Normalizer(nn.Module):
         """
         try:
             tensors = load_file(path)
-            parts = [
-                {key: tensors[f"{name}.{key}"] for key in ("mean", "std", "min", "max", "q01", "q99")}
-                for name in ("state", "action")
-            ]
+            parts = [{key: tensors[f"{n}.{key}"] for key in STATISTICS} for n in ("state", "action")]
             action_range = tensors["action_range"]
         except Exception as error:
             raise UserError(

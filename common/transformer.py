@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 
+Linear = Callable[[int, int], nn.Module]
+"""Makes a layer of so many inputs and outputs."""
+KeysValues = tuple[Tensor, Tensor]
+
 
 class StackedLinear(nn.Module):
     """E linear layers, applied in one batched product: (E, ..., in) -> (E, ..., out).
@@ -21,10 +25,8 @@ class StackedLinear(nn.Module):
     def __init__(self, num_experts: int, in_features: int, out_features: int):
         super().__init__()
         bound = 1 / math.sqrt(in_features)  # as nn.Linear draws them
-        self.weight = nn.Parameter(
-            torch.empty(num_experts, in_features, out_features).uniform_(-bound, bound)
-        )
-        self.bias = nn.Parameter(torch.empty(num_experts, out_features).uniform_(-bound, bound))
+        shapes = (num_experts, in_features, out_features), (num_experts, out_features)
+        self.weight, self.bias = (nn.Parameter(torch.empty(s).uniform_(-bound, bound)) for s in shapes)
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.baddbmm(self.bias.unsqueeze(1), x.flatten(1, -2), self.weight)
@@ -45,7 +47,7 @@ def take_expert(module: nn.Module, expert: int) -> nn.Module:
 class Attention(nn.Module):
     """Multi-head attention of x to itself or to a context whose keys and values were computed before."""
 
-    def __init__(self, d_model: int, num_heads: int, linear: Callable[[int, int], nn.Module] = nn.Linear):
+    def __init__(self, d_model: int, num_heads: int, linear: Linear = nn.Linear):
         super().__init__()
         if d_model % num_heads:
             raise UserError(
@@ -56,14 +58,14 @@ class Attention(nn.Module):
         self.key_value = linear(d_model, 2 * d_model)
         self.out = linear(d_model, d_model)
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, context: Tensor) -> KeysValues:
         """(..., L, D) -> keys and values, each (..., heads, L, D / heads)."""
         return tuple(self._heads(part) for part in self.key_value(context).chunk(2, dim=-1))
 
     def forward(
         self,
         x: Tensor,
-        keys_values: tuple[Tensor, Tensor] | None = None,
+        keys_values: KeysValues | None = None,
         key_mask: Tensor | None = None,
         causal: bool = False,
     ) -> Tensor:
@@ -88,13 +90,9 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
 
-def mlp(
-    d_model: int, expansion: int = 4, linear: Callable[[int, int], nn.Module] = nn.Linear
-) -> nn.Sequential:
-    """Feed-forward part of a block; SiLU costs half of what GELU does on a CPU and learns as well."""
-    return nn.Sequential(
-        linear(d_model, expansion * d_model), nn.SiLU(), linear(expansion * d_model, d_model)
-    )
+def mlp(inputs: int, hidden: int, outputs: int, linear: Linear = nn.Linear) -> nn.Sequential:
+    """Two layers; SiLU costs half of what GELU does on a CPU and learns as well."""
+    return nn.Sequential(linear(inputs, hidden), nn.SiLU(), linear(hidden, outputs))
 
 
 class EncoderBlock(nn.Module):
@@ -103,7 +101,7 @@ class EncoderBlock(nn.Module):
     def __init__(self, d_model: int, num_heads: int):
         super().__init__()
         self.norm_attention, self.norm_mlp = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.attention, self.mlp = Attention(d_model, num_heads), mlp(d_model)
+        self.attention, self.mlp = Attention(d_model, num_heads), mlp(d_model, 4 * d_model, d_model)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """x (B, L, D); key_mask (B, L), False for tokens that nobody may see."""
@@ -258,7 +256,7 @@ class ChunkEncoder(nn.Module):
 class Context(NamedTuple):
     """An observation as a decoder uses it, computed once however often the decoder runs."""
 
-    keys_values: list[tuple[Tensor, Tensor]]
+    keys_values: list[KeysValues]
     """Of the memory, for the cross-attention of every block."""
     summary: Tensor
     """(B, 1, D), to be added to the action tokens."""
@@ -271,9 +269,7 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         exponents = torch.linspace(0, 1, d_model // 2)
         self.register_buffer("frequencies", max_frequency**exponents, persistent=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * (d_model // 2), d_model), nn.SiLU(), nn.Linear(d_model, d_model)
-        )
+        self.mlp = mlp(2 * (d_model // 2), d_model, d_model)
 
     def forward(self, t: Tensor) -> Tensor:
         angles = t.float().unsqueeze(-1) * self.frequencies
@@ -287,24 +283,19 @@ class DecoderBlock(nn.Module):
     start at zero (adaLN-Zero), so that an untrained decoder passes its input through.
     """
 
-    def __init__(self, d_model: int, num_heads: int, linear: Callable[[int, int], nn.Module] = nn.Linear):
+    def __init__(self, d_model: int, num_heads: int, linear: Linear = nn.Linear):
         """`linear` makes the layers: stacked ones for a block of several experts."""
         super().__init__()
         self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
         self.self_attention = Attention(d_model, num_heads, linear)
         self.cross_attention = Attention(d_model, num_heads, linear)
-        self.mlp = mlp(d_model, linear=linear)
+        self.mlp = mlp(d_model, 4 * d_model, d_model, linear)
         self.modulation = linear(d_model, 9 * d_model)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
     def forward(
-        self,
-        x: Tensor,
-        condition: Tensor,
-        context: tuple[Tensor, Tensor],
-        key_mask: Tensor | None,
-        causal: bool,
+        self, x: Tensor, condition: Tensor, context: KeysValues, key_mask: Tensor | None, causal: bool
     ) -> Tensor:
         """Refine action tokens; of E experts, all but the mask with a leading dimension E.
 
@@ -356,9 +347,7 @@ class ActionDecoder(nn.Module):
         self.summary_in = nn.Linear(d_model, d_model)
         self.time = TimeEmbedding(d_model)
         if latent_dim is not None:
-            self.latent_in = nn.Sequential(
-                nn.Linear(latent_dim, d_model), nn.SiLU(), nn.Linear(d_model, d_model)
-            )
+            self.latent_in = mlp(latent_dim, d_model, d_model)
         self.blocks = nn.ModuleList(DecoderBlock(d_model, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(d_model)
         self.velocity_out = nn.Linear(d_model, action_dim)

@@ -216,6 +216,16 @@ def test_every_dataset_holds_out_its_share(hdf5, open_, tmp_path):
 # Action chunks
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"val_fraction": -0.1}, {"val_fraction": 1.0}, {"proprio_history": 0}, {"action_offset": -1}],
+)
+def test_counts_and_shares_out_of_range_are_refused(options):
+    (name,) = options
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is "):
+        DataConfig(**options)
+
+
 @pytest.mark.parametrize("offset", [0, 1, 5])
 def test_the_first_action_lies_so_many_steps_ahead(root, open_, offset):
     store = open_(root)
@@ -235,8 +245,6 @@ def test_the_first_action_lies_so_many_steps_ahead(root, open_, offset):
 def test_an_offset_longer_than_the_episodes(root, open_):
     with pytest.raises(UserError, match="--action-offset 15 is longer than every episode"):
         ChunkDataset(open_(root), range(4), 4, action_offset=15)
-    with pytest.raises(UserError, match="must be at least 0"):
-        ChunkDataset(open_(root), range(4), 4, action_offset=-1)
 
 
 def test_the_state_can_be_the_action(lerobot, open_):

@@ -222,7 +222,7 @@ def test_any_layout_can_be_given_by_keys(tmp_path, open_, refused):
     assert open_(tmp_path / "d", **keys, camera_keys=("rgb/front",)).path == store.path
     refused(
         tmp_path / "d",
-        r"--state-keys robot/arn is not there \(did you mean robot/arm",
+        r"no --state-keys robot/arn \(did you mean robot/arm",
         state_keys=("robot/arn",),
     )
     refused(tmp_path / "d", "--camera-keys depth holds no images", **{**keys, "camera_keys": ("depth",)})

@@ -235,7 +235,8 @@ def test_a_moved_dataset_has_the_same_store_and_a_changed_one_another(tmp_path, 
 
 
 def test_missing_datasets_are_not_downloaded(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr("common.data.lerobot.download", lambda *_: pytest.fail("tried to download"))
+    download = lambda *_, **__: pytest.fail("tried to download")  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     for name in (
         str(tmp_path / "none"),
@@ -267,7 +268,8 @@ def test_a_hub_dataset_is_downloaded_without_the_videos_of_other_cameras(tmp_pat
 
     root, asked = make_dataset(tmp_path / "d", (4,), (HIGH, LEFT)), []
 
-    def snapshot_download(name, *, repo_type, allow_patterns):
+    def snapshot_download(name, *, repo_type, allow_patterns, revision=None):
+        assert revision in (None, root.name)
         asked.append((name, repo_type, tuple(allow_patterns)))
         return str(root)
 
@@ -338,13 +340,11 @@ def test_a_newer_format(tmp_path, refused):
 
 def test_missing_keys_name_those_there(tmp_path, refused):
     root = make_dataset(tmp_path / "d", (4,), (HIGH, LEFT))
-    refused(
-        root,
-        r"no --state-keys observation.stat \(did you mean observation.state\?\): it has",
-        state_keys=("observation.stat",),
-    )
-    refused(root, "no --action-keys wheels: it has observation.state, action", action_keys=("wheels",))
-    refused(root, "no --state-keys", state_keys=(HIGH,))
+    there = "meta/info.json has observation.state 4x3 float32, action 4x2 float32"
+    wrong = r"no --state-keys observation.stat \(did you mean observation.state\?\): "
+    refused(root, wrong + there, state_keys=("observation.stat",))
+    refused(root, f"no --action-keys wheels: {there}", action_keys=("wheels",))
+    refused(root, f"--state-keys {HIGH} holds no numbers", state_keys=(HIGH,))
     refused(root, r"no camera hihg \(did you mean high\?\): it has high, left", cameras=("hihg",))
     refused(root, "twice", cameras=("high", HIGH))
 

@@ -158,7 +158,7 @@ def open_source(name: str, config: DataConfig) -> Source:
     """
     from common.data.demo import ensure_recorded
     from common.data.hdf5 import Hdf5Source, holds_hdf5
-    from common.data.lerobot import LeRobotSource, download
+    from common.data.lerobot import LeRobotSource
     from common.data.zarr import ZarrSource, is_zarr
 
     path = Path(name).expanduser()
@@ -171,7 +171,7 @@ def open_source(name: str, config: DataConfig) -> Source:
     if holds_hdf5(path):
         return Hdf5Source(path, str(path.resolve()), config)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and not path.exists():
-        return LeRobotSource(download(name, config), name, config)
+        return LeRobotSource.from_hub(name, config)
     raise UserError(
         f"The dataset {name} {'is a file of another kind' if path.exists() else 'was not found'}: give the "
         f"folder of a LeRobot dataset or of HDF5 files, a zarr replay buffer, a hub name such as owner/name, "

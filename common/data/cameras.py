@@ -32,14 +32,10 @@ def named_cameras(sizes: Mapping[str, Sequence[int]]) -> list[Camera]:
     ]
 
 
-def select_cameras(
-    cameras: Sequence[Camera], wanted: Sequence[str], source: str, quiet: bool = False
-) -> tuple[Camera, ...]:
+def select_cameras(cameras: Sequence[Camera], wanted: Sequence[str], source: str) -> tuple[Camera, ...]:
     """The chosen cameras in their order; by default head, left, right, or else all, and said so."""
     by_name = {camera.short: camera for camera in cameras} | {camera.key: camera for camera in cameras}
     there = ", ".join(camera.short for camera in cameras)
-    if not cameras:
-        raise UserError(f"{source} has no colour camera: a policy here needs at least one.")
     if wanted:
         for name in wanted:
             if name not in by_name:
@@ -50,7 +46,7 @@ def select_cameras(
         return chosen
     usual = set(USUAL_CAMERAS) <= by_name.keys()
     chosen = tuple(by_name[name] for name in USUAL_CAMERAS) if usual else tuple(cameras)
-    if not quiet and (len(chosen) < len(cameras) or not usual):
+    if len(chosen) < len(cameras) or not usual:
         names, share = " ".join(camera.short for camera in chosen), f"{len(chosen)} of {len(cameras)}"
         share = "all" if len(chosen) == len(cameras) else share
         say(f"cameras: {names} ({share} in {source}; choose others with --cameras)")

@@ -30,7 +30,7 @@ import numpy as np
 from common.data.frames import as_rgb
 from common.data.hdf5_files import SCAN, natural, read_frames, read_numbers, reason, scan_file
 from common.data.layout import Array, Known, Layout, choose_layout, listing, numbered
-from common.data.source import BadEpisode, Episode, Info, absent_episodes, refuse_nonfinite
+from common.data.source import BadEpisode, Episode, Info, existing, refuse_nonfinite
 from common.data.workers import Died, cores, guarded_map
 from common.errors import UserError
 from common.files import write_whole
@@ -122,28 +122,22 @@ class Hdf5Source:
         return choose_layout(arrays, known, self.config, self.name, self.first.file, names)
 
     def info(self) -> Info:
-        what = f"HDF5, {self.layout.name} layout, {len(self.scans)} files, {len(self.places)} episodes"
+        layout, fps = self.layout, self._rate()
+        found = f"{len(self.scans)} files, {len(self.places)} episodes, {fps:g} Hz"
+        layout.say(f"{self.name}: HDF5, {layout.name} layout, {found}")
         content = json.dumps([[file, scan["sha256"]] for file, scan in self.scans.items()])
-        fingerprint = hashlib.sha256(content.encode()).hexdigest()
-        return self.layout.info(self.name, fingerprint, self._rate(), self.config.color_order, what)
+        return layout.info(self.name, hashlib.sha256(content.encode()).hexdigest(), fps)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
-        absent = set(wanted or ()) - self.places.keys()
-        if absent:
-            raise absent_episodes(self.name, sorted(absent))
-        faults: dict[int, str | None] = {}
+        indices = existing(wanted, self.places, self.name)
+        faults = {index: self._fault(index) for index in indices}
         by_file: dict[str, list[int]] = {}
-        for index in self.places if wanted is None else wanted:
-            faults[index] = self._fault(index)
+        for index in indices:
             if faults[index] is None:
                 by_file.setdefault(str(self.root / self.places[index].file), []).append(index)
         tasks = [
-            (
-                path,
-                [(self.places[i].group, _times(self.places[i])) for i in indices],
-                *self.layout.keys.values(),
-            )
-            for path, indices in by_file.items()
+            (path, [(self.places[i].group, _times(self.places[i])) for i in these], self.layout)
+            for path, these in by_file.items()
         ]
         episodes = []
         for (path, *_), result in guarded_map(read_numbers, tasks, self._workers):
@@ -160,7 +154,7 @@ class Hdf5Source:
         (file, _, group), (key, _, recorded), count = episode.origin, self.layout.cameras[camera], 0
         try:
             for frame in read_frames(self.root / file, group + key, len(episode), recorded, self.layout.size):
-                yield as_rgb(frame, self.config.color_order)
+                yield as_rgb(frame, self.layout.color_order)
                 count += 1
         except Exception as error:  # of a damaged file, h5py raises a dozen classes
             raise BadEpisode(
@@ -211,19 +205,20 @@ class Hdf5Source:
 
     def _episode(self, index: int, found: Any) -> Episode:
         """An episode of what `read_numbers` found; raises BadEpisode."""
-        place, names = self.places[index], self.layout.names
+        place = self.places[index]
         name, fps = _name(index, place), self._rate()
         if isinstance(found, Died | str):
             raise BadEpisode(f"{name}: {found}")
         state, action, recorded = found
-        refuse_nonfinite(name, {"state": (state, names["state"]), "action": (action, names["action"])})
         times = np.arange(len(state)) / fps
         if recorded is not None and len(recorded) == len(times) and np.isfinite(recorded).all():
             recorded = recorded.astype(np.float64) - float(recorded[0])
             step = np.median(np.diff(recorded))
             if (np.diff(recorded) > 0).all() and 0.5 < step * fps < 2:  # seconds, then
                 times = recorded
-        return Episode(index, state, action, times, [place.file, place.sha256, place.group])
+        episode = Episode(index, state, action, times, [place.file, place.sha256, place.group])
+        refuse_nonfinite(name, episode, self.layout.names)
+        return episode
 
 
 def _name(index: int, place: Place) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.data.frames import image_frame, pixel_frame
-from common.data.layout import Array, describe, rows_of
+from common.data.layout import Array, Layout, describe, rows_of
 from common.data.source import BadEpisode
 
 if TYPE_CHECKING:
@@ -166,10 +166,7 @@ def _attribute_rate(file: h5py.File) -> float | None:
 
 
 def read_numbers(
-    path: str,
-    episodes: Sequence[tuple[str, str | None]],
-    state_keys: Sequence[str],
-    action_keys: Sequence[str],
+    path: str, episodes: Sequence[tuple[str, str | None]], layout: Layout
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None] | str]:
     """State (L, P), action (L, A) and recorded times (L,) of episodes of a file.
 
@@ -181,20 +178,12 @@ def read_numbers(
     """
     import h5py
 
-    def matrix(item: h5py.Dataset) -> np.ndarray:
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = item[:].astype(np.float32)
-        return values.reshape(len(values), -1)
-
     found: list[Any] = []
     for group, times in episodes:
         try:
             with h5py.File(path, "r", locking="best-effort") as file:
-                vectors = [
-                    np.concatenate([matrix(file[group + key]) for key in keys], axis=1)
-                    for keys in (state_keys, action_keys)
-                ]
-                found.append((*vectors, file[group + times][:] if times else None))
+                state, action = layout.vectors(lambda key: file[group + key][:])  # noqa: B023
+                found.append((state, action, file[group + times][:] if times else None))
         except Exception as error:  # see scan_file
             found.append(f"its numbers cannot be read ({reason(error)})")
     return found

@@ -10,14 +10,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -65,10 +66,6 @@ class StoreRequest:
         """(N, 3, H, W): what one step's frames are."""
         return (len(self.info.cameras), 3, *self.info.image_size)
 
-    @property
-    def row_bytes(self) -> int:
-        return int(np.prod(self.row_shape))
-
     def candidates(self) -> list[StoreRequest]:
         """What the request can become: `auto` is either storage."""
         storages = SHARDS if self.storage == "auto" else [self.storage]
@@ -76,14 +73,9 @@ class StoreRequest:
 
     def choices(self) -> dict[str, Any]:
         """Everything chosen that a store's content follows from, as JSON gives it back."""
-        chosen = {
-            "cameras": [camera.key for camera in self.info.cameras],
-            "image_size": self.info.image_size,
-            "fps": self.info.fps,
-            "source": self.info.choices,
-            "storage": self.storage,
-            "episodes": self.episodes,
-        }
+        chosen = {name: getattr(self.info, name) for name in ("image_size", "fps", "choices")}
+        chosen |= {"cameras": [camera.key for camera in self.info.cameras]}
+        chosen |= {"storage": self.storage, "episodes": self.episodes}
         return json.loads(json.dumps(chosen))
 
     def folder(self, root: Path) -> Path:
@@ -115,20 +107,21 @@ def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
         with _locked(path):
             if defect(path) is not None:  # nobody else has built it meanwhile
                 _build(path, request)
-    store, wanted = EpisodeStore.open(path), request.episodes
-    left_out = store.skipped
-    if wanted is not None:
-        left_out = sorted(set(wanted) - set(store.episode_indices.tolist()))
-        store = store.select(wanted)
-    if left_out and not store.skipped:
-        raise absent_episodes(store.source, left_out)
+    store = EpisodeStore.open(path)
+    missing = set(request.episodes or ()) - set(store.episode_indices.tolist())
+    if missing and not store.skipped:
+        raise absent_episodes(store.source, sorted(missing))
+    left_out = len(store.skipped if request.episodes is None else missing)
     if left_out and not request.skip_bad:
         raise _refusal(store.skipped)
+    if missing == set(request.episodes or (None,)):
+        raise _none_left(store.source, store.skipped)
     if left_out:
-        say(f"left out {len(left_out)} of {store.num_episodes + len(left_out)} episodes; unusable are:")
+        total = len(request.episodes or ()) or store.num_episodes + left_out
+        say(f"left out {left_out} of {total} episodes; what is unusable:")
         for reason in store.skipped:
             say(f"  {reason}")
-    return store
+    return store if request.episodes is None else store.select(request.episodes)
 
 
 def _settle_storage(root: Path, request: StoreRequest) -> StoreRequest:
@@ -140,7 +133,7 @@ def _settle_storage(root: Path, request: StoreRequest) -> StoreRequest:
         for choice in choices:
             if choice.folder(root).is_dir():
                 return choice
-        needed = sum(map(len, request.source.episodes(request.episodes)[0])) * request.row_bytes
+        needed = sum(map(len, request.source.episodes(request.episodes)[0])) * math.prod(request.row_shape)
         free = shutil.disk_usage(root).free
         choice = choices[needed > free / 2]
         sizes = f"raw frames need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
@@ -181,40 +174,41 @@ def _refusal(reasons: Sequence[str]) -> UserError:
     return UserError(f"{reasons[0]}{more}: repair it, or leave it out with --skip-bad-episodes.")
 
 
+def _none_left(source: str, reasons: Sequence[str]) -> UserError:
+    return UserError(f"{source} has no usable episode left ({reasons[0] if reasons else 'it is empty'}).")
+
+
 @dataclass
 class _Shard:
     """A file of frames that is being filled.
 
     Attributes:
         part: where, until it is complete.
-        episodes: those that it shall hold.
-        records: of each, what the file's entry says: number, first row, length, digest.
+        places: its episodes and their first rows.
         rows: in all.
         encoded: its JPEG frames by number, row by row and camera by camera.
     """
 
     part: Path
-    episodes: list[Episode] = field(default_factory=list)
-    records: list[dict[str, Any]] = field(default_factory=list)
+    places: list[tuple[Episode, int]] = field(default_factory=list)
     rows: int = 0
     encoded: dict[int, bytes] = field(default_factory=dict)
 
 
 def _build(path: Path, request: StoreRequest) -> None:
     """Decode what is missing, then write the arrays and last `meta.json`."""
-    episodes, bad = request.source.episodes(request.episodes)
+    usable, bad = request.source.episodes(request.episodes)
     if bad and not request.skip_bad:
         raise _refusal(bad)
-    digests = {episode.index: episode.digest() for episode in episodes}
-    if not _finished_shards(path, digests):
-        _take_over(path, request, digests)
-    kept = _finished_shards(path, digests)
+    episodes = {episode.index: episode for episode in usable}
+    if not _finished_shards(path, episodes):
+        _take_over(path, request, episodes)
+    kept = _finished_shards(path, episodes)
     kept = [entry for entry in kept if _same_frames(path, entry, request, episodes)]
     have = {record["index"] for entry in kept for record in entry["episodes"]}
-    missing = [episode for episode in episodes if episode.index not in have]
     first_free = 1 + max((int(entry["file"][7:12]) for entry in kept), default=-1)
-    shards = _plan(path, missing, digests, request.row_bytes, first_free)
-    _check_disk(path, request, shards, episodes)
+    shards = _plan(path, [e for e in usable if e.index not in have], request, first_free)
+    _check_disk(path, request, shards, usable)
     path.mkdir(parents=True, exist_ok=True)
     try:
         _keep_only(path, kept)
@@ -239,29 +233,29 @@ def _build(path: Path, request: StoreRequest) -> None:
 # What is there already
 
 
-def _finished_shards(path: Path, digests: dict[int, str]) -> list[Entry]:
-    """The whole shards in a folder whose episodes are all wanted."""
+def _finished_shards(path: Path, episodes: dict[int, Episode]) -> list[Entry]:
+    """The whole shards in a folder whose episodes are all wanted, and have the same numbers still."""
     found = []
     for file in sorted(path.glob("frames-*.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or an episode that is not wanted
             entry = read_json(file)
-            known = all(digests.get(record["index"]) == record["digest"] for record in entry["episodes"])
-            if known and (path / entry["file"]).stat().st_size == entry["bytes"]:
+            same = all(episodes[record["index"]].digest() == record["digest"] for record in entry["episodes"])
+            if same and (path / entry["file"]).stat().st_size == entry["bytes"]:
                 found.append(entry)
     return found
 
 
-def _same_frames(path: Path, entry: Entry, request: StoreRequest, episodes: list[Episode]) -> bool:
+def _same_frames(path: Path, entry: Entry, request: StoreRequest, episodes: dict[int, Episode]) -> bool:
     """Whether every episode of a shard still begins with the same frames: equal numbers do not prove it."""
     if request.source.isolated:
         return True  # the digests of its episodes hold a hash of their files
     shard = SHARDS[request.storage](path / entry["file"], request.row_shape)
-    stored, by_index = np.empty((1, *request.row_shape), np.uint8), {e.index: e for e in episodes}
+    stored = np.empty((1, *request.row_shape), np.uint8)
     try:
         for record in entry["episodes"]:
             shard.read(np.array([record["row"]]), stored, np.array([0]))
             for camera, mine in enumerate(stored[0]):
-                frame = next(iter(request.source.frames(by_index[record["index"]], camera)))
+                frame = next(iter(request.source.frames(episodes[record["index"]], camera)))
                 if not np.array_equal(as_jpeg(frame) if request.storage == "jpeg" else frame, mine):
                     return False
     except (BadEpisode, OSError, StopIteration):
@@ -269,34 +263,28 @@ def _same_frames(path: Path, entry: Entry, request: StoreRequest, episodes: list
     return True
 
 
-def _take_over(path: Path, request: StoreRequest, digests: dict[int, str]) -> None:
+def _take_over(path: Path, request: StoreRequest, episodes: dict[int, Episode]) -> None:
     """Move the dataset's earlier store here, of several the one that holds most of the episodes.
 
     It loses `meta.json` first, so that it is never taken for finished. Whoever reads it keeps its files.
     """
     from filelock import FileLock, Timeout
 
-    def shared(folder: Path) -> int:
-        """How many of the episodes a store holds, if it is of this dataset and was made as this one shall."""
-        mine = request.choices()
-        try:
-            meta = read_json(folder / META)
-            theirs = meta["choices"]
-            related = meta["format"] == FORMAT and meta["source"] == request.info.source
-            related &= {**theirs, "episodes": None} == {**mine, "episodes": None}
-            related &= mine["episodes"] in (None, theirs["episodes"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
-        return related and sum(len(e["episodes"]) for e in _finished_shards(folder, digests))
-
-    earlier = max(path.parent.glob("*/"), key=shared, default=path)
-    if not shared(earlier):
+    mine, found = request.choices(), []
+    for file in path.parent.glob(f"*/{META}"):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged
+            meta = read_json(file)
+            theirs = meta["choices"] | ({"episodes": None} if request.episodes is None else {})
+            if (meta["format"], meta["source"], theirs) == (FORMAT, request.info.source, mine):
+                shards = _finished_shards(file.parent, episodes)
+                found.append((sum(len(entry["episodes"]) for entry in shards), file))
+    count, file = max(found, default=(0, None))
+    if count in (0, len(episodes)):  # all of them in a dataset that is another: it has not grown, but changed
         return
-    with suppress(Timeout), FileLock(lock_file(earlier), timeout=0):
-        if (earlier / META).is_file():  # nobody else has taken it
-            (earlier / META).unlink()
-            shutil.rmtree(path, ignore_errors=True)
-            earlier.rename(path)
+    with suppress(Timeout, FileNotFoundError), FileLock(lock_file(file.parent), timeout=0):
+        file.unlink()  # not found: another process has taken it
+        shutil.rmtree(path, ignore_errors=True)
+        file.parent.rename(path)
 
 
 def _keep_only(path: Path, entries: list[Entry]) -> None:
@@ -310,25 +298,21 @@ def _keep_only(path: Path, entries: list[Entry]) -> None:
 # What is missing
 
 
-def _plan(
-    path: Path, episodes: list[Episode], digests: dict[int, str], row_bytes: int, number: int
-) -> list[_Shard]:
+def _plan(path: Path, episodes: list[Episode], request: StoreRequest, number: int) -> list[_Shard]:
     """Consecutive whole episodes to shards of about SHARD_BYTES, numbered from `number` on."""
     shards: list[_Shard] = []
+    most_rows = SHARD_BYTES // math.prod(request.row_shape)
     for episode in episodes:
-        index, length = episode.index, len(episode)
-        if not shards or (shards[-1].rows + length) * row_bytes > SHARD_BYTES:
+        if not shards or shards[-1].rows + len(episode) > most_rows:
             shards.append(_Shard(path / f"frames-{number + len(shards):05d}.bin.part"))
-        shard = shards[-1]
-        shard.episodes.append(episode)
-        shard.records.append({"index": index, "row": shard.rows, "length": length, "digest": digests[index]})
-        shard.rows += length
+        shards[-1].places.append((episode, shards[-1].rows))
+        shards[-1].rows += len(episode)
     return shards
 
 
 def _check_disk(path: Path, request: StoreRequest, shards: list[_Shard], episodes: list[Episode]) -> None:
     ratio = JPEG_RATIO if request.storage == "jpeg" else 1
-    needed = sum(shard.rows for shard in shards) * request.row_bytes // ratio
+    needed = sum(shard.rows for shard in shards) * math.prod(request.row_shape) // ratio
     needed += sum(e.state.nbytes + e.action.nbytes + e.timestamps.nbytes for e in episodes)
     folder = next(parent for parent in path.parents if parent.exists())
     free = shutil.disk_usage(folder).free
@@ -342,17 +326,14 @@ def _check_disk(path: Path, request: StoreRequest, shards: list[_Shard], episode
 
 def _decode(shards: list[_Shard], request: StoreRequest) -> tuple[list[Entry], list[str]]:
     """Fill the shards and finish each one as its last episode arrives; also says what has failed."""
-    cameras, tasks = request.info.cameras, []
+    tasks = []
     for number, shard in enumerate(shards):
         if request.storage == "raw":
             with shard.part.open("wb") as file:
-                file.truncate(shard.rows * request.row_bytes)
-        tasks += [
-            _Task(number, episode, c, camera.short, record["row"] * len(cameras) + c, len(cameras))
-            for episode, record in zip(shard.episodes, shard.records, strict=True)
-            for c, camera in enumerate(cameras)
-        ]
-    left = [len(shard.episodes) * len(cameras) for shard in shards]
+                file.truncate(shard.rows * math.prod(request.row_shape))
+        cameras = range(len(request.info.cameras))
+        tasks += [_Task(number, episode, row, camera) for episode, row in shard.places for camera in cameras]
+    left = Counter(task.shard for task in tasks)
     failed: dict[int, str] = {}
     finished = []
     # Checksums and flushing take turns with nobody: a thread does them while the next shard is decoded.
@@ -363,26 +344,32 @@ def _decode(shards: list[_Shard], request: StoreRequest) -> tuple[list[Entry], l
                 if not request.skip_bad:
                     raise _refusal([fault])
             shard = shards[task.shard]
-            shard.encoded.update(zip(count(task.first, task.stride), encoded))
+            shard.encoded.update(zip(task.numbers(request), encoded, strict=False))
             left[task.shard] -= 1
             if left[task.shard] == 0:
-                good = [record for record in shard.records if record["index"] not in failed]
+                good = [(episode, row) for episode, row in shard.places if episode.index not in failed]
                 finished.append(finisher.submit(_finish_shard, shard, good, request))
     faults = [failed[index] for index in sorted(failed)]
     return [entry for future in finished for entry in future.result()], faults
 
 
-def _finish_shard(shard: _Shard, records: list[dict[str, Any]], request: StoreRequest) -> list[Entry]:
-    """Make a filled shard permanent; rows of failed episodes, which have no record, stay empty."""
-    part = shard.part
-    if not records:
+def _finish_shard(shard: _Shard, places: list[tuple[Episode, int]], request: StoreRequest) -> list[Entry]:
+    """Make a filled shard permanent; rows of failed episodes, which have no place, belong to nobody."""
+    part, file = shard.part, shard.part.with_suffix("")
+    if not places:
         part.unlink(missing_ok=True)
         return []
     if request.storage == "jpeg":
-        write_jpeg([shard.encoded.get(n) for n in range(shard.rows * len(request.info.cameras))], part)
-        shard.encoded.clear()
-    file = part.with_suffix("")
-    entry = {"file": file.name, "bytes": part.stat().st_size, "crc32": checksum(part), "episodes": records}
+        write_jpeg([shard.encoded.pop(n, None) for n in range(shard.rows * len(request.info.cameras))], part)
+    entry = {
+        "file": file.name,
+        "bytes": part.stat().st_size,
+        "crc32": checksum(part),
+        "episodes": [
+            {"index": episode.index, "row": row, "length": len(episode), "digest": episode.digest()}
+            for episode, row in places
+        ],
+    }
     sync_one(part)
     part.rename(file)
     write_whole(file.with_suffix(".json"), json.dumps(entry).encode())
@@ -390,39 +377,39 @@ def _finish_shard(shard: _Shard, records: list[dict[str, Any]], request: StoreRe
 
 
 def _finish(
-    path: Path, request: StoreRequest, episodes: list[Episode], entries: list[Entry], bad: list[str]
+    path: Path, request: StoreRequest, episodes: dict[int, Episode], entries: list[Entry], bad: list[str]
 ) -> None:
     """Write the arrays, and with `meta.json` finish the store."""
     from safetensors.numpy import save
 
-    info, entries = request.info, sorted(entries, key=lambda entry: entry["file"])
-    places = {
-        record["index"]: (shard, record["row"])
+    entries = sorted(entries, key=lambda entry: entry["file"])
+    places = sorted(
+        (record["index"], shard, record["row"])
         for shard, entry in enumerate(entries)
         for record in entry["episodes"]
-    }
-    episodes = sorted((e for e in episodes if e.index in places), key=lambda e: e.index)
-    if not episodes:
-        raise UserError(f"{info.source} has no usable episode left ({bad[0] if bad else 'it is empty'}).")
-    arrays = {
-        "state": np.concatenate([e.state for e in episodes]).astype(np.float32),
-        "action": np.concatenate([e.action for e in episodes]).astype(np.float32),
-        "timestamps": np.concatenate([e.timestamps for e in episodes]).astype(np.float64),
-        "episode_starts": np.cumsum([0, *map(len, episodes)], dtype=np.int64),
-        "episode_indices": np.array([e.index for e in episodes], np.int64),
-        "episode_shard": np.array([places[e.index][0] for e in episodes], np.int64),
-        "episode_row": np.array([places[e.index][1] for e in episodes], np.int64),
+    )
+    if not places:
+        raise _none_left(request.info.source, bad)
+    found = [episodes[index] for index, _, _ in places]
+    columns = zip(*places, strict=True)
+    names = ("episode_indices", "episode_shard", "episode_row")
+    arrays = {name: np.array(column, np.int64) for name, column in zip(names, columns, strict=True)}
+    arrays |= {
+        "state": np.concatenate([e.state for e in found]).astype(np.float32),
+        "action": np.concatenate([e.action for e in found]).astype(np.float32),
+        "timestamps": np.concatenate([e.timestamps for e in found]).astype(np.float64),
+        "episode_starts": np.cumsum([0, *map(len, found)], dtype=np.int64),
     }
     payload = save(arrays)
     write_whole(path / ARRAYS, payload)
     meta = {
         "format": FORMAT,
-        **asdict(info),
+        **asdict(request.info),
         "storage": request.storage,
         "choices": request.choices(),
         "options": request.options,
         "skipped": bad,
-        "episode_tasks": [e.task for e in episodes],
+        "episode_tasks": [e.task for e in found],
         "arrays": {"file": ARRAYS, "bytes": len(payload), "crc32": zlib.crc32(payload)},
         "shards": entries,
     }
@@ -433,44 +420,43 @@ def _finish(
 
 
 class _Task(NamedTuple):
-    """One camera of one episode.
-
-    Attributes:
-        shard: where its frames go, in the order of the plan.
-        camera, name: its number and short name.
-        first, stride: the number of its first frame in the shard, and how far apart they are.
-    """
+    """One camera of one episode, which goes to a shard, by number, from a row on."""
 
     shard: int
     episode: Episode
+    row: int
     camera: int
-    name: str
-    first: int
-    stride: int
+
+    def numbers(self, request: StoreRequest) -> range:
+        """Places of its frames among those of the shard."""
+        stride = len(request.info.cameras)
+        first = self.row * stride + self.camera
+        return range(first, first + stride * len(self.episode), stride)
 
 
-def _read_frames(task: _Task, part: Path, storage: Storage, source: Source) -> tuple[str | None, list[bytes]]:
-    """Decode a task's frames; gives a clause if the episode is bad, and the frames if they are JPEG.
+def _read_frames(task: _Task, part: Path, request: StoreRequest) -> tuple[str | None, list[bytes]]:
+    """Decode a task's frames: raw ones are written to `part`, JPEG ones given back.
 
-    Raw frames are written to their places in `part`.
+    The clause before them says what is wrong with the episode.
     """
-    index, steps, written, encoded = task.episode.index, len(task.episode), 0, []
+    name = f"Episode {task.episode.index}"
+    camera, steps = request.info.cameras[task.camera].short, len(task.episode)
+    numbers, count, encoded = task.numbers(request), 0, []
     try:
-        with part.open("r+b", buffering=0) if storage == "raw" else nullcontext() as file:
-            for frame in source.frames(task.episode, task.camera):
-                if written == steps:
-                    return f"Episode {index} has more {task.name} frames than its {steps} steps", []
+        with part.open("r+b", buffering=0) if request.storage == "raw" else nullcontext() as file:
+            for frame in request.source.frames(task.episode, task.camera):
+                if count == steps:
+                    return f"{name} has more {camera} frames than its {steps} steps", []
                 if file is None:
                     encoded.append(encode_jpeg(frame))
                 else:
-                    file.seek((task.first + written * task.stride) * frame.nbytes)
+                    file.seek(numbers[count] * frame.nbytes)
                     if file.write(frame) != frame.nbytes:
                         raise OSError(errno.ENOSPC, "no room for a frame")
-                written += 1
+                count += 1
     except BadEpisode as error:
         return str(error), []
-    short = f"Episode {index} has {written} {task.name} frames for its {steps} steps"
-    return (short if written < steps else None), encoded
+    return f"{name} has {count} {camera} frames for its {steps} steps" if count < steps else None, encoded
 
 
 def _run(
@@ -479,13 +465,13 @@ def _run(
     """Do the tasks, in this process or in several, under one progress bar."""
     from tqdm import tqdm
 
-    source, workers = request.source, request.workers
+    isolated, workers = request.source.isolated, request.workers
     frames = sum(len(task.episode) for task in tasks)
     if workers is None:  # isolated sources have started their processes already
-        workers = cores() if source.isolated else min(cores(), frames // FRAMES_PER_WORKER)
+        workers = cores() if isolated else min(cores(), frames // FRAMES_PER_WORKER)
     workers = max(1, min(workers, len(tasks)))
-    calls = [(task, shards[task.shard].part, request.storage, source) for task in tasks]
-    if workers == 1 and not source.isolated:
+    calls = [(task, shards[task.shard].part, request) for task in tasks]
+    if workers == 1 and not isolated:
         results = ((call, _read_frames(*call)) for call in calls)
     else:
         results = guarded_map(
@@ -495,6 +481,7 @@ def _run(
     with tqdm(total=frames, unit="frame", desc=f"ingest {name}") as bar, closing(results):
         for (task, *_), result in results:
             if isinstance(result, Died):
-                result = f"Episode {task.episode.index}, camera {task.name}: {result}", []
+                camera = request.info.cameras[task.camera].short
+                result = f"Episode {task.episode.index}, camera {camera}: {result}", []
             yield task, *result
             bar.update(len(task.episode))

@@ -26,7 +26,7 @@ from common.data import DataConfig, default_cache_dir, open_dataset, request_sto
 from common.data.ingest import StoreRequest, ensure_store, lock_file
 from common.data.shards import as_jpeg
 from common.data.source import BadEpisode
-from common.data.store import ARRAYS, META, EpisodeStore, defect
+from common.data.store import ARRAYS, META, EpisodeStore, defect, wrong_size
 from common.errors import UserError
 from common.files import checksum, read_json
 
@@ -158,18 +158,13 @@ def frozen_cameras(store: EpisodeStore) -> dict[str, list[int]]:
 
 def time_gaps(store: EpisodeStore) -> list[dict[str, float]]:
     """Steps that lie more than one and a half control steps apart."""
-    steps = np.diff(store.timestamps)
-    steps[store.episode_starts[1:-1] - 1] = 0  # from one episode to the next
-    found = np.flatnonzero(steps > 1.5 / store.fps)
-    episodes = store.episode_of(found)
-    return [
-        {
-            "episode": int(store.episode_indices[episode]),
-            "step": int(row - store.episode_starts[episode]),
-            "seconds": float(steps[row]),
-        }
-        for row, episode in zip(found.tolist(), episodes.tolist(), strict=True)
-    ]
+    seconds = np.diff(store.timestamps)
+    seconds[store.episode_starts[1:-1] - 1] = 0  # from one episode to the next
+    rows = np.flatnonzero(seconds > 1.5 / store.fps)
+    e = store.episode_of(rows)
+    found = store.episode_indices[e], rows - store.episode_starts[e], seconds[rows]
+    columns = (column.tolist() for column in found)
+    return [dict(zip(("episode", "step", "seconds"), gap, strict=True)) for gap in zip(*columns, strict=True)]
 
 
 def describe_summary(summary: dict[str, Any]) -> list[str]:
@@ -186,11 +181,10 @@ def describe_summary(summary: dict[str, Any]) -> list[str]:
     ]
     for part, dimensions in summary["dimensions"].items():
         width = max(len(d["name"]) for d in dimensions)
-        lines.append(
-            f"  {part:<6} {'':<{width}} {'min':>10} {'q01':>10} {'mean':>10} {'q99':>10} {'max':>10}"
-        )
+        columns = ("min", "q01", "mean", "q99", "max")
+        lines.append(f"  {part:<6} {'':<{width}} {' '.join(f'{column:>10}' for column in columns)}")
         for d in dimensions:
-            numbers = " ".join(f"{d[key]:>10.4g}" for key in ("min", "q01", "mean", "q99", "max"))
+            numbers = " ".join(f"{d[column]:>10.4g}" for column in columns)
             notes = ["constant"] * d["constant"] + [f"rests at its {edge}" for edge in d["saturated"]]
             lines.append(f"         {d['name']:<{width}} {numbers}  {', '.join(notes)}".rstrip())
     problems = [f"left out: {reason}" for reason in summary["skipped"]]
@@ -279,17 +273,12 @@ def damaged_files(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError):
         return {META: defect(path) or "is damaged"}
     damaged = {}
-    total = sum(entry["bytes"] for entry in entries)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="checksums") as bar:
-        for entry in entries:
-            file = path / entry["file"]
-            if not file.is_file():
-                damaged[entry["file"]] = "is missing"
-            elif file.stat().st_size != entry["bytes"]:
-                damaged[entry["file"]] = f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            elif checksum(file) != entry["crc32"]:
-                damaged[entry["file"]] = "has another checksum than was written"
-            bar.update(entry["bytes"])
+    for entry in tqdm(entries, unit="file", desc="checksums"):
+        fault = wrong_size(path, entry)
+        if not fault and checksum(path / entry["file"]) != entry["crc32"]:
+            fault = "has another checksum than was written"
+        if fault:
+            damaged[entry["file"]] = fault
     return damaged
 
 
@@ -306,22 +295,20 @@ def compare_with_source(store: EpisodeStore, request: StoreRequest) -> int:
     found = {episode.index: episode for episode in request.source.episodes(request.episodes)[0]}
     if not found.keys() >= set(store.episode_indices.tolist()):
         raise UserError(f"{store.source} has lost episodes that {store.path} has: restore the dataset.")
-    with tqdm(total=store.num_steps, unit="step", desc="compare") as bar:
-        for e, index in enumerate(store.episode_indices.tolist()):
-            episode, (first, last) = found[index], store.episode_starts[e : e + 2]
-            for what in ("state", "action"):
-                if not np.array_equal(getattr(store, what)[first:last], getattr(episode, what)):
-                    refuse(index, what)
-            views = [request.source.frames(episode, camera) for camera in range(len(store.cameras))]
-            for row in range(first, last):
-                stored = store.images(np.array([row]))[0].numpy()
-                for camera, mine, view in zip(store.cameras, stored, views, strict=True):
-                    frame = next(view, None)
-                    if frame is not None and store.storage == "jpeg":
-                        frame = as_jpeg(frame)
-                    if not np.array_equal(mine, frame):
-                        refuse(index, f"camera {camera} at step {row - first}")
-                bar.update()
+    for e, index in enumerate(tqdm(store.episode_indices.tolist(), unit="episode", desc="compare")):
+        episode, (first, last) = found[index], store.episode_starts[e : e + 2]
+        for what in ("state", "action"):
+            if not np.array_equal(getattr(store, what)[first:last], getattr(episode, what)):
+                refuse(index, what)
+        views = [request.source.frames(episode, camera) for camera in range(len(store.cameras))]
+        for row in range(first, last):
+            stored = store.images(np.array([row]))[0].numpy()
+            for camera, mine, view in zip(store.cameras, stored, views, strict=True):
+                frame = next(view, None)
+                if frame is not None and store.storage == "jpeg":
+                    frame = as_jpeg(frame)
+                if not np.array_equal(mine, frame):
+                    refuse(index, f"camera {camera} at step {row - first}")
     return store.num_steps
 
 

@@ -1,4 +1,4 @@
-"""Formats that leave the layout to the recorder: which arrays are the state, the action and the cameras."""
+"""Which arrays of a dataset are the state, the action and the cameras: recognised, or given by flags."""
 
 from __future__ import annotations
 
@@ -84,6 +84,7 @@ class Layout:
         arrays: those that are used, as an episode should have them.
         cameras: those to read.
         size: (H, W) of the frames.
+        color_order: of the frames as recorded.
     """
 
     name: str
@@ -92,10 +93,28 @@ class Layout:
     arrays: dict[str, Array]
     cameras: tuple[Camera, ...]
     size: tuple[int, int]
+    color_order: str
 
-    def info(self, source: str, fingerprint: str, fps: float, color_order: str, what: str) -> Info:
-        """What the dataset is; also prints which dimension is which array, below a line that says `what`."""
-        say(f"{source}: {what}, {fps:g} Hz")
+    def info(self, source: str, fingerprint: str, fps: float, **choices: Any) -> Info:
+        """What the dataset is."""
+        choices |= {"keys": self.keys, "color_order": self.color_order}
+        state_names, action_names = self.names.values()
+        return Info(source, fingerprint, self.cameras, self.size, fps, state_names, action_names, choices)
+
+    def vectors(self, read: Callable[[str], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """State and action, (L, P) and (L, A), of arrays (L, ...) that `read` gives by key."""
+
+        def flat(key: str) -> np.ndarray:
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = np.asarray(read(key)).astype(np.float32, copy=False)
+            return values.reshape(len(values), -1)
+
+        state, action = (np.concatenate([flat(k) for k in keys], axis=1) for keys in self.keys.values())
+        return state, action
+
+    def say(self, head: str) -> None:
+        """Print which dimension is which array."""
+        say(head)
         for part, keys in self.keys.items():
             first = 0
             for key in keys:
@@ -106,9 +125,6 @@ class Layout:
             array = self.arrays[key]
             kind = "JPEG or PNG" if array.kind == "encoded" else array.dtype
             say(f"  {short}".ljust(18) + f"{key}, {height}x{width}, {kind}")
-        chosen = {f"{part}_keys": keys for part, keys in self.keys.items()} | {"color_order": color_order}
-        names, size = self.names, self.size
-        return Info(source, fingerprint, self.cameras, size, fps, names["state"], names["action"], chosen)
 
 
 def choose_layout(
@@ -117,49 +133,54 @@ def choose_layout(
     config: DataConfig,
     source: str,
     place: str,
-    names: Callable[[str, int], Sequence[str]] = numbered,
+    names_of: Callable[[str, int], Sequence[str]] = numbered,
 ) -> Layout:
     """What to use: flags before what is recognised.
 
     Args:
         place: which part of the source `arrays` are of, for messages.
-        names: gives those of an array's dimensions from its key and width.
+        names_of: gives the names of an array's dimensions from its key and width.
 
     Raises:
         UserError: if it is neither recognised nor given, or a key does not exist; lists those that do.
     """
-    images = tuple(key for key, array in arrays.items() if array.is_image)
-    keys = {}
+    there = f"{place} has {listing(arrays)}."
+    keys: dict[str, tuple[str, ...]] = {}
     for part, default in (
         ("state", known and known.state_keys),
         ("action", known and known.action_keys),
-        ("camera", images),
+        ("camera", [key for key, array in arrays.items() if array.is_image]),
     ):
         flag, is_image = f"--{part}-keys", part == "camera"
-        keys[part] = tuple(key.strip("/") for key in getattr(config, f"{part}_keys")) or default
+        keys[part] = tuple(key.strip("/") for key in getattr(config, f"{part}_keys") or default or ())
+        if not keys[part] and is_image:
+            raise UserError(f"{source} has no colour camera, and a policy here needs one: {there}")
         if not keys[part]:
             raise UserError(
                 f"The layout of {source} is not one of those known: say with {flag} which arrays to use; "
-                f"{place} has {listing(arrays)}."
+                f"{there}"
             )
         for key in keys[part]:
             if key not in arrays:
-                raise UserError(
-                    f"{flag} {key} is not there{closest(key, arrays)}: {place} has {listing(arrays)}."
-                )
+                raise UserError(f"{source} has no {flag} {key}{closest(key, arrays)}: {there}")
             if arrays[key].is_image != is_image or arrays[key].kind == "other":
                 what = "images" if is_image else "numbers"
-                raise UserError(f"{flag} {key} holds no {what}: {place} has {listing(arrays)}.")
+                raise UserError(f"{flag} {key} holds no {what}: {there}")
     cameras = named_cameras({key: arrays[key].size for key in keys.pop("camera")})
     cameras = select_cameras(cameras, config.cameras, source)
-    used = [*keys["state"], *keys["action"], *(camera.key for camera in cameras)]
+    names: dict[str, list[str]] = {"state": [], "action": []}
+    for part, found in names.items():
+        for key in keys[part]:
+            own = names_of(key, arrays[key].width)
+            found += [f"{key}.{name}" if name in found else name for name in own]
     return Layout(
-        known.name if known else "given",
-        keys,
-        {part: tuple(n for key in keys[part] for n in names(key, arrays[key].width)) for part in keys},
-        {key: arrays[key] for key in used},
-        cameras,
-        target_size(cameras, config.image_size),
+        name=known.name if known else "given",
+        keys=keys,
+        names={part: tuple(found) for part, found in names.items()},
+        arrays={key: arrays[key] for key in (*keys["state"], *keys["action"], *(c.key for c in cameras))},
+        cameras=cameras,
+        size=target_size(cameras, config.image_size),
+        color_order=config.color_order,
     )
 
 

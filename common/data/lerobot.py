@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,17 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
-from common.data.cameras import closest, named_cameras, select_cameras, target_size
+from common.data.cameras import closest
 from common.data.frames import FrameError, as_rgb, image_frame, video_frames
-from common.data.source import (
-    BadEpisode,
-    Camera,
-    Episode,
-    Info,
-    absent_episodes,
-    hash_ends,
-    refuse_nonfinite,
-)
+from common.data.layout import Array, Known, Layout, choose_layout
+from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, refuse_nonfinite
 from common.errors import UserError
 from common.files import read_json
 
@@ -41,7 +33,7 @@ if TYPE_CHECKING:
 
 CONVERTER = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-STATE_KEYS, ACTION_KEYS = ("observation.state",), ("action",)
+KNOWN = Known("LeRobot", ("observation.state",), ("action",))
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 
 
@@ -60,56 +52,63 @@ class LeRobotSource:
 
     isolated: ClassVar[bool] = False
 
+    @classmethod
+    def from_hub(cls, name: str, config: DataConfig) -> LeRobotSource:
+        """Fetch a dataset into the hub's cache, only the videos that are needed.
+
+        Raises:
+            UserError: if it is not there, or there is no connection and no earlier download.
+        """
+        from huggingface_hub import snapshot_download
+
+        try:
+            source = cls(
+                Path(snapshot_download(name, repo_type="dataset", allow_patterns=["meta/*"])), name, config
+            )
+            needed = ["data/*", *(f"videos/{camera.key}/*" for camera in source.layout.cameras)]
+            commit = source.root.name
+            snapshot_download(name, repo_type="dataset", revision=commit, allow_patterns=needed)
+        except UserError:
+            raise
+        except Exception as error:  # the hub's client has dozens of classes, of three libraries
+            raise UserError(
+                f"The dataset {name} is no folder here and could not be downloaded ({type(error).__name__}): "
+                f"check the name, the connection, and `hf auth login` if it is private."
+            ) from error
+        return source
+
     @cached_property
     def meta(self) -> Meta:
         return read_meta(self.root, self.name)
 
     @cached_property
-    def cameras(self) -> tuple[Camera, ...]:
-        wanted = self.config.camera_keys or self.config.cameras
-        return select_cameras(colour_cameras(self.meta.features), wanted, self.name)
+    def layout(self) -> Layout:
+        def names_of(key: str, width: int) -> list[str]:
+            names = _flatten(self.meta.features[key].names)
+            short = key.rpartition(".")[2]
+            return names if len(set(names)) == width else [f"{short}_{i}" for i in range(width)]
 
-    @cached_property
-    def vectors(self) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-        """Of state and action, the features, one after the other, and the names of their dimensions."""
-        keys = {
-            "state": self.config.state_keys or STATE_KEYS,
-            "action": self.config.action_keys or ACTION_KEYS,
+        arrays = {
+            key: feature.array(self.meta.total_frames)
+            for key, feature in self.meta.features.items()
+            if key not in BOOKKEEPING
         }
-        features = self.meta.features
-        return {part: (keys[part], vector_names(features, keys[part], part, self.name)) for part in keys}
+        return choose_layout(arrays, KNOWN, self.config, self.name, "meta/info.json", names_of)
 
     def info(self) -> Info:
-        fps = self.meta.fps
+        fps, layout = self.meta.fps, self.layout
         if self.config.fps not in (None, fps):
             raise UserError(f"{self.name} was recorded at {fps:g} Hz: leave out --fps {self.config.fps:g}.")
-        (state_keys, state_names), (action_keys, action_names) = self.vectors.values()
-        size, rows = target_size(self.cameras, self.config.image_size), self._rows()
-        return Info(
-            source=self.name,
-            fingerprint=fingerprint(self.root, self.meta, {video[0] for row in rows for video in row.videos}),
-            cameras=self.cameras,
-            image_size=size,
-            fps=fps,
-            state_names=state_names,
-            action_names=action_names,
-            choices={
-                "state_keys": state_keys,
-                "action_keys": action_keys,
-                "color_order": self.config.color_order,
-                "task": rows[0].task,
-            },
-        )
+        rows = self._rows()
+        content = fingerprint(self.root, self.meta, {file for row in rows for file, _ in row.videos})
+        return layout.info(self.name, content, fps, task=rows[0].task)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
         rows = {row.index: row for row in self._rows()}
-        absent = set(wanted or ()) - rows.keys()
-        if absent:
-            raise absent_episodes(self.name, sorted(absent))
-        keys = [key for group, _ in self.vectors.values() for key in group]
-        runs = read_numbers(self.root, {key: self.meta.features[key].width for key in keys})
+        keys = {key for group in self.layout.keys.values() for key in group}
+        runs = read_numbers(self.root, {key: self.layout.arrays[key].width for key in keys})
         episodes, bad = [], []
-        for index in rows if wanted is None else wanted:
+        for index in existing(wanted, rows, self.name):
             try:
                 episodes.append(self._episode(rows[index], runs.get(index, [])))
             except BadEpisode as error:
@@ -117,31 +116,29 @@ class LeRobotSource:
         return episodes, bad
 
     def frames(self, episode: Episode, camera: int) -> Iterator[np.ndarray]:
-        (file, start), (key, _, recorded), fps = episode.origin[camera], self.cameras[camera], self.meta.fps
-        path, size = self.root / file, target_size(self.cameras, self.config.image_size)
+        layout, fps, (file, start) = self.layout, self.meta.fps, episode.origin[camera]
+        path, (key, _, recorded) = self.root / file, layout.cameras[camera]
         try:
-            if self._is_video(key):
+            if layout.arrays[key].dtype == "video":
                 times = np.arange(len(episode)) / fps
                 if np.abs(episode.timestamps - times).max() > 0.1 / fps:  # not recorded at even intervals
                     times = episode.timestamps
-                frames = video_frames(path, times + start, 0.5 / fps, recorded, size)
+                frames = video_frames(path, times + start, 0.5 / fps, recorded, layout.size)
             else:
                 cells = read_images(path, key, episode.index)
-                frames = (image_frame(_encoded(self.root, cell), recorded, size) for cell in cells)
+                frames = (image_frame(_encoded(self.root, cell), recorded, layout.size) for cell in cells)
             for frame in frames:
-                yield as_rgb(frame, self.config.color_order)
+                yield as_rgb(frame, layout.color_order)
         except (FrameError, OSError) as error:
             reason = " ".join(str(getattr(error, "strerror", None) or error).split())
             raise BadEpisode(f"Episode {episode.index} cannot be decoded from {path} ({reason})") from None
 
-    def _is_video(self, key: str) -> bool:
-        return self.meta.features[key].dtype == "video"
-
     def _rows(self) -> list[EpisodeRow]:
         """The episodes of the chosen task, in order."""
-        videos = [camera.key for camera in self.cameras if self._is_video(camera.key)]
-        rows = read_episodes(self.root, self.name, videos, self.meta.video_path or VIDEO_PATH)
-        return of_one_task(rows, self.config.task, self.name)
+        videos = [c.key for c in self.layout.cameras if self.layout.arrays[c.key].dtype == "video"]
+        return read_episodes(
+            self.root, self.name, videos, self.meta.video_path or VIDEO_PATH, self.config.task
+        )
 
     def _episode(self, row: EpisodeRow, runs: list[Run]) -> Episode:
         """An episode from its row in `meta/episodes` and its rows in the data files; raises BadEpisode."""
@@ -163,24 +160,23 @@ class LeRobotSource:
                     f"{name} has {counts[wrong[0]]} numbers in {key} at step {wrong[0]}, and info.json says "
                     f"{values.shape[1]}"
                 )
-        vectors = {
-            part: (np.concatenate([columns[key][0] for key in keys], axis=1), names)
-            for part, (keys, names) in self.vectors.items()
-        }
-        refuse_nonfinite(name, vectors)
+        state, action = self.layout.vectors(lambda key: columns[key][0])
         videos = iter(row.videos)
-        origin = [next(videos) if self._is_video(camera.key) else (file, 0.0) for camera in self.cameras]
+        is_video = [self.layout.arrays[camera.key].dtype == "video" for camera in self.layout.cameras]
+        origin = [next(videos) if video else (file, 0.0) for video in is_video]
         for file, _ in origin:
             if not (self.root / file).is_file():
                 raise BadEpisode(f"{name} lacks its video: {self.root / file} is missing")
-        return Episode(row.index, vectors["state"][0], vectors["action"][0], times, origin, row.task)
+        episode = Episode(row.index, state, action, times, origin, row.task)
+        refuse_nonfinite(name, episode, self.layout.names)
+        return episode
 
 
 # -- metadata
 
 
 class Feature(BaseModel):
-    """A feature in `meta/info.json`; `width` counts its numbers a step."""
+    """A feature in `meta/info.json`."""
 
     dtype: str
     shape: list[PositiveInt]
@@ -188,15 +184,23 @@ class Feature(BaseModel):
     info: dict | None = None
     video_info: dict | None = None
 
-    @property
-    def width(self) -> int:
-        return math.prod(self.shape)
+    def array(self, steps: int) -> Array:
+        """The feature as an array; a colour camera holds pixels, and a dtype of `video` or `image`."""
+        about, shape = self.info or self.video_info or {}, (steps, *self.shape)
+        if self.dtype not in ("video", "image"):
+            return Array("other" if self.dtype == "string" else "numbers", shape, self.dtype)
+        if len(self.shape) != 3 or about.get("is_depth_map") or about.get("video.is_depth_map"):
+            return Array("other", shape, self.dtype)
+        names = _flatten(self.names)
+        channels_first = names[0] in ("channel", "channels", "c") if names else self.shape[0] <= 4
+        return Array("pixels", shape, self.dtype, tuple(self.shape[1:] if channels_first else self.shape[:2]))
 
 
 class Meta(BaseModel):
     """What is read of `meta/info.json`."""
 
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    total_frames: int = 0
     features: dict[str, Feature]
     video_path: Annotated[str, Field(pattern=r"^[^./]")] | None = None  # below the folder
 
@@ -229,27 +233,6 @@ def read_meta(root: Path, source: str) -> Meta:
         raise UserError(f"{path} is damaged ({reason}): download or record the dataset again.") from error
 
 
-def vector_names(
-    features: dict[str, Feature], keys: Sequence[str], part: str, source: str
-) -> tuple[str, ...]:
-    """Names of the dimensions of features, one after the other; numbered where the dataset has none."""
-    vectors = [
-        name
-        for name, feature in features.items()
-        if feature.dtype not in ("video", "image", "string") and name not in BOOKKEEPING
-    ]
-    names: list[str] = []
-    for key in keys:
-        if key not in vectors:
-            there = ", ".join(vectors) or "none"
-            raise UserError(f"{source} has no --{part}-keys {key}{closest(key, vectors)}: it has {there}.")
-        short, count = key.rpartition(".")[2], features[key].width
-        own = _flatten(features[key].names)
-        own = own if len(set(own)) == count else [f"{short}_{i}" for i in range(count)]
-        names += [f"{short}_{name}" if name in names else name for name in own]
-    return tuple(names)
-
-
 def _flatten(names: Any) -> list[str]:
     """Names out of nested lists, `{"motors": [...]}`, or `{"x": 0, "y": 1}`."""
     if isinstance(names, dict):
@@ -259,19 +242,6 @@ def _flatten(names: Any) -> list[str]:
     if isinstance(names, list):
         return [name for entry in names for name in _flatten(entry)]
     return [] if names is None else [str(names)]
-
-
-def colour_cameras(features: dict[str, Feature]) -> list[Camera]:
-    """The cameras among a dataset's features."""
-    sizes = {}
-    for key, feature in features.items():
-        about = feature.info or feature.video_info or {}
-        depth = about.get("is_depth_map") or about.get("video.is_depth_map")
-        if feature.dtype in ("video", "image") and len(feature.shape) == 3 and not depth:
-            names = _flatten(feature.names)
-            channels_first = names[0] in ("channel", "channels", "c") if names else feature.shape[0] <= 4
-            sizes[key] = feature.shape[1:] if channels_first else feature.shape[:2]
-    return named_cameras(sizes)
 
 
 class EpisodeRow(NamedTuple):
@@ -284,11 +254,16 @@ class EpisodeRow(NamedTuple):
     task: str | None = None
 
 
-def read_episodes(root: Path, source: str, cameras: Sequence[str], video_path: str) -> list[EpisodeRow]:
-    """All episodes, in order.
+def read_episodes(
+    root: Path, source: str, cameras: Sequence[str], video_path: str, task: str | None
+) -> list[EpisodeRow]:
+    """The episodes of a task, or of the only one there is, in order.
 
     Args:
         cameras: keys of those that have a video.
+
+    Raises:
+        UserError: if there are several tasks and none is chosen, or the chosen one does not exist.
     """
     rows: list[EpisodeRow] = []
     places = ("chunk_index", "file_index", "from_timestamp")
@@ -308,25 +283,16 @@ def read_episodes(root: Path, source: str, cameras: Sequence[str], video_path: s
             raise UserError(f"{file} or video_path in info.json is damaged: {error!r}.") from error
     if not rows:
         raise UserError(f"{source} has no episodes (meta/episodes is empty): record or download it again.")
-    return sorted(rows)
-
-
-def of_one_task(rows: Sequence[EpisodeRow], wanted: str | None, source: str) -> list[EpisodeRow]:
-    """The episodes of the wanted task, or of the only one there is.
-
-    Raises:
-        UserError: if there are several tasks and none is chosen, or the chosen one does not exist.
-    """
     tasks = list(dict.fromkeys(name for row in rows for name in row.tasks))
-    listing = ", ".join(f'"{name}"' for name in tasks) or "none"
-    if wanted is not None and wanted not in tasks:
-        raise UserError(f'{source} has no task "{wanted}"{closest(wanted, tasks)}: it has {listing}.')
-    if wanted is None and len(tasks) > 1:
+    there = ", ".join(f'"{name}"' for name in tasks) or "none"
+    if task is not None and task not in tasks:
+        raise UserError(f'{source} has no task "{task}"{closest(task, tasks)}: it has {there}.')
+    if task is None and len(tasks) > 1:
         raise UserError(
-            f"{source} has {len(tasks)} tasks, and one policy learns one: choose with --task ({listing})."
+            f"{source} has {len(tasks)} tasks, and one policy learns one: choose with --task ({there})."
         )
-    task = wanted or next(iter(tasks), None)
-    return [row._replace(task=task) for row in rows if wanted is None or wanted in row.tasks]
+    chosen = task or next(iter(tasks), None)
+    return [row._replace(task=chosen) for row in sorted(rows) if task is None or task in row.tasks]
 
 
 def read_parquet(file: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
@@ -370,29 +336,6 @@ def fingerprint(root: Path, meta: Meta, videos: set[str]) -> str:
         parts = [*pool.map(hash_whole, tables), *pool.map(hash_ends, files[len(tables) :])]
     names = [file.relative_to(root).as_posix() for file in files]
     return hashlib.sha256(json.dumps([meta.model_dump(), names, parts], sort_keys=True).encode()).hexdigest()
-
-
-def download(name: str, config: DataConfig) -> Path:
-    """Fetch a dataset from the hub into its cache, only the videos that are needed; the folder.
-
-    Raises:
-        UserError: if it is not there, or there is no connection and no earlier download.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=["meta/*"]))
-        cameras = colour_cameras(read_meta(root, name).features)
-        chosen = select_cameras(cameras, config.camera_keys or config.cameras, name, quiet=True)
-        needed = ["meta/*", "data/*", *(f"videos/{camera.key}/*" for camera in chosen)]
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=needed))
-    except UserError:
-        raise
-    except Exception as error:  # the hub's client has dozens of classes, of three libraries
-        raise UserError(
-            f"The dataset {name} is no folder here and could not be downloaded "
-            f"({type(error).__name__}): check the name, the connection, and `hf auth login` if it is private."
-        ) from error
 
 
 # -- data

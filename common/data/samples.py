@@ -97,13 +97,6 @@ class ChunkDataset(Dataset):
         proprio_history: int = 1,
         action_offset: int = 0,
     ):
-        for flag, value, least in (
-            ("--horizon", horizon, 1),
-            ("--proprio-history", proprio_history, 1),
-            ("--action-offset", action_offset, 0),
-        ):
-            if value < least:
-                raise UserError(f"{flag} is {value}: it counts control steps and must be at least {least}.")
         self.store, self.horizon = store, horizon
         self.proprio_history, self.action_offset = proprio_history, action_offset
         self.episodes = np.asarray(episodes, np.int64)
@@ -243,8 +236,6 @@ def split_episodes(store: EpisodeStore, val_fraction: float, seed: int) -> tuple
     With a positive fraction and more than one episode, at least one of a dataset is held out; one is always
     left to train.
     """
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"--val-fraction is {val_fraction:g}: it must be at least 0 and below 1.")
     train, val, first = [], [], 0
     for count in store.part_episodes:
         held_out = 0
@@ -296,8 +287,6 @@ def make_loader(
     Raises:
         UserError: if one step of all ranks takes more samples than there are.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch-size is {batch_size}: it must be at least 1.")
     if batch_size * world > len(dataset):
         raise UserError(
             f"A batch of {batch_size * world} samples ({batch_size} a process, {world} process"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -111,19 +111,19 @@ class Source(Protocol):
         """
 
 
-def refuse_nonfinite(name: str, vectors: dict[str, tuple[np.ndarray, Sequence[str]]]) -> None:
+def refuse_nonfinite(name: str, episode: Episode, names: dict[str, Sequence[str]]) -> None:
     """Raise BadEpisode for a NaN or infinity.
 
     Args:
-        name: the episode.
-        vectors: values (L, D) and their dimensions' names, by what they are.
+        name: the episode, for the message.
+        names: of the dimensions of `state` and `action`.
     """
-    for what, (values, names) in vectors.items():
+    for part, values in (("state", episode.state), ("action", episode.action)):
         broken = np.argwhere(~np.isfinite(values))
         if len(broken):
             step, dim = broken[0]
             value = values[step, dim]
-            raise BadEpisode(f"{name} has {value} in {what}, dimension {names[dim]}, at step {step}")
+            raise BadEpisode(f"{name} has {value} in {part}, dimension {names[part][dim]}, at step {step}")
 
 
 def hash_ends(path: Path, count: int = 64 * 1024) -> str:
@@ -137,6 +137,18 @@ def hash_ends(path: Path, count: int = 64 * 1024) -> str:
             return hashlib.sha256(size.to_bytes(8, "little") + head + file.read(count)).hexdigest()
     except OSError:
         return "unreadable"  # the ingest says which episode lacks it
+
+
+def existing(wanted: Sequence[int] | None, there: Collection[int], source: str) -> list[int]:
+    """The episodes wanted, or all that there are.
+
+    Raises:
+        UserError: if one of them does not exist.
+    """
+    absent = sorted(set(wanted or ()) - set(there))
+    if absent:
+        raise absent_episodes(source, absent)
+    return list(there if wanted is None else wanted)
 
 
 def absent_episodes(source: str, missing: Sequence[int]) -> UserError:

@@ -351,15 +351,21 @@ def defect(path: Path) -> str | None:
         meta = read_json(path / META)
         if meta["format"] != FORMAT:
             return f"it has format {meta['format']}, this program reads {FORMAT}"
-        for entry in [*meta["shards"], meta["arrays"]]:
-            size = (path / entry["file"]).stat().st_size
-            if size != entry["bytes"]:
-                return f"{entry['file']} has {size} bytes instead of {entry['bytes']}"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
+        faults = ((entry["file"], wrong_size(path, entry)) for entry in [*meta["shards"], meta["arrays"]])
+        return next((f"{name} {fault}" for name, fault in faults if fault), None)
+    except FileNotFoundError:
+        return f"{META} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{META} is damaged: {type(error).__name__}"
-    return None
+
+
+def wrong_size(path: Path, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file of the store `path`, apart from its content, as a clause without its name."""
+    try:
+        size = (path / entry["file"]).stat().st_size
+    except FileNotFoundError:
+        return "is missing"
+    return f"has {size} bytes instead of {entry['bytes']}" if size != entry["bytes"] else None
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import numpy as np
 
 from common.data.frames import as_rgb, pixel_frame
 from common.data.layout import Known, Layout, choose_layout, describe, rows_of
-from common.data.source import BadEpisode, Episode, Info, absent_episodes, hash_ends, refuse_nonfinite
+from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, refuse_nonfinite
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,44 +72,31 @@ class ZarrSource:
         layout, fps = self.layout, self.config.fps
         if fps is None:
             raise UserError(f"{self.name} does not say how many control steps a second it has: give --fps.")
-        what = f"zarr, {layout.name} layout"
-        return layout.info(self.name, fingerprint(self.path), fps, self.config.color_order, what)
+        layout.say(f"{self.name}: zarr, {layout.name} layout, {fps:g} Hz")
+        return layout.info(self.name, fingerprint(self.path), fps)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
         group, layout = open_group(self.path, self.name), self.layout
         spans = list(pairwise([0, *group["meta/episode_ends"][:].tolist()]))
-        absent = sorted(set(wanted or ()) - set(range(len(spans))))
-        if absent:
-            raise absent_episodes(self.name, absent)
         for key, array in layout.arrays.items():
             if array.shape[0] != spans[-1][1]:
                 raise UserError(
                     f"{self.name} has {array.shape[0]} steps in data/{key} and {spans[-1][1]} by "
                     f"meta/episode_ends: copy it again."
                 )
-        whole = {
-            part: np.concatenate([_matrix(group[f"data/{key}"]) for key in keys], axis=1)
-            for part, keys in layout.keys.items()
-        }
+        state, action = layout.vectors(lambda key: group[f"data/{key}"][:])
         episodes, bad = [], []
-        for index in range(len(spans)) if wanted is None else wanted:
+        for index in existing(wanted, range(len(spans)), self.name):
             first, last = spans[index]
-            state, action = (whole[part][first:last] for part in ("state", "action"))
+            times, name = np.arange(last - first) / self.config.fps, f"Episode {index}"
+            episode = Episode(index, state[first:last], action[first:last], times, [first, last])
             try:
-                if last - first < 2:
-                    raise BadEpisode(
-                        f"Episode {index} has {last - first} steps, and an action chunk needs at least 2"
-                    )
-                vectors = {
-                    "state": (state, layout.names["state"]),
-                    "action": (action, layout.names["action"]),
-                }
-                refuse_nonfinite(f"Episode {index}", vectors)
+                if len(episode) < 2:
+                    raise BadEpisode(f"{name} has {len(episode)} steps, and an action chunk needs at least 2")
+                refuse_nonfinite(name, episode, layout.names)
+                episodes.append(episode)
             except BadEpisode as error:
                 bad.append(str(error))
-                continue
-            times = np.arange(last - first) / self.config.fps
-            episodes.append(Episode(index, state, action, times, [first, last]))
         return episodes, bad
 
     def frames(self, episode: Episode, camera: int) -> Iterator[np.ndarray]:
@@ -119,15 +106,9 @@ class ZarrSource:
                 pixels = cell.astype(np.uint8)
                 if not np.array_equal(pixels, cell):
                     raise ValueError("its pixels are no whole numbers from 0 to 255")
-                yield as_rgb(pixel_frame(pixels, recorded, self.layout.size), self.config.color_order)
+                yield as_rgb(pixel_frame(pixels, recorded, self.layout.size), self.layout.color_order)
         except Exception as error:  # each codec has its own
             raise BadEpisode(f"Episode {episode.index} cannot be decoded from {key} ({error})") from None
-
-
-def _matrix(array: Any) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = array[:].astype(np.float32)
-    return values.reshape(len(values), -1)
 
 
 def open_group(path: Path, name: str) -> Any:
