@@ -26,6 +26,7 @@ from common import alternatives
 from common.config import Flat, UserPath, cli, options
 from common.data import ChunkDataset, open_dataset, split_episodes
 from common.data.demo import modes
+from common.errors import UserError
 from common.inference import load_policy
 from common.optim import GradientClipper, build_optimizer
 from common.run import start_run
@@ -132,6 +133,8 @@ def compare_with_modes(folder: Path) -> None:
     from sklearn.metrics import normalized_mutual_info_score
 
     policy = load_policy(folder)
+    if policy.script.__name__ != "train_vfp_moe":
+        raise UserError(f"{folder} has no experts: give a run of train_vfp_moe.py.")
     config = policy.config
     store = open_dataset(config.data)
     episodes, _ = split_episodes(store, config.data.val_fraction, config.run.seed)
