@@ -2,6 +2,7 @@
 
     python benchmarks/experts.py
     python benchmarks/experts.py --mixed-precision bf16 --d-model 512 --num-heads 8 --batch-size 64
+    python benchmarks/experts.py --trained runs/methods/train_vfp_moe-0     # what experts are for instead
 
 All loops run in one process, in turns, so that a machine that is busy with other work slows all alike; ratios
 are medians over turns. The arithmetic is counted by PyTorch: a step may grow as it does, not faster.
@@ -10,79 +11,77 @@ are medians over turns. The arithmetic is counted by PyTorch: a step may grow as
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 
 import torch
+from pydantic import PositiveInt
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.faults import GradientClipper
-from common.launch import make_accelerator
-from common.schedules import build_optimizer
-
 import train_vfp_moe
-from common import checkpoint
-from common.config import Flat, cli
-from common.data import ChunkDataset, open_dataset
-from common.normalize import Normalizer
+from common import alternatives
+from common.config import Flat, UserPath, cli, options
+from common.data import ChunkDataset, open_dataset, split_episodes
+from common.data.demo import modes
+from common.errors import UserError
+from common.inference import load_policy
+from common.optim import GradientClipper, build_optimizer
+from common.run import start_run
 
 
-@dataclass(frozen=True)
+@options
 class Config:
-    """Measure what experts cost."""
+    """Measure what experts cost, or what those of a trained run are for."""
 
     script: Flat[train_vfp_moe.Config] = field(default_factory=train_vfp_moe.Config)
-    experts: tuple[int, ...] = (1, 2, 4, 8)
+    experts: tuple[PositiveInt, ...] = (1, 2, 4, 8)
     """Numbers of experts."""
-    rounds: int = 10
+    rounds: PositiveInt = 10
     """Turns of each loop."""
-    turn_steps: int = 3
+    turn_steps: PositiveInt = 3
     """Steps a turn; ten times as many chunks."""
+    trained: UserPath | None = None
+    """A run on the built-in task: compare its experts with the modes of the demonstrations, and draw both."""
 
 
 def main(config: Config) -> None:
+    if config.trained is not None:
+        return compare_with_modes(config.trained)
     script = config.script
-    accelerator = make_accelerator(script.run)
-    device = accelerator.device
-    store = open_dataset(script.data)
-    data = ChunkDataset(store, range(store.num_episodes), script.horizon)
-    normalizer = Normalizer.fit(data).to(device)
-    batch = data.__getitems__(list(range(script.optim.batch_size))).to(device)
+    run = start_run(script, train_vfp_moe.__file__)
+    data = run.load_data(script.horizon, script.normalization)
+    batch = data.train.__getitems__(list(range(script.optim.batch_size))).to(run.device)
     loops, gflops, times = {}, {}, {}
     for num in config.experts:
-        options = replace(script, num_experts=num)
+        chosen = replace(script, num_experts=num)
         torch.manual_seed(0)
-        policy = train_vfp_moe.Policy(options, checkpoint.PolicySpec.of(data)).to(device)
-        loops[num] = (
-            steps(policy, options, batch, normalizer, accelerator),
-            chunks(policy, options, batch, accelerator),
-        )
+        policy = train_vfp_moe.Policy(chosen, data.spec).to(run.device)
+        loops[num] = steps(policy, chosen, batch, data.normalizer, run), chunks(policy, chosen, batch, run)
         # Fused attention on a CPU is not counted: while counting, it is written out.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             next(loops[num][0])
         gflops[num] = counter.get_total_flops() / 1e9
         times[num] = ([], [])
+    counts = config.turn_steps, 10 * config.turn_steps
     for turn in range(config.rounds + 1):
         for num, pair in loops.items():
-            for loop, kept, count in zip(
-                pair, times[num], (config.turn_steps, 10 * config.turn_steps), strict=True
-            ):
-                synchronize(device)
+            for loop, kept, count in zip(pair, times[num], counts, strict=True):
+                synchronize(run.device)
                 start = time.perf_counter()
                 for _ in range(count):
                     next(loop)
-                synchronize(device)
+                synchronize(run.device)
                 if turn:  # the first turn warms up
                     kept.append((time.perf_counter() - start) / count * 1000)
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
+    cuda = run.device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{name}, batch {script.optim.batch_size}, {script.decoder_layers} layers an expert, width "
-        f"{script.d_model}, {accelerator.mixed_precision}; chunks one at a time, {script.sample_steps} steps"
+        f"{script.d_model}, {run.accelerator.mixed_precision}; chunks one at a time, {script.sample_steps} "
+        "steps"
     )
     print("experts   ms a step  of one   GFLOP  of one   ms a chunk  of one")
     first = config.experts[0]
@@ -99,26 +98,27 @@ def ratio(values: list[float], others: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(values, others, strict=True))
 
 
-def steps(policy, config, batch, normalizer, accelerator):
+def steps(policy, config, batch, normalizer, run):
     """Training steps on one batch; yields after each."""
     optimizer = build_optimizer(policy, config.optim)
     clip = GradientClipper(policy, optimizer, config.optim.grad_clip)
     while True:
         policy.train()
-        with accelerator.autocast():
-            loss = train_vfp_moe.compute_loss(policy, batch, normalizer, config)
-        loss.total.backward()
+        clip.begin_step()
+        with run.autocast():
+            loss, _ = train_vfp_moe.compute_loss(policy, batch, normalizer, config, train=True)
+        loss.backward()
         clip()
         optimizer.step()
         optimizer.zero_grad()
         yield
 
 
-def chunks(policy, config, batch, accelerator):
+def chunks(policy, config, batch, run):
     """Chunks for one observation, as on a robot; yields after each."""
     while True:
         policy.eval()
-        with accelerator.autocast():
+        with run.autocast():
             train_vfp_moe.sample_actions(policy, batch.images[:1], batch.proprio[:1], config)
         yield
 
@@ -126,6 +126,28 @@ def chunks(policy, config, batch, accelerator):
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def compare_with_modes(folder: Path) -> None:
+    """Say how much experts and modes tell of each other where episodes begin, and draw latents by both."""
+    from sklearn.metrics import normalized_mutual_info_score
+
+    policy = load_policy(folder)
+    if policy.script.__name__ != "train_vfp_moe":
+        raise UserError(f"{folder} has no experts: give a run of train_vfp_moe.py.")
+    config = policy.config
+    store = open_dataset(config.data)
+    episodes, _ = split_episodes(store, config.data.val_fraction, config.run.seed)
+    spec = policy.spec
+    data = ChunkDataset(store, episodes, config.horizon, spec.proprio_history, spec.action_offset)
+    z, first = alternatives.first_latents(policy.model, data, policy.normalizer, config.run.eval_samples)
+    starts = store.episode_starts
+    states = [store.state[starts[e] : starts[e + 1]] for e in store.episode_of(first.cpu().numpy())]
+    labels = {"expert": policy.model.gate(z).argmax(dim=1), "mode": torch.from_numpy(modes(states))}
+    alternatives.draw_latents(folder / "modes.png", z, labels)
+    score = normalized_mutual_info_score(*(values.cpu().numpy() for values in labels.values()))
+    print(f"{len(z)} episodes: normalised mutual information of experts and modes {score:.3f}")
+    print(f"picture: {folder / 'modes.png'}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Latents that say in which of several ways a chunk goes: normal, or a vector of a codebook.
 
-A posterior network reads the latent off the recorded chunk while training, a prior network predicts it
-from the observation. What the outputs of the two mean, how a latent is drawn from them, and what it costs
-that the prior did not expect, stands here. Both kinds have the same methods, so that a script is the same
-with either.
+A posterior network reads the latent off the recorded chunk while training, a prior network predicts it from
+the observation. Here is what their outputs mean, how a latent is drawn from them, and what it costs that the
+prior did not expect it. Both kinds have the same methods, so that a script is the same with either.
 """
 
 import copy
