@@ -250,6 +250,7 @@ def larger_than_memory(store: EpisodeStore, share: float, folder: Path) -> Episo
         timestamps=np.zeros(len(vectors)),
         episode_starts=np.arange(episodes + 1) * steps,
         episode_indices=np.arange(episodes),
+        episode_tasks=(store.task,) * episodes,
         episode_shard=np.arange(episodes),
         episode_row=np.zeros(episodes, np.int64),
         shard_files=tuple(files),

@@ -141,8 +141,8 @@ class Fuzz:
 
 def check_hdf5(root: Path, store) -> None:
     """The store against plain reading, in a process that may die of it."""
-    keys = json.loads((store.path / "meta.json").read_text())
-    args = (str(root), keys["state_keys"], keys["action_keys"], keys["camera_keys"][0], store.image_size)
+    keys = json.loads((store.path / "meta.json").read_text())["choices"]["choices"]["keys"]
+    args = (str(root), keys["state"], keys["action"], store.camera_keys[0], store.image_size)
     for _, expected in workers.guarded_map(plainly, [args], 1):
         state, action, images = expected
         np.testing.assert_array_equal(store.state, state)
@@ -159,8 +159,9 @@ def plainly(root: str, state_keys, action_keys, camera: str, size) -> tuple:
     parts: list[list] = [[], [], []]
     for path in sorted(Path(root).rglob("*.hdf5"), key=lambda path: path.name):
         with h5py.File(path) as file:
-            groups = [file["data"][name] for name in sorted(file["data"])] if "data" in file else [file]
-            for group in groups:
+            tops = [top for top in file.values() if isinstance(top, h5py.Group)]  # "data", or what it became
+            groups = [top[name] for top in tops for name in sorted(top) if name.startswith("demo")]
+            for group in groups or [file]:
                 for part, keys in zip(parts, (state_keys, action_keys), strict=False):
                     part.append(
                         np.concatenate([group[key][()].reshape(len(group[key]), -1) for key in keys], 1)

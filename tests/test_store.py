@@ -446,14 +446,16 @@ def test_frames_that_changed_are_decoded_again_though_the_numbers_are_the_same(t
     check_whole(build(tmp_path, source, info), source.lengths, version=1)
 
 
-@pytest.mark.parametrize("other", ["source", "choices", "numbers", "chosen", "locked"])
-def test_a_store_is_taken_over_by_the_same_dataset_and_choices_only(tmp_path, other):
+@pytest.mark.parametrize("other", ["source", "choices", "numbers", "frames", "chosen", "locked"])
+def test_a_store_is_taken_over_by_the_same_dataset_that_grew_only(tmp_path, other):
     first = build(tmp_path, episodes=(0, 1, 2) if other == "chosen" else None)
     source, info = grown()
     if other in ("source", "choices"):
         info = replace(info, **{other: {"source": "/elsewhere", "choices": {"task": "open"}}[other]})
     if other == "numbers":
         source.lengths = (6, *source.lengths)
+    if other == "frames":  # it has changed, not grown
+        source = Drawn(version=1)
     episodes = (1, 2) if other == "chosen" else None
     with FileLock(ingest.lock_file(first.path)) if other == "locked" else nullcontext():
         second = build(tmp_path, source, info, episodes=episodes)

@@ -93,11 +93,8 @@ class Hdf5Source:
     @cached_property
     def scans(self) -> dict[str, dict[str, Any]]:
         """What each file holds (see `scan_file`), by its path below the root."""
-        memory = (
-            self.config.cache_dir
-            / "scans"
-            / f"{hashlib.sha256(str(self.root).encode()).hexdigest()[:20]}.json"
-        )
+        place = hashlib.sha256(str(self.root).encode()).hexdigest()[:20]
+        memory = self.config.cache_dir / "scans" / f"{place}.json"
         return scan_all(self.root, find_files(self.path, self.name), memory, self._workers)
 
     @cached_property
@@ -115,14 +112,26 @@ class Hdf5Source:
 
     @cached_property
     def layout(self) -> Layout:
-        arrays = self.first.arrays
-        known = recognise(arrays)
-        aloha = known is not None and known.name == "ALOHA"
-        names = aloha_names if aloha else short_names
-        return choose_layout(arrays, known, self.config, self.name, self.first.file, names)
+        known = recognise(self.first.arrays)
+        names_of = aloha_names if known and known.name == "ALOHA" else short_names
+        return choose_layout(self.first.arrays, known, self.config, self.name, self.first.file, names_of)
+
+    @cached_property
+    def fps(self) -> float:
+        rates = {scan["fps"]: name for name, scan in self.scans.items() if scan["fps"]}
+        if self.config.fps is not None:
+            return self.config.fps
+        if not rates:
+            raise UserError(f"{self.name} does not say how many control steps a second it has: give --fps.")
+        if len(rates) > 1:
+            found = ", ".join(f"{rate:g} Hz in {name}" for rate, name in list(rates.items())[:3])
+            raise UserError(
+                f"{self.name} has different control rates ({found}): separate them, or give --fps."
+            )
+        return next(iter(rates))
 
     def info(self) -> Info:
-        layout, fps = self.layout, self._rate()
+        layout, fps = self.layout, self.fps
         found = f"{len(self.scans)} files, {len(self.places)} episodes, {fps:g} Hz"
         layout.say(f"{self.name}: HDF5, {layout.name} layout, {found}")
         content = json.dumps([[file, scan["sha256"]] for file, scan in self.scans.items()])
@@ -131,23 +140,18 @@ class Hdf5Source:
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
         indices = existing(wanted, self.places, self.name)
         faults = {index: self._fault(index) for index in indices}
-        by_file: dict[str, list[int]] = {}
+        sound = {}
         for index in indices:
             if faults[index] is None:
-                by_file.setdefault(str(self.root / self.places[index].file), []).append(index)
-        tasks = [
-            (path, [(self.places[i].group, _times(self.places[i])) for i in these], self.layout)
-            for path, these in by_file.items()
-        ]
+                sound[str(self.root / self.places[index].file), self.places[index].group] = index
+        tasks = [(*where, _times(self.places[index].arrays), self.layout) for where, index in sound.items()]
         episodes = []
-        for (path, *_), result in guarded_map(read_numbers, tasks, self._workers):
-            for slot, index in enumerate(by_file[path]):
-                try:
-                    episodes.append(
-                        self._episode(index, result if isinstance(result, Died) else result[slot])
-                    )
-                except BadEpisode as error:
-                    faults[index] = str(error)
+        for (path, group, *_), found in guarded_map(read_numbers, tasks, self._workers):
+            index = sound[path, group]
+            try:
+                episodes.append(self._episode(index, found))
+            except BadEpisode as error:
+                faults[index] = str(error)
         return sorted(episodes, key=lambda e: e.index), [fault for fault in faults.values() if fault]
 
     def frames(self, episode: Episode, camera: int) -> Iterator[np.ndarray]:
@@ -164,19 +168,6 @@ class Hdf5Source:
     @property
     def _workers(self) -> int:
         return self.config.ingest_workers or cores()
-
-    def _rate(self) -> float:
-        rates = {scan["fps"]: name for name, scan in self.scans.items() if scan["fps"]}
-        if self.config.fps is not None:
-            return self.config.fps
-        if not rates:
-            raise UserError(f"{self.name} does not say how many control steps a second it has: give --fps.")
-        if len(rates) > 1:
-            found = ", ".join(f"{rate:g} Hz in {name}" for rate, name in list(rates.items())[:3])
-            raise UserError(
-                f"{self.name} has different control rates ({found}): separate them, or give --fps."
-            )
-        return next(iter(rates))
 
     def _fault(self, index: int) -> str | None:
         """What the scan already shows to be wrong with an episode."""
@@ -206,7 +197,7 @@ class Hdf5Source:
     def _episode(self, index: int, found: Any) -> Episode:
         """An episode of what `read_numbers` found; raises BadEpisode."""
         place = self.places[index]
-        name, fps = _name(index, place), self._rate()
+        name, fps = _name(index, place), self.fps
         if isinstance(found, Died | str):
             raise BadEpisode(f"{name}: {found}")
         state, action, recorded = found
@@ -225,12 +216,10 @@ def _name(index: int, place: Place) -> str:
     return f"Episode {index} ({place.file}{', ' + place.group.strip('/') if place.group else ''})"
 
 
-def _times(place: Place) -> str | None:
+def _times(arrays: dict[str, Array]) -> str | None:
     """The key of the recorded times, if there are any."""
-    found = (key for key in TIMES if key in place.arrays)
-    return next(
-        (k for k in found if place.arrays[k].kind == "numbers" and len(place.arrays[k].shape) == 1), None
-    )
+    found = [key for key in TIMES if key in arrays]
+    return next((k for k in found if arrays[k].kind == "numbers" and len(arrays[k].shape) == 1), None)
 
 
 # -- files

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,27 +166,21 @@ def _attribute_rate(file: h5py.File) -> float | None:
 
 
 def read_numbers(
-    path: str, episodes: Sequence[tuple[str, str | None]], layout: Layout
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray | None] | str]:
-    """State (L, P), action (L, A) and recorded times (L,) of episodes of a file.
+    path: str, group: str, times: str | None, layout: Layout
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | str:
+    """An episode's state (L, P), action (L, A) and recorded times (L,), or a clause that says what is wrong.
 
     Args:
-        episodes: the group of each, and the key of its times, if it has any.
-
-    Returns:
-        For each episode these three, or a clause that says what is wrong.
+        times: key of its times, if it has any.
     """
     import h5py
 
-    found: list[Any] = []
-    for group, times in episodes:
-        try:
-            with h5py.File(path, "r", locking="best-effort") as file:
-                state, action = layout.vectors(lambda key: file[group + key][:])  # noqa: B023
-                found.append((state, action, file[group + times][:] if times else None))
-        except Exception as error:  # see scan_file
-            found.append(f"its numbers cannot be read ({reason(error)})")
-    return found
+    try:
+        with h5py.File(path, "r", locking="best-effort") as file:
+            state, action = layout.vectors(lambda key: file[group + key][:])
+            return state, action, file[group + times][:] if times else None
+    except Exception as error:  # see scan_file
+        return f"its numbers cannot be read ({reason(error)})"
 
 
 def read_frames(

@@ -62,12 +62,11 @@ class LeRobotSource:
         from huggingface_hub import snapshot_download
 
         try:
-            source = cls(
-                Path(snapshot_download(name, repo_type="dataset", allow_patterns=["meta/*"])), name, config
-            )
+            root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=["meta/*"]))
+            source = cls(root, name, config)
             needed = ["data/*", *(f"videos/{camera.key}/*" for camera in source.layout.cameras)]
-            commit = source.root.name
-            snapshot_download(name, repo_type="dataset", revision=commit, allow_patterns=needed)
+            # The folder is named after the commit: nothing changes between the two downloads.
+            snapshot_download(name, repo_type="dataset", revision=root.name, allow_patterns=needed)
         except UserError:
             raise
         except Exception as error:  # the hub's client has dozens of classes, of three libraries
@@ -100,7 +99,7 @@ class LeRobotSource:
         if self.config.fps not in (None, fps):
             raise UserError(f"{self.name} was recorded at {fps:g} Hz: leave out --fps {self.config.fps:g}.")
         rows = self._rows()
-        content = fingerprint(self.root, self.meta, {file for row in rows for file, _ in row.videos})
+        content = fingerprint(self.root, self.meta, {file for row in rows for file, _ in row.videos.values()})
         return layout.info(self.name, content, fps, task=rows[0].task)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
@@ -125,7 +124,7 @@ class LeRobotSource:
                     times = episode.timestamps
                 frames = video_frames(path, times + start, 0.5 / fps, recorded, layout.size)
             else:
-                cells = read_images(path, key, episode.index)
+                cells = read_images(path, key, start, len(episode))
                 frames = (image_frame(_encoded(self.root, cell), recorded, layout.size) for cell in cells)
             for frame in frames:
                 yield as_rgb(frame, layout.color_order)
@@ -146,8 +145,10 @@ class LeRobotSource:
         if steps != row.length:
             raise BadEpisode(f"{name} has {steps} steps in the data files and {row.length} in meta/episodes")
         if steps < 2:
-            raise BadEpisode(f"{name} has {steps} step(s), and an action chunk needs at least 2")
-        file, columns = runs[0]
+            raise BadEpisode(
+                f"{name} has {steps} step{'s' * (steps != 1)}, and an action chunk needs at least 2"
+            )
+        file, first, columns = runs[0]
         times = columns["timestamp"][0][:, 0]
         if len(runs) > 1 or (np.diff(columns["frame_index"][0][:, 0]) != 1).any():
             raise BadEpisode(f"{name} has its steps out of order in {file}")
@@ -161,9 +162,7 @@ class LeRobotSource:
                     f"{values.shape[1]}"
                 )
         state, action = self.layout.vectors(lambda key: columns[key][0])
-        videos = iter(row.videos)
-        is_video = [self.layout.arrays[camera.key].dtype == "video" for camera in self.layout.cameras]
-        origin = [next(videos) if video else (file, 0.0) for video in is_video]
+        origin = [row.videos.get(camera.key, (file, first)) for camera in self.layout.cameras]
         for file, _ in origin:
             if not (self.root / file).is_file():
                 raise BadEpisode(f"{name} lacks its video: {self.root / file} is missing")
@@ -245,11 +244,11 @@ def _flatten(names: Any) -> list[str]:
 
 
 class EpisodeRow(NamedTuple):
-    """An episode in `meta/episodes`; `videos` gives (file in the root, start in s) for each video camera."""
+    """An episode in `meta/episodes`; `videos` gives (file in the root, start in s) by the camera's key."""
 
     index: int
     length: int
-    videos: tuple[tuple[str, float], ...]
+    videos: dict[str, tuple[str, float]]
     tasks: tuple[str, ...]
     task: str | None = None
 
@@ -269,16 +268,16 @@ def read_episodes(
     places = ("chunk_index", "file_index", "from_timestamp")
     columns = [f"videos/{camera}/{place}" for camera in cameras for place in places]
     for file in sorted((root / "meta" / "episodes").glob("**/*.parquet")):
-        table = read_parquet(file, ["episode_index", "length", *columns], optional=["tasks"])
+        table = read_parquet(file, ["episode_index", "length", "tasks", *columns])
         try:
             for row in table.to_pylist():
-                videos = []
+                videos = {}
                 for camera in cameras:
                     chunk, number, start = (row[f"videos/{camera}/{place}"] for place in places)
-                    path = video_path.format(video_key=camera, chunk_index=chunk, file_index=number)
-                    videos.append((path, float(start)))
-                tasks = tuple(map(str, row.get("tasks") or ()))
-                rows.append(EpisodeRow(int(row["episode_index"]), int(row["length"]), tuple(videos), tasks))
+                    file_name = video_path.format(video_key=camera, chunk_index=chunk, file_index=number)
+                    videos[camera] = file_name, float(start)
+                tasks = tuple(map(str, row["tasks"] or ()))
+                rows.append(EpisodeRow(int(row["episode_index"]), int(row["length"]), videos, tasks))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"{file} or video_path in info.json is damaged: {error!r}.") from error
     if not rows:
@@ -292,10 +291,11 @@ def read_episodes(
             f"{source} has {len(tasks)} tasks, and one policy learns one: choose with --task ({there})."
         )
     chosen = task or next(iter(tasks), None)
-    return [row._replace(task=chosen) for row in sorted(rows) if task is None or task in row.tasks]
+    rows.sort(key=lambda row: row.index)
+    return [row._replace(task=chosen) for row in rows if task is None or task in row.tasks]
 
 
-def read_parquet(file: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
+def read_parquet(file: Path, columns: Sequence[str]) -> pa.Table:
     """Columns of a parquet file, in memory.
 
     Raises:
@@ -306,10 +306,9 @@ def read_parquet(file: Path, columns: Sequence[str], optional: Sequence[str] = (
 
     try:
         with pq.ParquetFile(file) as parquet:
-            present = set(parquet.schema_arrow.names)
-            missing = [name for name in columns if name not in present]
+            missing = [name for name in columns if name not in parquet.schema_arrow.names]
             if not missing:
-                table = parquet.read([*columns, *(name for name in optional if name in present)])
+                table = parquet.read(columns)
                 table.validate(full=True)  # damaged files can hold texts and lists that are none
                 return table
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -346,10 +345,12 @@ class Run(NamedTuple):
 
     Attributes:
         file: below the root.
+        first: number of the first row there.
         columns: of each feature, values (L, D) and how many numbers a step really has, (L,).
     """
 
     file: str
+    first: int
     columns: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -362,25 +363,21 @@ def read_numbers(root: Path, widths: dict[str, int]) -> dict[int, list[Run]]:
     found: dict[int, list[Run]] = {}
     for file in sorted((root / "data").glob("**/*.parquet")):
         table = read_parquet(file, [*widths, "timestamp", "frame_index", "episode_index"])
-        columns = {
-            key: matrix(
-                table[key], widths.get(key, 1), f"{file}, {key},", np.float32 if key in widths else np.float64
-            )
-            for key in table.column_names
-        }
+        columns = {}
+        for key in table.column_names:
+            dtype = np.float32 if key in widths else np.float64
+            columns[key] = matrix(table[key], widths.get(key, 1), f"{file}, {key},", dtype)
         index = columns.pop("episode_index")[0][:, 0]
         edges = [0, *(np.flatnonzero(np.diff(index)) + 1).tolist(), len(index)]
         for first, last in pairwise(edges):
             if first < last and np.isfinite(index[first]):
                 part = {key: (x[first:last], counts[first:last]) for key, (x, counts) in columns.items()}
-                run = Run(file.relative_to(root).as_posix(), part)
+                run = Run(file.relative_to(root).as_posix(), first, part)
                 found.setdefault(int(index[first]), []).append(run)
     return found
 
 
-def matrix(
-    column: pa.ChunkedArray, width: int, what: str, dtype: type = np.float32
-) -> tuple[np.ndarray, np.ndarray]:
+def matrix(column: pa.ChunkedArray, width: int, what: str, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """A column of numbers or (nested) lists of them as (rows, width), and how many numbers each row has.
 
     Rows with another count become NaN, as do nulls.
@@ -407,19 +404,24 @@ def matrix(
     return rows, counts
 
 
-def read_images(path: Path, key: str, episode: int) -> Iterator[Any]:
-    """An episode's cells of an image column of a data file; raises FrameError."""
+def read_images(path: Path, key: str, first: int, count: int) -> Iterator[Any]:
+    """So many cells of an image column of a data file, from row `first` on; raises FrameError."""
     import pyarrow as pa
-    from pyarrow import dataset
+    import pyarrow.parquet as pq
 
     try:
-        table = dataset.dataset(path, format="parquet")
-        if key not in table.schema.names:
-            raise FrameError(f"it has no column {key}")
-        own = dataset.field("episode_index") == episode
-        for batch in table.to_batches([key], own, batch_size=64, batch_readahead=1, use_threads=False):
-            batch.validate(full=True)
-            yield from batch.column(0).to_pylist()
+        with pq.ParquetFile(path) as file:
+            if key not in file.schema_arrow.names:
+                raise FrameError(f"it has no column {key}")
+            groups = range(file.num_row_groups)
+            edges = np.cumsum([0, *(file.metadata.row_group(group).num_rows for group in groups)])
+            own = [group for group in groups if edges[group] < first + count and first < edges[group + 1]]
+            row = edges[own[0]] if own else 0
+            for batch in file.iter_batches(64, own, [key]):
+                batch.validate(full=True)
+                inside = batch.slice(max(0, first - row), max(0, first + count - max(first, row)))
+                row += len(batch)
+                yield from inside.column(0).to_pylist()
     except (pa.ArrowException, ValueError) as error:
         raise FrameError(str(error)) from error
 

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -44,19 +45,16 @@ class Rotations:
     def find(cls, names: Sequence[str], kind: str, pattern: str | None) -> "Rotations":
         """Runs of dimensions whose names match, cut into rotations."""
         wanted = re.compile(re.escape(pattern) if pattern else USUAL_NAMES[kind], re.IGNORECASE)
-        size, starts, index = SOURCES[kind], [], 0
-        while index < len(names):
-            run = index
-            while run < len(names) and wanted.search(names[run]):
-                run += 1
-            if run > index and (run - index) % size:
-                found = ", ".join(names[index:run])
+        size, starts = SOURCES[kind], []
+        for matches, group in groupby(range(len(names)), lambda i: wanted.search(names[i]) is not None):
+            run = list(group)
+            if matches and len(run) % size:
+                found = ", ".join(names[i] for i in run)
                 raise UserError(
-                    f"--rotation {kind}->{TARGET}: {found} are {run - index} dimensions, and a rotation has "
+                    f"--rotation {kind}->{TARGET}: {found} are {len(run)} dimensions, and a rotation has "
                     f"{size}: name the right ones, as in --rotation eef_quat:{kind}->{TARGET}."
                 )
-            starts += range(index, run, size)
-            index = max(run, index + 1)
+            starts += run[::size] if matches else []
         return cls(kind, tuple(starts), tuple(names))
 
     def names(self) -> tuple[str, ...]:
