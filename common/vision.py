@@ -259,7 +259,7 @@ def _leading_tokens(length: int, image_size: tuple[int, int], patch: int | None,
 
 def brief(error: Exception) -> str:
     """The beginning of an error's message, on one line."""
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:200].rstrip(".")
 
 
 @contextmanager

@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.plots import draw_chunks
+from common import plots
+from common.plots import draw_chunks, draw_features, draw_latents, draw_reconstructions, draw_scores
+
+
+def assert_drawn(path, width=150):
+    """There is a picture with more than a frame in it, and nothing beside it."""
+    with Image.open(path) as picture:
+        assert picture.width > width
+        assert len(picture.convert("RGB").resize((200, 100)).getcolors(20_000)) > 20
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("dims", [1, 4, 30])
@@ -11,7 +20,49 @@ def test_chunks_are_drawn_for_any_number_of_dimensions(dims, tmp_path):
     shares = {"prior": np.array([0.9, 0.1, 0, 0, 0]), "usage": np.full(5, 0.2)}
     names = [f"joint {d}" for d in range(dims)]
     draw_chunks(tmp_path / "a.png", chunks, recorded, names, np.ones(dims), shares, "five codes")
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.width > 500
-        assert len(picture.convert("RGB").resize((200, 100)).getcolors(20_000)) > 20
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert_drawn(tmp_path / "a.png", width=500)
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_pictures_are_drawn_of_little(num, tmp_path):
+    """Of a single sample, of fewer dimensions than are drawn, of a chunk with a single action."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 255, (num, 3, 32, 48), np.uint8)
+    chunks, half = random.normal(size=(2, num, 1, 2)), images[..., ::2] / 255
+    drawings = {
+        "features": lambda path: draw_features(path, images, random.normal(size=(num, 6, 2)), (2, 3), "two"),
+        "latents": lambda path: draw_latents(
+            path, random.normal(size=(num, 1)), {"code": np.arange(num)}, ""
+        ),
+        "reconstructions": lambda path: draw_reconstructions(path, images / 255, half, *chunks),
+        "scores": lambda path: draw_scores(
+            path, np.array([0.1, np.nan]), np.arange(num), {str(n): image for n, image in enumerate(images)}
+        ),
+    }
+    for name, draw in drawings.items():
+        (tmp_path / name).mkdir()
+        draw(tmp_path / name / "a.png")
+        assert_drawn(tmp_path / name / "a.png")
+
+
+def test_principal_components_are_the_directions_of_largest_variance():
+    points = np.random.default_rng(0).normal(size=(500, 3)) * [1, 10, 3] + 100
+    components, share = plots.principal_components(points, 2)
+    assert np.abs(np.corrcoef(components[:, 0], points[:, 1])[0, 1]) > 0.99
+    assert np.abs(np.corrcoef(components[:, 1], points[:, 2])[0, 1]) > 0.99
+    assert share == pytest.approx(109 / 110, abs=0.01)
+    padded, share = plots.principal_components(points[:, :1], 3)
+    assert padded.shape == (500, 3)
+    assert (padded[:, 1:] == 0).all()
+    assert share == 1
+
+
+def test_a_full_disk_costs_the_picture_and_leaves_the_one_before(tmp_path, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a.png").write_bytes(b"before")
+    monkeypatch.setattr(plots, "write_whole", full)
+    draw_latents(tmp_path / "a.png", np.eye(3), {"code": np.arange(3)}, "")
+    assert "a.png is not drawn (No space left on device)" in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes() == b"before"
