@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.config import cli
+from common.config import cli, options
 from common.data import demo
 from common.files import read_json, write_json
 from common.mutual_information import ksg_of_episodes
@@ -33,7 +32,7 @@ WAYS = ("noisy", "delayed", "swapped")
 ESTIMATORS = ("ksg", "infonce", "mine")
 
 
-@dataclass(frozen=True)
+@options
 class Config:
     """Score degraded demonstrations, and train policies on the best."""
 

@@ -13,31 +13,30 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.faults import GradientClipper
-from common.launch import make_accelerator
-from common.schedules import AveragedPolicy, build_optimizer
-
 import train_vfp
 import train_vfp_depth
-from common import checkpoint
-from common.config import Flat, cli
+from common.checkpoint import PolicySpec
+from common.config import Flat, cli, options
 from common.data import ChunkDataset, EpisodeStore, make_loader, open_dataset
 from common.data.demo import record
 from common.data.inspect import folder_size
 from common.depth import DepthBackbone, DepthConfig, cached
 from common.normalize import Normalizer
+from common.optim import AveragedPolicy, GradientClipper, build_optimizer
+from common.run import make_accelerator
 from common.transformer import InfoEmbedder
 
 
-@dataclass(frozen=True)
+@options
 class Config:
     """Measure what depth features cost."""
 
@@ -46,9 +45,9 @@ class Config:
     )
     models: tuple[str, ...] = ("small", "base")
     """Depth Anything 3 models."""
-    rounds: int = 10
+    rounds: PositiveInt = 10
     """Turns of each loop."""
-    turn_steps: int = 4
+    turn_steps: PositiveInt = 4
     """Steps a turn."""
 
 
@@ -83,7 +82,7 @@ def compare(config: Config) -> None:
         for loop, dataset in (("cached", data.on(stored)), ("live", data)):
             loops[f"{model}, {loop}"] = steps(train_vfp_depth, with_depth, dataset, normalizer, accelerator)
         loops[f"{model}, tokens for nothing"] = steps(
-            train_vfp, vfp_config(script), data, normalizer, accelerator, stored.feature_shape
+            train_vfp, vfp_config(script), data, normalizer, accelerator, stored.extras["depth"].shape
         )
     times = {name: [] for name in loops}
     for turn in range(config.rounds + 1):
@@ -157,7 +156,7 @@ class MoreTokens(train_vfp.Policy):
 def steps(module, config, data: ChunkDataset, normalizer, accelerator, shape=None):
     """A training loop; yields after every step."""
     torch.manual_seed(0)
-    device, spec = accelerator.device, checkpoint.PolicySpec.of(data)
+    device, spec = accelerator.device, PolicySpec.of(data)
     policy: nn.Module = module.Policy(config, spec) if shape is None else MoreTokens(config, spec, shape)
     policy.to(device).train()
     optimizer = build_optimizer(policy, config.optim)
@@ -165,11 +164,12 @@ def steps(module, config, data: ChunkDataset, normalizer, accelerator, shape=Non
     averaged = AveragedPolicy(policy, optimizer, config.optim.ema_decay)
     batches = iter(make_loader(data, config.optim.batch_size, 0, pin_memory=device.type == "cuda"))
     while True:
+        clip.begin_step()
         batch = next(batches).to(device)
         if module is train_vfp_depth:
             batch = module.with_depth(batch, policy)
         with accelerator.autocast():
-            loss = module.compute_loss(policy, batch, normalizer, config)
+            loss, _ = module.compute_loss(policy, batch, normalizer, config, train=True)
         loss.backward()
         clip()
         optimizer.step()

@@ -25,7 +25,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +40,9 @@ import train_vfp
 import train_vfp_depth
 import train_vfp_moe
 from common import checkpoint
-from common.config import cli, flat_options
+from common.config import cli, flat_options, options
 from common.data import demo
-from common.faults import EXIT_HUNG, EXIT_STOPPED
+from common.errors import EXIT_HUNG, EXIT_STOPPED
 
 CLOCKS = ("samples_per_s", "steps_per_s", "data_wait_share", "memory_gb", "elapsed_s", "eta_s")
 SMALL = [
@@ -56,7 +55,7 @@ UNLIKE = ("checksums.json", "policy.json")  # the second names the run's folder
 RHYTHM = ["--save-every", 4, "--log-every", 3, "--eval-every", 25, "--hang-timeout", 60]
 
 
-@dataclass(frozen=True)
+@options
 class Config:
     """Disturb runs and see whether anything is lost."""
 

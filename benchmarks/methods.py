@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.checkpoint import find
-from common.config import cli
+from common.config import cli, options
 from common.data.workers import cores
 from common.errors import UserError
 
@@ -35,7 +34,7 @@ STEPS = ("10", "2", "1")  # sampling steps
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
-@dataclass(frozen=True)
+@options
 class Config:
     """Train and evaluate methods on the built-in task, and compare them."""
 
@@ -171,13 +170,12 @@ def training_steps(method: str):
     import importlib
 
     import torch
-    from common.faults import GradientClipper
-    from common.schedules import AveragedPolicy, build_optimizer
 
     from common.checkpoint import PolicySpec
     from common.config import parse
     from common.data import ChunkDataset, make_loader, open_dataset
     from common.normalize import Normalizer
+    from common.optim import AveragedPolicy, GradientClipper, build_optimizer
 
     script = importlib.import_module(script_of(method).removesuffix(".py"))
     config = parse(script.Config, ["--config", str(config_file(method))], script_of(method))
@@ -190,8 +188,8 @@ def training_steps(method: str):
     clip = GradientClipper(policy, optimizer, config.optim.grad_clip)
     averaged = AveragedPolicy(policy, optimizer, config.optim.ema_decay)
     for batch in make_loader(data, config.optim.batch_size, seed=0):
-        loss = script.compute_loss(policy, batch, normalizer, config)
-        getattr(loss, "total", loss).backward()  # some give the parts of their loss as well
+        clip.begin_step()
+        script.compute_loss(policy, batch, normalizer, config, train=True)[0].backward()
         clip()
         optimizer.step()
         optimizer.zero_grad()
@@ -219,9 +217,9 @@ def count_parameters(policy: Path) -> int:
 
     total = 0
     for file in policy.glob("*.safetensors"):
-        if file.stem != "stats" and not file.stem.endswith("_average"):
+        if file.stem != "stats":
             with safe_open(file, "pt") as tensors:
-                names = tensors.keys()
+                names = [name for name in tensors.keys() if "_average." not in name]  # noqa: SIM118 (no dict)
                 total += sum(np.prod(tensors.get_slice(name).get_shape(), dtype=int) for name in names)
     return int(total)
 

@@ -28,7 +28,7 @@ def finished_run(folder, success, codes=False):
     (policy / "policy.json").write_text("{}")
     (policy.parent / "checksums.json").write_text("{}")
     save_file({"weight": torch.zeros(1000, 250)}, policy / "action_decoder.safetensors")
-    save_file({"weight": torch.zeros(1000, 250)}, policy / "posterior_average.safetensors")
+    save_file({"posterior_average.weight": torch.zeros(1000, 250)}, policy / "latent.safetensors")
     save_file({"state_offset": torch.zeros(3)}, policy / "stats.safetensors")
     more = {"codes/in_use": 15, "codes/perplexity": 12.5} if codes else {}
     lines = [{"step": step, "split": "train", **more} for step in (10, 15, 20)]
