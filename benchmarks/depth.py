@@ -28,7 +28,6 @@ from common.checkpoint import PolicySpec
 from common.config import Flat, cli, options
 from common.data import ChunkDataset, EpisodeStore, make_loader, open_dataset
 from common.data.demo import record
-from common.data.inspect import folder_size
 from common.depth import DepthBackbone, DepthConfig, cached
 from common.normalize import Normalizer
 from common.optim import AveragedPolicy, GradientClipper, build_optimizer
@@ -120,6 +119,10 @@ def measure_cache(store: EpisodeStore, backbone: DepthBackbone, device: torch.de
         f"cache, {backbone.network.architecture.name}: {store.num_steps / seconds:.1f} frames/s, {size:,.0f} "
         f"bytes a frame ({backbone.num_tokens} tokens of {backbone.token_dim})"
     )
+
+
+def folder_size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def vfp_config(script: train_vfp_depth.Config) -> train_vfp.Config:
