@@ -44,22 +44,14 @@ class VisionConfig:
 
 
 class Backbone(nn.Module):
-    """A vision network behind one interface.
-
-    Attributes:
-        token_dim, summary_dim: widths of what `forward` returns.
-        num_tokens: L, at the image size that the backbone was built for.
-        hf_config: architecture as a dict if it is a Hugging Face model, else None.
-    """
+    """A vision network: images (B, 3, H, W) to tokens (B, L, token_dim) and a summary (B, summary_dim)."""
 
     token_dim: int
     summary_dim: int
     num_tokens: int
+    """L, at the image size that the backbone was built for."""
     hf_config: dict | None = None
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) float in [0, 1] -> tokens (B, L, token_dim) and summary (B, summary_dim)."""
-        raise TypeError(f"{type(self).__name__} defines no forward")
+    """Architecture, if it is a Hugging Face model."""
 
 
 def build_backbone(
@@ -94,9 +86,8 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 def _conv(channels_in: int, channels: int, kernel: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels, kernel, stride, kernel // 2), _norm(channels), nn.SiLU()
-    )
+    convolution = nn.Conv2d(channels_in, channels, kernel, stride, kernel // 2)
+    return nn.Sequential(convolution, _norm(channels), nn.SiLU())
 
 
 class ConvBackbone(Backbone):
@@ -117,8 +108,7 @@ class ConvBackbone(Backbone):
             # image, and hundreds of steps pass before the first one finds something to look at.
             self.keypoints.weight.mul_(4)
         grid = [math.ceil(math.ceil(side / 2) / 2) for side in image_size]
-        x, y = (torch.linspace(-1, 1, side) for side in (grid[1], grid[0]))
-        coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
+        coordinates = torch.cartesian_prod(*(torch.linspace(-1, 1, side) for side in grid))
         self.register_buffer("coordinates", coordinates, persistent=False)  # (H/4 * W/4, 2)
         stages, channels = [], 64
         while len(stages) < 2 or grid[0] * grid[1] > max_tokens:
@@ -176,7 +166,7 @@ class HuggingFaceBackbone(Backbone):
         self.hf_config = config.to_dict()
         knows_sizes = "interpolate_pos_encoding" in signature(self.network.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if knows_sizes else {}
-        self._is_radio = config.model_type == "radio"  # normalizes inside
+        self._is_radio = config.model_type == "radio"
         patch = None if config.model_type in CONVOLUTIONAL else getattr(config, "patch_size", None)
         self._patch = patch = patch if isinstance(patch, int) else None
         if patch and any(side % patch for side in image_size):
@@ -187,7 +177,8 @@ class HuggingFaceBackbone(Backbone):
             )
         mean, std = (HALF, HALF) if "siglip" in config.model_type else (IMAGENET_MEAN, IMAGENET_STD)
         mean, std = processor.get("image_mean") or mean, processor.get("image_std") or std
-        mean, std = ((0.0,) * 3, (1.0,) * 3) if self._is_radio else (mean, std)
+        if self._is_radio:  # normalizes inside
+            mean, std = (0.0,) * 3, (1.0,) * 3
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=True)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=True)
         self._leading: int | None = None  # tokens before those of the patches: the first forward counts them
@@ -243,11 +234,7 @@ class HuggingFaceBackbone(Backbone):
 def _leading_tokens(length: int, image_size: tuple[int, int], patch: int | None, config) -> int:
     """How many of a sequence's tokens stand before those of the image's regions.
 
-    The regions form a grid; its stride is the patch, or, in networks that merge patches on the way, some
-    power of two times it.
-
-    Raises:
-        ValueError: if no grid fits.
+    These form a grid, whose stride is the patch or, in networks that merge patches, a power of two times it.
     """
     registers = getattr(config, "num_register_tokens", None) or 0
     for stride in [(patch or 4) * 2**k for k in range(6)]:
