@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -226,17 +227,15 @@ def _listed(file: Path, info: Info | None) -> list[str]:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--episodes-file {file} cannot be read ({error}): give a text file.") from None
-    try:
+    with suppress(ValueError):
         scores = json.loads(text)
-    except ValueError:
-        scores = None
-    if isinstance(scores, dict):
-        text = str(scores.get("episodes", ""))
-        if info is not None and scores.get("fingerprint") != info.fingerprint:
-            raise UserError(
-                f"--episodes-file {file} chooses episodes of {scores.get('dataset')} as it was then, not of "
-                f"{info.source} as it is now: score this one, with train_mi.py."
-            )
+        if isinstance(scores, dict):
+            text = str(scores.get("episodes", ""))
+            if info is not None and scores.get("fingerprint") != info.fingerprint:
+                raise UserError(
+                    f"--episodes-file {file} chooses episodes of {scores.get('dataset')} as it was then, not "
+                    f"of {info.source} as it is now: score this one, with train_mi.py."
+                )
     uncommented = "\n".join(line.partition("#")[0] for line in text.splitlines())
     words = re.findall(r"[^\s,\[\]]+", uncommented)
     if not words:
