@@ -170,7 +170,7 @@ def test_a_bad_episode_is_named_and_can_be_left_out(tmp_path, open_, case):
 
 def test_episodes_that_are_too_short_or_absent(tmp_path, open_):
     root = make_zarr(tmp_path / "d.zarr", (12, 1, 15))
-    with pytest.raises(UserError, match=r"^Episode 1 has 1 steps, and an action chunk needs at least 2"):
+    with pytest.raises(UserError, match=r"^Episode 1 has 1 step, and an action chunk needs at least 2"):
         open_(root)
     with pytest.raises(UserError, match="has no episode 7"):
         open_(root, episodes=("7",))
@@ -182,7 +182,7 @@ def test_buffers_that_are_none(tmp_path, open_):
     shutil.copytree(root, tmp_path / "e.zarr")
     ends = zarr.open_group(tmp_path / "e.zarr", mode="a")["meta/episode_ends"]
     ends[2] = 40
-    with pytest.raises(UserError, match="has 36 steps in data/state and 40 by meta/episode_ends"):
+    with pytest.raises(UserError, match=r"has 36 steps in data/state, and episodes end at .*40"):
         open_(tmp_path / "e.zarr")
     shutil.rmtree(root / "meta")
     with pytest.raises(UserError, match="is no replay buffer"):

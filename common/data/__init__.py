@@ -3,10 +3,10 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -126,10 +126,11 @@ class DataConfig:
         if self.weights and (len(self.weights) != count or not min(self.weights) > 0):
             given = " ".join(f"{weight:g}" for weight in self.weights)
             raise UserError(f"--weights {given}: give one positive number for each of the {count} datasets.")
+        if self.episodes and self.episodes_file:
+            raise UserError("--episodes and --episodes-file both choose episodes: give one of them.")
         if count > 1 and (self.episodes or self.episodes_file):
             raise UserError(
-                "--episodes and --episodes-file number the episodes of one dataset: give a single --dataset "
-                "with them."
+                "--episodes number the episodes of one dataset: give a single --dataset with them."
             )
 
 
@@ -209,42 +210,34 @@ def chosen_episodes(config: DataConfig, info: Info | None = None) -> tuple[int, 
     """
     words, origin = list(config.episodes), "--episodes"
     if config.episodes_file is not None:
-        origin = f"--episodes-file {config.episodes_file}"
-        if words:
-            raise UserError(
-                "--episodes and --episodes-file both say which episodes to use: give one of them."
-            )
-        try:
-            text = config.episodes_file.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{origin} cannot be read ({error}): give a text file of numbers.") from None
-        scored = _scored(text)
-        if scored is not None:
-            text = str(scored.get("episodes", ""))
-            if info is not None and scored.get("fingerprint") != info.fingerprint:
-                raise UserError(
-                    f"{origin} chooses episodes of {scored.get('dataset')} as it was then, not of "
-                    f"{info.source} as it is now: score this one, with train_mi.py."
-                )
-        uncommented = "\n".join(line.partition("#")[0] for line in text.splitlines())
-        words = re.findall(r"[^\s,\[\]]+", uncommented)
-        if not words:
-            raise UserError(f"{origin} names no episode: give a text file of numbers.")
-    return tuple(sorted({number for word in words for number in _numbers(word, origin)})) if words else None
+        words, origin = _listed(config.episodes_file, info), f"--episodes-file {config.episodes_file}"
+    numbers: set[int] = set()
+    for word in words:
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word)
+        found = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not found:
+            raise UserError(f"{origin}: {word} is no episode number and no range such as 10-19.")
+        numbers.update(found)
+    return tuple(sorted(numbers)) or None
 
 
-def _scored(text: str) -> dict[str, Any] | None:
-    """The content of an episodes file that `train_mi.py` has written; None of another file."""
+def _listed(file: Path, info: Info | None) -> list[str]:
+    """The words in a file that lists episodes; of one that `train_mi.py` has written, its `episodes`."""
     try:
-        content = json.loads(text)
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _numbers(word: str, origin: str) -> Sequence[int]:
-    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word)
-    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-    if last < first:
-        raise UserError(f"{origin}: {word} is no episode number and no range such as 10-19.")
-    return range(first, last + 1)
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--episodes-file {file} cannot be read ({error}): give a text file.") from None
+    with suppress(ValueError):
+        scores = json.loads(text)
+        if isinstance(scores, dict):
+            text = str(scores.get("episodes", ""))
+            if info is not None and scores.get("fingerprint") != info.fingerprint:
+                raise UserError(
+                    f"--episodes-file {file} chooses episodes of {scores.get('dataset')} as it was then, not "
+                    f"of {info.source} as it is now: score this one, with train_mi.py."
+                )
+    uncommented = "\n".join(line.partition("#")[0] for line in text.splitlines())
+    words = re.findall(r"[^\s,\[\]]+", uncommented)
+    if not words:
+        raise UserError(f"--episodes-file {file} names no episode: give a text file of numbers.")
+    return words

@@ -11,7 +11,7 @@ a hand moves at most SPEED_LIMIT a step. Cameras: `cam_head` sees the whole tabl
 `cam_right` move with their hand and see what is near it.
 
 The constants below define the task's difficulty and must not change: success rates are compared across
-methods and versions. `python -m common.data.demo` draws the task; `BimanualEnv` is its gymnasium interface.
+methods and versions. `BimanualEnv` is its gymnasium interface.
 """
 
 import logging
@@ -325,31 +325,3 @@ def ensure_recorded(cache_dir: Path) -> Path:
             record(unfinished)
             unfinished.rename(root)
     return root
-
-
-def main() -> None:
-    """Draw the task: demonstrations in all four modes, and what the cameras see along one of them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    episodes = demonstrate(40, seed=0)
-    figure, axes = plt.subplots(1, 4, figsize=(15, 4))
-    for centre in OBSTACLES:
-        axes[0].add_patch(plt.Circle(centre, OBSTACLE_RADIUS, color="0.35"))
-    for episode in episodes:
-        for arm, color in enumerate(("tab:orange", "tab:green")):
-            axes[0].plot(*episode["state"][:, 2 * arm : 2 * arm + 2].T, color=color, lw=0.8)
-    axes[0].set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal", title="40 demonstrations")
-    images = episodes[0]["images"]
-    for axis, camera, view in zip(axes[1:], CAMERAS, images[2 * len(images) // 3], strict=True):
-        axis.imshow(view)
-        axis.set(title=camera, xticks=[], yticks=[])
-    figure.tight_layout()
-    figure.savefig("demo_task.png", dpi=110)
-    print("demo_task.png")
-
-
-if __name__ == "__main__":
-    main()

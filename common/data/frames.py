@@ -15,6 +15,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import av
+    from av.video.reformatter import VideoReformatter
 
 BT601 = 5  # swscale's default matrix, and what an unmarked stream is taken for
 UNMARKED = (0, 2, BT601, 6)  # RGB, unspecified, and the two names of BT.601
@@ -44,7 +45,7 @@ def video_frames(
     import av
     from av.video.reformatter import VideoReformatter
 
-    to_planes = PlaneConverter(VideoReformatter(), size)
+    reformatter, out = VideoReformatter(), np.empty((3, *size), np.uint8)
     count, previous, previous_time = 0, None, -np.inf
     try:
         with av.open(str(path), metadata_errors="replace") as container:
@@ -59,13 +60,13 @@ def video_frames(
                     early = times[count] - previous_time < time - times[count]
                     if abs((previous_time if early else time) - times[count]) > tolerance:
                         raise FrameError(f"no frame at {times[count]:.3f} s")
-                    yield to_planes(previous if early else frame)
+                    yield _to_planes(previous if early else frame, reformatter, out)
                     count += 1
                 if count == len(times):
                     return
                 previous, previous_time = frame, time
             while count < len(times) and times[count] - previous_time <= tolerance:
-                yield to_planes(previous)
+                yield _to_planes(previous, reformatter, out)
                 count += 1
     except (av.FFmpegError, ValueError, ArithmeticError) as error:  # damaged headers give all of these
         raise FrameError(getattr(error, "strerror", None) or str(error)) from error
@@ -98,27 +99,19 @@ def _decoded_from(container: av.container.InputContainer, start: float, toleranc
             return
 
 
-class PlaneConverter:
-    """Frames as decoded -> (3, H, W) uint8, one array that every call overwrites."""
-
-    def __init__(self, reformatter: av.video.reformatter.VideoReformatter, size: tuple[int, int]):
-        self.reformatter, self.size = reformatter, size
-        self.out = np.empty((3, *size), np.uint8)
-
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        height, width = self.size
-        shrinks = height <= frame.height and width <= frame.width
-        colors = {}
-        if frame.colorspace not in UNMARKED or frame.color_range == FULL_RANGE:
-            colors = {"src_colorspace": frame.colorspace, "dst_colorspace": BT601}
-            colors["src_color_range"] = frame.color_range
-        planar = self.reformatter.reformat(
-            frame, width, height, "gbrp", interpolation="AREA" if shrinks else "BICUBIC", **colors
-        )
-        for target, plane in zip((1, 2, 0), planar.planes, strict=True):  # green, blue, red
-            pixels = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-            self.out[target] = pixels[:height, :width]
-        return self.out
+def _to_planes(frame: av.VideoFrame, reformatter: VideoReformatter, out: np.ndarray) -> np.ndarray:
+    """A frame as decoded, written to the array `out`, (3, H, W) uint8."""
+    _, height, width = out.shape
+    shrinks = height <= frame.height and width <= frame.width
+    colors = {}
+    if frame.colorspace not in UNMARKED or frame.color_range == FULL_RANGE:
+        colors = {"src_colorspace": frame.colorspace, "dst_colorspace": BT601}
+        colors["src_color_range"] = frame.color_range
+    method = "AREA" if shrinks else "BICUBIC"
+    planar = reformatter.reformat(frame, width, height, "gbrp", interpolation=method, **colors)
+    for target, plane in zip((1, 2, 0), planar.planes, strict=True):  # green, blue, red
+        out[target] = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, :width]
+    return out
 
 
 def image_frame(encoded: bytes, recorded: tuple[int, int], size: tuple[int, int]) -> np.ndarray:

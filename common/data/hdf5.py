@@ -30,7 +30,7 @@ import numpy as np
 from common.data.frames import as_rgb
 from common.data.hdf5_files import SCAN, natural, read_frames, read_numbers, reason, scan_file
 from common.data.layout import Array, Known, Layout, choose_layout, listing, numbered
-from common.data.source import BadEpisode, Episode, Info, existing, refuse_nonfinite
+from common.data.source import BadEpisode, Episode, Info, existing, refuse_unusable
 from common.data.workers import Died, cores, guarded_map
 from common.errors import UserError
 from common.files import write_whole
@@ -190,8 +190,6 @@ class Hdf5Source:
             if array.size != wanted.size:
                 sizes = "{}x{} instead of {}x{}".format(*array.size, *wanted.size)
                 return f"{name} has images of another size in {key}, {sizes}"
-        if steps < 2:
-            return f"{name} has {steps} step{'s' * (steps != 1)}, and an action chunk needs at least 2"
         return None
 
     def _episode(self, index: int, found: Any) -> Episode:
@@ -202,13 +200,13 @@ class Hdf5Source:
             raise BadEpisode(f"{name}: {found}")
         state, action, recorded = found
         times = np.arange(len(state)) / fps
-        if recorded is not None and len(recorded) == len(times) and np.isfinite(recorded).all():
+        if recorded is not None and len(recorded) == len(times) > 1 and np.isfinite(recorded).all():
             recorded = recorded.astype(np.float64) - float(recorded[0])
             step = np.median(np.diff(recorded))
             if (np.diff(recorded) > 0).all() and 0.5 < step * fps < 2:  # seconds, then
                 times = recorded
         episode = Episode(index, state, action, times, [place.file, place.sha256, place.group])
-        refuse_nonfinite(name, episode, self.layout.names)
+        refuse_unusable(name, episode, self.layout.names)
         return episode
 
 

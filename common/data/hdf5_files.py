@@ -50,24 +50,22 @@ def scan_file(path: str, name: str) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             scan["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-            size = file.tell()
-    except OSError as error:
-        return {**scan, "problem": f"{name} cannot be read ({error.strerror})"}
-    if not h5py.is_hdf5(path):
-        return {**scan, "problem": f"{name} is {'not an HDF5 file' if size else 'empty'}"}
-    try:
+            if file.tell() == 0:
+                raise BadEpisode("is empty")
+        if not h5py.is_hdf5(path):
+            raise BadEpisode("is not an HDF5 file")
         with h5py.File(path, "r", locking="best-effort") as file:
             found = {key: describe_dataset(item) for key, item in walk(file)}
             scan["fps"] = _attribute_rate(file)
         for group in episode_groups(found):
             inside = {key[len(group) :]: array for key, array in found.items() if key.startswith(group)}
             scan["episodes"].append((group, inside))
+        if not found:
+            raise BadEpisode("holds no datasets")
     except BadEpisode as error:
         scan["problem"] = f"{name} {error}"
     except Exception as error:  # of a damaged file, h5py raises a dozen classes
         scan["problem"] = f"{name} cannot be read ({reason(error)})"
-    if not scan["episodes"] and not scan["problem"]:
-        scan["problem"] = f"{name} holds no datasets"
     return scan
 
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from common.data.cameras import closest
 from common.data.frames import FrameError, as_rgb, image_frame, video_frames
 from common.data.layout import Array, Known, Layout, choose_layout
-from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, refuse_nonfinite
+from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, refuse_unusable
 from common.errors import UserError
 from common.files import read_json
 
@@ -144,10 +144,8 @@ class LeRobotSource:
         name, steps = f"Episode {row.index}", sum(len(run.columns["timestamp"][0]) for run in runs)
         if steps != row.length:
             raise BadEpisode(f"{name} has {steps} steps in the data files and {row.length} in meta/episodes")
-        if steps < 2:
-            raise BadEpisode(
-                f"{name} has {steps} step{'s' * (steps != 1)}, and an action chunk needs at least 2"
-            )
+        if not steps:
+            raise BadEpisode(f"{name} has 0 steps, and an action chunk needs at least 2")
         file, first, columns = runs[0]
         times = columns["timestamp"][0][:, 0]
         if len(runs) > 1 or (np.diff(columns["frame_index"][0][:, 0]) != 1).any():
@@ -167,7 +165,7 @@ class LeRobotSource:
             if not (self.root / file).is_file():
                 raise BadEpisode(f"{name} lacks its video: {self.root / file} is missing")
         episode = Episode(row.index, state, action, times, origin, row.task)
-        refuse_nonfinite(name, episode, self.layout.names)
+        refuse_unusable(name, episode, self.layout.names)
         return episode
 
 

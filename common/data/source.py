@@ -111,13 +111,16 @@ class Source(Protocol):
         """
 
 
-def refuse_nonfinite(name: str, episode: Episode, names: dict[str, Sequence[str]]) -> None:
-    """Raise BadEpisode for a NaN or infinity.
+def refuse_unusable(name: str, episode: Episode, names: dict[str, Sequence[str]]) -> None:
+    """Raise BadEpisode for a single step, a NaN or an infinity.
 
     Args:
         name: the episode, for the message.
         names: of the dimensions of `state` and `action`.
     """
+    if len(episode) < 2:
+        steps = f"{len(episode)} step{'s' * (len(episode) != 1)}"
+        raise BadEpisode(f"{name} has {steps}, and an action chunk needs at least 2")
     for part, values in (("state", episode.state), ("action", episode.action)):
         broken = np.argwhere(~np.isfinite(values))
         if len(broken):

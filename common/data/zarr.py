@@ -26,7 +26,7 @@ import numpy as np
 
 from common.data.frames import as_rgb, pixel_frame
 from common.data.layout import Known, Layout, choose_layout, describe, rows_of
-from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, refuse_nonfinite
+from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, refuse_unusable
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class ZarrSource:
         arrays = {}
         for key, array in sorted(open_group(self.path, self.name)["data"].arrays()):
             is_image = array.ndim == 4 and array.dtype.kind in "fiu"
-            arrays[key] = describe(array.shape, np.dtype(np.uint8) if is_image else array.dtype)
+            found = describe(array.shape, np.dtype(np.uint8) if is_image else array.dtype)
+            arrays[key] = found._replace(dtype=str(array.dtype))
         umi = tuple(name.format(robot) for robot in range(10) for name in UMI if name.format(robot) in arrays)
         action, known = ("action",) if "action" in arrays else (), None
         if umi and not action and not self.config.action_keys:
@@ -77,23 +78,21 @@ class ZarrSource:
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
         group, layout = open_group(self.path, self.name), self.layout
-        spans = list(pairwise([0, *group["meta/episode_ends"][:].tolist()]))
-        for key, array in layout.arrays.items():
-            if array.shape[0] != spans[-1][1]:
+        ends = group["meta/episode_ends"][:].tolist()
+        for key, (_, (steps, *_), _, _) in layout.arrays.items():
+            if [steps] != ends[-1:]:
                 raise UserError(
-                    f"{self.name} has {array.shape[0]} steps in data/{key} and {spans[-1][1]} by "
-                    f"meta/episode_ends: copy it again."
+                    f"{self.name} has {steps} steps in data/{key}, and episodes end at {ends[-5:]}."
                 )
+        spans = list(pairwise([0, *ends]))
         state, action = layout.vectors(lambda key: group[f"data/{key}"][:])
         episodes, bad = [], []
         for index in existing(wanted, range(len(spans)), self.name):
             first, last = spans[index]
-            times, name = np.arange(last - first) / self.config.fps, f"Episode {index}"
+            times = np.arange(last - first) / self.config.fps
             episode = Episode(index, state[first:last], action[first:last], times, [first, last])
             try:
-                if len(episode) < 2:
-                    raise BadEpisode(f"{name} has {len(episode)} steps, and an action chunk needs at least 2")
-                refuse_nonfinite(name, episode, layout.names)
+                refuse_unusable(f"Episode {index}", episode, layout.names)
                 episodes.append(episode)
             except BadEpisode as error:
                 bad.append(str(error))
@@ -130,14 +129,10 @@ def open_group(path: Path, name: str) -> Any:
         group["meta/episode_ends"], list(group["data"].arrays())
     except Exception as error:  # zarr and its stores have classes of their own
         codec = re.search(r"codec '?([\w.-]+)'?.*not available", str(error))
+        sentence = f"{name} is no replay buffer that can be read ({' '.join(str(error).split())[:200]})."
         if codec:
-            raise UserError(
-                f"{name} is compressed with {codec[1]}: pip install imagecodecs, which can read it."
-            ) from None
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{name} is no replay buffer (data/..., meta/episode_ends) that can be read: {reason}."
-        ) from None
+            sentence = f"{name} is compressed with {codec[1]}: pip install imagecodecs, which can read it."
+        raise UserError(sentence) from None
     return group
 
 
