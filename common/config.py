@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
@@ -55,14 +56,12 @@ def options[T](cls: type[T]) -> type[T]:
     A value that does not fit raises a UserError that names the flag. Docstrings below the fields become the
     help, on one line each, without `(default: None)`, since the text says what happens by default.
     """
-    annotations = dict(cls.__annotations__)
-    for doc in parse_from_object(cls).params:
-        if doc.arg_name in annotations:
+    with suppress(OSError, TypeError):  # a class whose source is nowhere, as in a notebook, has no help
+        for doc in parse_from_object(cls).params:
             hint = "" if getattr(cls, doc.arg_name, ...) in (None, ()) else None
             note = tyro.conf.arg(help=" ".join((doc.description or "").split()), help_behavior_hint=hint)
-            annotations[doc.arg_name] = Annotated[annotations[doc.arg_name], note]
-    cls.__annotations__ = annotations
-    settings = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, ser_json_inf_nan="strings")
+            cls.__annotations__[doc.arg_name] = Annotated[cls.__annotations__[doc.arg_name], note]
+    settings = ConfigDict(extra="forbid", allow_inf_nan=False, ser_json_inf_nan="strings")
     made = validated_dataclass(cls, frozen=True, config=settings)
     construct = made.__init__
 
@@ -304,7 +303,7 @@ def from_dict[T](config_type: type[T], values: Any) -> T:
         UserError: for an option that does not exist, or a value of the wrong type or out of range; names it.
     """
     try:
-        return TypeAdapter(config_type).validate_json(json.dumps(values))
+        return TypeAdapter(config_type).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         raise UserError(_sentence(error)) from None
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -49,7 +49,7 @@ class OptimConfig:
     """Optimizer steps to train for (default: 20,000, unless --epochs is given)."""
     epochs: MayChange[PositiveFloat | None] = None
     """Passes over the training episodes to train for, converted to steps at the start."""
-    grad_clip: MayChange[Annotated[float, Field(gt=0, allow_inf_nan=True, strict=False)]] = 1.0
+    grad_clip: MayChange[Annotated[float, Field(gt=0, allow_inf_nan=True), BeforeValidator(float)]] = 1.0
     """Largest norm of the gradient; it is scaled down to this. inf clips nothing."""
     ema_decay: MayChange[Share] = 0.999
     """Decay of the averaged weights that are evaluated and exported; 0 exports the raw weights."""

@@ -189,7 +189,7 @@ def test_a_bad_step_after_a_window_was_reset_does_not_bring_it_back(tiny, tmp_pa
     def compute_loss(policy, *args, train, **more):
         loss, metrics = original(policy, *args, train=train, **more)
         if train:
-            seen.append(policy.gate.counts.sum().item())
+            seen.append(policy.gate.usage.counts.sum().item())
             loss = loss * (math.nan if len(seen) in (3, 4) else 1.0)
         return loss, metrics
 

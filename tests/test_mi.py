@@ -65,6 +65,7 @@ def scores_of(run_dir):
         return {int(row["episode"]): float(row["score_nats"]) for row in csv.DictReader(file)}
 
 
+@pytest.mark.real("drawing")
 def test_a_run_trains_estimates_and_names_the_best_episodes(small, tmp_path, episodes_dataset, cache_dir):
     run = train(small, tmp_path / "run", "--steps", 3, "--best", 0.3, 0.5)
     report = json.loads((run / "mutual_information.json").read_text())
