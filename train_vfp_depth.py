@@ -28,7 +28,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from common import checkpoint, flow, losses, vision
+from common import flow, losses, vision
 from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, RunConfig, Share, cli, options
 from common.data import Batch, ChunkDataset, DataConfig
@@ -273,12 +273,8 @@ def main(config: Config) -> None:
     run = start_run(config, __file__)
     data = run.load_data(config.horizon, config.normalization)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
-    if config.depth.depth_cache == "on":  # features follow from the weights, which a checkpoint may bring
-        if run.resuming:
-            last = checkpoint.first_whole(config.run.run_dir, "policy/")
-            checkpoint.load_components(policy, last / "policy")
-        else:
-            checkpoint.initialise(policy, config.run.init_from)
+    if config.depth.depth_cache == "on":
+        run.load_weights(policy)  # features follow from them
         data = data.on(cached(data.store, policy.depth_backbone, policy.depth_cameras, run.device))
     optimizer, scheduler, average = run.prepare(policy, data)
     if run.is_main:

@@ -194,6 +194,17 @@ class Run:
 
     # Start
 
+    def load_weights(self, policy: nn.Module) -> None:
+        """Weights to start from: `--init-from`, or those that the last checkpoint of a resumed run exported.
+
+        `prepare` does this; call it earlier where something follows from the weights.
+        """
+        if self.resuming:
+            last = checkpoint.first_whole(self.config.run.run_dir, "policy/")
+            checkpoint.load_components(policy, last / "policy")
+        else:
+            checkpoint.initialise(policy, self.config.run.init_from)
+
     def prepare(self, policy: nn.Module, data: Data) -> tuple[AcceleratedOptimizer, LambdaLR, AveragedPolicy]:
         """Make a policy ready to train; the one order that works.
 
@@ -211,7 +222,7 @@ class Run:
         """
         config, accelerator = self.config, self.accelerator
         if not self.resuming:
-            checkpoint.initialise(policy, config.run.init_from)
+            self.load_weights(policy)
         checkpoint.freeze(policy, config.run.freeze)
 
         if self.world > 1 and self.device.type == "cuda":
