@@ -1,4 +1,4 @@
-"""How `golden/depth.safetensors` was made: what the official Depth Anything 3 gives for seeded weights.
+"""How `golden/depth*.safetensors` were made: what the official Depth Anything 3 gives for seeded weights.
 
     uv pip install --target official --no-deps depth-anything-3 omegaconf addict einops antlr4-python3-runtime
     PYTHONPATH=official python tests/depth_golden.py
@@ -15,12 +15,18 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common import depth
 from common.depth import Architecture
 
 SIZE = (56, 84)  # pixels
 ARCHITECTURES = {
     "views": Architecture("golden", 64, 6, 2, (1, 3, 5), 2),  # as small, base and large are
     "one_view": Architecture("golden", 64, 6, 2, (1, 3, 5)),  # as mono and metric are
+}
+LARGE_SIZES = ((224, 224), (518, 518), (252, 336))
+LARGE = {  # of the published widths; six blocks of the 24 say as much
+    "small": depth.ARCHITECTURES["small"],
+    "few": Architecture("few", 1024, 6, 16, (1, 3, 4, 5)),
 }
 
 
@@ -67,11 +73,30 @@ def run(network: torch.nn.Module, architecture: Architecture, size: tuple[int, i
     return named | {f"layer.{n}": layer[:, 0] for n, layer in enumerate(layers)}
 
 
-if __name__ == "__main__":
-    tensors = {}
+def sampled(outputs: dict, count: int = 64) -> dict:
+    """Evenly spaced numbers of each output: a file of all would have hundreds of megabytes."""
+    return {
+        name: x.flatten()[torch.linspace(0, x.numel() - 1, count, dtype=torch.float64).long()]
+        for name, x in outputs.items()
+    }
+
+
+def main() -> None:
+    folder = Path(__file__).parent / "golden"
+    tensors, large = {}, {}
     for name, architecture in ARCHITECTURES.items():
         network = official(architecture)
         randomise(network)
-        outputs = run(network, architecture)
-        tensors |= {f"{name}.{key}": value.contiguous() for key, value in outputs.items()}
-    save_file(tensors, Path(__file__).parent / "golden" / "depth.safetensors")
+        tensors |= {f"{name}.{key}": x.contiguous() for key, x in run(network, architecture).items()}
+    for name, architecture in LARGE.items():
+        network = official(architecture)
+        randomise(network)
+        for size in LARGE_SIZES:
+            outputs = sampled(run(network, architecture, size))
+            large |= {f"{name}.{size[0]}x{size[1]}.{key}": x for key, x in outputs.items()}
+    save_file(tensors, folder / "depth.safetensors")
+    save_file(large, folder / "depth_large.safetensors")
+
+
+if __name__ == "__main__":
+    main()

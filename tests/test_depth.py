@@ -26,46 +26,35 @@ GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
 
 
-def compare(architecture, outputs, size, weights=None):
-    """Largest difference from the official outputs."""
+def outputs_of(architecture, size):
+    """What this project's network gives for the weights and images of the golden values."""
     network = DepthNetwork(architecture).eval()
-    if weights is None:
-        depth_golden.randomise(network)
-    else:
-        network.load_state_dict(weights)
+    depth_golden.randomise(network)
     with torch.no_grad():
         feats, layers = network(depth_golden.images(size), range(architecture.num_blocks))
     assert len(feats) == len(architecture.out_layers)
-    mine = {f"feats.{n}": x for n, x in enumerate(feats)} | {f"layer.{n}": x for n, x in enumerate(layers)}
-    assert mine.keys() == outputs.keys()
-    assert all(mine[key].shape == outputs[key].shape for key in mine)
-    return max((mine[key] - outputs[key]).abs().max().item() for key in mine)
+    return {f"feats.{n}": x for n, x in enumerate(feats)} | {f"layer.{n}": x for n, x in enumerate(layers)}
+
+
+def assert_golden(outputs, file, prefix):
+    golden = {k.removeprefix(prefix): x for k, x in load_file(GOLDEN / file).items() if k.startswith(prefix)}
+    assert outputs.keys() == golden.keys()
+    assert golden["feats.2"].abs().mean() > 0.1
+    for name, x in outputs.items():
+        torch.testing.assert_close(x, golden[name], rtol=0, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("name", depth_golden.ARCHITECTURES)
 def test_features_are_those_of_the_official_network(name):
-    golden = load_file(GOLDEN / "depth.safetensors")
-    outputs = {key.removeprefix(f"{name}."): x for key, x in golden.items() if key.partition(".")[0] == name}
-    assert outputs["feats.2"].abs().mean() > 0.1
-    assert compare(depth_golden.ARCHITECTURES[name], outputs, depth_golden.SIZE) < 1e-4
+    outputs = outputs_of(depth_golden.ARCHITECTURES[name], depth_golden.SIZE)
+    assert_golden(outputs, "depth.safetensors", f"{name}.")
 
 
-@pytest.mark.parametrize("size", [(224, 224), (518, 518), (252, 336)], ids=str)
-@pytest.mark.parametrize("name", ["small", "mono-like"])
-def test_features_equal_the_official_network_where_it_is_installed(name, size, capsys):
-    """See depth_golden.py for how to install it."""
-    pytest.importorskip("depth_anything_3")
-    if name == "small":
-        architecture = depth.ARCHITECTURES["small"]
-    else:  # LARGE has 304 million parameters: six blocks say as much
-        architecture = depth.Architecture("few", 1024, 6, 16, (1, 3, 4, 5))
-    network = depth_golden.official(architecture)
-    depth_golden.randomise(network)
-    outputs = depth_golden.run(network, architecture, size)
-    difference = compare(architecture, outputs, size, network.state_dict())
-    with capsys.disabled():
-        print(f"\n{name} at {size[0]}x{size[1]}: largest difference {difference:.2g}")
-    assert difference < 1e-4
+@pytest.mark.parametrize("size", depth_golden.LARGE_SIZES, ids=str)
+@pytest.mark.parametrize("name", depth_golden.LARGE)
+def test_features_are_those_of_the_official_network_at_its_sizes(name, size):
+    outputs = depth_golden.sampled(outputs_of(depth_golden.LARGE[name], size))
+    assert_golden(outputs, "depth_large.safetensors", f"{name}.{size[0]}x{size[1]}.")
 
 
 def test_the_sizes_are_the_published_ones():
