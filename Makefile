@@ -18,7 +18,7 @@ setup: .venv/.installed
 
 tools: .venv/.installed-tools
 
-.venv/.installed-tools: .venv/.installed requirements-test.txt
+.venv/.installed-tools: .venv/.installed requirements-test.txt requirements-zarr.txt
 	@$(or $(PYTHON),$(error no Python 3 starts here: install one)) tools/setup.py requirements-test.txt
 	@touch $@
 
