@@ -16,7 +16,7 @@ state is read with `weights_only`.
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -437,35 +437,37 @@ def initialise(policy: nn.Module, sources: tuple[str, ...]) -> None:
     components = dict(policy.named_children())
     for source in sources:
         name, equals, where = source.partition("=")
-        if equals and name not in components and Path(source).expanduser().exists():
-            name, equals, where = source, "", ""  # a path that has a "=" in it
-        path = Path(where if equals else source).expanduser()
-        if equals and name not in components:
+        if not equals or (name not in components and Path(source).expanduser().exists()):
+            name, where = "", source  # a run, whose path may have a "=" in it
+        elif name not in components:
             raise UserError(
                 f"--init-from {source}: there is no component {name!r}; there are {', '.join(components)}."
             )
-        if not path.exists():
-            raise UserError(
-                f"--init-from {source}: {path} does not exist; give a run folder or a file of weights."
-            )
-        if path.is_dir():
-            folder = find(path) / "policy"
-            refuse_damaged(folder.parent, "policy/")
-            files = {n: folder / f"{n}.safetensors" for n in ([name] if equals else components)}
-            found = {n: file for n, file in files.items() if file.exists()}
-            if not found:
-                there = ", ".join(
-                    sorted(file.stem for file in folder.glob("*.safetensors") if file.stem != "stats")
-                )
-                raise UserError(f"--init-from {source}: no component to take from {path}, which has {there}.")
-        elif equals:
-            found = {name: path}
-        else:
+        for component, file in _weights_in(Path(where).expanduser(), name, components, source).items():
+            _load_file_into(components[component], component, file)
+
+
+def _weights_in(path: Path, name: str, components: Iterable[str], source: str) -> dict[str, Path]:
+    """Files of weights in a run or file, by component; `name` asks for one of them."""
+    if not path.exists():
+        raise UserError(
+            f"--init-from {source}: {path} does not exist; give a run folder or a file of weights."
+        )
+    if not path.is_dir():
+        if not name:
             raise UserError(
                 f"--init-from {source}: write component=FILE to say which component the file is for."
             )
-        for component, file in found.items():
-            _load_file_into(components[component], component, file)
+        return {name: path}
+    folder = find(path) / "policy"
+    refuse_damaged(folder.parent, "policy/")
+    there = {file.stem: file for file in sorted(folder.glob("*.safetensors")) if file.stem != "stats"}
+    found = {n: there[n] for n in ([name] if name else components) if n in there}
+    if not found:
+        raise UserError(
+            f"--init-from {source}: no component to take from {path}, which has {', '.join(there)}."
+        )
+    return found
 
 
 def _load_file_into(component: nn.Module, name: str, file: Path) -> None:
