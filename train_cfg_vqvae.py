@@ -6,13 +6,12 @@ the recorded chunk x_1 while training, a prior from the observation s alone. Wit
 in plain flow matching, z_e the posterior's output, q the nearest of K code vectors and n normal noise,
 
     z = z_e + |z_e - q| n / |n|                                        (NSVQ, Vali & Backstrom 2022)
-    L = || v(x_t, t, s, z) - u ||^2                                    z replaced by a null token at times
+    L = mean (v(x_t, t, s, z) - u)^2                                   z replaced by a null token at times
         + 0.2 S(x_0 + v(x_0, 0, s, z), x_1)                            K-OT: Sinkhorn divergence of clouds
         - log p(k | sg(s)) + 0.25 |z_e - sg(q)|^2 / d_z                prior; commitment
 
-where sg stops the gradient and the clouds are the chunks of one micro-batch on one process.
-
-The prior learns the code k that a slowly moving average of the posterior assigns. It is a distribution over
+where sg stops the gradient and the clouds are the chunks, each with its state, of one micro-batch and process;
+the prior learns the code k that a slowly moving average of the posterior assigns. It is a distribution over
 codes because regressing the latent would average the very modes that the codebook separates. The commitment
 is a mean over the d_z dimensions, so that its weight means the same for every width. To act, a code is drawn
 from the prior and dx/dt = v_null + w (v_z - v_null) is integrated (Ho & Salimans 2022). Codes that are hardly
@@ -66,12 +65,12 @@ class Config:
     normalization: Normalization = "mean-std"
     """How state and action are scaled: see common/normalize.py."""
     flow_samples: PositiveInt = 8
-    """M, draws of (noise, flow time) per observation and step. The encoder runs once for all of them, so with
-    a large backbone further draws are nearly free."""
+    """M: draws of (noise, flow time) per observation in each step. The encoder runs once for all of them, so
+    with a large backbone further draws are nearly free."""
     time_distribution: flow.TimeDistribution = "beta"
     """Distribution of the flow time in training."""
     time_beta: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.5)
-    """Parameters of the Beta distribution; the second above the first favours the noisy end."""
+    """(a, b) of the Beta distribution; b > a favours the noisy end, t = 0."""
     d_model: PositiveInt = 128
     """Width of encoder and decoder tokens."""
     num_heads: PositiveInt = 4
@@ -81,15 +80,15 @@ class Config:
     decoder_layers: PositiveInt = 3
     """Transformer layers that predict the velocity."""
     attention: Literal["causal", "full"] = "causal"
-    """Self-attention among the actions of a chunk: an action sees earlier ones only, or all."""
+    """Self-attention among the actions of a chunk: each sees itself and earlier ones, or all."""
     sample_steps: MayChange[PositiveInt] = 10
     """Integration steps when sampling actions."""
     sample_method: MayChange[flow.Integrator] = "euler"
-    """Integrator when sampling actions; midpoint and heun evaluate the network twice a step."""
+    """Integrator when sampling actions; midpoint and heun evaluate the network twice per step."""
     transport_weight: NonNegativeFloat = 0.2
     """Weight of the Sinkhorn divergence between one-step predictions and recorded chunks (K-OT)."""
     transport_blur: PositiveFloat = 0.05
-    """Length, in normalized actions, below which that divergence does not look."""
+    """Length, in normalized actions, below which differences are smeared out."""
     posterior_layers: PositiveInt = 2
     """Transformer layers that read the latent off a recorded chunk."""
     prior_layers: PositiveInt = 1
@@ -113,7 +112,7 @@ class Config:
     code_window: PositiveInt = 100
     """Steps over which the use of codes is counted."""
     replace_until: Share = 0.5
-    """Share of training during which a code is replaced that a window used less than a tenth of 1 / K."""
+    """Share of training during which codes are replaced that a window used less than a tenth of 1 / K."""
 
 
 class Policy(nn.Module):
@@ -123,7 +122,7 @@ class Policy(nn.Module):
     """
 
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
-        """`pretrained` = False leaves the backbone's weights to the checkpoint that is loaded next."""
+        """`pretrained`: load the backbone's weights; False if a checkpoint is loaded next."""
         super().__init__()
         self.backbone = vision.build_backbone(
             config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
@@ -188,13 +187,13 @@ class Policy(nn.Module):
             x_t, t: points (B * M, T, A) and flow times (B * M,).
             images, proprio: the observations, as for `encode`.
             actions, is_pad: the recorded chunks (B, T, A), normalized, and their padding (B, T).
-            train: draw the latents.
+            train: draw the latents, instead of taking the most probable.
             dropped: (B * M,), True where the null token takes the latent's place.
         """
-        flow_samples = len(x_t) // len(images)
+        flow_samples = len(x_t) // len(images)  # with the draw of `flow.prepend_start`
         head_tokens, observation = self.encode(images, proprio)
-        # Posterior and prior look at what the decoder made the encoder see, and do not change it: an encoder
-        # that runs after a moving latent learns late to see what is to be done.
+        # Posterior and prior read the encoder's features but do not train it: an encoder that also has to
+        # follow a moving latent is slow to learn what the task needs.
         seen = (proprio, head_tokens.detach(), actions, is_pad)
         posterior, prior = self.posterior(*seen), self.prior(observation.detach())
         latent = self.latent.infer(posterior, prior, seen, flow_samples, train)
@@ -221,9 +220,9 @@ def compute_loss(
 
     Args:
         progress: share of training that is done, for what changes in its course.
-        train: augment images, draw latents and what else is random.
-        count: real actions to divide by, see `losses.masked_mse`.
-        x_0, t: noise (B * M, T, A) and flow time (B * M,), M for each sample, where they are not to be drawn.
+        train: augment images, draw latents, drop some.
+        count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
+        x_0, t: noise (B * M, T, A) and flow times (B * M,), M for each sample; both, or neither to draw them.
     """
     images = vision.augment(batch.images, config.vision) if train else vision.to_float(batch.images)
     flow_samples = config.flow_samples if x_0 is None else len(x_0) // len(images)
@@ -289,7 +288,7 @@ def sample_actions(
         noise: that of the latent, (B, latent_dim).
 
     Returns:
-        (B, T, A) float32, unitless: to be un-normalized.
+        (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
     """
     _, observation = policy.encode(vision.to_float(images), proprio)
     if x_0 is None:
@@ -332,8 +331,8 @@ def evaluate(
     """Loss and error of sampled chunks on held-out episodes, with the same noise and flow times every time.
 
     `loss/velocity` is given the latent of the recorded chunk itself, `action_mae` is the error of chunks
-    whose latent came from the prior. At most `--eval-samples` evenly spaced steps are used, divided among the
-    processes. The training noise is not touched: evaluating more or less often changes nothing else.
+    whose latent came from the prior. At most `--eval-samples` evenly spaced samples are used, divided among
+    the processes. The global random state is not touched: evaluating more often changes nothing else.
     """
     num = min(config.run.eval_samples, len(dataset))
     generator = torch.Generator().manual_seed(config.run.seed)
@@ -341,8 +340,8 @@ def evaluate(
     t = flow.sample_time(num, "cpu", config.time_distribution, config.time_beta, generator)
     noise = torch.randn(num, config.latent_dim, generator=generator)
     sums = torch.zeros(5, device=run.device)  # loss, absolute error, real actions; KL divergence, samples
-    for rows, batch in run.evenly_spaced(dataset, num):
-        x, times, z_noise = (draws[rows].to(run.device) for draws in (x_0, t, noise))
+    for picked, batch in run.evenly_spaced(dataset, num):
+        x, times, z_noise = (draws[picked].to(run.device) for draws in (x_0, t, noise))
         with run.autocast():
             _, metrics = compute_loss(policy, batch, normalizer, config, train=False, x_0=x, t=times)
             sampled = sample_actions(
@@ -352,7 +351,7 @@ def evaluate(
         error = losses.masked_l1(sampled, target, ~batch.is_pad)
         real, one = (~batch.is_pad).sum(), torch.ones_like(error)
         sums[:3] += torch.stack([metrics["loss/velocity"], error, one]) * real
-        sums[3:] += torch.stack([metrics["loss/kl"], one]) * len(rows)
+        sums[3:] += torch.stack([metrics["loss/kl"], one]) * len(picked)
     loss, error, real, divergence, samples = run.sum(sums).tolist()
     return {"loss/velocity": loss / real, "loss/kl": divergence / samples, "action_mae": error / real}
 
@@ -376,28 +375,28 @@ def main(config: Config) -> None:
     run = start_run(config, __file__)
     data = run.load_data(config.horizon, config.normalization)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
-    optimizer, scheduler, average = run.prepare(policy, data)
+    optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
 
     while run.step < run.total_steps and not run.stopping:
-        for batch in run.micro_batches():
+        for batch in run.micro_batches():  # of one step; sets run.real_actions
             loss, metrics = compute_loss(
                 run.model, batch, data.normalizer, config, run.progress, train=True, count=run.real_actions
             )
             run.backward(loss)
             policy.latent.count(run.sum(metrics.pop("latent")))
             run.log(metrics)
-        run.log(run.clip_gradients())
+        run.log(run.clip_gradients())  # gradients are complete only here
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        policy.latent.follow(policy.posterior, run.step - 1, config.posterior_decay)
-        average.update()
+        policy.latent.follow(policy.posterior, run.step - 1, config.posterior_decay)  # updates before this
         if run.step % config.code_window == 0:
-            early, seed = run.step <= config.replace_until * run.total_steps, config.run.seed + run.step
-            run.log(policy.latent.end_window(policy.prior.out, average, seed, early))
+            early = run.step <= config.replace_until * run.total_steps
+            run.log(policy.latent.end_window(policy.prior.out, average, config.run.seed + run.step, early))
+        average.update()  # last: it copies what was counted, too
         run.end_step()
 
-        if data.val and run.due(config.run.eval_every):
+        if data.val is not None and run.due(config.run.eval_every):
             model = average.model
             run.log_validation(evaluate(model, data.val, data.normalizer, config, run))
             if run.is_main:

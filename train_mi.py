@@ -176,7 +176,7 @@ class Autoencoders(nn.Module):
     """
 
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
-        """`pretrained` = False leaves the backbone's weights to the checkpoint that is loaded next."""
+        """`pretrained`: load the backbone's weights; False if a checkpoint is loaded next."""
         super().__init__()
         scale = min(1.0, LARGEST_SIDE / max(spec.image_size))
         self.size = tuple(max(round(side * scale), 16) for side in spec.image_size)
@@ -273,10 +273,10 @@ def evaluate(
     num = min(config.run.eval_samples, len(dataset))
     names = ["loss", "error/image", "error/state", "error/action", "embedding/state", "embedding/action"]
     sums = torch.zeros(len(names), device=run.device)
-    for rows, batch in run.evenly_spaced(dataset, num):
+    for picked, batch in run.evenly_spaced(dataset, num):
         with run.autocast():
             loss, metrics = compute_loss(model, batch, normalizer, config, train=False)
-        sums += torch.stack([loss, *(metrics[name] for name in names[1:])]) * len(rows)
+        sums += torch.stack([loss, *(metrics[name] for name in names[1:])]) * len(picked)
     return dict(zip(names, (run.sum(sums) / num).tolist(), strict=True))
 
 
@@ -419,18 +419,18 @@ def main(config: Config) -> None:
     optimizer, scheduler, average = run.prepare(model, data)
 
     while run.step < run.total_steps and not run.stopping:
-        for batch in run.micro_batches():
+        for batch in run.micro_batches():  # of one step; sets run.real_actions
             loss, metrics = compute_loss(run.model, batch, data.normalizer, config, train=True)
             run.backward(loss)
             run.log(metrics)
-        run.log(run.clip_gradients())
+        run.log(run.clip_gradients())  # gradients are complete only here
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         average.update()
         run.end_step()
 
-        if data.val and run.due(config.run.eval_every):
+        if data.val is not None and run.due(config.run.eval_every):
             run.log_validation(evaluate(average.model, data.val, data.normalizer, config, run))
             if run.is_main:
                 draw_examples(average.model, data.val, data.normalizer, run.folder / "reconstructions.png")

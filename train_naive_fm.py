@@ -5,7 +5,7 @@ joint states into a memory and a summary; a transformer decoder, conditioned on 
 action chunk into the velocity that carries it to the demonstrated one. With x_t = (1 - t) x_0 + t x_1,
 x_0 ~ N(0, 1), t ~ Beta(1.0, 1.5), and x_1 the normalized chunk recorded after observation s, the objective is
 
-    L = E || v(x_t, t, s) - (x_1 - x_0) ||^2      over actions that exist, not past an episode's end
+    L = mean (v(x_t, t, s) - (x_1 - x_0))^2      over draws, actions within the episode, their dimensions
 
 (Lipman et al. 2023; Liu et al. 2023; time distribution as in pi0, Black et al. 2024). The optimizer is
 schedule-free RAdam (Defazio et al. 2024): no learning-rate schedule, no separate average of the weights. To
@@ -47,12 +47,12 @@ class Config:
     normalization: Normalization = "mean-std"
     """How state and action are scaled: see common/normalize.py."""
     flow_samples: PositiveInt = 8
-    """M, draws of (noise, flow time) per observation and step. The encoder runs once for all of them, so with
-    a large backbone further draws are nearly free."""
+    """M: draws of (noise, flow time) per observation in each step. The encoder runs once for all of them, so
+    with a large backbone further draws are nearly free."""
     time_distribution: flow.TimeDistribution = "beta"
     """Distribution of the flow time in training."""
     time_beta: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.5)
-    """Parameters of the Beta distribution; the second above the first favours the noisy end."""
+    """(a, b) of the Beta distribution; b > a favours the noisy end, t = 0."""
     d_model: PositiveInt = 128
     """Width of encoder and decoder tokens."""
     num_heads: PositiveInt = 4
@@ -62,11 +62,11 @@ class Config:
     decoder_layers: PositiveInt = 3
     """Transformer layers that predict the velocity."""
     attention: Literal["causal", "full"] = "causal"
-    """Self-attention among the actions of a chunk: an action sees earlier ones only, or all."""
+    """Self-attention among the actions of a chunk: each sees itself and earlier ones, or all."""
     sample_steps: MayChange[PositiveInt] = 10
     """Integration steps when sampling actions."""
     sample_method: MayChange[flow.Integrator] = "euler"
-    """Integrator when sampling actions; midpoint and heun evaluate the network twice a step."""
+    """Integrator when sampling actions; midpoint and heun evaluate the network twice per step."""
 
 
 class Policy(nn.Module):
@@ -76,7 +76,7 @@ class Policy(nn.Module):
     """
 
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
-        """`pretrained` = False leaves the backbone's weights to the checkpoint that is loaded next."""
+        """`pretrained`: load the backbone's weights; False if a checkpoint is loaded next."""
         super().__init__()
         self.backbone = vision.build_backbone(
             config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
@@ -133,12 +133,12 @@ def compute_loss(
     x_0: Tensor | None = None,
     t: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Conditional flow-matching loss over the actions that exist, and its parts to log.
+    """Conditional flow-matching loss over the actions within the episode, and its parts to log.
 
     Args:
         train: augment images.
-        count: real actions to divide by, see `losses.masked_mse`.
-        x_0, t: noise (B * M, T, A) and flow time (B * M,), M for each sample, where they are not to be drawn.
+        count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
+        x_0, t: noise (B * M, T, A) and flow times (B * M,), M for each sample; both, or neither to draw them.
     """
     images = vision.augment(batch.images, config.vision) if train else vision.to_float(batch.images)
     flow_samples = config.flow_samples if x_0 is None else len(x_0) // len(images)
@@ -175,7 +175,7 @@ def sample_actions(
         x_0: the noise itself, (B, T, A).
 
     Returns:
-        (B, T, A) float32, unitless: to be un-normalized.
+        (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
     """
     decoder = policy.action_decoder
     context = policy.observe(vision.to_float(images), proprio)
@@ -193,16 +193,16 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and error of sampled chunks on held-out episodes, with the same noise and flow times every time.
 
-    At most `--eval-samples` evenly spaced steps are used, divided among the processes. The training noise is
-    not touched: evaluating more or less often changes nothing else.
+    At most `--eval-samples` evenly spaced samples are used, divided among the processes. The global random
+    state is not touched: evaluating more or less often changes nothing else.
     """
     num = min(config.run.eval_samples, len(dataset))
     generator = torch.Generator().manual_seed(config.run.seed)
     x_0 = torch.randn(num, config.horizon, dataset.store.action.shape[1], generator=generator)
     t = flow.sample_time(num, "cpu", config.time_distribution, config.time_beta, generator)
     sums = torch.zeros(3, device=run.device)  # loss, absolute error, real actions
-    for rows, batch in run.evenly_spaced(dataset, num):
-        noise, times = x_0[rows].to(run.device), t[rows].to(run.device)
+    for picked, batch in run.evenly_spaced(dataset, num):
+        noise, times = x_0[picked].to(run.device), t[picked].to(run.device)
         with run.autocast():
             loss, _ = compute_loss(policy, batch, normalizer, config, train=False, x_0=noise, t=times)
             sampled = sample_actions(
@@ -219,23 +219,23 @@ def main(config: Config) -> None:
     run = start_run(config, __file__)
     data = run.load_data(config.horizon, config.normalization)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
-    optimizer, scheduler, average = run.prepare(policy, data)
+    optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
 
     while run.step < run.total_steps and not run.stopping:
-        for batch in run.micro_batches():
+        for batch in run.micro_batches():  # of one step; sets run.real_actions
             loss, metrics = compute_loss(
                 run.model, batch, data.normalizer, config, train=True, count=run.real_actions
             )
             run.backward(loss)
             run.log(metrics)
-        run.log(run.clip_gradients())
+        run.log(run.clip_gradients())  # gradients are complete only here
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         average.update()
         run.end_step()
 
-        if data.val and run.due(config.run.eval_every):
+        if data.val is not None and run.due(config.run.eval_every):
             run.log_validation(evaluate(average.model, data.val, data.normalizer, config, run))
         if run.due(config.run.save_every) or run.stopping:
             run.save()

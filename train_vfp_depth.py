@@ -1,17 +1,19 @@
 """Variational-flow-policy family, single expert, with depth: flow matching from cameras and Depth Anything 3.
 
-Every camera has its own backbone. While training, a sample may lose one camera, so that the policy does not
-lean on a single view. The head camera, or those of `--depth-cameras`, has a further visual stream: features
-of the frozen Depth Anything 3 network (Lin et al. 2025), which has seen more shapes and distances than any
-set of demonstrations. A camera that is lost takes its depth along. A transformer encoder fuses all tokens and
-joint states into a memory and a summary; a transformer decoder, conditioned on flow time, turns a noisy
-action chunk into the velocity that carries it to the demonstrated one. With x_t = (1 - t) x_0 + t x_1,
-x_0 ~ N(0, 1), t ~ Beta(1.0, 1.5), and x_1 the normalized chunk recorded after observation s, the objective is
+Every camera has its own backbone. During training, a sample may lose one camera, so that the policy does not
+rely on a single view. A transformer encoder fuses the camera tokens and joint states into a memory and a
+summary; a transformer decoder, conditioned on flow time, turns a noisy action chunk into the velocity that
+carries it to the demonstrated one. With x_t = (1 - t) x_0 + t x_1, x_0 ~ N(0, 1), t ~ Beta(1.0, 1.5), and x_1
+the normalized chunk that begins at observation s, the objective is
 
-    L = E | v(x_t, t, s) - (x_1 - x_0) |          over actions that exist, not past an episode's end
+    L = mean | v(x_t, t, s) - (x_1 - x_0) |      over draws, actions within the episode, their dimensions
 
 (Lipman et al. 2023; Liu et al. 2023; time distribution as in pi0, Black et al. 2024). To act, dx/dt = v is
 integrated from noise at t = 0 to actions at t = 1.
+
+The head camera, or those of `--depth-cameras`, has a further visual stream: features of the frozen Depth
+Anything 3 network (Lin et al. 2025), which has seen more shapes and distances than any set of demonstrations.
+A camera that is lost takes its depth along.
 
 Differs from `train_vfp.py` in: depth features, computed once for every frame or anew in each step; the L1
 loss; a picture of the features.
@@ -58,12 +60,12 @@ class Config:
     camera_dropout: Share = 0.15
     """Probability that a training sample loses one camera; the only camera is never lost."""
     flow_samples: PositiveInt = 8
-    """M, draws of (noise, flow time) per observation and step. The encoder runs once for all of them, so with
-    a large backbone further draws are nearly free."""
+    """M: draws of (noise, flow time) per observation in each step. The encoder runs once for all of them, so
+    with a large backbone further draws are nearly free."""
     time_distribution: flow.TimeDistribution = "beta"
     """Distribution of the flow time in training."""
     time_beta: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.5)
-    """Parameters of the Beta distribution; the second above the first favours the noisy end."""
+    """(a, b) of the Beta distribution; b > a favours the noisy end, t = 0."""
     d_model: PositiveInt = 128
     """Width of encoder and decoder tokens."""
     num_heads: PositiveInt = 4
@@ -73,11 +75,11 @@ class Config:
     decoder_layers: PositiveInt = 3
     """Transformer layers that predict the velocity."""
     attention: Literal["causal", "full"] = "causal"
-    """Self-attention among the actions of a chunk: an action sees earlier ones only, or all."""
+    """Self-attention among the actions of a chunk: each sees itself and earlier ones, or all."""
     sample_steps: MayChange[PositiveInt] = 10
     """Integration steps when sampling actions."""
     sample_method: MayChange[flow.Integrator] = "euler"
-    """Integrator when sampling actions; midpoint and heun evaluate the network twice a step."""
+    """Integrator when sampling actions; midpoint and heun evaluate the network twice per step."""
 
 
 class Policy(nn.Module):
@@ -87,7 +89,7 @@ class Policy(nn.Module):
     """
 
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
-        """`pretrained` = False leaves the backbones' weights to the checkpoint that is loaded next."""
+        """`pretrained`: load the backbones' weights; False if a checkpoint is loaded next."""
         super().__init__()
         self.cameras, widths = spec.cameras, []
         for camera in spec.cameras:
@@ -169,13 +171,13 @@ def compute_loss(
     x_0: Tensor | None = None,
     t: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Conditional flow-matching loss over the actions that exist, and its parts to log.
+    """Conditional flow-matching loss over the actions within the episode, and its parts to log.
 
     Args:
         batch: with depth features.
         train: augment images, drop cameras.
-        count: real actions to divide by, see `losses.masked_mse`.
-        x_0, t: noise (B * M, T, A) and flow time (B * M,), M for each sample, where they are not to be drawn.
+        count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
+        x_0, t: noise (B * M, T, A) and flow times (B * M,), M for each sample; both, or neither to draw them.
     """
     if train:
         images = vision.augment(batch.images, config.vision)
@@ -219,7 +221,7 @@ def sample_actions(
         depth: features of the images, (B, C, L, D_f), if they are known already.
 
     Returns:
-        (B, T, A) float32, unitless: to be un-normalized.
+        (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
     """
     decoder = policy.action_decoder
     depth = policy.depth_features(images) if depth is None else depth
@@ -238,17 +240,17 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and error of sampled chunks on held-out episodes, with the same noise and flow times every time.
 
-    At most `--eval-samples` evenly spaced steps are used, divided among the processes. The training noise is
-    not touched: evaluating more or less often changes nothing else.
+    At most `--eval-samples` evenly spaced samples are used, divided among the processes. The global random
+    state is not touched: evaluating more or less often changes nothing else.
     """
     num = min(config.run.eval_samples, len(dataset))
     generator = torch.Generator().manual_seed(config.run.seed)
     x_0 = torch.randn(num, config.horizon, dataset.store.action.shape[1], generator=generator)
     t = flow.sample_time(num, "cpu", config.time_distribution, config.time_beta, generator)
     sums = torch.zeros(3, device=run.device)  # loss, absolute error, real actions
-    for rows, batch in run.evenly_spaced(dataset, num):
+    for picked, batch in run.evenly_spaced(dataset, num):
         batch = with_depth(batch, policy)
-        noise, times = x_0[rows].to(run.device), t[rows].to(run.device)
+        noise, times = x_0[picked].to(run.device), t[picked].to(run.device)
         with run.autocast():
             loss, _ = compute_loss(policy, batch, normalizer, config, train=False, x_0=noise, t=times)
             proprio, depth = normalizer.proprio(batch.proprio), batch.extras["depth"]
@@ -281,21 +283,21 @@ def main(config: Config) -> None:
         draw_depth(policy, data.train, run.folder / "depth.png")
 
     while run.step < run.total_steps and not run.stopping:
-        for batch in run.micro_batches():
+        for batch in run.micro_batches():  # of one step; sets run.real_actions
             batch = with_depth(batch, policy)
             loss, metrics = compute_loss(
                 run.model, batch, data.normalizer, config, train=True, count=run.real_actions
             )
             run.backward(loss)
             run.log(metrics)
-        run.log(run.clip_gradients())
+        run.log(run.clip_gradients())  # gradients are complete only here
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         average.update()
         run.end_step()
 
-        if data.val and run.due(config.run.eval_every):
+        if data.val is not None and run.due(config.run.eval_every):
             run.log_validation(evaluate(average.model, data.val, data.normalizer, config, run))
         if run.due(config.run.save_every) or run.stopping:
             run.save()

@@ -1,23 +1,24 @@
-"""Variational flow matching with a mixture of experts: a latent names the way, a gate picks who acts.
+"""Variational flow matching with a mixture of experts: a latent names the way, a gate picks the decoder.
 
 Plain flow matching has one velocity field for all the ways in which a task can be done; near t = 0, where
 noise says nothing yet, it points at their average. Here a latent z names the way. A posterior infers it from
 the recorded chunk x_1 while training, a prior from the observation s alone. With x_t, t and u = x_1 - x_0 as
 in plain flow matching, and a gate g that chooses by z among E decoders v_e (VFP, Zhai et al. 2025),
 
-    L = sum_e g_e(z) || v_e(x_t, t, s, z) - u ||^2                     z ~ q(z | s, x_1)
-        + 0.2 S(x_0 + sum_e g_e v_e(x_0, 0, s, z), x_1)                K-OT: Sinkhorn divergence of clouds
-        + beta KL(q(z | s, x_1) || p(z | sg(s)))                       diagonal normals, free bits, warm-up
-        + 1e-3 (log sum_e exp l_e)^2 + 1e-2 E sum_e f_e mean g_e       l: logits of g, f: shares of top-1
+    L = sum_e w_e mean (v_e(x_t, t, s, z) - u)^2                       z ~ q(z | sg(s), x_1)
+        + 0.2 S(x_0 + sum_e w_e v_e(x_0, 0, s, z), x_1)                K-OT: Sinkhorn divergence of clouds
+        + beta KL(q(z | sg(s), x_1) || p(z | sg(s)))                   diagonal normals; beta is warmed up
+        + 1e-3 (log sum_e exp l_e)^2 + 1e-2 E sum_e f_e mean g_e       l: noisy logits, g = softmax(l)
 
-where sg stops the gradient and the clouds are the chunks of one micro-batch on one process.
+where sg stops the gradient and the clouds are the chunks, each with its state, of one micro-batch and process;
+w goes from 1 / E to g over the gate's warm-up, f_e is the share of samples whose largest g is that of e.
 
-All experts are computed as one batched product, and kept in use by the last line (router z-loss: Zoph et al.
-2022; load balance: Fedus et al. 2021). To act, z is drawn from the prior and dx/dt = v_e is integrated for
-the expert of the largest g_e alone: E experts cost what one costs.
+The last line keeps logits small (Zoph et al. 2022) and experts in use (Fedus et al. 2021). To act, z is drawn
+from the prior and dx/dt = v_e is integrated for the expert of the largest l_e: E experts cost what one costs.
 
-Differs from `train_cfg_vqvae.py` in: a normal latent, with warm-up and free bits (`--latent vq` has the
-codebook); no null token and no guidance, but experts, the gate, its losses, and a picture of what it does.
+Differs from `train_cfg_vqvae.py` in: a normal latent, whose KL divergence (with `--latent vq`, the prior's
+cross-entropy) has a weight, warm-up and free bits; experts, a gate and its losses in place of null token and
+guidance; a warning of idle experts; pictures of experts and latents.
 
     accelerate launch train_vfp_moe.py --lr 2e-3 --schedule schedule-free
     accelerate launch train_vfp_moe.py --dataset me/fold_towel --image-size 224 --num-experts 8
@@ -52,6 +53,7 @@ from common.transformer import (
     ObservationHead,
     StackedLinear,
     TimeEmbedding,
+    mlp,
     take_expert,
 )
 from common.vision import VisionConfig
@@ -71,12 +73,12 @@ class Config:
     normalization: Normalization = "mean-std"
     """How state and action are scaled: see common/normalize.py."""
     flow_samples: PositiveInt = 8
-    """M, draws of (noise, flow time) per observation and step. The encoder runs once for all of them, so with
-    a large backbone further draws are nearly free."""
+    """M: draws of (noise, flow time) per observation in each step. The encoder runs once for all of them, so
+    with a large backbone further draws are nearly free."""
     time_distribution: flow.TimeDistribution = "beta"
     """Distribution of the flow time in training."""
     time_beta: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.5)
-    """Parameters of the Beta distribution; the second above the first favours the noisy end."""
+    """(a, b) of the Beta distribution; b > a favours the noisy end, t = 0."""
     d_model: PositiveInt = 128
     """Width of encoder and decoder tokens."""
     num_heads: PositiveInt = 4
@@ -86,15 +88,15 @@ class Config:
     decoder_layers: PositiveInt = 3
     """Transformer layers that predict the velocity."""
     attention: Literal["causal", "full"] = "causal"
-    """Self-attention among the actions of a chunk: an action sees earlier ones only, or all."""
+    """Self-attention among the actions of a chunk: each sees itself and earlier ones, or all."""
     sample_steps: MayChange[PositiveInt] = 10
     """Integration steps when sampling actions."""
     sample_method: MayChange[flow.Integrator] = "euler"
-    """Integrator when sampling actions; midpoint and heun evaluate the network twice a step."""
+    """Integrator when sampling actions; midpoint and heun evaluate the network twice per step."""
     transport_weight: NonNegativeFloat = 0.2
     """Weight of the Sinkhorn divergence between one-step predictions and recorded chunks (K-OT)."""
     transport_blur: PositiveFloat = 0.05
-    """Length, in normalized actions, below which that divergence does not look."""
+    """Length, in normalized actions, below which differences are smeared out."""
     posterior_layers: PositiveInt = 2
     """Transformer layers that read the latent off a recorded chunk."""
     prior_layers: PositiveInt = 1
@@ -103,7 +105,7 @@ class Config:
     num_experts: PositiveInt = 4
     """E, decoders among which the gate chooses."""
     expert_layers: PositiveInt | None = None
-    """How many of the decoder's layers, the last ones, each expert has for itself. Default: all."""
+    """Decoder layers, counted from the last, that each expert has for itself. Default: all."""
     gate_noise: NonNegativeFloat = 0.3
     """Standard deviation of the noise on the gate's logits while training."""
     gate_warmup: Share = 0.3
@@ -113,14 +115,14 @@ class Config:
     balance_weight: NonNegativeFloat = 1e-2
     """Weight of the load-balancing loss."""
     kl_weight: NonNegativeFloat = 0.03
-    """beta, weight of the KL divergence; of a codebook's prior, of its cross-entropy."""
+    """beta: weight of the KL divergence, or, for a codebook, of the prior's cross-entropy."""
     kl_warmup: Share = 0.2
     """Share of training over which that weight rises from 0."""
     free_bits: NonNegativeFloat = 0.0
-    """Nats of KL divergence in each dimension that cost nothing; of a codebook, of the cross-entropy."""
+    """Nats of KL divergence in each dimension that cost nothing; for a codebook, of the cross-entropy."""
 
     latent: Literal["gaussian", "vq"] = "gaussian"
-    """Latent: normal, or a vector of a codebook, which the options from --num-codes on are for."""
+    """Kind of latent: normal, or a vector of a codebook, to which the options from --num-codes on apply."""
     variances: Literal["learned", "unit"] = "learned"
     """Variances of the normal posterior and prior: learned, or all 1."""
     latent_dim: PositiveInt = 8
@@ -134,21 +136,21 @@ class Config:
     code_window: PositiveInt = 100
     """Steps over which the use of codes is counted."""
     replace_until: Share = 0.5
-    """Share of training during which a code is replaced that a window used less than a tenth of 1 / K."""
+    """Share of training during which codes are replaced that a window used less than a tenth of 1 / K."""
 
 
 class Gate(nn.Module):
-    """Which expert a latent is for: a linear map that is decided from the start.
+    """Which expert a latent is for: a linear map, with large weights at first, so that it is decided.
 
-    One that starts undecided stays so: experts that all learn everything give it nothing to choose by. A
-    decided one cuts the latents into as many cones; which latent lies in which, the posterior learns.
-    `usage` counts of how many samples each expert is the most probable, between two lines of the log.
+    An undecided gate stays undecided: experts that all learn everything give it nothing to choose by. A
+    decided one divides the latents into E cones; which chunk goes into which, the posterior learns.
+    `usage` counts, between two lines of the log, for how many samples each expert is the most probable.
     """
 
     def __init__(self, latent_dim: int, num_experts: int):
         super().__init__()
         self.logits = nn.Linear(latent_dim, num_experts)
-        nn.init.normal_(self.logits.weight, std=3 / latent_dim**0.5)  # logits of deviation 3
+        nn.init.normal_(self.logits.weight, std=3 / latent_dim**0.5)  # logits ~ N(0, 9)
         nn.init.zeros_(self.logits.bias)
         self.usage = Usage(num_experts)
 
@@ -170,7 +172,7 @@ class Gate(nn.Module):
 class MoEActionDecoder(nn.Module):
     """E decoders, run as one, over one embedding of noisy actions, flow time, summary and latent.
 
-    An expert's own layers are the last; with the others, what is the same in every mode is learned once.
+    The last `--expert-layers` blocks are the experts' own; what all modes share is learned once, before them.
     """
 
     def __init__(self, config: Config, action_dim: int):
@@ -178,16 +180,15 @@ class MoEActionDecoder(nn.Module):
         d_model, num_heads = config.d_model, config.num_heads
         self.causal = config.attention == "causal"
         num_own = config.expert_layers or config.decoder_layers
-        num_shared = config.decoder_layers - num_own
         linear = partial(StackedLinear, config.num_experts)
         self.action_in = nn.Linear(action_dim, d_model)
         self.position = nn.Parameter(torch.randn(config.horizon, d_model) * 0.02)
         self.summary_in = nn.Linear(d_model, d_model)
         self.time = TimeEmbedding(d_model)
-        self.latent_in = nn.Sequential(
-            nn.Linear(config.latent_dim, d_model), nn.SiLU(), nn.Linear(d_model, d_model)
+        self.latent_in = mlp(config.latent_dim, d_model, d_model)
+        self.shared = nn.ModuleList(
+            DecoderBlock(d_model, num_heads) for _ in range(config.decoder_layers - num_own)
         )
-        self.shared = nn.ModuleList(DecoderBlock(d_model, num_heads) for _ in range(num_shared))
         self.experts = nn.ModuleList(DecoderBlock(d_model, num_heads, linear) for _ in range(num_own))
         self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
         self.velocity_out = linear(d_model, action_dim)
@@ -224,7 +225,7 @@ class Policy(nn.Module):
     """
 
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
-        """`pretrained` = False leaves the backbone's weights to the checkpoint that is loaded next."""
+        """`pretrained`: load the backbone's weights; False if a checkpoint is loaded next."""
         super().__init__()
         if (config.expert_layers or 0) > config.decoder_layers:
             raise UserError(f"--expert-layers must be at most --decoder-layers, {config.decoder_layers}.")
@@ -289,12 +290,12 @@ class Policy(nn.Module):
             x_t, t: points (B * M, T, A) and flow times (B * M,).
             images, proprio: the observations, as for `encode`.
             actions, is_pad: the recorded chunks (B, T, A), normalized, and their padding (B, T).
-            train: draw the latents.
+            train: draw the latents, instead of taking the most probable.
         """
-        flow_samples = len(x_t) // len(images)
+        flow_samples = len(x_t) // len(images)  # with the draw of `flow.prepend_start`
         head_tokens, observation = self.encode(images, proprio)
-        # Posterior and prior look at what the decoder made the encoder see, and do not change it: an encoder
-        # that runs after a moving latent learns late to see what is to be done.
+        # Posterior and prior read the encoder's features but do not train it: an encoder that also has to
+        # follow a moving latent is slow to learn what the task needs.
         seen = (proprio, head_tokens.detach(), actions, is_pad)
         posterior, prior = self.posterior(*seen), self.prior(observation.detach())
         latent = self.latent.infer(posterior, prior, seen, flow_samples, train)
@@ -319,9 +320,9 @@ def compute_loss(
 
     Args:
         progress: share of training that is done, for what changes in its course.
-        train: augment images, draw latents and what else is random.
-        count: real actions to divide by, see `losses.masked_mse`.
-        x_0, t: noise (B * M, T, A) and flow time (B * M,), M for each sample, where they are not to be drawn.
+        train: augment images, draw latents, add the gate's noise.
+        count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
+        x_0, t: noise (B * M, T, A) and flow times (B * M,), M for each sample; both, or neither to draw them.
     """
     images = vision.augment(batch.images, config.vision) if train else vision.to_float(batch.images)
     flow_samples = config.flow_samples if x_0 is None else len(x_0) // len(images)
@@ -338,7 +339,7 @@ def compute_loss(
 
     velocity_pred, logits, latent = policy(x_t, t, images, proprio, chunks, batch.is_pad, train)
     velocity_pred = velocity_pred.unflatten(1, (-1, 1 + flow_samples))  # (E, B, 1 + M, T, A)
-    gates, router_loss, router_metrics = route(logits, config, progress, train)
+    gates, gate_loss, gate_metrics = weigh_experts(logits, config, progress, train)
     gates = gates.unflatten(0, (-1, 1 + flow_samples))  # (B, 1 + M, E)
 
     count = None if count is None else count * flow_samples
@@ -354,7 +355,7 @@ def compute_loss(
         + beta * divergence.clamp(min=config.free_bits).sum()
         + config.commitment_weight * latent.commitment
         + config.transport_weight * transport.divergence
-        + router_loss
+        + gate_loss
     )
     return loss, {
         "loss/velocity": velocity_loss,
@@ -362,32 +363,31 @@ def compute_loss(
         "loss/transport": transport.divergence,
         "transport/marginal_error": transport.marginal_error,
         **latent.metrics,
-        **router_metrics,
+        **gate_metrics,
         "latent": latent.counted,
     }
 
 
-def route(logits: Tensor, config: Config, progress: float, train: bool) -> tuple[Tensor, Tensor, dict]:
+def weigh_experts(
+    logits: Tensor, config: Config, progress: float, train: bool
+) -> tuple[Tensor, Tensor, dict]:
     """How much each expert learns from a sample, (B, E); the gate's own losses; what to log of it.
 
-    At first all experts learn alike: while errors are large, the one that happens to be ahead would be given
-    every sample, learn all the more, and never be caught up with.
+    At first all experts learn from every sample: while errors are large, the one that happened to be ahead
+    would get them all, learn faster still, and stay ahead.
     """
     noisy = logits + config.gate_noise * torch.randn_like(logits) if train else logits
     probabilities = noisy.softmax(dim=1)
     trust = min(progress / max(config.gate_warmup, 1e-9), 1.0)
     weights = trust * probabilities + (1 - trust) / config.num_experts
     z_loss, balance = losses.router_z_loss(noisy), losses.load_balance(probabilities)
-    return (
-        weights,
-        config.z_loss_weight * z_loss + config.balance_weight * balance,
-        {
-            "loss/router_z": z_loss,
-            "loss/balance": balance,
-            "gate/entropy": torch.special.entr(probabilities).sum(dim=1).mean(),
-            "experts": F.one_hot(logits.argmax(dim=1), config.num_experts).sum(dim=0),
-        },
-    )
+    metrics = {
+        "loss/router_z": z_loss,
+        "loss/balance": balance,
+        "gate/entropy": torch.special.entr(probabilities).sum(dim=1).mean(),
+        "experts": F.one_hot(logits.argmax(dim=1), config.num_experts).sum(dim=0),
+    }
+    return weights, config.z_loss_weight * z_loss + config.balance_weight * balance, metrics
 
 
 @torch.no_grad()
@@ -412,7 +412,7 @@ def sample_actions(
         noise: that of the latent, (B, latent_dim).
 
     Returns:
-        (B, T, A) float32, unitless: to be un-normalized.
+        (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
     """
     _, observation = policy.encode(vision.to_float(images), proprio)
     if x_0 is None:
@@ -435,7 +435,7 @@ def integrate(
 ) -> Tensor:
     """Chunks (B, T, A) from noise x_0 (B, T, A) and latents z (B, latent_dim), each by its expert.
 
-    These are (B,), by default those that the gate finds most probable; only they are computed.
+    `experts` (B,) are by default those that the gate finds most probable; only they are computed.
     """
     experts = policy.gate(z).argmax(dim=1) if experts is None else experts
     chunks = torch.empty_like(x_0)
@@ -458,8 +458,8 @@ def evaluate(
     """Loss and error of sampled chunks on held-out episodes, with the same noise and flow times every time.
 
     `loss/velocity` is given the latent of the recorded chunk itself, `action_mae` is the error of chunks
-    whose latent came from the prior. At most `--eval-samples` evenly spaced steps are used, divided among the
-    processes. The training noise is not touched: evaluating more or less often changes nothing else.
+    whose latent came from the prior. At most `--eval-samples` evenly spaced samples are used, divided among
+    the processes. The global random state is not touched: evaluating more often changes nothing else.
     """
     num = min(config.run.eval_samples, len(dataset))
     generator = torch.Generator().manual_seed(config.run.seed)
@@ -467,8 +467,8 @@ def evaluate(
     t = flow.sample_time(num, "cpu", config.time_distribution, config.time_beta, generator)
     noise = torch.randn(num, config.latent_dim, generator=generator)
     sums = torch.zeros(5, device=run.device)  # loss, absolute error, real actions; KL divergence, samples
-    for rows, batch in run.evenly_spaced(dataset, num):
-        x, times, z_noise = (draws[rows].to(run.device) for draws in (x_0, t, noise))
+    for picked, batch in run.evenly_spaced(dataset, num):
+        x, times, z_noise = (draws[picked].to(run.device) for draws in (x_0, t, noise))
         with run.autocast():
             _, metrics = compute_loss(policy, batch, normalizer, config, train=False, x_0=x, t=times)
             sampled = sample_actions(
@@ -478,7 +478,7 @@ def evaluate(
         error = losses.masked_l1(sampled, target, ~batch.is_pad)
         real, one = (~batch.is_pad).sum(), torch.ones_like(error)
         sums[:3] += torch.stack([metrics["loss/velocity"], error, one]) * real
-        sums[3:] += torch.stack([metrics["loss/kl"], one]) * len(rows)
+        sums[3:] += torch.stack([metrics["loss/kl"], one]) * len(picked)
     loss, error, real, divergence, samples = run.sum(sums).tolist()
     return {"loss/velocity": loss / real, "loss/kl": divergence / samples, "action_mae": error / real}
 
@@ -487,9 +487,9 @@ def evaluate(
 def draw_alternatives(
     policy: Policy, dataset: ChunkDataset, normalizer: Normalizer, config: Config, path: Path
 ) -> None:
-    """Picture of what each expert does at the start of an episode, how often it is chosen there, and at all.
+    """Picture of each expert's chunk at the start of an episode, how often it is chosen there, and at all.
 
-    An expert is shown with the latent, of 512 from the prior, that the gate finds most its own.
+    An expert is shown with that of 512 latents from the prior for which the gate finds it most probable.
     """
     batch = dataset.__getitems__([0]).to(normalizer.action_scale.device)
     generator = torch.Generator().manual_seed(config.run.seed)
@@ -497,17 +497,17 @@ def draw_alternatives(
     _, observation = policy.encode(vision.to_float(batch.images), normalizer.proprio(batch.proprio))
     noise = torch.randn(512, config.latent_dim, generator=generator).to(x_0.device)
     z = policy.latent.draw(policy.prior(observation).expand(512, -1), noise)
-    gate = policy.gate(z).log_softmax(dim=1)
-    own, chosen = gate.argmax(dim=0), gate.argmax(dim=1)  # for each expert a latent, and the reverse
-    observation = Observation(*(part.expand(len(own), *part.shape[1:]) for part in observation))
-    experts, x_0 = torch.arange(len(own), device=z.device), x_0.expand(len(own), -1, -1)
-    chunks = integrate(policy, observation, z[own], x_0, config, experts=experts)
-    shares = {"prior": F.one_hot(chosen, len(own)).float().mean(dim=0), "usage": policy.gate.usage.shares}
+    log_gates = policy.gate(z).log_softmax(dim=1)  # (512, E)
+    z, chosen, num = z[log_gates.argmax(dim=0)], log_gates.argmax(dim=1), config.num_experts
+    observation = Observation(*(part.expand(num, *part.shape[1:]) for part in observation))
+    experts = torch.arange(num, device=z.device)
+    chunks = integrate(policy, observation, z, x_0.expand(num, -1, -1), config, experts=experts)
+    shares = {"prior": F.one_hot(chosen, num).float().mean(dim=0), "usage": policy.gate.usage.shares}
     alternatives.draw_chunks(path, batch, chunks, normalizer, dataset.store.action_names, shares, "experts")
 
 
 def report_idle_experts(step: int, logged: dict[str, float], num_experts: int) -> None:
-    """Say so when experts are idle: what the gate never chooses learns nothing, and costs time."""
+    """Warn when a line of the log says that the gate hardly chooses an expert, which costs time in vain."""
     idle = [str(e) for e in range(num_experts) if logged.get(f"experts/use_{e}", 1.0) < 0.1 / num_experts]
     if idle:
         which = f"experts {', '.join(idle)} of {num_experts} are hardly used"
@@ -518,10 +518,10 @@ def main(config: Config) -> None:
     run = start_run(config, __file__)
     data = run.load_data(config.horizon, config.normalization)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
-    optimizer, scheduler, average = run.prepare(policy, data)
+    optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
 
     while run.step < run.total_steps and not run.stopping:
-        for batch in run.micro_batches():
+        for batch in run.micro_batches():  # of one step; sets run.real_actions
             loss, metrics = compute_loss(
                 run.model, batch, data.normalizer, config, run.progress, train=True, count=run.real_actions
             )
@@ -529,20 +529,21 @@ def main(config: Config) -> None:
             policy.latent.count(run.sum(metrics.pop("latent")))
             policy.gate.usage.counts += run.sum(metrics.pop("experts"))
             run.log(metrics)
-        run.log(run.clip_gradients())
+        run.log(run.clip_gradients())  # gradients are complete only here
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        policy.latent.follow(policy.posterior, run.step - 1, config.posterior_decay)
-        average.update()
+        policy.latent.follow(policy.posterior, run.step - 1, config.posterior_decay)  # updates before this
         if run.step % config.code_window == 0:
-            early, seed = run.step <= config.replace_until * run.total_steps, config.run.seed + run.step
-            run.log(policy.latent.end_window(policy.prior.out, average, seed, early))
+            early = run.step <= config.replace_until * run.total_steps
+            run.log(policy.latent.end_window(policy.prior.out, average, config.run.seed + run.step, early))
         if run.due(config.run.log_every):
             run.log(policy.gate.end_window())
-        report_idle_experts(run.step, run.end_step(), config.num_experts)
+        average.update()  # last: it copies what was counted, too
+        logged = run.end_step()
+        report_idle_experts(run.step, logged, config.num_experts)
 
-        if data.val and run.due(config.run.eval_every):
+        if data.val is not None and run.due(config.run.eval_every):
             model = average.model
             run.log_validation(evaluate(model, data.val, data.normalizer, config, run))
             if run.is_main:

@@ -99,7 +99,7 @@ def start_run(config: Any, script: str) -> "Run":
 def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerator:
     """Accelerate, set up as every script needs it.
 
-    Without an accelerator on the machine it runs on the CPU, with several processes too (gloo).
+    Without a GPU or similar it runs on the CPU, with several processes too (gloo).
     """
     # The launcher's own hints about defaults say nothing that a user of these scripts can act on.
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -109,15 +109,15 @@ def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerat
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=grad_accumulation,
         cpu=not torch.accelerator.is_available(),
-        step_scheduler_with_optimizer=False,  # otherwise a prepared scheduler steps once per process
+        step_scheduler_with_optimizer=False,  # scripts step the scheduler themselves
     )
     if accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # image sizes do not change during a run
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # its sums else depend on the streams
-        torch.backends.cudnn.benchmark = False  # it may choose another algorithm the next time
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise sums depend on the streams
+        torch.backends.cudnn.benchmark = False  # it may choose another algorithm in the next run
         torch.use_deterministic_algorithms(True)
     return accelerator
 
@@ -126,14 +126,14 @@ class Run:
     """A training run, as one of its processes sees it.
 
     Attributes:
-        folder: the run folder, the same on all processes; there from `prepare` on.
+        folder: the run folder, the same on all processes; set by `prepare`.
         device: where this process computes.
         rank, world: this process and how many there are.
         is_main: whether this process writes and prints.
         resuming: whether an earlier run is continued.
-        step: number of the present optimizer step, from 1 on; between steps, of the last one that was done.
+        step: the current optimizer step, from 1; between steps the last finished one, 0 at first.
         total_steps: of the whole run.
-        stopping: whether all processes have agreed to stop after the present step.
+        stopping: whether all processes have agreed to stop after the current step.
         model: the policy to call in training, wrapped for several processes.
         real_actions: what losses divide by, see `micro_batches`.
         progress_mark: count of what this process has done, and what it does now; for `HangWatch`.
@@ -153,7 +153,7 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """Share of the training that was done before the present step, in [0, 1)."""
+        """Share of the training that was completed before the current step, in [0, 1)."""
         return (self.step - 1) / self.total_steps
 
     # What there is to learn from
@@ -172,7 +172,7 @@ class Run:
         store, backbone = open_dataset(options), None
         if self.resuming:
             self._check_same_data(store)
-            # The model from which a backbone was once started is not needed again, on the hub or in a folder.
+            # The checkpoint has the backbone's architecture: its original model, on the hub, is not needed.
             last = checkpoint.first_whole(self.config.run.run_dir, "policy/policy.json")
             backbone = checkpoint.read_settings(last)["spec"]["backbone_config"]
         train_episodes, held_out = split_episodes(store, options.val_fraction, seed)
@@ -183,7 +183,7 @@ class Run:
         return Data(train, val, normalizer, PolicySpec.of(train, backbone))
 
     def _check_same_data(self, store: EpisodeStore) -> None:
-        """Where the data lie does not matter, their content does."""
+        """Refuse to resume on other data; their content counts, where they lie does not."""
         folder = self.config.run.run_dir
         saved = read_json(folder / "config.json")
         if saved.get("fingerprint") != store.fingerprint:
@@ -195,9 +195,10 @@ class Run:
     # Start
 
     def load_weights(self, policy: nn.Module) -> None:
-        """Weights to start from: `--init-from`, or those that the last checkpoint of a resumed run exported.
+        """Load `--init-from`, or, of a resumed run, the weights that its last checkpoint exported.
 
-        `prepare` does this; call it earlier where something follows from the weights.
+        `prepare` does this for a new run, and restores a resumed one completely. Call it before `prepare`
+        where something is computed from the weights.
         """
         if self.resuming:
             last = checkpoint.first_whole(self.config.run.run_dir, "policy/")
@@ -209,7 +210,7 @@ class Run:
         """Make a policy ready to train; the one order that works.
 
         1. `--init-from` and `--freeze`: the optimizer takes what is trainable, the average what was loaded.
-        2. Batch norm over processes, then the device: both replace tensors that the optimizer would hold.
+        2. Batch norm over processes, then the device, before the optimizer takes the parameters.
         3. Optimizer, then the average: a copy that Accelerate must not have patched yet.
         4. Compiling, then DDP around it.
         5. Random numbers that differ from process to process; a resumed run restores its own over them.
@@ -305,7 +306,7 @@ class Run:
     # A step
 
     def micro_batches(self) -> Iterator[Batch]:
-        """The batches of the next optimizer step, on the device, `--grad-accumulation` of them.
+        """Start the next optimizer step; yields its `--grad-accumulation` batches, on the device.
 
         Meanwhile `real_actions` is the mean number of actions that exist, over all these batches of all
         processes. A loss that divides by it gives, accumulated and averaged over processes, the gradient of
@@ -315,7 +316,7 @@ class Run:
         self.step += 1
         self._clipper.begin_step()
         self._at("loading data")
-        with self._tracker.waiting():
+        with self._tracker.waiting():  # all of them at once: the count is needed before the first loss
             batches = [next(self._batches) for _ in range(self.accelerator.gradient_accumulation_steps)]
             count = sum((~batch.is_pad).sum() for batch in batches).float() / len(batches)
         self.real_actions = self.mean(count.to(self.device))
@@ -326,7 +327,10 @@ class Run:
                 yield batch.to(self.device)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the loss's gradient to those of the step's other batches; logs the loss as `loss`."""
+        """Add the loss's gradient to those of the step's other batches; logs the loss as `loss`.
+
+        It is divided by the number of batches: the step's gradient is their mean.
+        """
         self._tracker.add({"loss": loss})
         self._at("the backward pass")
         self.accelerator.backward(or_nan(loss))
@@ -337,7 +341,10 @@ class Run:
             self._tracker.add(metrics)
 
     def clip_gradients(self) -> dict[str, Tensor]:
-        """Scale the gradients to `--grad-clip`; a step whose gradient is not finite will change nothing.
+        """Scale the gradients to `--grad-clip`.
+
+        If they are not finite, the optimizer's step leaves weights, moments and buffers unchanged, while step
+        count, schedule and average still advance.
 
         Returns:
             Norms before clipping, of the whole and of each component.
@@ -370,7 +377,7 @@ class Run:
         return logged
 
     def due(self, every: int) -> bool:
-        """Whether this step is one of every so many, or the last."""
+        """Whether this is every `every`-th step, or the last."""
         return self.step % every == 0 or self.step == self.total_steps
 
     def _at(self, where: str) -> None:
@@ -427,7 +434,10 @@ class Run:
         self._tracker.log_validation(self.step, metrics)
 
     def save(self) -> None:
-        """Write a checkpoint; a full disk costs the checkpoint, not the run."""
+        """Write a checkpoint; all processes call this at the same step.
+
+        If the disk is full, this checkpoint is lost and training continues.
+        """
         written = checkpoint.save(
             self.accelerator,
             self.folder,
