@@ -10,7 +10,7 @@ in plain flow matching, z_e the posterior's output, q the nearest of K code vect
         + 0.2 S(x_0 + v(x_0, 0, s, z), x_1)                            K-OT: Sinkhorn divergence of clouds
         - log p(k | sg(s)) + 0.25 |z_e - sg(q)|^2 / d_z                prior; commitment
 
-where sg stops the gradient and the clouds are the chunks, each with its state, of one micro-batch and process;
+where sg stops the gradient and the clouds are the chunks, each with its state, of a micro-batch and process;
 the prior learns the code k that a slowly moving average of the posterior assigns. It is a distribution over
 codes because regressing the latent would average the very modes that the codebook separates. The commitment
 is a mean over the d_z dimensions, so that its weight means the same for every width. To act, a code is drawn

@@ -10,7 +10,7 @@ in plain flow matching, and a gate g that chooses by z among E decoders v_e (VFP
         + beta KL(q(z | sg(s), x_1) || p(z | sg(s)))                   diagonal normals; beta is warmed up
         + 1e-3 (log sum_e exp l_e)^2 + 1e-2 E sum_e f_e mean g_e       l: noisy logits, g = softmax(l)
 
-where sg stops the gradient and the clouds are the chunks, each with its state, of one micro-batch and process;
+where sg stops the gradient and the clouds are the chunks, each with its state, of a micro-batch and process;
 w goes from 1 / E to g over the gate's warm-up, f_e is the share of samples whose largest g is that of e.
 
 The last line keeps logits small (Zoph et al. 2022) and experts in use (Fedus et al. 2021). To act, z is drawn
