@@ -346,11 +346,11 @@ def _check_model_name(path: Path, wanted: Architecture) -> None:
     try:
         name = read_json(path)["model_name"]
     except (OSError, ValueError, KeyError, TypeError):
-        name = "no Depth Anything 3 model"
+        name = "an unknown model"
     if name != wanted.name:
         known = [key for key, architecture in ARCHITECTURES.items() if architecture.name == name]
         way = f"--depth-model {known[0]}" if known else "an official snapshot as --depth-weights"
-        raise UserError(f"{path} says that it is {name}, not {wanted.name}: give {way}.")
+        raise UserError(f"{path} is of {name}, not {wanted.name}: give {way}.")
 
 
 def camera_numbers(config: DepthConfig, cameras: Sequence[str]) -> list[int]:

@@ -26,21 +26,14 @@ def sample_time(
     decides which mode a sample goes to (as pi0 does, Black et al. 2024; its code runs time the other way, and
     weights the noisy end as well). "logit-normal" is sigmoid(n), n standard normal (Esser et al. 2024): few
     draws at either end.
-
-    Raises:
-        ValueError: if a parameter of the Beta distribution is not positive.
     """
     if distribution == "uniform":
         return torch.rand(num, device=device, generator=generator)
     if distribution == "logit-normal":
         return torch.sigmoid(torch.randn(num, device=device, generator=generator))
     a, b = beta
-    if a <= 0 or b <= 0:
-        raise ValueError(f"Beta({a}, {b}) is no distribution: both parameters must be positive")
     if a == 1.0:  # inverse of the distribution function 1 - (1 - t)^b: one uniform draw
         return 1 - torch.rand(num, device=device, generator=generator) ** (1 / b)
-    if b == 1.0:
-        return torch.rand(num, device=device, generator=generator) ** (1 / a)
     concentration = torch.stack([torch.full((num,), float(c), device=device) for c in (a, b)], dim=1)
     # Dirichlet is what torch draws Beta from; the private function is the one that takes a generator.
     return torch._sample_dirichlet(concentration, generator=generator)[:, 0]

@@ -28,10 +28,9 @@ def load_policy(
     device: str | torch.device | None = None,
     seed: int | None = None,
 ) -> "RobotPolicy":
-    """Load a run's policy, ready to act.
+    """Load the policy of a run folder, ready to act.
 
     Args:
-        run: run folder, as printed by the training script.
         checkpoint: `last`, or the number of a saved step.
         device: where to compute; the accelerator if there is one, else the CPU.
         seed: makes sampled actions repeatable; None draws new noise on every start.

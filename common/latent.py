@@ -105,8 +105,6 @@ class CodebookLatent(nn.Module):
     Attributes:
         vectors: (K, latent_dim), at the start of mean 0 and variance 1 each.
         null: (latent_dim,), token of unconditional draws, of a codebook made with one.
-        posterior_average: average of the posterior over the course of training.
-        usage: how often each code is assigned, in windows of training.
         error: of the latest samples, mean squared distance to their codes, in each dimension.
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def masked_mse(pred: Tensor, target: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
-    """Mean squared error over real steps, in float32.
+    """Mean squared error over real steps, in float32; 0 (not NaN) if no step is real.
 
     Args:
         pred, target: (B, T, A). Where the mask is False they may be anything, even NaN: nothing of it reaches
@@ -19,9 +19,6 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor, count: Tensor | None 
         count: number of real steps to divide by, instead of those in `mask`. With several processes, pass
             the mean count over processes: the average of the gradients is then the gradient of the mean
             over all processes' real elements, whatever share of padding each has.
-
-    Returns:
-        Scalar; 0 (not NaN) if no step is real.
     """
     return _mean(_real_difference(pred, target, mask).square(), mask, count)
 

@@ -56,9 +56,8 @@ def episode_means(pointwise: Tensor, episodes: Tensor) -> tuple[Tensor, Tensor]:
 
 def _estimate(found: list[tuple[Tensor, Tensor]], episodes: Tensor) -> Estimate:
     """From sets of samples and their contributions, which have the same shape."""
-    places, values = (
-        torch.cat([part.flatten().cpu() for part in parts]) for parts in zip(*found, strict=True)
-    )
+    places = torch.cat([samples.flatten() for samples, _ in found]).cpu()
+    values = torch.cat([contributions.flatten() for _, contributions in found]).cpu()
     pointwise = _mean_at(places, values, len(episodes))
     return Estimate(episode_means(pointwise, episodes)[1].nanmean().item(), pointwise)
 
@@ -89,15 +88,12 @@ def standardise(x: Tensor) -> Tensor:
 
 
 def episode_sets(episodes: Tensor, repeats: int, seed: int) -> Tensor:
-    """Random sets of samples with one of every episode: (R, E), R is `repeats` times the longest episode.
-
-    Each episode goes through permutations of its own samples, one after the other.
-    """
+    """Random sets of samples with one of every episode: (R, E), R is `repeats` times the longest episode."""
     generator = torch.Generator().manual_seed(seed)
     members = [(episodes == number).nonzero()[:, 0] for number in episodes.unique().tolist()]
     total = repeats * max(map(len, members))
     columns = []
-    for own in members:
+    for own in members:  # each goes through permutations of its own samples, one after the other
         rounds = [own[torch.randperm(len(own), generator=generator)] for _ in range(-(-total // len(own)))]
         columns.append(torch.cat(rounds)[:total])
     return torch.stack(columns, dim=1)
@@ -128,7 +124,7 @@ def ksg(
             episode. None compares all samples with each other.
         neighbours: values of k.
         repeats: passes over the steps of the longest episode.
-        memory_bytes: for the distances that are kept at a time; all are computed, none are approximated.
+        memory_bytes: for the distances that are kept at a time; none are approximated.
 
     Raises:
         UserError: with too few episodes (or samples) for k, constant samples, or values that are not finite.

@@ -74,18 +74,18 @@ class Normalizer(nn.Module):
 
     Args:
         state, action: statistics from `fit_statistics`, of what is normalized.
+        action_range: (2, A), lowest and highest recorded action.
         relative_to: normalize the difference from the present state, in `shared_dimensions`; None leaves
             actions as recorded.
-        action_range: (2, A), lowest and highest recorded action (default: as in the statistics).
     """
 
     def __init__(
         self,
         state: dict[str, Tensor],
         action: dict[str, Tensor],
+        action_range: Tensor,
         mode: Normalization = "mean-std",
         relative_to: Tensor | None = None,
-        action_range: Tensor | None = None,
     ):
         super().__init__()
         self.statistics = {"state": state, "action": action}
@@ -93,8 +93,6 @@ class Normalizer(nn.Module):
             scale, offset = scale_offset(statistics, mode)
             self.register_buffer(f"{name}_scale", scale)
             self.register_buffer(f"{name}_offset", offset)
-        if action_range is None:
-            action_range = torch.stack([action["min"], action["max"]])
         self.register_buffer("action_range", action_range)
         self.register_buffer("relative_to", relative_to)
 
@@ -104,9 +102,9 @@ class Normalizer(nn.Module):
         store, rows = dataset.store, dataset.rows
         recorded = store.action[rows + dataset.action_offset]
         state, action = fit_statistics(store.state[rows]), fit_statistics(recorded)
-        if not relative:
-            return cls(state, action, mode)
         action_range = torch.stack([action["min"], action["max"]])
+        if not relative:
+            return cls(state, action, action_range, mode)
         pairs = shared_dimensions(store.state_names, store.action_names)
         for dim in np.flatnonzero(pairs >= 0):
             # One dimension after the other: all chunks at once can be many gigabytes.
@@ -114,7 +112,7 @@ class Normalizer(nn.Module):
             differences = (chunks - store.state[rows, pairs[dim]][:, None])[~is_pad]
             for name, value in fit_statistics(differences[:, None]).items():
                 action[name][dim] = value[0]
-        return cls(state, action, mode, torch.from_numpy(pairs), action_range)
+        return cls(state, action, action_range, mode, torch.from_numpy(pairs))
 
     def proprio(self, proprio: Tensor) -> Tensor:
         """(..., P) in recorded units -> unitless float32."""
@@ -154,4 +152,4 @@ class Normalizer(nn.Module):
             raise UserError(
                 f"{path} holds no normalization statistics ({error}): use another checkpoint."
             ) from None
-        return cls(*parts, mode, tensors.get("relative_to"), action_range)
+        return cls(*parts, action_range, mode, tensors.get("relative_to"))

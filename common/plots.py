@@ -34,11 +34,9 @@ def grid(rows: int, columns: int, size: tuple[float, float], **sharing) -> tuple
         return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
 
 
-def panels(
-    num: int, most_columns: int, size: tuple[float, float], **sharing
-) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of `num` panels, each of a size in inches, and their axes, row by row."""
-    columns = min(most_columns, num)
+def panels(num: int, most: int, size: tuple[float, float], **sharing) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of `num` panels, each of a size in inches, `most` in a row, and their axes, row by row."""
+    columns = min(most, num)
     rows = math.ceil(num / columns)
     figure, axes = grid(rows, columns, (columns * size[0], rows * size[1]), **sharing)
     for unused in axes.flat[num:]:
@@ -64,10 +62,7 @@ def show_images(axes: Iterable[Axes], images: np.ndarray, **options) -> None:
 
 
 def principal_components(points: np.ndarray, num: int) -> tuple[np.ndarray, float]:
-    """The first principal components of points (N, D), (N, num), zero where there are fewer.
-
-    And their share of the variance, in [0, 1].
-    """
+    """First principal components (N, num) of points (N, D), zero beyond D; their share of the variance."""
     centred = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
     _, spread, directions = np.linalg.svd(centred, full_matrices=False)
     components = centred @ directions[:num].T
@@ -123,14 +118,10 @@ def draw_chunks(
 def draw_features(
     path: Path, images: np.ndarray, features: np.ndarray, shape: tuple[int, int], title: str
 ) -> None:
-    """Images, and below each its features: their first three principal components as red, green and blue.
+    """Images (B, 3, H, W) uint8, and below each its features: three principal components as red, green, blue.
 
-    What has the same colour looks the same to the network that made the features.
-
-    Args:
-        images: (B, 3, H, W) uint8.
-        features: (B, L, D), L tokens row by row.
-        shape: rows and columns of the tokens.
+    Features are (B, L, D), L tokens row by row, in rows and columns of `shape`. What has the same colour
+    looks the same to the network that made them.
     """
     components, _ = principal_components(features.reshape(-1, features.shape[-1]), 3)
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
@@ -165,12 +156,7 @@ def draw_latents(path: Path, latents: np.ndarray, labels: Mapping[str, np.ndarra
 def draw_reconstructions(
     path: Path, images: np.ndarray, decoded: np.ndarray, chunks: np.ndarray, decoded_chunks: np.ndarray
 ) -> None:
-    """Images and action chunks, each with its reconstruction: a column for each sample.
-
-    Args:
-        images, decoded: (B, 3, H, W) in [0, 1].
-        chunks, decoded_chunks: (B, T, A), normalized; NaN is not drawn.
-    """
+    """Images (B, 3, H, W) in [0, 1] and chunks (B, T, A), each with its reconstruction; NaN is not drawn."""
     figure, axes = grid(3, len(images), (2.1 * len(images), 6.4), sharey="row")
     show_images(axes[0], images)
     show_images(axes[1], decoded)
@@ -186,15 +172,10 @@ def draw_reconstructions(
     save_figure(figure, path)
 
 
-def draw_scores(
-    path: Path, pointwise: np.ndarray, scores: np.ndarray, examples: Mapping[str, np.ndarray]
-) -> None:
-    """Distribution of contributions to a mutual information, scores of episodes, and how some begin.
+def draw_scores(path: Path, pointwise: np.ndarray, scores: np.ndarray, examples: Mapping) -> None:
+    """Contributions of steps to a mutual information (N,), scores of episodes (E,), and how some begin.
 
-    Args:
-        pointwise: contributions of steps, (N,), nats; NaN is left out.
-        scores: of episodes, (E,), nats.
-        examples: titled first frames, (3, H, W) uint8, best to worst.
+    Both are in nats, and NaN is left out; examples are titled first frames (3, H, W) uint8, best to worst.
     """
     from matplotlib.figure import Figure
 

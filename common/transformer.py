@@ -284,13 +284,10 @@ class DecoderBlock(nn.Module):
     def forward(
         self, x: Tensor, condition: Tensor, context: KeysValues, key_mask: Tensor | None, causal: bool
     ) -> Tensor:
-        """Refine action tokens; of E experts, all but the mask with a leading dimension E.
+        """Refine action tokens x (B * M, T, D), M draws for each of the observations of the context.
 
-        Args:
-            x: action tokens, (B * M, T, D), M draws per observation one after the other.
-            condition: embedded flow time, (B * M, D).
-            context: keys and values of B observations.
-            key_mask: (B * M, T), False for padded actions.
+        The condition (B * M, D) embeds the flow time; `key_mask` (B * M, T) is False for padded actions. Of E
+        experts all but the mask have a leading dimension E.
         """
         modulation = self.modulation(F.silu(condition)).unsqueeze(-2).chunk(9, dim=-1)
         shift, scale, gate = modulation[:3]

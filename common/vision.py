@@ -44,7 +44,7 @@ class VisionConfig:
 
 
 class Backbone(nn.Module):
-    """A vision network: images (B, 3, H, W) to tokens (B, L, token_dim) and a summary (B, summary_dim)."""
+    """What a policy asks of a vision network."""
 
     token_dim: int
     summary_dim: int
@@ -60,8 +60,8 @@ def build_backbone(
     """The backbone that `VisionConfig.backbone` names, for images of (H, W) pixels.
 
     Args:
-        pretrained: load the weights of a Hugging Face model; False if a checkpoint's will be loaded next.
-        hf_config: architecture of a Hugging Face model from that checkpoint.
+        pretrained: load the weights of a Hugging Face model; False if a checkpoint's will be loaded next,
+            of a model of the architecture `hf_config`.
 
     Raises:
         UserError: for a model that cannot be loaded, or images of a size that it cannot take.
@@ -361,19 +361,13 @@ def _blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
     return x.view(batch, channels, height, width)
 
 
-def random_camera_dropout(
-    batch_size: int,
-    num_cameras: int,
-    p: float,
-    device: torch.device,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def random_camera_dropout(batch_size: int, num_cameras: int, p: float, device: torch.device) -> Tensor:
     """Which cameras samples lose in training, (B, N) bool.
 
     With probability p a row has exactly one True, at a random camera; a robot's only camera is never lost.
     """
     if num_cameras == 1:
         return torch.zeros(batch_size, 1, dtype=torch.bool, device=device)
-    lost = torch.randint(num_cameras, (batch_size, 1), device=device, generator=generator)
-    loses = torch.rand(batch_size, 1, device=device, generator=generator) < p
+    lost = torch.randint(num_cameras, (batch_size, 1), device=device)
+    loses = torch.rand(batch_size, 1, device=device) < p
     return (torch.arange(num_cameras, device=device) == lost) & loses
