@@ -22,15 +22,9 @@ def draw_chunks(
     shares: dict[str, Tensor],
     what: str,
 ) -> None:
-    """Picture of several chunks for one observation, and how often each is taken.
+    """Picture of chunks (K, T, A), normalized, for the one observation of a batch; see `plots.draw_chunks`.
 
-    Args:
-        path: the PNG to write.
-        batch: one sample: the observation, and what was recorded there.
-        chunks: (K, T, A), normalized.
-        names: of the A dimensions.
-        shares: named, each (K,) and summing to 1.
-        what: K of these there are, for the title.
+    `what` says, for the title, of what there are K.
     """
     chunks = normalizer.unnormalize_actions(chunks, batch.proprio.expand(len(chunks), -1, -1))
     plots.draw_chunks(
@@ -47,8 +41,7 @@ def draw_chunks(
 def draw_latents(path: Path, latents: Tensor, labels: dict[str, Tensor]) -> None:
     """Picture of the latents (N, latent_dim) of `first_latents`, once for each labelling, (N,) integers."""
     labels = {name: values.cpu().numpy() for name, values in labels.items()}
-    title = "latents of the chunks with which episodes begin"
-    plots.draw_latents(path, latents.cpu().numpy(), labels, title)
+    plots.draw_latents(path, latents.cpu().numpy(), labels, "latents of the chunks with which episodes begin")
 
 
 @torch.no_grad()

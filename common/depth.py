@@ -56,21 +56,18 @@ class DepthConfig:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a DA3 backbone.
-
-    Attributes:
-        name: what the official config.json calls the model.
-        alt_start: the block from which blocks with odd numbers are global, the class token is the camera's,
-            and queries and keys are normalized and rotated; None in models that were made for one view.
-        out_layers: blocks whose output DA3's heads take.
-    """
+    """Shape of a DA3 backbone."""
 
     name: str
+    """What the official config.json calls the model."""
     dim: int
     num_blocks: int
     num_heads: int
     out_layers: tuple[int, ...]
+    """Blocks whose output DA3's heads take."""
     alt_start: int | None = None
+    """The block from which blocks with odd numbers are global, the class token is the camera's, and queries
+    and keys are normalized and rotated; None in models that were made for one view."""
 
     @property
     def hub(self) -> str:
@@ -91,8 +88,6 @@ ARCHITECTURES = {
 
 
 class _Attention(nn.Module):
-    """Self-attention, with normalized and rotated queries and keys in the blocks that have that."""
-
     def __init__(self, dim: int, num_heads: int, qk_norm: bool):
         super().__init__()
         self.num_heads = num_heads
@@ -126,12 +121,9 @@ class _Block(nn.Module):
 
 
 def _rotations(positions: Tensor, head_dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (L, head_dim) of rotary embedding in two dimensions (Su et al. 2021).
+    """Cosines and sines (L, head_dim) of rotary embedding (Su et al. 2021) at (L, 2) positions, y and x.
 
     The first half of a head's features turns with y, the second with x.
-
-    Args:
-        positions: (L, 2), y and x.
     """
     quarter = head_dim // 4
     exponents = torch.arange(quarter, device=positions.device) / quarter
@@ -167,12 +159,9 @@ class DepthNetwork(nn.Module):
     def forward(self, images: Tensor, layers: Sequence[int] = ()) -> tuple[list[Tensor], list[Tensor]]:
         """Run on images (B, 3, H, W), normalized, whose sides are multiples of 14.
 
-        Args:
-            layers: blocks to export.
-
         Returns:
             What DA3's heads take, for each of `out_layers` (B, L, 2 dim), of models made for one view
-            (B, L, dim); and the exported layers, each (B, L, dim).
+            (B, L, dim); and the output of the blocks in `layers`, each (B, L, dim).
         """
         architecture = self.architecture
         grid = images.shape[-2] // PATCH, images.shape[-1] // PATCH
@@ -221,8 +210,7 @@ class DepthBackbone(nn.Module):
 
     Attributes:
         token_dim: width of the features, those of all chosen layers together.
-        num_tokens: L, at the image size that it was made for.
-        feature_grid: rows and columns of the tokens.
+        num_tokens: L, at the image size that it was made for, in rows and columns of `feature_grid`.
         input_size: (H, W) at which the network looks at images.
     """
 
@@ -246,14 +234,14 @@ class DepthBackbone(nn.Module):
         self.token_dim = architecture.dim * len(self.layers)
         self.feature_grid = tuple(math.ceil(side / self.pool) for side in self.grid)
         self.num_tokens = math.prod(self.feature_grid)
-        self.network = load_network(config, architecture) if pretrained else DepthNetwork(architecture)
+        self.network = _load_network(config, architecture) if pretrained else DepthNetwork(architecture)
         self.requires_grad_(False)
         self.eval()
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         if pretrained and self.input_size != image_size:
-            sizes = ["x".join(map(str, size)) for size in (image_size, self.input_size)]
-            say(f"depth: images of {sizes[0]} are resized to {sizes[1]}, to multiples of {PATCH}")
+            given, taken = ("x".join(map(str, size)) for size in (image_size, self.input_size))
+            say(f"depth: images of {given} are resized to {taken}, to multiples of {PATCH}")
 
     def train(self, mode: bool = True) -> "DepthBackbone":
         return super().train(False)
@@ -263,10 +251,7 @@ class DepthBackbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), uint8 or float in [0, 1], to features (B, L, token_dim) float32.
-
-        Computed in bfloat16 on CUDA.
-        """
+        """Images (B, 3, H, W), uint8 or float in [0, 1], to features (B, L, token_dim) float32."""
         if images.dtype == torch.uint8:
             images = images.float() / 255
         if images.shape[-2:] != self.input_size:
@@ -302,12 +287,8 @@ class DepthBackbone(nn.Module):
         }
 
 
-def load_network(config: DepthConfig, architecture: Architecture) -> DepthNetwork:
-    """The network with the weights that the options ask for.
-
-    Raises:
-        UserError: if they cannot be found or read, or are those of another model.
-    """
+def _load_network(config: DepthConfig, architecture: Architecture) -> DepthNetwork:
+    """The network with the weights that the options ask for."""
     source = config.depth_weights or architecture.hub
     kind, _, seed = source.partition(":")
     if kind == "random":
@@ -318,8 +299,8 @@ def load_network(config: DepthConfig, architecture: Architecture) -> DepthNetwor
             torch.manual_seed(int(seed or 0))
             return DepthNetwork(architecture)
     folder = _snapshot(source, architecture)
-    _check_model_name(folder / "config.json", architecture, source)
-    file, retry = folder / "model.safetensors", f"give another --depth-weights than {source}"
+    _check_model_name(folder / "config.json", architecture)
+    file = folder / "model.safetensors"
     with torch.device("meta"):
         network = DepthNetwork(architecture)
     try:
@@ -327,38 +308,32 @@ def load_network(config: DepthConfig, architecture: Architecture) -> DepthNetwor
             names = [name for name in content.keys() if name.startswith(PREFIX)]  # noqa: SIM118, no mapping
             weights = {name.removeprefix(PREFIX): content.get_tensor(name) for name in names}
         network.load_state_dict(weights, assign=True)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged ({error}): download it again, or {retry}.") from None
-    except RuntimeError as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(
-            f"{file} is no {architecture.name} below {PREFIX} ({brief(error)}): {retry}."
+            f"{file} is damaged or no {architecture.name} ({brief(error)}): download it again, or give "
+            f"another --depth-weights."
         ) from None
     if config.depth_model == "large":
-        say(
-            "depth: the weights of Depth Anything 3 LARGE are licensed CC BY-NC 4.0: no commercial use, of "
-            "policies trained with them either"
-        )
+        say("depth: large is licensed CC BY-NC 4.0: no commercial use, of policies trained with it either")
     return network.float()
 
 
 def _snapshot(source: str, architecture: Architecture) -> Path:
     """Folder with config.json and model.safetensors; downloaded, if it is a hub name."""
-    path, names = Path(source).expanduser(), ("config.json", "model.safetensors")
+    path, names = Path(source).expanduser(), ["config.json", "model.safetensors"]
     if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") != 1:
         absent = [name for name in names if not (path / name).is_file()]
         if absent:
-            what = "does not exist" if not path.exists() else f"has no {' and no '.join(absent)}"
+            what = f"has no {' and no '.join(absent)}" if path.exists() else "does not exist"
             raise UserError(
-                f"--depth-weights {source} {what}: give the folder of an official snapshot, for example of "
-                f"{architecture.hub}."
+                f"--depth-weights {source} {what}: give the folder of a snapshot of {architecture.hub}."
             )
         return path
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download
 
     far = not hub_answers(source)
     try:
-        files = [Path(hf_hub_download(source, name, local_files_only=far)) for name in names]
-        return files[0].parent
+        return Path(snapshot_download(source, allow_patterns=names, local_files_only=far))
     except Exception as error:
         reason = "it is not in the hub's cache here, and there is no connection" if far else brief(error)
         raise UserError(
@@ -367,26 +342,19 @@ def _snapshot(source: str, architecture: Architecture) -> Path:
         ) from None
 
 
-def _check_model_name(path: Path, wanted: Architecture, source: str) -> None:
+def _check_model_name(path: Path, wanted: Architecture) -> None:
     try:
         name = read_json(path)["model_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} does not name a Depth Anything 3 model ({type(error).__name__}): give the folder of an "
-            f"official snapshot as --depth-weights."
-        ) from None
+    except (OSError, ValueError, KeyError, TypeError):
+        name = "an unknown model"
     if name != wanted.name:
         known = [key for key, architecture in ARCHITECTURES.items() if architecture.name == name]
-        way = f"give --depth-model {known[0]}" if known else f"only {', '.join(ARCHITECTURES)} are known"
-        raise UserError(f"--depth-weights {source} is {name}, not {wanted.name}: {way}.")
+        way = f"--depth-model {known[0]}" if known else "an official snapshot as --depth-weights"
+        raise UserError(f"{path} is of {name}, not {wanted.name}: give {way}.")
 
 
 def camera_numbers(config: DepthConfig, cameras: Sequence[str]) -> list[int]:
-    """Places of the cameras with depth among a policy's cameras.
-
-    Raises:
-        UserError: for a camera that the policy does not see.
-    """
+    """Places of the cameras with depth among a policy's cameras; a UserError names one that is not there."""
     names = [name if name in cameras else short_name(name) for name in config.depth_cameras]
     for name in names:
         if name not in cameras:
@@ -404,7 +372,6 @@ def cached(
     Raises:
         UserError: if the disk is too small, or features are not finite.
     """
-
     backbone.to(device)
 
     def compute(images: Tensor) -> Tensor:

@@ -27,12 +27,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is not JSON.
-    """
+    """The content of a JSON file; an OSError if it cannot be read, a ValueError if it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except RecursionError:

@@ -26,21 +26,14 @@ def sample_time(
     decides which mode a sample goes to (as pi0 does, Black et al. 2024; its code runs time the other way, and
     weights the noisy end as well). "logit-normal" is sigmoid(n), n standard normal (Esser et al. 2024): few
     draws at either end.
-
-    Raises:
-        ValueError: if a parameter of the Beta distribution is not positive.
     """
     if distribution == "uniform":
         return torch.rand(num, device=device, generator=generator)
     if distribution == "logit-normal":
         return torch.sigmoid(torch.randn(num, device=device, generator=generator))
     a, b = beta
-    if a <= 0 or b <= 0:
-        raise ValueError(f"Beta({a}, {b}) is no distribution: both parameters must be positive")
     if a == 1.0:  # inverse of the distribution function 1 - (1 - t)^b: one uniform draw
         return 1 - torch.rand(num, device=device, generator=generator) ** (1 / b)
-    if b == 1.0:
-        return torch.rand(num, device=device, generator=generator) ** (1 / a)
     concentration = torch.stack([torch.full((num,), float(c), device=device) for c in (a, b)], dim=1)
     # Dirichlet is what torch draws Beta from; the private function is the one that takes a generator.
     return torch._sample_dirichlet(concentration, generator=generator)[:, 0]
@@ -67,30 +60,19 @@ def linear_path(x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): v_null + w (v_z - v_null).
+    """Classifier-free guidance (Ho & Salimans 2022): v_null + w (v_z - v_null), of any shape.
 
-    Args:
-        conditional: velocity given the latent, any shape.
-        unconditional: velocity given the null token, the same shape.
-        scale: w; 0 ignores the latent, 1 leaves the conditional velocity as it is, above 1 exaggerates it.
+    A scale w of 0 ignores the latent z, 1 leaves its velocity as it is, above 1 exaggerates it.
     """
     return unconditional + scale * (conditional - unconditional)
 
 
 def integrate(
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    x_0: Tensor,
-    steps: int,
-    method: Integrator = "euler",
+    velocity: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, steps: int, method: Integrator = "euler"
 ) -> Tensor:
-    """Carry noise to data: solve dx/dt = velocity(x, t) from t = 0 to t = 1 in equal steps.
+    """Carry noise (B, ...) to data: solve dx/dt = velocity(x, t), t (B,), from 0 to 1 in equal steps.
 
     Euler evaluates the velocity once a step (error O(h)); midpoint and Heun twice (O(h^2)).
-
-    Args:
-        velocity: takes x (B, ...) and t (B,), returns dx/dt, shaped as x.
-        x_0: noise, (B, ...).
-        steps: number of integration steps, at least 1.
 
     Raises:
         ValueError: if steps < 1 or the method is unknown.
@@ -118,9 +100,8 @@ def prepend_start(x_0: Tensor, x_t: Tensor, t: Tensor, flow_samples: int) -> tup
     What is predicted there, added to that noise, is the chunk that a single integration step makes.
 
     Args:
-        x_0, x_t: noise and points, (B * M, T, A), M draws per observation one after the other.
-        t: (B * M,).
-        flow_samples: M.
+        x_0, x_t, t: noise and points (B * M, T, A) and times (B * M,), M draws per observation one after the
+            other.
 
     Returns:
         The noise of the new draws (B, T, A); points (B * (1 + M), T, A) and times (B * (1 + M),) of all.

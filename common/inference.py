@@ -20,7 +20,6 @@ from common.errors import UserError
 from common.normalize import Normalizer
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_FINITE = "the state holds NaN or infinity: check the robot's sensors before acting on it"
 
 
 def load_policy(
@@ -29,10 +28,9 @@ def load_policy(
     device: str | torch.device | None = None,
     seed: int | None = None,
 ) -> "RobotPolicy":
-    """Load a run's policy, ready to act.
+    """Load the policy of a run folder, ready to act.
 
     Args:
-        run: run folder, as printed by the training script.
         checkpoint: `last`, or the number of a saved step.
         device: where to compute; the accelerator if there is one, else the CPU.
         seed: makes sampled actions repeatable; None draws new noise on every start.
@@ -59,10 +57,9 @@ def load_policy(
 
 
 def load_script(name: str):
-    """Import a training script of this project by the name that a checkpoint gives.
+    """Import a training script by the name that a checkpoint, which may come from anywhere, gives.
 
-    A checkpoint may come from anywhere, so its word is not a path: only a `train_*.py` that lies beside
-    `common/` is imported.
+    Only a `train_*.py` that lies beside `common/` is imported.
     """
     scripts = sorted(path.name for path in ROOT.glob("train_*.py"))
     if name not in scripts:
@@ -79,18 +76,15 @@ class RobotPolicy:
         spec: what the policy knows of its data: `cameras`, `image_size`, `state_names`, `action_names`,
             `fps` (a chunk's actions are 1 / fps seconds apart).
         horizon: T, actions in a chunk.
-        script: the training script, as a module.
         checkpoint, trained_steps: where the weights come from.
     """
 
     def __init__(self, model, normalizer: Normalizer, config, spec: PolicySpec, script, device, seed=None):
         self.model = model.to(device).eval()
         self.normalizer = normalizer.to(device)
-        self.config, self.spec, self.device = config, spec, device
+        self.config, self.spec, self.script, self.device = config, spec, script, device
         self.horizon = config.horizon
-        self.script = script
-        self._generator = torch.Generator(device)
-        self._seed = seed
+        self._generator, self._seed = torch.Generator(device), seed
         self.reset()
 
     def reset(self) -> None:
@@ -110,7 +104,7 @@ class RobotPolicy:
             observation: `images`, a mapping from camera name (short, or the dataset's full key) to an RGB
                 frame (H, W, 3) uint8 of any size; and `state`, (P,) in recorded units and order. A policy
                 that sees K states needs (K, P), the present one last.
-            sample_steps: integration steps, instead of the number the policy was trained to use by default.
+            sample_steps: integration steps, instead of the configured number.
             clip: keep every action within the range recorded in training.
 
         Returns:
@@ -126,8 +120,8 @@ class RobotPolicy:
         if state.shape != (history, self.state_dim):
             wanted = f"({self.state_dim},)" if history == 1 else f"{(history, self.state_dim)}, oldest first"
             raise ValueError(f"state must have shape {wanted}, got {given.shape}")
-        if not np.isfinite(state).all():  # before rotations are re-expressed, which could hide it
-            raise ValueError(NOT_FINITE)
+        if not np.isfinite(state).all():
+            raise ValueError("the state holds NaN or infinity: check the robot's sensors before acting on it")
         if self.spec.state_rotations:
             state = self.spec.state_rotations.encode(state)
         chunk = self.sample(images[None], torch.from_numpy(state)[None], sample_steps, clip)[0].cpu().numpy()
@@ -142,28 +136,16 @@ class RobotPolicy:
     def sample(
         self, images: Tensor, proprio: Tensor, sample_steps: int | None = None, clip: bool = False
     ) -> Tensor:
-        """Sample a chunk for each of many observations at once, given as an episode store gives them.
+        """A chunk for each of B observations as an episode store gives them: (B, T, A) in recorded units.
 
         Args:
             images: (B, N, 3, H, W) uint8, in the order of `spec.cameras`, already of `spec.image_size`.
             proprio: (B, K, P) in recorded units; rotations re-expressed, if the policy was trained so.
-
-        Returns:
-            (B, T, A) float32 in recorded units, on the policy's device.
-
-        Raises:
-            ValueError: if proprioception is not finite.
         """
-        if not torch.isfinite(proprio).all():
-            raise ValueError(NOT_FINITE)
-        proprio = proprio.to(self.device)
+        images, proprio = images.to(self.device), proprio.to(self.device)
+        seen = self.normalizer.proprio(proprio)
         actions = self.script.sample_actions(
-            self.model,
-            images.to(self.device),
-            self.normalizer.proprio(proprio),
-            self.config,
-            sample_steps,
-            self._generator,
+            self.model, images, seen, self.config, sample_steps, self._generator
         )
         actions = self.normalizer.unnormalize_actions(actions, proprio)
         return torch.clamp(actions, *self.normalizer.action_range) if clip else actions
@@ -216,12 +198,9 @@ class RobotPolicy:
         """Frames by camera -> (N, 3, H, W) uint8 in the policy's order and size."""
         known = self.spec.cameras
         frames = {key if key in known else short_name(key): frame for key, frame in images.items()}
-        if set(frames) != set(self.spec.cameras):
-            raise ValueError(
-                f"the policy needs the cameras {', '.join(self.spec.cameras)}; "
-                f"got {', '.join(map(str, images))}"
-            )
-        return torch.stack([self._resize(name, np.asarray(frames[name])) for name in self.spec.cameras])
+        if set(frames) != set(known):
+            raise ValueError(f"the policy needs the cameras {', '.join(known)}; got {', '.join(images)}")
+        return torch.stack([self._resize(name, np.asarray(frames[name])) for name in known])
 
     def _resize(self, name: str, frame: np.ndarray) -> Tensor:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:

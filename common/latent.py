@@ -35,9 +35,7 @@ class Inferred(NamedTuple):
 class Usage(nn.Module):
     """How often each of K choices is taken, over all processes, in windows of training.
 
-    Attributes:
-        shares: (K,), of the samples of the last whole window.
-        counts: (K,), samples since then.
+    `shares` are those of the last whole window, `counts` the samples since then, (K,) both.
     """
 
     def __init__(self, num: int):
@@ -107,8 +105,6 @@ class CodebookLatent(nn.Module):
     Attributes:
         vectors: (K, latent_dim), at the start of mean 0 and variance 1 each.
         null: (latent_dim,), token of unconditional draws, of a codebook made with one.
-        posterior_average: average of the posterior over the course of training.
-        usage: how often each code is assigned, in windows of training.
         error: of the latest samples, mean squared distance to their codes, in each dimension.
     """
 
@@ -135,12 +131,11 @@ class CodebookLatent(nn.Module):
     def infer(
         self, posterior: Tensor, prior: Tensor, seen: tuple[Tensor, ...], flow_samples: int, train: bool
     ) -> Inferred:
-        """Latents of recorded chunks.
+        """M = `flow_samples` latents of each recorded chunk.
 
         Args:
             posterior, prior: outputs of the two networks, (B, ...).
             seen: what the posterior was given.
-            flow_samples: M, latents of each chunk.
             train: draw them, instead of taking the most probable.
         """
         point, code = self.assign(posterior)
@@ -188,7 +183,7 @@ class CodebookLatent(nn.Module):
     def end_window(
         self, prior_out: nn.Linear, average: AveragedPolicy, seed: int, replace: bool
     ) -> dict[str, Tensor]:
-        """Look at how codes were used; early in training, replace those that were not. Returns metrics.
+        """Look at how codes were used and, if `replace`, replace those that were not. Returns metrics.
 
         A code used less than a tenth of its share becomes a copy of one that is in use, popular ones more
         often, so that one that serves too many gets company; the prior takes them for the same at first. The
@@ -199,8 +194,7 @@ class CodebookLatent(nn.Module):
         Args:
             prior_out: last layer of the prior, with a row for each code.
             average: of the policy that they belong to.
-            seed: of the choice and the moves; another one each time.
-            replace: whether training is early enough.
+            seed: another one each time.
         """
         (usage, total), num_codes = self.usage.end_window(), len(self.vectors)
         unused = (usage < 0.1 / num_codes) & (total > 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def masked_mse(pred: Tensor, target: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
-    """Mean squared error over real steps, in float32.
+    """Mean squared error over real steps, in float32; 0 (not NaN) if no step is real.
 
     Args:
         pred, target: (B, T, A). Where the mask is False they may be anything, even NaN: nothing of it reaches
@@ -19,9 +19,6 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor, count: Tensor | None 
         count: number of real steps to divide by, instead of those in `mask`. With several processes, pass
             the mean count over processes: the average of the gradients is then the gradient of the mean
             over all processes' real elements, whatever share of padding each has.
-
-    Returns:
-        Scalar; 0 (not NaN) if no step is real.
     """
     return _mean(_real_difference(pred, target, mask).square(), mask, count)
 
@@ -34,12 +31,9 @@ def masked_l1(pred: Tensor, target: Tensor, mask: Tensor, count: Tensor | None =
 def expert_mse(
     pred: Tensor, target: Tensor, mask: Tensor, gates: Tensor, count: Tensor | None = None
 ) -> Tensor:
-    """Mean squared error of E experts over real steps, each sample's weighted by its gates.
+    """Mean squared error of E experts, `pred` (E, B, T, A), weighted by the sample's `gates` (B, E).
 
-    Args:
-        pred: (E, B, T, A).
-        gates: (B, E), summing to 1 over the experts.
-        target, mask, count: as for `masked_mse`.
+    Otherwise as `masked_mse`; gates sum to 1 over the experts.
     """
     squared = _real_difference(pred, target, mask).square()
     return _mean(squared * gates.T[:, :, None, None], mask, count)
@@ -63,15 +57,11 @@ class Transport(NamedTuple):
 
 
 def transport_points(chunks: Tensor, states: Tensor, state_weight: float = 0.2) -> Tensor:
-    """Chunks and the states they belong to as points, (B, T * A + P), float32.
+    """Chunks (B, T, A) and the states (B, P) they belong to, normalized, as points (B, T * A + P), float32.
 
-    Their squared distance is C_ij = mean_d (a_i - a_j)^2 + lambda mean_d (s_i - s_j)^2. A mean over
-    dimensions keeps the blur's meaning whatever the size of a chunk; a sum would need another for each robot.
-
-    Args:
-        chunks: (B, T, A), normalized.
-        states: (B, P), normalized.
-        state_weight: lambda; what it costs to take a chunk for that of another state.
+    Their squared distance is C_ij = mean_d (a_i - a_j)^2 + lambda mean_d (s_i - s_j)^2; lambda, the
+    `state_weight`, is what it costs to take a chunk for that of another state. A mean over dimensions keeps
+    the blur's meaning whatever the size of a chunk; a sum would need another for each robot.
     """
     chunks, states = chunks.float().flatten(1), states.float()
     return torch.cat(
@@ -107,7 +97,6 @@ def sinkhorn_divergence(
         mass: (B,), not negative; the same everywhere by default. Points without mass count for nothing.
             Without any mass the divergence is 0.
         blur: length below which differences are smeared out.
-        iterations: of Sinkhorn's algorithm.
 
     Returns:
         The divergence, in squared units of the points, at least 0 up to rounding; and the mass that the plan
@@ -122,9 +111,7 @@ def sinkhorn_divergence(
         log_weight = weight.log()
         x, y = torch.where(real, x, 0.0), torch.where(real, y, 0.0)  # what has no mass may be anything
         with torch.no_grad():
-            costs = torch.stack(
-                [_squared_distances(x, y), _squared_distances(x, x), _squared_distances(y, y)]
-            )
+            costs = torch.stack([_squared_distances(*pair) for pair in ((x, y), (x, x), (y, y))])
             largest = costs.amax().clamp(min=blur**2)
             fall = torch.linspace(0, 2, iterations, device=x.device, dtype=dtype).clamp(max=1)
             f = g = torch.zeros_like(costs[:, 0])  # potentials of the three problems, (3, B)
@@ -162,13 +149,9 @@ def nearest_code(z: Tensor, codes: Tensor) -> Tensor:
 def noise_substitution(z: Tensor, code: Tensor, noise: Tensor) -> Tensor:
     """Vector quantization whose gradient reaches encoder and codebook (NSVQ, Vali & Backstrom 2022).
 
-    z + |z - q| n / |n|: the quantization error is replaced by noise of the same length, which, unlike a
-    rounding, has a derivative by z and by q.
-
-    Args:
-        z: encoder output, (B, D).
-        code: q, the code vector nearest to each, (B, D).
-        noise: n, (B, D), standard normal.
+    z + |z - q| n / |n|, with q the code nearest to the encoder's output z and n standard normal, (B, D) all:
+    the quantization error is replaced by noise of the same length, which, unlike a rounding, has a derivative
+    by z and by q.
     """
     # the square root's derivative is infinite at 0: an encoder that hits a code must not get NaN for it
     distance = ((z - code).square().sum(-1, keepdim=True) + 1e-12).sqrt()
@@ -189,11 +172,8 @@ def router_z_loss(logits: Tensor) -> Tensor:
 def load_balance(probabilities: Tensor) -> Tensor:
     """E sum_e f_e P_e, least, 1, when experts are used alike (Switch Transformers, Fedus et al. 2021).
 
-    f_e is the share of samples whose most probable expert is e, P_e the mean probability of e; gradients
-    reach P_e alone.
-
-    Args:
-        probabilities: (B, E), of the gate.
+    Of the gate's probabilities (B, E): f_e is the share of samples whose most probable expert is e, P_e the
+    mean probability of e; gradients reach P_e alone.
     """
     num_experts = probabilities.shape[-1]
     chosen = torch.nn.functional.one_hot(probabilities.argmax(dim=-1), num_experts).float().mean(dim=0)

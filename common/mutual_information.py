@@ -9,11 +9,13 @@ set of samples that are compared with each other holds one step of an episode at
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.stats import bootstrap
 from torch import Tensor, nn
 from torchvision.ops import MLP
 from tqdm import tqdm
@@ -31,49 +33,32 @@ class Estimate(NamedTuple):
     pointwise: Tensor
     """(N,), contributions of the samples; NaN for samples that were not used."""
 
-    def interval(
-        self, episodes: Tensor, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
-    ) -> tuple[float, float]:
-        """Bootstrap interval of the mean over episodes, each a mean over its samples (Efron 1979).
-
-        Args:
-            episodes: (N,), the episode of each sample.
-        """
-        means = episode_means(self.pointwise, episodes)[1]
-        means = means[~means.isnan()]
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(len(means), (resamples, len(means)), generator=generator)
-        levels = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=means.dtype)
-        low, high = means[drawn].mean(dim=1).quantile(levels).tolist()
-        return low, high
+    def interval(self, episodes: Tensor, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+        """Bootstrap interval of the mean over episodes, each a mean over its samples (Efron 1979)."""
+        means = episode_means(self.pointwise, episodes)[1].numpy()
+        options = {"n_resamples": 1000, "method": "percentile", "rng": seed}
+        found = bootstrap((means[~np.isnan(means)],), np.mean, confidence_level=confidence, **options)
+        return tuple(float(end) for end in found.confidence_interval)
 
 
-class Means:
-    """Means, in float64, of values that come in parts, for each of `num` places; NaN where none came."""
-
-    def __init__(self, num: int):
-        self.sums, self.counts = torch.zeros(2, num, dtype=torch.float64)
-
-    def add(self, places: Tensor, values: Tensor) -> None:
-        """Places and values have the same shape."""
-        places = places.flatten().cpu()
-        self.sums.index_add_(0, places, values.flatten().cpu().double())
-        self.counts += torch.bincount(places, minlength=len(self.counts))
-
-    def result(self) -> Tensor:
-        return self.sums / self.counts  # 0 / 0 is NaN
+def _mean_at(places: Tensor, values: Tensor, num: int) -> Tensor:
+    """Mean of the values at each of `num` places, in float64; NaN where there is none."""
+    sums = torch.zeros(num, dtype=torch.float64).index_add_(0, places, values.double())
+    return sums / torch.bincount(places, minlength=num)  # 0 / 0 is NaN
 
 
 def episode_means(pointwise: Tensor, episodes: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers of the episodes, ascending, and the mean of their samples' contributions, NaN left out."""
     numbers, place = episodes.unique(return_inverse=True)
-    used, means = ~pointwise.isnan(), Means(len(numbers))
-    means.add(place[used], pointwise[used])
-    return numbers, means.result()
+    used = ~pointwise.isnan()
+    return numbers, _mean_at(place[used], pointwise[used], len(numbers))
 
 
-def _estimate(means: Means, episodes: Tensor) -> Estimate:
-    pointwise = means.result()
+def _estimate(found: list[tuple[Tensor, Tensor]], episodes: Tensor) -> Estimate:
+    """From sets of samples and their contributions, which have the same shape."""
+    places = torch.cat([samples.flatten() for samples, _ in found]).cpu()
+    values = torch.cat([contributions.flatten() for _, contributions in found]).cpu()
+    pointwise = _mean_at(places, values, len(episodes))
     return Estimate(episode_means(pointwise, episodes)[1].nanmean().item(), pointwise)
 
 
@@ -91,11 +76,7 @@ def require_episodes(num: int, neighbours: Sequence[int] | None, what: str = "ep
 
 
 def standardise(x: Tensor) -> Tensor:
-    """Every variable to mean 0 and variance 1, computed in float64, given in float32; (N, D).
-
-    Raises:
-        UserError: if a value is not finite, or no variable varies.
-    """
+    """Those variables of (N, D) that vary, at mean 0 and variance 1, computed in float64, float32."""
     if not torch.isfinite(x).all():
         raise UserError("The samples hold NaN or infinity: mutual information needs finite ones.")
     x = x.double()
@@ -107,15 +88,12 @@ def standardise(x: Tensor) -> Tensor:
 
 
 def episode_sets(episodes: Tensor, repeats: int, seed: int) -> Tensor:
-    """Random sets of samples with one of every episode: (R, E), R is `repeats` times the longest episode.
-
-    Each episode goes through permutations of its own samples, one after the other.
-    """
+    """Random sets of samples with one of every episode: (R, E), R is `repeats` times the longest episode."""
     generator = torch.Generator().manual_seed(seed)
     members = [(episodes == number).nonzero()[:, 0] for number in episodes.unique().tolist()]
     total = repeats * max(map(len, members))
     columns = []
-    for own in members:
+    for own in members:  # each goes through permutations of its own samples, one after the other
         rounds = [own[torch.randperm(len(own), generator=generator)] for _ in range(-(-total // len(own)))]
         columns.append(torch.cat(rounds)[:total])
     return torch.stack(columns, dim=1)
@@ -146,9 +124,7 @@ def ksg(
             episode. None compares all samples with each other.
         neighbours: values of k.
         repeats: passes over the steps of the longest episode.
-        seed: of the choice of sets.
-        memory_bytes: for the distances that are kept at a time; all are computed, none are approximated.
-        progress: show a bar.
+        memory_bytes: for the distances that are kept at a time; none are approximated.
 
     Raises:
         UserError: with too few episodes (or samples) for k, constant samples, or values that are not finite.
@@ -161,7 +137,7 @@ def ksg(
         episodes = episodes.cpu()
         require_episodes(len(episodes.unique()), neighbours)
         sets = episode_sets(episodes, repeats, seed)  # (R, E)
-    means, num = Means(len(x)), sets.shape[1]
+    found, num = [], sets.shape[1]
     at_once = max(1, int(memory_bytes / (5 * 4 * num**2)))
     rows = max(1, int(memory_bytes / (5 * 4 * num)))  # of a set that is too large to be done at once
     parts = sets.to(x.device).split(at_once)
@@ -170,8 +146,8 @@ def ksg(
     ):
         for own in chosen.split(rows, dim=1):
             distances = [_distances(v[own], v[chosen]) for v in (x, y)]
-            means.add(own, _ksg_pointwise(*distances, neighbours))
-    return _estimate(means, episodes)
+            found.append((own, _ksg_pointwise(*distances, neighbours)))
+    return _estimate(found, episodes)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
@@ -236,7 +212,6 @@ def infonce(
         steps, batch_size, lr: of the critic's training; a batch holds one sample an episode at most.
         repeats: passes over the samples of the longest episode when estimating.
         seed: of everything random; the global generators are left alone.
-        progress: show a bar.
 
     Raises:
         UserError: with fewer than four episodes, constant samples, or values that are not finite.
@@ -245,36 +220,32 @@ def infonce(
     episodes = torch.arange(len(x)) if episodes is None else episodes.cpu()
     numbers = episodes.unique()
     require_episodes(len(numbers), None)
-    generator = torch.Generator().manual_seed(seed)
-    order = numbers[torch.randperm(len(numbers), generator=generator)]
-    halves = [torch.isin(episodes, half).nonzero()[:, 0] for half in order.tensor_split([len(order) // 2])]
-    means = Means(len(x))
-    with tqdm(total=2 * steps, desc="critics", unit="step", disable=not progress) as bar:
+    found = []
+    bar = tqdm(total=2 * steps, desc="critics", unit="step", disable=not progress)
+    with bar, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        order = numbers[torch.randperm(len(numbers))].tensor_split([len(numbers) // 2])
+        halves = [torch.isin(episodes, half).nonzero()[:, 0] for half in order]
+        halves = [half[episode_sets(episodes[half], repeats, seed)].to(x.device) for half in halves]
         for learned, scored in (halves, halves[::-1]):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                critic = Critic(x.shape[1], y.shape[1]).to(x.device)
-            batches = one_step_an_episode(learned, episodes[learned], batch_size, generator)
-            _train(critic, x, y, batches, steps, lr, bar)
-            sets = scored[episode_sets(episodes[scored], repeats, seed)]
+            critic = Critic(x.shape[1], y.shape[1]).to(x.device)
+            _train(critic, x, y, learned, steps, batch_size, lr, bar)
             # Blocks of one size and of random episodes: the bound grows with the number that is compared.
-            blocks = -(-sets.shape[1] // (2 * batch_size))
-            sets = sets[:, torch.randperm(sets.shape[1], generator=generator)].to(x.device)
-            for wide in sets.split(256):
-                for chosen in wide.tensor_split(blocks, dim=1):
+            blocks = -(-scored.shape[1] // (2 * batch_size))
+            shuffled = scored[:, torch.randperm(scored.shape[1])]
+            for rows in shuffled.split(256):
+                for chosen in rows.tensor_split(blocks, dim=1):
                     with torch.no_grad():
-                        means.add(chosen, _infonce_pointwise(critic(x[chosen], y[chosen])))
-    return _estimate(means, episodes)
+                        found.append((chosen, _infonce_pointwise(critic(x[chosen], y[chosen]))))
+    return _estimate(found, episodes)
 
 
-def _train(
-    critic: Critic, x: Tensor, y: Tensor, batches: Iterator[Tensor], steps: int, lr: float, bar: tqdm
-) -> None:
-    """Maximise the bound for some steps, with a cosine schedule."""
+def _train(critic, x, y, sets: Tensor, steps: int, batch_size: int, lr: float, bar: tqdm) -> None:
+    """Maximise the bound on random parts of random sets, with a cosine schedule."""
     optimizer = torch.optim.AdamW(critic.parameters(), lr=lr, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _, chosen in zip(range(steps), batches, strict=False):
-        chosen = chosen.to(x.device)
+    for row in torch.randint(len(sets), (steps,)).tolist():
+        chosen = sets[row, torch.randperm(sets.shape[1])[:batch_size]]
         (-_infonce_pointwise(critic(x[chosen], y[chosen])).mean()).backward()
         nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
         optimizer.step()
@@ -287,16 +258,3 @@ def _infonce_pointwise(scores: Tensor) -> Tensor:
     """(..., B, B) -> (..., B), the mean of both directions."""
     own, num = scores.diagonal(dim1=-2, dim2=-1), scores.shape[-1]
     return own - (scores.logsumexp(dim=-1) + scores.logsumexp(dim=-2)) / 2 + math.log(num)
-
-
-def one_step_an_episode(
-    members: Tensor, episodes: Tensor, batch_size: int, generator: torch.Generator
-) -> Iterator[Tensor]:
-    """Endless batches of samples, each of another episode."""
-    numbers, counts = episodes.unique(return_counts=True)
-    order = members[episodes.argsort(stable=True)]
-    starts = counts.cumsum(0) - counts
-    while True:
-        chosen = torch.randperm(len(numbers), generator=generator)[:batch_size]
-        offsets = (torch.rand(len(chosen), generator=generator) * counts[chosen]).long()
-        yield order[starts[chosen] + offsets]

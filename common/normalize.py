@@ -21,14 +21,7 @@ STATISTICS = ("mean", "std", "min", "max", "q01", "q99")
 
 
 def fit_statistics(values: np.ndarray) -> dict[str, Tensor]:
-    """Exact statistics of each dimension, accumulated in float64.
-
-    Args:
-        values: (S, D), every recorded step of the training episodes.
-
-    Returns:
-        mean, std, min, max, q01, q99: each (D,) float32.
-    """
+    """`STATISTICS` of each dimension of (S, D) recorded steps, accumulated in float64: (D,) float32 each."""
     exact = values.astype(np.float64)
     quantiles = np.quantile(exact, [0.01, 0.99], axis=0)
     found = exact.mean(0), exact.std(0), exact.min(0), exact.max(0), *quantiles
@@ -62,10 +55,8 @@ def scale_offset(statistics: dict[str, Tensor], mode: Normalization) -> tuple[Te
 def shared_dimensions(state_names: Sequence[str], action_names: Sequence[str]) -> np.ndarray:
     """For each action dimension the state dimension that is the same thing, or -1: (A,) int64.
 
-    They are the same where they have the same name, or, if no name agrees, where there are as many of both.
-
-    Raises:
-        UserError: if neither holds.
+    They are the same where they have the same name, or, if no name agrees, where there are as many of both;
+    it is a UserError if neither holds.
     """
     places = {name: i for i, name in enumerate(state_names)}
     if places.keys() & set(action_names):
@@ -81,23 +72,20 @@ def shared_dimensions(state_names: Sequence[str], action_names: Sequence[str]) -
 class Normalizer(nn.Module):
     """Normalizes proprioception and actions, and inverts it for actions; always in float32.
 
-    Actions can be relative: the difference from the present state is normalized, in the dimensions that both
-    share.
-
     Args:
         state, action: statistics from `fit_statistics`, of what is normalized.
-        mode: see `scale_offset`.
-        relative_to: see `shared_dimensions`; None leaves actions as recorded.
-        action_range: (2, A), lowest and highest recorded action (default: as in the statistics).
+        action_range: (2, A), lowest and highest recorded action.
+        relative_to: normalize the difference from the present state, in `shared_dimensions`; None leaves
+            actions as recorded.
     """
 
     def __init__(
         self,
         state: dict[str, Tensor],
         action: dict[str, Tensor],
+        action_range: Tensor,
         mode: Normalization = "mean-std",
         relative_to: Tensor | None = None,
-        action_range: Tensor | None = None,
     ):
         super().__init__()
         self.statistics = {"state": state, "action": action}
@@ -105,8 +93,6 @@ class Normalizer(nn.Module):
             scale, offset = scale_offset(statistics, mode)
             self.register_buffer(f"{name}_scale", scale)
             self.register_buffer(f"{name}_offset", offset)
-        if action_range is None:
-            action_range = torch.stack([action["min"], action["max"]])
         self.register_buffer("action_range", action_range)
         self.register_buffer("relative_to", relative_to)
 
@@ -116,9 +102,9 @@ class Normalizer(nn.Module):
         store, rows = dataset.store, dataset.rows
         recorded = store.action[rows + dataset.action_offset]
         state, action = fit_statistics(store.state[rows]), fit_statistics(recorded)
-        if not relative:
-            return cls(state, action, mode)
         action_range = torch.stack([action["min"], action["max"]])
+        if not relative:
+            return cls(state, action, action_range, mode)
         pairs = shared_dimensions(store.state_names, store.action_names)
         for dim in np.flatnonzero(pairs >= 0):
             # One dimension after the other: all chunks at once can be many gigabytes.
@@ -126,19 +112,14 @@ class Normalizer(nn.Module):
             differences = (chunks - store.state[rows, pairs[dim]][:, None])[~is_pad]
             for name, value in fit_statistics(differences[:, None]).items():
                 action[name][dim] = value[0]
-        return cls(state, action, mode, torch.from_numpy(pairs), action_range)
+        return cls(state, action, action_range, mode, torch.from_numpy(pairs))
 
     def proprio(self, proprio: Tensor) -> Tensor:
         """(..., P) in recorded units -> unitless float32."""
         return (proprio.float() - self.state_offset) / self.state_scale
 
     def actions(self, actions: Tensor, proprio: Tensor) -> Tensor:
-        """Recorded units -> unitless float32.
-
-        Args:
-            actions: (B, T, A).
-            proprio: (B, K, P) in recorded units, the present state last.
-        """
+        """(B, T, A), and (B, K, P) with the present state last, in recorded units -> unitless float32."""
         return (actions.float() - self._base(proprio) - self.action_offset) / self.action_scale
 
     def unnormalize_actions(self, actions: Tensor, proprio: Tensor) -> Tensor:
@@ -162,11 +143,7 @@ class Normalizer(nn.Module):
 
     @classmethod
     def load(cls, path: Path, mode: Normalization) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: if the file is missing or holds no such statistics.
-        """
+        """Read what `save` wrote; a UserError names a file that is missing or holds no statistics."""
         try:
             tensors = load_file(path)
             parts = [{key: tensors[f"{n}.{key}"] for key in STATISTICS} for n in ("state", "action")]
@@ -175,4 +152,4 @@ class Normalizer(nn.Module):
             raise UserError(
                 f"{path} holds no normalization statistics ({error}): use another checkpoint."
             ) from None
-        return cls(*parts, mode, tensors.get("relative_to"), action_range)
+        return cls(*parts, action_range, mode, tensors.get("relative_to"))

@@ -26,16 +26,28 @@ if TYPE_CHECKING:
 
 def grid(rows: int, columns: int, size: tuple[float, float], **sharing) -> tuple[Figure, np.ndarray]:
     """A figure of a size in inches that needs no screen, and its axes (rows, columns)."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="tight")
-    return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
+    with rc_context({"xtick.labelsize": 7, "ytick.labelsize": 7, "axes.labelsize": 8}):
+        return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
 
 
-def save_figure(figure: Figure, path: Path, dpi: int = 100) -> None:
+def panels(num: int, most: int, size: tuple[float, float], **sharing) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of `num` panels, each of a size in inches, `most` in a row, and their axes, row by row."""
+    columns = min(most, num)
+    rows = math.ceil(num / columns)
+    figure, axes = grid(rows, columns, (columns * size[0], rows * size[1]), **sharing)
+    for unused in axes.flat[num:]:
+        unused.axis("off")
+    return figure, axes.flat[:num]
+
+
+def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all; says so if it cannot be written."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=dpi)
+    figure.savefig(content, format="png", dpi=100)
     try:
         write_whole(path, content.getvalue())
     except OSError as error:
@@ -50,11 +62,7 @@ def show_images(axes: Iterable[Axes], images: np.ndarray, **options) -> None:
 
 
 def principal_components(points: np.ndarray, num: int) -> tuple[np.ndarray, float]:
-    """The first principal components of points (N, D), and their share of the variance.
-
-    Returns:
-        (N, num), zero where there are fewer; and the share, in [0, 1].
-    """
+    """First principal components (N, num) of points (N, D), zero beyond D; their share of the variance."""
     centred = points.astype(np.float64) - points.mean(axis=0, dtype=np.float64)
     _, spread, directions = np.linalg.svd(centred, full_matrices=False)
     components = centred @ directions[:num].T
@@ -79,38 +87,29 @@ def draw_chunks(
         recorded: (T, A), what was demonstrated.
         names: of the A dimensions.
         scale: of each dimension, (A,), how far it moves in the dataset.
-        shares: named, each (K,) and summing to 1.
-        title: of the picture.
+        shares: one or two, named, each (K,) and summing to 1.
         most_dimensions: draw no more dimensions than this, those in which the chunks differ most by `scale`.
     """
     from matplotlib import colormaps
 
     spread = np.ptp(chunks, axis=0).max(axis=0) / scale
     dimensions = np.sort(np.argsort(-spread)[:most_dimensions])
-    columns = min(5, len(dimensions) + 1)
-    rows = math.ceil((len(dimensions) + 1) / columns)
-    figure, axes = grid(rows, columns, (4 * columns, 0.6 + 2.6 * rows))
+    figure, (*axes, bars) = panels(len(dimensions) + 1, 5, (4, 2.9))
     colors = colormaps["turbo"](np.linspace(0.05, 0.95, len(chunks)))
     first = next(iter(shares.values()))
     alphas = 0.25 + 0.75 * first / first.max()
-    for axis, d in zip(axes.flat, dimensions, strict=False):
+    for axis, d in zip(axes, dimensions, strict=True):
         for chunk, color, alpha in zip(chunks, colors, alphas, strict=True):
             axis.plot(chunk[:, d], color=color, alpha=alpha, lw=1.2)
         axis.plot(recorded[:, d], color="black", lw=1.5, ls="--", label="recorded")
-        axis.set_title(names[d], fontsize=9)
-        axis.tick_params(labelsize=7)
-    axes.flat[0].legend(fontsize=7)
-    for axis in axes.flat[len(dimensions) : -1]:
-        axis.axis("off")
-    bars, places = axes.flat[-1], np.arange(len(chunks))
-    width = 0.8 / len(shares)
-    for n, (name, share) in enumerate(shares.items()):
-        hatch = None if n == 0 else "////"
-        at = places + (n - (len(shares) - 1) / 2) * width
-        bars.bar(at, share, width, color=colors, edgecolor="0.3", lw=0.4, hatch=hatch, label=name)
-    bars.set_xticks(places, [str(k) for k in places], fontsize=6)
-    bars.set_title(" (plain), ".join(shares) + (" (hatched)" if len(shares) > 1 else ""), fontsize=9)
-    bars.tick_params(axis="y", labelsize=7)
+        axis.set_title(names[d])
+    axes[0].legend(fontsize=7)
+    places, width = np.arange(len(chunks)), 0.8 / len(shares)
+    for n, share in enumerate(shares.values()):
+        style = {"color": colors, "edgecolor": "0.3", "lw": 0.4, "hatch": "////" * (n > 0)}
+        bars.bar(places + n * width, share, width, **style)
+    bars.set_xticks(places + 0.4 - width / 2, map(str, places))
+    bars.set_title(" (plain), ".join(shares) + (" (hatched)" if len(shares) > 1 else ""))
     figure.supxlabel("control steps", fontsize=9)
     figure.suptitle(title, fontsize=11)
     save_figure(figure, path)
@@ -119,14 +118,10 @@ def draw_chunks(
 def draw_features(
     path: Path, images: np.ndarray, features: np.ndarray, shape: tuple[int, int], title: str
 ) -> None:
-    """Images, and below each its features: their first three principal components as red, green and blue.
+    """Images (B, 3, H, W) uint8, and below each its features: three principal components as red, green, blue.
 
-    What has the same colour looks the same to the network that made the features.
-
-    Args:
-        images: (B, 3, H, W) uint8.
-        features: (B, L, D), L tokens row by row.
-        shape: rows and columns of the tokens.
+    Features are (B, L, D), L tokens row by row, in rows and columns of `shape`. What has the same colour
+    looks the same to the network that made them.
     """
     components, _ = principal_components(features.reshape(-1, features.shape[-1]), 3)
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
@@ -142,11 +137,9 @@ def draw_features(
 
 
 def draw_latents(path: Path, latents: np.ndarray, labels: Mapping[str, np.ndarray], title: str) -> None:
-    """Latents in the plane of their first two principal components, once for each labelling.
+    """Latents (N, D) in the plane of their first two principal components, once for each labelling.
 
-    Args:
-        latents: (N, D).
-        labels: named, each (N,) small integers.
+    Labels are named, each (N,) small integers.
     """
     plane, explained = principal_components(latents, 2)
     figure, axes = grid(1, len(labels), (5 * len(labels), 4.6))
@@ -154,8 +147,7 @@ def draw_latents(path: Path, latents: np.ndarray, labels: Mapping[str, np.ndarra
         for value in np.unique(values):
             chosen = plane[values == value]
             axis.scatter(*chosen.T, s=14, color=f"C{value % 10}", label=str(value), alpha=0.8)
-        axis.set_title(f"by {name}", fontsize=10)
-        axis.tick_params(labelsize=7)
+        axis.set_title(f"by {name}")
         axis.legend(fontsize=7)
     figure.suptitle(f"{title} ({100 * explained:.0f} % of the variance)", fontsize=10)
     save_figure(figure, path)
@@ -164,12 +156,7 @@ def draw_latents(path: Path, latents: np.ndarray, labels: Mapping[str, np.ndarra
 def draw_reconstructions(
     path: Path, images: np.ndarray, decoded: np.ndarray, chunks: np.ndarray, decoded_chunks: np.ndarray
 ) -> None:
-    """Images and action chunks, each with its reconstruction: a column for each sample.
-
-    Args:
-        images, decoded: (B, 3, H, W) in [0, 1].
-        chunks, decoded_chunks: (B, T, A), normalized; NaN is not drawn.
-    """
+    """Images (B, 3, H, W) in [0, 1] and chunks (B, T, A), each with its reconstruction; NaN is not drawn."""
     figure, axes = grid(3, len(images), (2.1 * len(images), 6.4), sharey="row")
     show_images(axes[0], images)
     show_images(axes[1], decoded)
@@ -179,22 +166,16 @@ def draw_reconstructions(
             style = {"color": f"C{d % 10}", "lw": 1.2, "marker": ".", "ms": 3}
             axis.plot(chunk[:, d], **style)
             axis.plot(chunk_output[:, d], ls="--", **style)
-        axis.tick_params(labelsize=6)
     labels = ("image", "reconstruction", "actions (dashed: reconstruction)")
     for axis, label in zip(axes[:, 0], labels, strict=True):
-        axis.set_ylabel(label, fontsize=8)
-    save_figure(figure, path, dpi=90)
+        axis.set_ylabel(label)
+    save_figure(figure, path)
 
 
-def draw_scores(
-    path: Path, pointwise: np.ndarray, scores: np.ndarray, examples: Mapping[str, np.ndarray]
-) -> None:
-    """Distribution of contributions to a mutual information, scores of episodes, and how some begin.
+def draw_scores(path: Path, pointwise: np.ndarray, scores: np.ndarray, examples: Mapping) -> None:
+    """Contributions of steps to a mutual information (N,), scores of episodes (E,), and how some begin.
 
-    Args:
-        pointwise: contributions of steps, (N,), nats; NaN is left out.
-        scores: of episodes, (E,), nats.
-        examples: titled first frames, (3, H, W) uint8, best to worst.
+    Both are in nats, and NaN is left out; examples are titled first frames (3, H, W) uint8, best to worst.
     """
     from matplotlib.figure import Figure
 
@@ -232,55 +213,45 @@ def read_lines(path: Path) -> list[dict]:
 def draw_curves(path: Path, picture: Path) -> None:
     """Draw metrics.jsonl: loss, held-out error, gradient norms, learning rates, speed.
 
-    What a method logs in addition, named `group/name`, gets a panel for each group, held-out metrics with
-    dots.
+    What a method logs in addition, named `group/name`, gets a panel for each group.
     """
     lines = read_lines(path)
-    train, val = ([line for line in lines if line["split"] == split] for split in ("train", "val"))
-    if not train:
+    if all(line["split"] != "train" for line in lines):
         return
     groups: dict[str, list[str]] = {}
     for name in sorted({key for line in lines for key in line if "/" in key}):
         groups.setdefault(name.split("/")[0], []).append(name)
-    norms, rates = groups.pop("grad_norm", []), groups.pop("lr", [])
-    rows = 2 + (len(groups) + 1) // 2
-    figure, axes = grid(rows, 2, (12, 3.5 * rows), sharex=True)
-    plain = sorted({key for line in val for key in line if "/" not in key} - {"step", "split"})
-    _plot(axes[0, 0], train, ["loss"], "loss", log=True)
-    _plot(axes[0, 0], val, plain, "loss", log=True, held_out=True)
-    _plot(axes[0, 1], train, norms, "gradient norm", log=True)
-    _plot(axes[1, 0], train, rates, "learning rate")
-    _plot(axes[1, 1], train, ["samples_per_s"], "samples / s")
-    axes[1, 1].set_ylim(bottom=0)
-    for axis, (group, names) in zip(axes.flat[4:], groups.items(), strict=False):
-        log = group in ("loss", "error")
-        _plot(axis, train, names, group, log)
-        _plot(axis, val, names, group, log, held_out=True)
-    for axis in axes.flat[4 + len(groups) :]:
-        axis.axis("off")
-    for axis in axes.flat:
+    held_out = {key for line in lines if line["split"] == "val" for key in line if "/" not in key}
+    drawn = [
+        ("loss", sorted({"loss", *held_out} - {"step", "split"})),
+        ("gradient norm", groups.pop("grad_norm", [])),
+        ("learning rate", groups.pop("lr", [])),
+        ("samples / s", ["samples_per_s"]),
+        *groups.items(),
+    ]
+    figure, axes = panels(len(drawn), 2, (6, 3.5), sharex=True)
+    for axis, (title, names) in zip(axes, drawn, strict=True):
+        for name in names:
+            _plot(axis, lines, name, log=title in ("loss", "error", "gradient norm"))
+        axis.set_title(title)
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
+        if axis.lines:
             axis.legend(fontsize=8)
-    for axis in axes[-1]:
-        axis.set_xlabel("step")
+    axes[3].set_ylim(bottom=0)
+    figure.supxlabel("step", fontsize=9)
     figure.suptitle(path.parent.name)
     save_figure(figure, picture)
 
 
-def _plot(
-    axis: Axes, lines: list[dict], names: list[str], title: str, log: bool = False, held_out: bool = False
-) -> None:
-    """Metrics against steps; on a logarithmic scale if `log`, and if anything is positive."""
-    style = {"marker": "o", "ms": 3} if held_out else {}
-    for name in names:
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        label = "held out: " * held_out + name.split("/")[-1]
-        if points:
-            axis.plot(*zip(*points, strict=True), lw=1.2, label=label, **style)
-        if log and any(value > 0 for _, value in points):
+def _plot(axis: Axes, lines: list[dict], name: str, log: bool) -> None:
+    """A metric against steps, held out with dots; a logarithmic scale if `log` and anything is positive."""
+    for split, label, style in (("train", "", {}), ("val", "held out: ", {"marker": "o", "ms": 3})):
+        values = {line["step"]: line.get(name) for line in lines if line["split"] == split}
+        values = {step: value for step, value in values.items() if value is not None}
+        if values:
+            axis.plot(values.keys(), values.values(), lw=1.2, label=label + name.split("/")[-1], **style)
+        if log and any(value > 0 for value in values.values()):
             axis.set_yscale("log")
-    axis.set_title(title, fontsize=10)
 
 
 # What a dataset holds
@@ -308,20 +279,15 @@ def draw_sheet(store: EpisodeStore, path: Path, most_episodes: int = 6, moments:
 
 def draw_histograms(store: EpisodeStore, path: Path) -> None:
     """Distribution of every dimension of state and action, and of the episodes' lengths."""
-    panels = [("episode length (steps)", np.diff(store.episode_starts), "0.4")]
+    drawn = [("episode length (steps)", np.diff(store.episode_starts), "0.4")]
     for color, what, names, values in (
         ("tab:blue", "state", store.state_names, store.state),
         ("tab:orange", "action", store.action_names, store.action),
     ):
-        panels += [(f"{what}: {name}", values[:, d], color) for d, name in enumerate(names)]
-    columns = min(7, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = grid(rows, columns, (2.2 * columns, 1.6 * rows))
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, (title, values, color) in zip(axes.flat, panels, strict=False):
+        drawn += [(f"{what}: {name}", values[:, d], color) for d, name in enumerate(names)]
+    figure, axes = panels(len(drawn), 7, (2.2, 1.6))
+    for axis, (title, values, color) in zip(axes, drawn, strict=True):
         axis.hist(values, bins=50, color=color)
         axis.set_title(title, fontsize=7)
-        axis.tick_params(labelsize=6)
         axis.set_yticks([])
     save_figure(figure, path)

@@ -45,7 +45,7 @@ def take_expert(module: nn.Module, expert: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to itself or to a context whose keys and values were computed before."""
+    """Multi-head attention of x to itself, or to a context by its `keys_values`, computed before."""
 
     def __init__(self, d_model: int, num_heads: int, linear: Linear = nn.Linear):
         super().__init__()
@@ -69,13 +69,9 @@ class Attention(nn.Module):
         key_mask: Tensor | None = None,
         causal: bool = False,
     ) -> Tensor:
-        """Attend.
+        """(..., L, D) -> (..., L, D), of E experts (E, B, L, D); causal: position i sees positions <= i only.
 
-        Args:
-            x: queries, (..., L, D).
-            keys_values: of a context, from `keys_values`; x itself when absent.
-            key_mask: (B, L of the keys), False where a key must not be seen; the same for all experts.
-            causal: position i sees positions <= i only.
+        `key_mask` (B, L of the keys) is False where a key must not be seen, the same for all experts.
         """
         keys, values = self.keys_values(x) if keys_values is None else keys_values
         queries, stack = self._heads(self.query(x)), x.shape[:-3]
@@ -142,8 +138,6 @@ class InfoEmbedder(nn.Module):
 
     Args:
         widths: of each camera's tokens and summary.
-        state_dim: P.
-        proprio_history: K, states in an observation.
         cameras_may_drop: learn tokens that stand for a lost camera. Without camera dropout they would never
             get a gradient, which DistributedDataParallel takes for a mistake.
     """
@@ -171,15 +165,12 @@ class InfoEmbedder(nn.Module):
     def forward(
         self, views: Sequence[tuple[Tensor, Tensor]], proprio: Tensor, dropped: Tensor | None = None
     ) -> Observation:
-        """Fuse.
+        """A memory of K + N (L + 1) tokens, and the sum of the states' and the cameras' summary tokens.
 
         Args:
             views: for each camera its tokens (B, L, D_v) and summary (B, D_s).
             proprio: (B, K, P), normalized.
             dropped: (B, N), True where a sample has lost a camera.
-
-        Returns:
-            A memory of K + N (L + 1) tokens, and the sum of the states' and the cameras' summary tokens.
         """
         memory = [self.proprio_in(proprio) + self.proprio_position]
         for n, (tokens, summary) in enumerate(views):
@@ -211,6 +202,7 @@ class ChunkEncoder(nn.Module):
     """A vector that describes a recorded chunk where it was recorded, as a posterior of a latent does.
 
     A transformer over states, tokens of the head camera and the chunk, read at a token of its own.
+    `num_steps` is the number of states and actions together, K + T.
     """
 
     def __init__(
@@ -224,7 +216,6 @@ class ChunkEncoder(nn.Module):
         num_layers: int,
         out_dim: int,
     ):
-        """`num_steps` is the number of states and actions together, K + T."""
         super().__init__()
         self.readout = nn.Parameter(torch.randn(1, d_model) * 0.02)
         self.proprio_in = nn.Linear(state_dim, d_model)
@@ -235,16 +226,12 @@ class ChunkEncoder(nn.Module):
         self.latent_out = nn.Linear(d_model, out_dim)
 
     def forward(self, proprio: Tensor, head_tokens: Tensor, actions: Tensor, is_pad: Tensor) -> Tensor:
-        """Encode.
+        """(B, out_dim) float32.
 
         Args:
             proprio: (B, K, P), normalized.
             head_tokens: (B, L, D_v), of the first camera.
-            actions: (B, T, A), normalized; steps that do not exist are not seen.
-            is_pad: (B, T).
-
-        Returns:
-            (B, out_dim) float32.
+            actions: (B, T, A), normalized; steps that do not exist, by `is_pad` (B, T), are not seen.
         """
         steps = torch.cat([self.proprio_in(proprio), self.action_in(actions)], dim=1) + self.position
         x = torch.cat([self.readout.expand(len(actions), 1, -1), self.tokens_in(head_tokens), steps], dim=1)
@@ -280,11 +267,11 @@ class DecoderBlock(nn.Module):
     """Self-attention, cross-attention to the observation, MLP; time modulates each (Peebles & Xie 2023).
 
     Every part computes x + gate(t) * part(norm(x) * (1 + scale(t)) + shift(t)). Gates, scales and shifts
-    start at zero (adaLN-Zero), so that an untrained decoder passes its input through.
+    start at zero (adaLN-Zero), so that an untrained decoder passes its input through. With a `linear` that
+    makes stacked layers it is a block of several experts.
     """
 
     def __init__(self, d_model: int, num_heads: int, linear: Linear = nn.Linear):
-        """`linear` makes the layers: stacked ones for a block of several experts."""
         super().__init__()
         self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
         self.self_attention = Attention(d_model, num_heads, linear)
@@ -297,13 +284,10 @@ class DecoderBlock(nn.Module):
     def forward(
         self, x: Tensor, condition: Tensor, context: KeysValues, key_mask: Tensor | None, causal: bool
     ) -> Tensor:
-        """Refine action tokens; of E experts, all but the mask with a leading dimension E.
+        """Refine action tokens x (B * M, T, D), M draws for each of the observations of the context.
 
-        Args:
-            x: action tokens, (B * M, T, D), M draws per observation one after the other.
-            condition: embedded flow time, (B * M, D).
-            context: keys and values of B observations.
-            key_mask: (B * M, T), False for padded actions.
+        The condition (B * M, D) embeds the flow time; `key_mask` (B * M, T) is False for padded actions. Of E
+        experts all but the mask have a leading dimension E.
         """
         modulation = self.modulation(F.silu(condition)).unsqueeze(-2).chunk(9, dim=-1)
         shift, scale, gate = modulation[:3]
@@ -320,8 +304,6 @@ class DecoderBlock(nn.Module):
 
 class ActionDecoder(nn.Module):
     """Velocity of a noisy action chunk, given an observation's memory and the flow time.
-
-    `context(observation)` is computed once per observation, `forward` once per integration step.
 
     The observation enters twice: by cross-attention to its memory, and its summary is added to every action
     token. Attention alone learns late to look: at first it averages over all tokens, and what the few that
@@ -367,18 +349,14 @@ class ActionDecoder(nn.Module):
         is_pad: Tensor | None = None,
         latent: Tensor | None = None,
     ) -> Tensor:
-        """Predict the velocity.
+        """Velocity (B * M, T, A) of M draws for each of the B observations of the context.
 
         Args:
-            x_t: noisy actions, (B * M, T, A): M draws for each of the B observations of the context.
+            x_t: noisy actions, (B * M, T, A).
             t: flow time, (B * M,).
-            context: from `context`.
             is_pad: (B * M, T), True for steps past the episode's end. Without a causal mask they must not be
                 seen; with it the real steps, which come first, cannot see them anyway.
             latent: (B * M, latent_dim), of a decoder that has one; modulates the blocks as flow time does.
-
-        Returns:
-            (B * M, T, A).
         """
         key_mask = None if is_pad is None or self.causal else ~is_pad
         flow_samples = len(x_t) // len(context.summary)

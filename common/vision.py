@@ -22,7 +22,7 @@ from common.transformer import sincos_position_2d
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
-RESNETS = ("resnet18", "resnet34", "resnet50")
+SMALLEST_SIDE = {"conv": 16, "resnet18": 32, "resnet34": 32, "resnet50": 32}  # pixels, of those made here
 CONVOLUTIONAL = {"convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet"}  # they know no patches
 
 
@@ -44,7 +44,7 @@ class VisionConfig:
 
 
 class Backbone(nn.Module):
-    """A vision network: images (B, 3, H, W) to tokens (B, L, token_dim) and a summary (B, summary_dim)."""
+    """What a policy asks of a vision network."""
 
     token_dim: int
     summary_dim: int
@@ -60,24 +60,20 @@ def build_backbone(
     """The backbone that `VisionConfig.backbone` names, for images of (H, W) pixels.
 
     Args:
-        pretrained: load the weights of a Hugging Face model; False if a checkpoint's will be loaded next.
-        hf_config: architecture of a Hugging Face model from that checkpoint.
+        pretrained: load the weights of a Hugging Face model; False if a checkpoint's will be loaded next,
+            of a model of the architecture `hf_config`.
 
     Raises:
         UserError: for a model that cannot be loaded, or images of a size that it cannot take.
     """
-    if name == "conv":
-        return ConvBackbone(image_size)
-    if name in RESNETS:
-        return ResNetBackbone(name, image_size)
-    return HuggingFaceBackbone(name, image_size, pretrained, hf_config)
-
-
-def _refuse_small(name: str, image_size: tuple[int, int], least: int) -> None:
+    if name not in SMALLEST_SIDE:
+        return HuggingFaceBackbone(name, image_size, pretrained, hf_config)
+    least = SMALLEST_SIDE[name]
     if min(image_size) < least:
         raise UserError(
             f"--backbone {name} needs images of at least {least}x{least} pixels: raise --image-size."
         )
+    return ConvBackbone(image_size) if name == "conv" else ResNetBackbone(name, image_size)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -100,7 +96,6 @@ class ConvBackbone(Backbone):
 
     def __init__(self, image_size: tuple[int, int], num_keypoints: int = 32, max_tokens: int = 64):
         super().__init__()
-        _refuse_small("conv", image_size, 16)
         self.stem = nn.Sequential(_conv(3, 32, 5, 2), _conv(32, 64, 3, 2), _conv(64, 64, 3, 1))
         self.keypoints = nn.Conv2d(64, num_keypoints, 1)
         with torch.no_grad():
@@ -135,7 +130,6 @@ class ResNetBackbone(Backbone):
         super().__init__()
         from torchvision.models import resnet
 
-        _refuse_small(name, image_size, 32)
         network = getattr(resnet, name)(weights=None, norm_layer=_norm)
         self.network = nn.Sequential(*list(network.children())[:-2])  # without pooling and classifier
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -179,8 +173,8 @@ class HuggingFaceBackbone(Backbone):
         mean, std = processor.get("image_mean") or mean, processor.get("image_std") or std
         if self._is_radio:  # normalizes inside
             mean, std = (0.0,) * 3, (1.0,) * 3
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=True)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=True)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         self._leading: int | None = None  # tokens before those of the patches: the first forward counts them
         self._measure(name, image_size, absent)
 
@@ -193,20 +187,26 @@ class HuggingFaceBackbone(Backbone):
             tokens = hidden.flatten(2).transpose(1, 2)
             return tokens, tokens.mean(dim=1)
         if self._leading is None:
-            self._leading = _leading_tokens(
-                hidden.shape[1], images.shape[-2:], self._patch, self.network.config
-            )
+            self._leading = self._count_leading(hidden.shape[1], images.shape[-2:])
         tokens = hidden[:, self._leading :]
         if self._leading:
             return tokens, hidden[:, 0]
         pooled = getattr(out, "pooler_output", None)
         return tokens, tokens.mean(dim=1) if pooled is None else pooled.flatten(1)
 
+    def _count_leading(self, length: int, image_size: tuple[int, int]) -> int:
+        """How many of a sequence's tokens stand before the grid of those of the image's regions."""
+        registers = getattr(self.network.config, "num_register_tokens", None) or 0
+        for stride in [(self._patch or 4) * 2**k for k in range(6)]:  # some networks merge patches
+            extra = length - math.prod(math.ceil(side / stride) for side in image_size)
+            if extra in {0, 1, 2, registers, 1 + registers}:
+                return extra
+        raise ValueError(f"its {length} tokens form no grid")
+
     def _measure(self, name: str, image_size: tuple[int, int], absent: set[str]) -> None:
         """Run once: learn the layout of the tokens, and exclude weights that cannot learn.
 
-        DistributedDataParallel would wait for the gradients of such weights (mask tokens, unused heads). Of
-        the others none may be `absent` from the model's files.
+        DistributedDataParallel would wait for the gradients of such weights (mask tokens, unused heads).
         """
         named = dict(self.network.named_parameters())
         try:
@@ -229,19 +229,6 @@ class HuggingFaceBackbone(Backbone):
                 f"openai/clip-vit-base-patch16."
             )
         self.num_tokens, self.token_dim, self.summary_dim = tokens.shape[1], tokens.shape[2], summary.shape[1]
-
-
-def _leading_tokens(length: int, image_size: tuple[int, int], patch: int | None, config) -> int:
-    """How many of a sequence's tokens stand before those of the image's regions.
-
-    These form a grid, whose stride is the patch or, in networks that merge patches, a power of two times it.
-    """
-    registers = getattr(config, "num_register_tokens", None) or 0
-    for stride in [(patch or 4) * 2**k for k in range(6)]:
-        extra = length - math.prod(math.ceil(side / stride) for side in image_size)
-        if extra in {0, 1, 2, registers, 1 + registers}:
-            return extra
-    raise ValueError(f"its {length} tokens form no grid")
 
 
 def brief(error: Exception) -> str:
@@ -280,14 +267,9 @@ def hub_answers(name: str) -> bool:
 def _load_huggingface(name: str, hf_config: dict | None):
     """The vision part of a model, its image processor's settings, and the weights that its files lack.
 
-    A local path is never looked up on the hub. Weights must be safetensors and no code comes with a model,
-    so that nothing that is loaded can run code.
-
-    Args:
-        hf_config: make a network of this architecture, with random weights, and load nothing.
-
-    Raises:
-        UserError: if it cannot be loaded.
+    With an `hf_config` a network of that architecture with random weights. Nothing that is loaded can run
+    code: weights must be safetensors, and no code comes with a model. A local path is never looked up on the
+    hub.
     """
     from transformers import AutoConfig, AutoModel, ViTConfig
     from transformers.image_processing_base import ImageProcessingMixin
@@ -312,14 +294,11 @@ def _load_huggingface(name: str, hf_config: dict | None):
             network, report = AutoModel.from_pretrained(
                 source, config=config, use_safetensors=True, output_loading_info=True, **where
             )
-            if "pixel_values" not in str(getattr(network, "main_input_name", "")):
-                raise ValueError("it does not take images")
     except Exception as error:
         reason = "it is not in the hub's cache here, and there is no connection: " * far + brief(error)
         raise UserError(
-            f"--backbone {name} cannot be loaded ({type(error).__name__}: {reason}): download it where "
-            f"there is a connection and give its local folder, or choose another, for example --backbone "
-            f"resnet18."
+            f"--backbone {name} cannot be loaded ({type(error).__name__}: {reason}): give the folder of a "
+            f"downloaded model, or choose another, for example --backbone resnet18."
         ) from None
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(source, **where)
@@ -336,13 +315,7 @@ def to_float(images: Tensor) -> Tensor:
 def augment(images: Tensor, config: VisionConfig, generator: torch.Generator | None = None) -> Tensor:
     """Random shift, rotation, colour and blur, drawn anew for every sample and camera, on the images' device.
 
-    Args:
-        images: (B, N, 3, H, W) uint8.
-        config: strengths; with all of them 0 the images are only converted.
-        generator: source of the draws, on the images' device.
-
-    Returns:
-        (B, N, 3, H, W) float32 in [0, 1].
+    (B, N, 3, H, W) uint8 to float32 in [0, 1]; with all strengths 0 the images are only converted.
     """
     x = to_float(images).flatten(0, 1)  # (B * N, 3, H, W)
 
@@ -388,21 +361,13 @@ def _blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
     return x.view(batch, channels, height, width)
 
 
-def random_camera_dropout(
-    batch_size: int,
-    num_cameras: int,
-    p: float,
-    device: torch.device,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Which cameras samples lose in training.
+def random_camera_dropout(batch_size: int, num_cameras: int, p: float, device: torch.device) -> Tensor:
+    """Which cameras samples lose in training, (B, N) bool.
 
-    Returns:
-        (B, N) bool: with probability p a row has exactly one True, at a random camera. The only camera of a
-        robot is never lost.
+    With probability p a row has exactly one True, at a random camera; a robot's only camera is never lost.
     """
     if num_cameras == 1:
         return torch.zeros(batch_size, 1, dtype=torch.bool, device=device)
-    lost = torch.randint(num_cameras, (batch_size, 1), device=device, generator=generator)
-    loses = torch.rand(batch_size, 1, device=device, generator=generator) < p
+    lost = torch.randint(num_cameras, (batch_size, 1), device=device)
+    loses = torch.rand(batch_size, 1, device=device) < p
     return (torch.arange(num_cameras, device=device) == lost) & loses

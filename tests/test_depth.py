@@ -177,16 +177,16 @@ def test_weights_that_may_not_be_used_commercially_are_announced(tmp_path, monke
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda f, w: write(f, w, "da3-base"), "is da3-base, not da3-small: give --depth-model base"),
-        (lambda f, w: write(f, w, "da4"), "is da4, not da3-small: only small, base, large"),
-        (lambda f, w: (f / "config.json").write_text("{"), "does not name a Depth Anything 3 model"),
-        (lambda f, w: (f / "config.json").write_text("[1]"), "does not name a Depth Anything 3 model"),
+        (lambda f, w: write(f, w, "da3-base"), "is of da3-base, not da3-small: give --depth-model base"),
+        (lambda f, w: write(f, w, "da4"), "is of da4, not da3-small: give an official snapshot"),
+        (lambda f, w: (f / "config.json").write_text("{"), "is of an unknown model, not da3-small"),
+        (lambda f, w: (f / "config.json").write_text("[1]"), "is of an unknown model, not da3-small"),
         (lambda f, w: (f / "config.json").unlink(), "has no config.json"),
         (lambda f, w: (f / "model.safetensors").unlink(), "has no model.safetensors"),
         (
             lambda f, w: write(f, {k: v for k, v in w.items() if k != "norm.bias"}),
-            "below model.backbone.pretrained. (Error(s) in loading state_dict for DepthNetwork: Missing "
-            'key(s) in state_dict: "norm.bias"',
+            "no da3-small (Error(s) in loading state_dict for DepthNetwork: Missing key(s) in state_dict: "
+            '"norm.bias"',
         ),
         (
             lambda f, w: write(f, {**w, "blocks.9.ls1.gamma": torch.ones(3), "mask": torch.ones(2)}),

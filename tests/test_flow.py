@@ -47,11 +47,6 @@ def test_times_repeat_with_their_generator_and_leave_the_global_one_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_beta_distribution_needs_positive_parameters():
-    with pytest.raises(ValueError, match="positive"):
-        flow.sample_time(3, "cpu", "beta", (0.0, 1.0))
-
-
 def test_the_path_runs_from_noise_to_data_at_constant_velocity():
     x_0, x_1 = torch.randn(2, 4, 5, 3)
     assert torch.equal(flow.linear_path(x_0, x_1, torch.zeros(4))[0], x_0)

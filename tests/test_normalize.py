@@ -18,7 +18,8 @@ def values():
 
 
 def normalizer(values, mode):
-    return Normalizer(fit_statistics(values), fit_statistics(values), mode)
+    state, action = fit_statistics(values), fit_statistics(values)
+    return Normalizer(state, action, torch.stack([action["min"], action["max"]]), mode)
 
 
 def test_statistics_are_those_of_the_data(values):
