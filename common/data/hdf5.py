@@ -33,7 +33,7 @@ from common.data.layout import Array, Known, Layout, choose_layout, listing, num
 from common.data.source import BadEpisode, Episode, Info, existing, refuse_unusable
 from common.data.workers import Died, cores, guarded_map
 from common.errors import UserError
-from common.files import write_whole
+from common.files import write_whole, writing_below
 
 if TYPE_CHECKING:
     from common.data import DataConfig
@@ -275,13 +275,9 @@ def scan_all(root: Path, files: Sequence[Path], memory: Path, workers: int) -> d
                 known[name] = {"stamp": stamps[name] if scan["sha256"] else None, **scan}
                 bar.update(sizes[name])
         known = {name: known[name] for name in stamps}
-        try:
+        with writing_below(memory.parent):
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_whole(memory, json.dumps(known).encode())
-        except OSError as error:
-            raise UserError(
-                f"{memory.parent} cannot be written ({error.strerror}): choose another --cache-dir."
-            ) from None
     return {name: known[name] for name in stamps}
 
 

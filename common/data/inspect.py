@@ -212,7 +212,7 @@ def verify(config: Verify) -> None:
         UserError: names the first damaged file, or the first frame that differs from the source.
     """
     root, request = _requested(config)
-    request = next((r for r in request.candidates() if r.folder(root).is_dir()), None)
+    request = request.found_below(root)
     if request is None:
         raise UserError(f"{config.name} has no store yet: it is made when the dataset is first used.")
     path = request.folder(root)
