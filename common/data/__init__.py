@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from common.config import AbsolutePath, MayChange, options, to_dict
+from common.config import AbsolutePath, MayChange, options
 from common.data.ingest import StoreRequest, ensure_store
 from common.data.samples import (
     Batch,
@@ -193,7 +193,6 @@ def request_store(name: str, config: DataConfig) -> StoreRequest:
         info=info,
         storage=config.store,
         episodes=chosen_episodes(config, info),
-        options=to_dict(config) | {"dataset": [info.source], "weights": [], "cache_dir": ""},
         skip_bad=config.skip_bad_episodes,
         workers=config.ingest_workers,
     )

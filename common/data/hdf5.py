@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from common.data.frames import as_rgb
-from common.data.hdf5_files import SCAN, natural, read_frames, read_numbers, reason, scan_file
+from common.data.hdf5_files import SCAN, natural, read_frames, read_numbers, scan_file
 from common.data.layout import Array, Known, Layout, choose_layout, listing, numbered
-from common.data.source import BadEpisode, Episode, Info, existing, refuse_unusable
+from common.data.source import BadEpisode, Episode, Info, existing, reason, refuse_unusable
 from common.data.workers import Died, cores, guarded_map
 from common.errors import UserError
 from common.files import write_whole, writing_below

@@ -18,7 +18,7 @@ import numpy as np
 
 from common.data.frames import image_frame, pixel_frame
 from common.data.layout import Array, Layout, describe, rows_of
-from common.data.source import BadEpisode
+from common.data.source import BadEpisode, reason
 
 if TYPE_CHECKING:
     import h5py
@@ -67,10 +67,6 @@ def scan_file(path: str, name: str) -> dict[str, Any]:
     except Exception as error:  # of a damaged file, h5py raises a dozen classes
         scan["problem"] = f"{name} cannot be read ({reason(error)})"
     return scan
-
-
-def reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 def walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:

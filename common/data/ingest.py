@@ -45,7 +45,6 @@ class StoreRequest:
         storage: how to keep frames; `auto` takes what is there already, else raw pixels if they take at most
             half of the free disk.
         episodes: numbers of those to keep, ascending; None: all.
-        options: the data options that lead to this store, for `python -m common.data.store verify`.
         workers: processes that decode; None: as many as are worth it.
     """
 
@@ -53,7 +52,6 @@ class StoreRequest:
     info: Info
     storage: Storage | Literal["auto"] = "raw"
     episodes: tuple[int, ...] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
     skip_bad: bool = False
     workers: int | None = None
 
@@ -393,7 +391,6 @@ def _finish(
         **asdict(request.info),
         "storage": request.storage,
         "choices": request.choices(),
-        "options": request.options,
         "skipped": bad,
         "episode_tasks": [e.task for e in found],
         "arrays": {"file": ARRAYS, "bytes": len(payload), "crc32": zlib.crc32(payload)},

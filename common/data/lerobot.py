@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from common.data.cameras import closest
 from common.data.frames import FrameError, as_rgb, image_frame, video_frames
 from common.data.layout import Array, Known, Layout, choose_layout
-from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, refuse_unusable
+from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, reason, refuse_unusable
 from common.errors import UserError
 from common.files import read_json
 
@@ -129,8 +129,9 @@ class LeRobotSource:
             for frame in frames:
                 yield as_rgb(frame, layout.color_order)
         except (FrameError, OSError) as error:
-            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-            raise BadEpisode(f"Episode {episode.index} cannot be decoded from {path} ({reason})") from None
+            raise BadEpisode(
+                f"Episode {episode.index} cannot be decoded from {path} ({reason(error)})"
+            ) from None
 
     def _rows(self) -> list[EpisodeRow]:
         """The episodes of the chosen task, in order."""
