@@ -48,7 +48,7 @@ class Batch(NamedTuple):
 
 
 class _Recycler:
-    """Memory of batches, used again once nobody holds a view of it: to touch fresh pages costs ten times a copy.
+    """Memory of batches, used again once nobody holds a view of it: touching fresh pages is ten times slower.
 
     `torch.from_numpy` keeps its array alive as long as a view of the tensor lives: a weak reference tells.
     """
