@@ -5,12 +5,12 @@
 
 The key is a hash of what the features follow from: weights, settings, cameras. Rows are appended to a file
 whose name holds the checksum of the frames, and which is renamed when it is complete: an interrupted process
-leaves its rows to the next one. Several processes, as of a distributed run, share the files out among
-themselves.
+leaves its rows to the next one. Several processes share the files out among themselves.
 """
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -84,7 +84,7 @@ class _File:
 
     @property
     def row_bytes(self) -> int:
-        return 2 * int(np.prod(self.shape))
+        return 2 * math.prod(self.shape)
 
     def finished(self) -> bool:
         """Whether they are there, whole, and of these frames and this network."""
@@ -185,9 +185,7 @@ def _fill(
                 clear_device_cache(garbage_collection=True)
                 continue
             if not np.isfinite(rows).all():
-                raise UserError(
-                    f"The features of {file.frames} are not finite: the network or its weights are broken."
-                )
+                raise UserError(f"The features of {file.frames} are not finite: the weights are broken.")
             out.write(rows.data)
             out.flush()
             os.fsync(out.fileno())

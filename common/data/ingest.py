@@ -13,7 +13,7 @@ import math
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -83,12 +83,9 @@ class StoreRequest:
 
 
 def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
-    """The store, built if it is not there; several processes at once build it once.
+    """The store below `root`, built if it is not there; several processes at once build it once.
 
     A store of all episodes serves when some of them are asked for, too.
-
-    Args:
-        root: folder of all stores.
 
     Raises:
         UserError: if an episode is unusable, or the disk too small.
@@ -170,19 +167,12 @@ def _none_left(source: str, reasons: Sequence[str]) -> UserError:
 
 @dataclass
 class _Shard:
-    """A file of frames that is being filled.
-
-    Attributes:
-        part: where, until it is complete.
-        places: its episodes and their first rows.
-        rows: in all.
-        encoded: its JPEG frames, row by row and camera by camera.
-    """
+    """A file of frames that is being filled, under the name `part`."""
 
     part: Path
-    places: list[tuple[Episode, int]] = field(default_factory=list)
+    places: list[tuple[Episode, int]] = field(default_factory=list)  # its episodes and their first rows
     rows: int = 0
-    encoded: list[bytes | None] = field(default_factory=list)
+    encoded: list[bytes | None] = field(default_factory=list)  # JPEG frames, camera by camera in a row
 
 
 def _build(path: Path, request: StoreRequest) -> None:
@@ -206,7 +196,10 @@ def _build(path: Path, request: StoreRequest) -> None:
     path.mkdir(parents=True, exist_ok=True)
     try:
         with writing_below(path.parent, remedy):
-            _keep_only(path, kept)
+            names = {name for entry in kept for name in (entry["file"], f"{entry['file'][:-4]}.json")}
+            for file in path.iterdir():
+                if file.is_file() and file.name not in names:  # features lie in folders
+                    file.unlink()
             new, failed = _decode(shards, request)
             _finish(path, request, episodes, kept + new, bad + failed)
     except BrokenProcessPool as error:
@@ -245,13 +238,24 @@ def _same_frames(path: Path, entry: Entry, request: StoreRequest, episodes: dict
     try:
         for record in entry["episodes"]:
             shard.read(np.array([record["row"]]), stored, np.array([0]))
-            for camera, mine in enumerate(stored[0]):
-                frame = next(iter(request.source.frames(episodes[record["index"]], camera)))
-                if not np.array_equal(as_jpeg(frame) if request.storage == "jpeg" else frame, mine):
-                    return False
-    except (BadEpisode, OSError, StopIteration):
+            if another_frame(stored, episodes[record["index"]], request):
+                return False
+    except (BadEpisode, OSError):
         return False
     return True
+
+
+def another_frame(stored: Iterable[np.ndarray], episode: Episode, request: StoreRequest) -> str | None:
+    """Where the frames (N, 3, H, W) of an episode's first steps are not what its source gives."""
+    views = [request.source.frames(episode, camera) for camera in range(len(request.info.cameras))]
+    for step, frames in enumerate(stored):
+        for camera, mine, view in zip(request.info.cameras, frames, views, strict=True):
+            frame = next(view, None)
+            if frame is not None and request.storage == "jpeg":
+                frame = as_jpeg(frame)
+            if not np.array_equal(mine, frame):
+                return f"camera {camera.short} at step {step}"
+    return None
 
 
 def _take_over(path: Path, request: StoreRequest, episodes: dict[int, Episode]) -> None:
@@ -276,14 +280,6 @@ def _take_over(path: Path, request: StoreRequest, episodes: dict[int, Episode]) 
         file.unlink()  # not found: another process has taken it
         shutil.rmtree(path, ignore_errors=True)
         file.parent.rename(path)
-
-
-def _keep_only(path: Path, entries: list[Entry]) -> None:
-    """Remove every file but these shards from an unfinished store; features lie in folders."""
-    names = {name for entry in entries for name in (entry["file"], entry["file"].replace(".bin", ".json"))}
-    for file in path.iterdir():
-        if file.is_file() and file.name not in names:
-            file.unlink()
 
 
 # What is missing
@@ -379,9 +375,9 @@ def _finish(
     names = ("episode_indices", "episode_shard", "episode_row")
     arrays = {name: np.array(column, np.int64) for name, column in zip(names, columns, strict=True)}
     arrays |= {
-        "state": np.concatenate([e.state for e in found]).astype(np.float32),
-        "action": np.concatenate([e.action for e in found]).astype(np.float32),
-        "timestamps": np.concatenate([e.timestamps for e in found]).astype(np.float64),
+        "state": np.concatenate([episode.state for episode in found]),
+        "action": np.concatenate([episode.action for episode in found]),
+        "timestamps": np.concatenate([episode.timestamps for episode in found]),
         "episode_starts": np.cumsum([0, *map(len, found)], dtype=np.int64),
     }
     payload = save(arrays)
@@ -405,10 +401,7 @@ def _finish(
 def _read_frames(
     part: Path, episode: Episode, row: int, camera: int, request: StoreRequest
 ) -> tuple[str | None, list[bytes]]:
-    """Decode a task's frames: raw ones are written to `part`, JPEG ones given back.
-
-    The clause before them says what is wrong with the episode.
-    """
+    """What is wrong with the frames of a task, and the frames as JPEG; raw ones are written to `part`."""
     name, steps = f"Episode {episode.index}", len(episode)
     short, cameras = request.info.cameras[camera].short, len(request.info.cameras)
     count, encoded = 0, []

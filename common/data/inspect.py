@@ -4,7 +4,7 @@
     python -m common.data.store verify DATASET [--rebuild]       its store against checksums and source
     python -m common.data.store prune [--all]                    list the cache; free it
 
-DATASET is what a training script takes; the flags that a training script takes for data work here, too.
+DATASET and its flags are what a training script takes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from pydantic import NonNegativeFloat
 
 from common.config import AbsolutePath, Flat, UserPath, cli, options
 from common.data import DataConfig, default_cache_dir, open_dataset, request_store, stores_folder
-from common.data.ingest import StoreRequest, ensure_store, lock_file
-from common.data.shards import as_jpeg
+from common.data.ingest import StoreRequest, another_frame, ensure_store, lock_file
 from common.data.source import BadEpisode
 from common.data.store import ARRAYS, META, EpisodeStore, defect, wrong_size
 from common.errors import UserError
@@ -78,9 +77,6 @@ def main(argv: list[str] | None = None) -> None:
         print(__doc__.strip())
         sys.exit(0 if argv and argv[0] in ("-h", "--help") else 2)
     cli(*commands[argv[0]], argv[1:])
-
-
-# inspect
 
 
 def inspect(config: Inspect) -> None:
@@ -171,15 +167,8 @@ def _some(numbers: list[int], count: int = 12) -> str:
     return ", ".join(map(str, numbers[:count])) + more
 
 
-# verify
-
-
 def verify(config: Verify) -> None:
-    """Check a store; exits with 1 if it is damaged and not rebuilt.
-
-    Raises:
-        UserError: names the first damaged file, or the first frame that differs from the source.
-    """
+    """Check a store; a UserError names damaged files, or the first frame that differs from the source."""
     data = replace(config.data, dataset=(config.name,))
     root = stores_folder(data)
     request = request_store(config.name, data).found_below(root)
@@ -248,31 +237,24 @@ def compare_with_source(store: EpisodeStore, request: StoreRequest) -> int:
         for what in ("state", "action"):
             if not np.array_equal(getattr(store, what)[first:last], getattr(episode, what)):
                 refuse(index, what)
-        views = [request.source.frames(episode, camera) for camera in range(len(store.cameras))]
-        for row in range(first, last):
-            stored = store.images(np.array([row]))[0].numpy()
-            for camera, mine, view in zip(store.cameras, stored, views, strict=True):
-                frame = next(view, None)
-                if frame is not None and store.storage == "jpeg":
-                    frame = as_jpeg(frame)
-                if not np.array_equal(mine, frame):
-                    refuse(index, f"camera {camera} at step {row - first}")
+        stored = (store.images(np.array([row]))[0].numpy() for row in range(first, last))
+        if where := another_frame(stored, episode, request):
+            refuse(index, where)
     return store.num_steps
-
-
-# prune
 
 
 def prune(config: Prune) -> None:
     """List the stores; delete what is asked for."""
     root = config.cache_dir / "stores"
     stores = sorted(path for path in root.glob("*") if path.is_dir())
+    asked = config.all or config.unfinished or config.older_than is not None
     total = freed = 0
     for path in stores:
         size, fault = sum(file.stat().st_blocks * 512 for file in path.rglob("*")), defect(path)
-        days = (time.time() - last_used(path)) / 86400
-        doomed = config.all or (config.unfinished and fault is not None)
-        doomed = doomed or (config.older_than is not None and days > config.older_than)
+        status = (path / ARRAYS if (path / ARRAYS).exists() else path).stat()
+        days = (time.time() - max(status.st_atime, status.st_mtime)) / 86400  # since it was opened
+        old = config.older_than is not None and days > config.older_than
+        doomed = config.all or old or (config.unfinished and fault is not None)
         if not (state := fault):
             meta = read_json(path / META)
             state = f"{meta['storage']}, {len(meta['cameras'])} cameras, from {meta['source']}"
@@ -283,14 +265,8 @@ def prune(config: Prune) -> None:
             freed += size
         total += size
     print(f"{len(stores)} stores, {total / 1e9:.2f} GB in {root}; freed {freed / 1e9:.2f} GB")
-    if stores and not (config.all or config.unfinished or config.older_than is not None):
+    if stores and not asked:
         print("delete with --all, --unfinished, or --older-than DAYS")
-
-
-def last_used(path: Path) -> float:
-    """When a store was last opened, or else changed, in seconds since 1970."""
-    status = (path / ARRAYS if (path / ARRAYS).exists() else path).stat()
-    return max(status.st_atime, status.st_mtime)
 
 
 def delete(path: Path) -> None:

@@ -173,9 +173,6 @@ class LeRobotSource:
         return episode
 
 
-# -- metadata
-
-
 class Feature(BaseModel):
     """A feature in `meta/info.json`."""
 
@@ -305,9 +302,6 @@ def fingerprint(root: Path, meta: Meta, videos: set[str]) -> str:
         parts = [*pool.map(hash_whole, tables), *pool.map(hash_ends, files[len(tables) :])]
     names = [file.relative_to(root).as_posix() for file in files]
     return hashlib.sha256(json.dumps([meta.model_dump(), names, parts], sort_keys=True).encode()).hexdigest()
-
-
-# -- data
 
 
 class Run(NamedTuple):

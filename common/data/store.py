@@ -119,11 +119,7 @@ class EpisodeStore:
 
     @classmethod
     def open(cls, path: Path | str) -> EpisodeStore:
-        """Open the finished store in the folder `path`.
-
-        Raises:
-            UserError: if the store is unfinished, damaged or of another format.
-        """
+        """Open the store in the folder `path`; a UserError if it is unfinished or damaged."""
         from safetensors.numpy import load
 
         path = Path(path)
@@ -169,11 +165,7 @@ class EpisodeStore:
     def concatenate(
         cls, stores: Sequence[EpisodeStore], weights: Sequence[float] | None = None
     ) -> EpisodeStore:
-        """Several datasets as one, in their order, with `weights` as `part_weights`.
-
-        Raises:
-            UserError: if they differ in cameras, image size, dimensions or control rate.
-        """
+        """Several datasets as one, in their order; a UserError if they do not fit."""
         first = stores[0]
         for other in stores[1:]:
             for what, name, show in (
@@ -212,11 +204,7 @@ class EpisodeStore:
         )
 
     def re_express(self, option: str) -> EpisodeStore:
-        """The store with rotations as `--rotation` says, see `common/data/rotation.py`.
-
-        Raises:
-            UserError: if there is no rotation among the dimensions, or a quaternion of four zeros.
-        """
+        """The store with rotations as `--rotation` says; a UserError if it has none, or one of four zeros."""
         pattern, kind = parse(option)
         state = Rotations.find(self.state_names, kind, pattern)
         action = Rotations.find(self.action_names, kind, pattern)
