@@ -18,18 +18,8 @@ from common.data.store import EpisodeStore
 from common.data.workers import kept_pool
 from common.errors import UserError
 
-__all__ = [
-    "Batch",
-    "ChunkDataset",
-    "DataConfig",
-    "EpisodeStore",
-    "SampleStream",
-    "evenly_spaced",
-    "make_loader",
-    "open_dataset",
-    "open_source",
-    "split_episodes",
-]
+# What other modules import from here, beside the names below.
+__all__ = ["Batch", "ChunkDataset", "SampleStream", "evenly_spaced", "make_loader", "split_episodes"]
 
 MAX_IMAGE_SIDE = 4096
 

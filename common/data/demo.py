@@ -210,19 +210,6 @@ class BimanualEnv(gymnasium.Env):
         return {"success": bool(success[0]), "collided": bool(collided[0]), "sides": sides[0].copy()}
 
 
-def modes(states: list[np.ndarray]) -> np.ndarray:
-    """How each of some episodes, given by its states (L, 4), passes the obstacles.
-
-    (E,) 0 to 3: 2 if the left hand passes on the right, plus 1 if the right hand does.
-    """
-    sides = np.zeros((len(states), 2), int)
-    for episode, state in enumerate(states):
-        hands = state.reshape(-1, 2, 2)
-        crossing = np.argmax(hands[..., 1] >= 0, axis=0)  # of each hand
-        sides[episode] = hands[crossing, [0, 1], 0] > OBSTACLES[:, 0]
-    return sides @ [2, 1]
-
-
 def demonstrate(num_episodes: int, seed: int) -> list[dict[str, np.ndarray]]:
     """Demonstrations by the expert, each passing its obstacles on random sides.
 

@@ -207,8 +207,7 @@ def find_files(path: Path, source: str) -> list[Path]:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.")
 
     folders = root.walk(on_error=refuse)  # links to folders are not followed
-    files = [folder / name for folder, _, names in folders for name in names]
-    files = [file for file in files if file.suffix in SUFFIXES]
+    files = [folder / name for folder, _, names in folders for name in names if name.endswith(SUFFIXES)]
     if not files:
         raise UserError(
             f"{source} holds no demonstrations: it has no meta/info.json, as a LeRobot dataset has, and no "
@@ -230,22 +229,22 @@ def scan_all(root: Path, files: Sequence[Path], memory: Path, workers: int) -> d
         known = json.loads(memory.read_bytes())
     except (OSError, ValueError):
         known = {}
-    sizes, stamps, missing = {}, {}, []
+    stamps, missing = {}, []
     for file in files:
         name, status = file.relative_to(root).as_posix(), file.stat()
-        sizes[name], stamps[name] = status.st_size, [SCAN, status.st_size, status.st_mtime_ns]
+        stamps[name] = [SCAN, status.st_size, status.st_mtime_ns]
         if known.get(name, {}).get("stamp") != stamps[name]:
             missing.append((str(file), name))
     if missing:
-        results = guarded_map(scan_file, missing, workers, lambda task: sizes[task[1]] / 1e6)
-        total = sum(sizes[name] for _, name in missing)
+        results = guarded_map(scan_file, missing, workers, lambda task: stamps[task[1]][1] / 1e6)
+        total = sum(stamps[name][1] for _, name in missing)
         with tqdm(total=total, unit="B", unit_scale=True, desc=f"scan {root.name}") as bar:
             for (_, name), scan in results:
                 if isinstance(scan, Died):
                     scan = {"sha256": None, "problem": str(scan), "fps": None, "episodes": []}
                 # Where there is no hash, the fault may have been the machine's: the next start tries again.
                 known[name] = {"stamp": stamps[name] if scan["sha256"] else None, **scan}
-                bar.update(sizes[name])
+                bar.update(stamps[name][1])
         known = {name: known[name] for name in stamps}
         with writing_below(memory.parent):
             memory.parent.mkdir(parents=True, exist_ok=True)

@@ -183,8 +183,8 @@ def _build(path: Path, request: StoreRequest) -> None:
     episodes = {episode.index: episode for episode in usable}
     if not _finished_shards(path, episodes):
         _take_over(path, request, episodes)
-    kept = _finished_shards(path, episodes)
-    kept = [entry for entry in kept if _same_frames(path, entry, request, episodes)]
+    finished = _finished_shards(path, episodes)
+    kept = [entry for entry in finished if _same_frames(path, entry, request, episodes)]
     have = {record["index"] for entry in kept for record in entry["episodes"]}
     first_free = 1 + max((int(entry["file"][7:12]) for entry in kept), default=-1)
     shards = _plan(path, [e for e in usable if e.index not in have], request, first_free)

@@ -17,9 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.data.store import EpisodeStore
 from common.data.workers import cores
 from common.errors import UserError
-
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
-SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # they end a run
+from common.watch import SIGNALS
 
 
 class Batch(NamedTuple):
