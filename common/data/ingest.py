@@ -24,7 +24,7 @@ import numpy as np
 
 from common.console import say
 from common.data.shards import SHARDS, Storage, as_jpeg, encode_jpeg, write_jpeg
-from common.data.source import BadEpisode, Episode, Info, Source, absent_episodes
+from common.data.source import BadEpisode, Episode, Info, Source, existing
 from common.data.store import ARRAYS, FORMAT, META, EpisodeStore, defect
 from common.data.workers import Died, cores, guarded_map, refuse_inside_worker
 from common.errors import UserError
@@ -100,9 +100,10 @@ def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
             if defect(path) is not None:  # nobody else has built it meanwhile
                 _build(path, request)
     store = EpisodeStore.open(path)
-    missing = set(request.episodes or ()) - set(store.episode_indices.tolist())
-    if missing and not store.skipped:
-        raise absent_episodes(store.source, sorted(missing))
+    there = store.episode_indices.tolist()
+    if not store.skipped:
+        existing(request.episodes, there, store.source)
+    missing = set(request.episodes or ()) - set(there)
     left_out = len(store.skipped if request.episodes is None else missing)
     if left_out and not request.skip_bad:
         raise _refusal(store.skipped)

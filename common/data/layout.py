@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -108,11 +109,9 @@ class Layout:
         """Print which dimension is which array."""
         say(head)
         for part, keys in self.keys.items():
-            first = 0
-            for key in keys:
-                last = first + self.arrays[key].width
+            edges = accumulate((self.arrays[key].width for key in keys), initial=0)
+            for key, (first, last) in zip(keys, pairwise(edges), strict=True):
                 say(f"  {part}[{first}:{last}]".ljust(18) + key)
-                first = last
         for key, short, (height, width) in self.cameras:
             array = self.arrays[key]
             kind = "JPEG or PNG" if array.kind == "encoded" else array.dtype

@@ -132,16 +132,11 @@ def existing(wanted: Sequence[int] | None, there: Collection[int], source: str) 
     """The episodes wanted, or all that there are; a UserError if one of them does not exist."""
     absent = sorted(set(wanted or ()) - set(there))
     if absent:
-        raise absent_episodes(source, absent)
+        names = ", ".join(map(str, absent[:5])) + ", ..." * (len(absent) > 5)
+        raise UserError(
+            f"{source} has no episode {names}: `python -m common.data.store inspect` lists what there is."
+        )
     return list(there if wanted is None else wanted)
-
-
-def absent_episodes(source: str, missing: Sequence[int]) -> UserError:
-    """The refusal of episodes that a dataset does not have."""
-    names = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-    return UserError(
-        f"{source} has no episode {names}: `python -m common.data.store inspect` lists what there is."
-    )
 
 
 def reason(error: BaseException) -> str:

@@ -217,8 +217,7 @@ class EpisodeStore:
         if len(zeros):
             raise UserError(
                 f"--rotation {option}: episode {self.episode_indices[self.episode_of(zeros[0])]} of "
-                f"{self.source} holds a quaternion of four zeros, which is no rotation: choose others with "
-                f"--episodes, or record it again."
+                f"{self.source} holds a quaternion of four zeros: choose others with --episodes."
             )
         return replace(
             self,
@@ -265,23 +264,18 @@ class EpisodeStore:
         many times faster than meeting missing pages one by one; where nothing is missing, asking would only
         cost time. `out` is a tensor to fill, instead of a new one.
         """
-        return self._gather(self._frame_shards, rows, self.row_shape, torch.uint8, out)
+        if out is None:
+            out = torch.empty(len(rows), *self.row_shape, dtype=torch.uint8)
+        return self._gather(self._frame_shards, rows, out)
 
     def extra(self, name: str, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
         """What the cache `name` has for the steps `rows`: (B, *shape) float16; `out` as for `images`."""
-        return self._gather(self._extra_shards[name], rows, self.extras[name].shape, torch.float16, out)
-
-    def _gather(
-        self,
-        shards: dict[int, Any],
-        rows: np.ndarray,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        out: Tensor | None,
-    ) -> Tensor:
-        """Copy the steps `rows` out of files by number."""
         if out is None:
-            out = torch.empty(len(rows), *shape, dtype=dtype)
+            out = torch.empty(len(rows), *self.extras[name].shape, dtype=torch.float16)
+        return self._gather(self._extra_shards[name], rows, out)
+
+    def _gather(self, shards: dict[int, Any], rows: np.ndarray, out: Tensor) -> Tensor:
+        """Copy the steps `rows` out of files by number."""
         if len(rows) == 0:
             return out
         began = time.perf_counter()
