@@ -14,6 +14,7 @@ import time
 from dataclasses import field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import PositiveInt
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,7 +26,7 @@ import train_vfp_moe
 from common import alternatives
 from common.config import Flat, UserPath, cli, options
 from common.data import ChunkDataset, open_dataset, split_episodes
-from common.data.demo import modes
+from common.data.demo import OBSTACLES
 from common.errors import UserError
 from common.inference import load_policy
 from common.optim import GradientClipper, build_optimizer
@@ -126,6 +127,19 @@ def chunks(policy, config, batch, run):
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def modes(states: list[np.ndarray]) -> np.ndarray:
+    """How each of some episodes, given by its states (L, 4), passes the obstacles.
+
+    (E,) 0 to 3: 2 if the left hand passes on the right, plus 1 if the right hand does.
+    """
+    sides = np.zeros((len(states), 2), int)
+    for episode, state in enumerate(states):
+        hands = state.reshape(-1, 2, 2)
+        crossing = np.argmax(hands[..., 1] >= 0, axis=0)  # of each hand
+        sides[episode] = hands[crossing, [0, 1], 0] > OBSTACLES[:, 0]
+    return sides @ [2, 1]
 
 
 def compare_with_modes(folder: Path) -> None:

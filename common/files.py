@@ -1,11 +1,19 @@
-"""Files that are whole or absent, and what is on the disk for certain."""
+"""Files that are whole or absent, what is on the disk for certain, and disks that are full."""
 
+import errno
 import json
 import os
+import shutil
 import uuid
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from common.errors import UserError
+
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -56,3 +64,34 @@ def sync_one(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_space(folder: Path, needed: int, what: str, remedy: str) -> None:
+    """Refuse to fill the disk of a folder: `what`, as in "The store needs", is so many bytes.
+
+    Raises:
+        UserError: if they are not free; says that `remedy` makes them fewer.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed * 1.01 > free:
+        raise UserError(
+            f"{what} {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB free: free disk "
+            f"space, move --cache-dir, or choose {remedy}."
+        )
+
+
+@contextmanager
+def writing_below(
+    folder: Path, smaller: str = "a smaller --image-size", elsewhere: str = "another --cache-dir"
+) -> Iterator[None]:
+    """Within, a disk that is full or cannot be written is a UserError; the other words say the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"The disk of {folder} is full: free disk space, move --cache-dir, or choose {smaller}."
+            ) from error
+        if error.errno in READ_ONLY:
+            raise UserError(f"{folder} cannot be written ({error.strerror}): choose {elsewhere}.") from error
+        raise

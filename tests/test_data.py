@@ -1,6 +1,7 @@
 """Options that decide what a run learns from, for every source of data."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -362,12 +363,12 @@ def test_a_damaged_jpeg_store_is_named(root, open_):
 
 
 def test_auto_takes_raw_where_it_fits_and_says_so(root, open_, monkeypatch, capsys):
-    usage = ingest.shutil.disk_usage(root)
+    usage = shutil.disk_usage(root)
     needed = sum(LENGTHS) * 2 * 3 * 32 * 48
-    monkeypatch.setattr(ingest.shutil, "disk_usage", lambda path: usage._replace(free=2 * needed - 1))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=2 * needed - 1))
     assert open_(root, store="auto").storage == "jpeg"
     assert "store: jpeg (raw frames need 0.0 GB, 0.0 GB are free" in capsys.readouterr().out
-    monkeypatch.setattr(ingest.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     assert open_(root, store="auto").storage == "jpeg"  # what is there is used
     assert open_(root, store="auto", image_size=(16, 24)).storage == "raw"
     assert "store: raw" in capsys.readouterr().out

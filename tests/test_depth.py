@@ -17,7 +17,7 @@ import train_vfp_depth as script
 from common import depth
 from common.checkpoint import PolicySpec
 from common.config import parse
-from common.data import ChunkDataset, DataConfig, features, open_dataset
+from common.data import ChunkDataset, DataConfig, open_dataset
 from common.depth import DepthBackbone, DepthConfig, DepthNetwork, cached, camera_numbers
 from common.errors import UserError
 from common.normalize import Normalizer
@@ -281,7 +281,7 @@ def test_other_networks_have_features_of_their_own(store, tiny_depth, other):
 
 
 def test_a_cache_that_cannot_be_used_says_what_else_there_is(store, tiny_depth, monkeypatch):
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="--depth-pool 2, fewer --depth-layers, --depth-cache off"):
         cached(store, backbone(), [0], CPU)
 

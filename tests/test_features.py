@@ -237,7 +237,7 @@ def test_a_disk_that_cannot_be_written_is_named(store, monkeypatch, number, patt
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(store, monkeypatch):
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(UserError, match=r"need 0\.00 GB .* choose --depth-pool 2"):
         with_depth(store, Network())
     assert not list(store.path.glob("features-*"))

@@ -64,13 +64,11 @@ def test_a_dataset_with_every_flaw_is_described(tmp_path, root, run, capsys):
     assert "camera left" not in out
     assert "episode 2: 0.45 s after step 6" in out
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip().startswith("joint_")}
+    assert float(rows["joint_0"].split()[1]) == -46
     assert rows["joint_1"].endswith("constant")
     assert "rests at its low" in rows["joint_2"]
     assert "rests" not in rows["joint_0"]
-    summary = json.loads((tmp_path / "out/summary.json").read_text())
-    action = summary["dimensions"]["action"]
-    assert action[0]["min"] == pytest.approx(-46)
-    assert summary["shortest"] == {"1": 9, "3": 11, "0": 12, "2": 15}
+    assert "shortest        episodes 1 (9), 3 (11), 0 (12), 2 (15)" in out
     for name in ("frames.png", "dimensions.png"):
         pixels = np.asarray(Image.open(tmp_path / "out" / name))
         assert min(pixels.shape[:2]) > 100
@@ -96,10 +94,9 @@ def flip(path, at=-100):
 
 
 @pytest.mark.parametrize("storage", ["raw", "jpeg"])
-@pytest.mark.parametrize("by", ["dataset", "store"])
-def test_a_damaged_store_is_found_and_rebuilt(tmp_path, root, run, capsys, storage, by):
+def test_a_damaged_store_is_found_and_rebuilt(tmp_path, root, run, capsys, storage):
     store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache", store=storage))
-    flags = [root, "--store", storage] if by == "dataset" else [store.path]
+    flags = [root, "--store", storage]
     run("verify", *flags)
     assert "47 steps of 4 episodes equal" in capsys.readouterr().out
     before = store.shard_files[0].read_bytes()
@@ -153,13 +150,11 @@ def test_a_store_that_differs_from_its_source(tmp_path, root, run):
 
 
 def test_a_source_that_has_changed(tmp_path, root, run):
-    store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
+    open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
     with h5py.File(episode(root, 0), "a") as file:
         file["action"][0, 0] = 5
     with pytest.raises(UserError, match="has no store yet"):
         run("verify", root)
-    with pytest.raises(UserError, match=f"has changed since {store.path}"):
-        run("verify", store.path)
 
 
 def test_the_cache_is_listed_and_freed(tmp_path, root, run, capsys):

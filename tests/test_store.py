@@ -510,7 +510,7 @@ def test_a_wrong_number_of_frames_is_a_fault(tmp_path, wrong):
 
 def test_too_small_a_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(ingest.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"needs 0\.00 GB .* --cache-dir"):
         build(tmp_path)
     assert files(tmp_path) == []

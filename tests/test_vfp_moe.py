@@ -10,6 +10,7 @@ from test_cfg_vqvae import prepare as prepare_script
 
 import evaluate
 import train_vfp_moe
+from benchmarks import experts
 from common import alternatives, flow
 from common.data import ChunkDataset, demo, open_dataset
 from common.errors import UserError
@@ -199,7 +200,7 @@ def test_a_run_draws_its_experts_and_so_does_its_evaluation(tiny, tmp_path, acce
 
 def test_modes_of_demonstrations_are_read_off_their_states():
     episodes = demo.demonstrate(24, seed=3)
-    modes = demo.modes([episode["state"] for episode in episodes])
+    modes = experts.modes([episode["state"] for episode in episodes])
     sides = np.random.default_rng((3, 24, 1)).choice([-1, 1], (24, 2))  # as the demonstrator drew them
     assert (modes == (sides > 0) @ [2, 1]).all()
     assert len(set(modes.tolist())) == 4

@@ -10,33 +10,16 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from common.config import AbsolutePath, MayChange, options, to_dict
+from common.config import AbsolutePath, MayChange, options
 from common.data.ingest import StoreRequest, ensure_store
-from common.data.samples import (
-    Batch,
-    ChunkDataset,
-    SampleStream,
-    evenly_spaced,
-    make_loader,
-    split_episodes,
-)
+from common.data.samples import Batch, ChunkDataset, SampleStream, evenly_spaced, make_loader, split_episodes
 from common.data.source import Info, Source
 from common.data.store import EpisodeStore
 from common.data.workers import kept_pool
 from common.errors import UserError
 
-__all__ = [
-    "Batch",
-    "ChunkDataset",
-    "DataConfig",
-    "EpisodeStore",
-    "SampleStream",
-    "evenly_spaced",
-    "make_loader",
-    "open_dataset",
-    "open_source",
-    "split_episodes",
-]
+# What other modules import from here, beside the names below.
+__all__ = ["Batch", "ChunkDataset", "SampleStream", "evenly_spaced", "make_loader", "split_episodes"]
 
 MAX_IMAGE_SIDE = 4096
 
@@ -129,9 +112,7 @@ class DataConfig:
         if self.episodes and self.episodes_file:
             raise UserError("--episodes and --episodes-file both choose episodes: give one of them.")
         if count > 1 and (self.episodes or self.episodes_file):
-            raise UserError(
-                "--episodes number the episodes of one dataset: give a single --dataset with them."
-            )
+            raise UserError("--episodes number the episodes of one dataset: give a single --dataset.")
 
 
 def open_dataset(config: DataConfig) -> EpisodeStore:
@@ -152,11 +133,7 @@ def stores_folder(config: DataConfig) -> Path:
 
 
 def open_source(name: str, config: DataConfig) -> Source:
-    """One of the datasets, in whatever format it is.
-
-    Raises:
-        UserError: if it cannot be found or is in no format that is known.
-    """
+    """One of the datasets, in whatever format it is."""
     from common.data.demo import ensure_recorded
     from common.data.hdf5 import Hdf5Source, holds_hdf5
     from common.data.lerobot import LeRobotSource
@@ -173,41 +150,23 @@ def open_source(name: str, config: DataConfig) -> Source:
         return Hdf5Source(path, str(path.resolve()), config)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and not path.exists():
         return LeRobotSource.from_hub(name, config)
+    what = "is a file of another kind" if path.exists() else "was not found"
     raise UserError(
-        f"The dataset {name} {'is a file of another kind' if path.exists() else 'was not found'}: give the "
-        f"folder of a LeRobot dataset or of HDF5 files, a zarr replay buffer, a hub name such as owner/name, "
-        f"or demo."
+        f"The dataset {name} {what}: give the folder of a LeRobot dataset or of HDF5 files, a zarr replay "
+        f"buffer, a hub name such as owner/name, or demo."
     )
 
 
 def request_store(name: str, config: DataConfig) -> StoreRequest:
-    """The store that one of the datasets becomes.
-
-    Raises:
-        UserError: if the dataset cannot be found, or used as configured.
-    """
+    """The store that one of the datasets becomes."""
     source = open_source(name, config)
     info = source.info()
-    return StoreRequest(
-        source=source,
-        info=info,
-        storage=config.store,
-        episodes=chosen_episodes(config, info),
-        options=to_dict(config) | {"dataset": [info.source], "weights": [], "cache_dir": ""},
-        skip_bad=config.skip_bad_episodes,
-        workers=config.ingest_workers,
-    )
+    chosen = chosen_episodes(config, info)
+    return StoreRequest(source, info, config.store, chosen, config.skip_bad_episodes, config.ingest_workers)
 
 
 def chosen_episodes(config: DataConfig, info: Info | None = None) -> tuple[int, ...] | None:
-    """The episodes asked for, ascending; None for all.
-
-    Args:
-        info: the dataset, to refuse a file that scores the episodes of another.
-
-    Raises:
-        UserError: for words that are no numbers, and a file that cannot be read or names none.
-    """
+    """The episodes asked for, ascending; None for all. A file must not be about another dataset."""
     words, origin = list(config.episodes), "--episodes"
     if config.episodes_file is not None:
         words, origin = _listed(config.episodes_file, info), f"--episodes-file {config.episodes_file}"

@@ -1,17 +1,14 @@
 """The built-in task: two arms, two obstacles, four ways to succeed. Simulated and drawn in numpy.
 
-Each hand moves from its start at the bottom of a table, past a round obstacle, to its own coloured target
-at the top. Starts and targets vary; targets are visible in the images only. The demonstrator passes each
-obstacle left or right at random, so that demonstrations have 2 x 2 modes and the average of two modes is
-a collision: a policy that cannot represent several modes fails here.
+Each hand moves from its start at the bottom of a table, past a round obstacle, to its own coloured target at
+the top, which is visible in the images only. The demonstrator passes each obstacle left or right at random:
+demonstrations have 2 x 2 modes, and the average of two modes is a collision.
 
 Units: the table spans [-1.1, 1.1] in both directions (say, 1 = half a metre), one step is 1 / FPS seconds.
-State: hand positions (left x, left y, right x, right y). Action: where the hands shall be after the step;
-a hand moves at most SPEED_LIMIT a step. Cameras: `cam_head` sees the whole table, `cam_left` and
-`cam_right` move with their hand and see what is near it.
+State: hand positions (left x, left y, right x, right y). Action: where the hands shall be after the step.
+Cameras: `cam_head` sees the whole table, `cam_left` and `cam_right` move with their hand.
 
-The constants below define the task's difficulty and must not change: success rates are compared across
-methods and versions. `BimanualEnv` is its gymnasium interface.
+The constants define the task's difficulty and must not change: success rates are compared across versions.
 """
 
 import logging
@@ -87,11 +84,7 @@ class Simulator:
         return self.success | self.collided | (self.steps >= MAX_STEPS)
 
     def step(self, actions: np.ndarray) -> None:
-        """Move every hand towards its commanded position (E, 4); ended episodes stand still.
-
-        Raises:
-            ValueError: if an action is not finite.
-        """
+        """Move every hand towards its commanded position (E, 4), finite; ended episodes stand still."""
         if not np.isfinite(actions).all():
             raise ValueError("the task was given an action that is not finite")
         active = ~self.done
@@ -118,14 +111,9 @@ class Simulator:
 
 
 def render(hands: np.ndarray, targets: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Draw the task as the three cameras see it.
+    """What the three cameras see: (E, 3, size, size, 3) uint8 in the order of CAMERAS, y up.
 
-    Args:
-        hands, targets: (E, 2, 2) positions.
-        size: height and width in pixels.
-
-    Returns:
-        (E, 3, size, size, 3) uint8, cameras in the order of CAMERAS, y up.
+    `hands` and `targets` are positions, (E, 2, 2).
     """
     num_envs = len(hands)
     centres = np.concatenate([np.zeros((num_envs, 1, 2)), hands], 1).astype(np.float32)  # (E, 3 cameras, 2)
@@ -149,7 +137,7 @@ def render(hands: np.ndarray, targets: np.ndarray, size: int = IMAGE_SIZE) -> np
 
 
 def expert_action(hands: np.ndarray, targets: np.ndarray, sides: np.ndarray) -> np.ndarray:
-    """Next commanded positions of the demonstrator, without noise.
+    """Next commanded positions of the demonstrator, (E, 4), without noise.
 
     The shortest way to the target that keeps EXPERT_RADIUS from the obstacle's centre, passing on the given
     side: straight to the circle's tangent point, along the circle, straight to the target.
@@ -157,9 +145,6 @@ def expert_action(hands: np.ndarray, targets: np.ndarray, sides: np.ndarray) -> 
     Args:
         hands, targets: (E, 2, 2) positions.
         sides: (E, 2), +1 passes on the right (larger x), -1 on the left.
-
-    Returns:
-        (E, 4) positions for the next step.
     """
     # In polar coordinates about the obstacle, measured so that the hand travels towards growing angles:
     # counter-clockwise when it passes on the right, mirrored otherwise.
@@ -184,8 +169,8 @@ def expert_action(hands: np.ndarray, targets: np.ndarray, sides: np.ndarray) -> 
 class BimanualEnv(gymnasium.Env):
     """One copy of the task behind the gymnasium interface.
 
-    Observations: {"images": {camera: (H, W, 3) uint8}, "state": (4,) float32}. `info` holds `success`,
-    `collided` and `sides`. Reward: 1 on success, else 0.
+    Observations: {"images": {camera: (H, W, 3) uint8}, "state": (4,) float32}. Reward: 1 on success, else 0.
+    `info` holds `success`, `collided` and `sides`.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}  # noqa: RUF012 (gymnasium's own convention)
@@ -208,9 +193,10 @@ class BimanualEnv(gymnasium.Env):
 
     def step(self, action: np.ndarray):
         self.simulator.step(np.asarray(action)[None])
-        success, collided = bool(self.simulator.success[0]), bool(self.simulator.collided[0])
-        truncated = bool(self.simulator.steps[0] >= MAX_STEPS) and not (success or collided)
-        return self._observation(), float(success), success or collided, truncated, self._info()
+        info = self._info()
+        terminated = info["success"] or info["collided"]
+        truncated = bool(self.simulator.done[0]) and not terminated
+        return self._observation(), float(info["success"]), terminated, truncated, info
 
     def render(self) -> np.ndarray:
         return render(self.simulator.hands, self.simulator.targets, 4 * IMAGE_SIZE)[0, 0]
@@ -220,36 +206,14 @@ class BimanualEnv(gymnasium.Env):
         return {"images": images, "state": self.simulator.state[0]}
 
     def _info(self) -> dict:
-        simulator = self.simulator
-        return {
-            "success": bool(simulator.success[0]),
-            "collided": bool(simulator.collided[0]),
-            "sides": simulator.sides[0].copy(),
-        }
-
-
-def modes(states: list[np.ndarray]) -> np.ndarray:
-    """In which of the four ways each of some recorded episodes passes the obstacles.
-
-    Args:
-        states: of each episode, (L, 4).
-
-    Returns:
-        (E,) 0 to 3: 2 if the left hand passes on the right, plus 1 if the right hand does.
-    """
-    sides = np.zeros((len(states), 2), int)
-    for episode, state in enumerate(states):
-        hands = state.reshape(-1, 2, 2)
-        crossing = np.argmax(hands[..., 1] >= 0, axis=0)  # of each hand
-        sides[episode] = hands[crossing, [0, 1], 0] > OBSTACLES[:, 0]
-    return sides @ [2, 1]
+        success, collided, sides = self.simulator.success, self.simulator.collided, self.simulator.sides
+        return {"success": bool(success[0]), "collided": bool(collided[0]), "sides": sides[0].copy()}
 
 
 def demonstrate(num_episodes: int, seed: int) -> list[dict[str, np.ndarray]]:
     """Demonstrations by the expert, each passing its obstacles on random sides.
 
-    Returns:
-        One dict an episode: `state` and `action` (L, 4) float32, `images` (L, 3, H, W, 3) uint8.
+    One dict an episode: `state` and `action` (L, 4) float32, `images` (L, 3, H, W, 3) uint8.
     """
     simulator = Simulator(num_episodes, seed)
     rng = np.random.default_rng((seed, num_episodes, 1))
@@ -297,16 +261,13 @@ def write_dataset(root: Path, episodes: list[dict[str, np.ndarray]], progress: b
 
     vector = {"dtype": "float32", "shape": (4,), "names": list(NAMES)}
     image = {"dtype": "image", "shape": (IMAGE_SIZE, IMAGE_SIZE, 3), "names": ["height", "width", "channels"]}
-    features = {"observation.state": vector, "action": vector}
-    features |= {f"observation.images.{camera}": image for camera in CAMERAS}
+    keys = [f"observation.images.{camera}" for camera in CAMERAS]
+    features = {"observation.state": vector, "action": vector, **dict.fromkeys(keys, image)}
     dataset = LeRobotDataset.create("demo/bimanual", FPS, features, root=root, use_videos=False)
     for episode in tqdm(episodes, desc="recording demonstrations", unit="episode", disable=not progress):
         for state, action, images in zip(episode["state"], episode["action"], episode["images"], strict=True):
-            frame = {"observation.state": state, "action": action, "task": TASK}
-            frame |= {
-                f"observation.images.{camera}": view for camera, view in zip(CAMERAS, images, strict=True)
-            }
-            dataset.add_frame(frame)
+            numbers = {"observation.state": state, "action": action, "task": TASK}
+            dataset.add_frame(numbers | dict(zip(keys, images, strict=True)))
         dataset.save_episode()
     dataset.finalize()
     return root

@@ -5,15 +5,13 @@
 
 The key is a hash of what the features follow from: weights, settings, cameras. Rows are appended to a file
 whose name holds the checksum of the frames, and which is renamed when it is complete: an interrupted process
-leaves its rows to the next one. Several processes, as of a distributed run, share the files out among
-themselves.
+leaves its rows to the next one. Several processes share the files out among themselves.
 """
 
-import errno
 import hashlib
 import json
+import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ from torch import Tensor
 from common.console import say
 from common.data.store import META, EpisodeStore, Extra
 from common.errors import UserError
-from common.files import checksum, read_json, sync_one, write_whole
+from common.files import checksum, read_json, require_space, sync_one, write_whole, writing_below
 
 Compute = Callable[[Tensor], Tensor]
 
@@ -42,10 +40,8 @@ def ensure_features(
     """The store with features, which are computed now as far as they are not there.
 
     Args:
-        store: any selection or joining of stores; features are kept with each of them.
         name: of the features, in `Batch.extras` and for people.
         identity: what they follow from, apart from the images.
-        shape: of one step's features.
         compute: images (B, N, 3, H, W) uint8 to features (B, *shape) float16 on the CPU.
         batch_size: largest number of steps to compute at once; halved while memory does not suffice.
         remedy: what makes them smaller, for the message about a disk that is too small.
@@ -65,18 +61,12 @@ def ensure_features(
 
 @dataclass(frozen=True, eq=False)
 class _File:
-    """The features of one file of frames.
-
-    Attributes:
-        frames: that file.
-        path, part: where they are when they are finished, and until then.
-        made_from: the network's identity, and size and checksum of the frames: others have other features.
-    """
+    """The features of one file of frames: `path` once they are finished, `part` until then."""
 
     frames: Path
     path: Path
     part: Path
-    made_from: dict[str, Any]
+    made_from: dict[str, Any]  # the network's identity, and size and checksum of the frames
 
     @classmethod
     def of(cls, frames: Path, name: str, identity: dict[str, Any]) -> "_File":
@@ -94,7 +84,7 @@ class _File:
 
     @property
     def row_bytes(self) -> int:
-        return 2 * int(np.prod(self.shape))
+        return 2 * math.prod(self.shape)
 
     def finished(self) -> bool:
         """Whether they are there, whole, and of these frames and this network."""
@@ -120,52 +110,34 @@ def _fill_all(pending: list[_File], name: str, compute: Compute, batch_size: int
     folder = pending[0].frames.parent
     stores = {path: EpisodeStore.open(path) for path in {file.frames.parent for file in pending}}
     steps = {file: _steps_by_row(stores[file.frames.parent], file.frames) for file in pending}
-    try:
-        _check_disk(steps, folder, name, remedy)
-        total, shown = sum(map(_count, steps.values())), os.environ.get("RANK", "0") == "0"
-        with tqdm(total=total, desc=f"{name} features", unit="step", disable=not shown) as bar:
-            waiting = False  # first what nobody works on, then wait for what others do
-            while pending:
-                for file in list(pending):
-                    file.path.parent.mkdir(exist_ok=True)
-                    lock = FileLock(file.path.with_name(f".{file.path.stem}.lock"))
-                    try:
-                        held = lock.acquire(timeout=-1 if waiting else 0)
-                    except Timeout:
-                        continue
-                    with held:
-                        if file.finished():
-                            bar.update(_count(steps[file]))
-                        else:
-                            images = stores[file.frames.parent].images
-                            batch_size = _fill(file, steps[file], images, compute, batch_size, bar)
-                    pending.remove(file)
-                if pending and not waiting:
-                    bar.set_postfix_str("the rest is being computed by other processes")
-                waiting = True
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(
-                f"The {name} features cannot be written to {folder} ({error.strerror}): choose another "
-                f"--cache-dir, or --{name}-cache off."
-            ) from error
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"The disk of {folder} is full: free some, move --cache-dir, or choose {remedy}."
-        ) from error
-
-
-def _check_disk(steps: dict[_File, np.ndarray], folder: Path, name: str, remedy: str) -> None:
-    begun = sum(p.stat().st_size for file in steps for p in (file.path, file.part) if p.exists())
+    begun = sum(p.stat().st_size for file in pending for p in (file.path, file.part) if p.exists())
     needed = sum(len(rows) * file.row_bytes for file, rows in steps.items()) - begun
-    free = shutil.disk_usage(folder).free
-    if needed * 1.01 > free:
-        raise UserError(
-            f"The {name} features need {needed / 1e9:.2f} GB and the disk of {folder} has "
-            f"{free / 1e9:.2f} GB free: free some, move --cache-dir, or choose {remedy}."
-        )
+    require_space(folder, needed, f"The {name} features need", remedy)
     say(f"{name} features: {needed / 1e9:.2f} GB beside {folder}, computed once")
+    total, shown = sum(map(_count, steps.values())), os.environ.get("RANK", "0") == "0"
+    with (
+        writing_below(folder, remedy, f"another --cache-dir, or --{name}-cache off"),
+        tqdm(total=total, desc=f"{name} features", unit="step", disable=not shown) as bar,
+    ):
+        waiting = False  # first what nobody works on, then wait for what others do
+        while pending:
+            for file in list(pending):
+                file.path.parent.mkdir(exist_ok=True)
+                lock = FileLock(file.path.with_name(f".{file.path.stem}.lock"))
+                try:
+                    held = lock.acquire(timeout=-1 if waiting else 0)
+                except Timeout:
+                    continue
+                with held:
+                    if file.finished():
+                        bar.update(_count(steps[file]))
+                    else:
+                        images = stores[file.frames.parent].images
+                        batch_size = _fill(file, steps[file], images, compute, batch_size, bar)
+                pending.remove(file)
+            if pending and not waiting:
+                bar.set_postfix_str("the rest is being computed by other processes")
+            waiting = True
 
 
 def _steps_by_row(store: EpisodeStore, frames: Path) -> np.ndarray:
@@ -213,9 +185,7 @@ def _fill(
                 clear_device_cache(garbage_collection=True)
                 continue
             if not np.isfinite(rows).all():
-                raise UserError(
-                    f"The features of {file.frames} are not finite: the network or its weights are broken."
-                )
+                raise UserError(f"The features of {file.frames} are not finite: the weights are broken.")
             out.write(rows.data)
             out.flush()
             os.fsync(out.fileno())

@@ -30,12 +30,10 @@ class FrameError(Exception):
 def video_frames(
     path: Path, times: np.ndarray, tolerance: float, recorded: tuple[int, int], size: tuple[int, int]
 ) -> Iterator[np.ndarray]:
-    """The frames nearest to `times`, decoded in one sweep; the array is overwritten by the next frame.
+    """The frames nearest to `times`, decoded in one sweep by one thread; the next one overwrites the array.
 
     Args:
-        path: video file, read with one thread: parallelism is the caller's.
-        times: ascending presentation times in seconds.
-        tolerance: seconds by which a frame may lie off its time.
+        times: ascending presentation times in seconds; a frame may lie `tolerance` seconds off.
         recorded: (H, W) that the frames must have.
         size: (H, W) of the result.
 
@@ -51,9 +49,8 @@ def video_frames(
         with av.open(str(path), metadata_errors="replace") as container:
             for time, frame in _decoded_from(container, times[0], tolerance):
                 if (frame.height, frame.width) != recorded:
-                    raise FrameError(
-                        f"frames are {frame.height}x{frame.width} instead of {recorded[0]}x{recorded[1]}"
-                    )
+                    sizes = "{}x{} instead of {}x{}".format(frame.height, frame.width, *recorded)
+                    raise FrameError(f"frames are {sizes}")
                 if frame.is_corrupt:
                     raise FrameError(f"the frame at {time:.3f} s is damaged")
                 while count < len(times) and times[count] <= time + 1e-3:
@@ -115,11 +112,7 @@ def _to_planes(frame: av.VideoFrame, reformatter: VideoReformatter, out: np.ndar
 
 
 def image_frame(encoded: bytes, recorded: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """A PNG or JPEG as (3, H, W) uint8.
-
-    Raises:
-        FrameError: if it is damaged or not `recorded` in size.
-    """
+    """A PNG or JPEG as (3, H, W) uint8; a FrameError if it is damaged or not `recorded` in size."""
     from PIL import Image
 
     try:
@@ -131,11 +124,7 @@ def image_frame(encoded: bytes, recorded: tuple[int, int], size: tuple[int, int]
 
 
 def pixel_frame(pixels: np.ndarray, recorded: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """An array (H, W, C) or (C, H, W) uint8, C of 1, 3 or 4, as (3, H, W).
-
-    Raises:
-        FrameError: if it is not `recorded` in size.
-    """
+    """An array (H, W, C) or (C, H, W) uint8, C of 1, 3 or 4, as (3, H, W); it must be `recorded` in size."""
     if pixels.shape[2] not in CHANNELS:
         pixels = pixels.transpose(1, 2, 0)
     height, width, channels = pixels.shape

@@ -7,8 +7,6 @@ Recognised layouts (others by `--state-keys`, `--action-keys`, `--camera-keys`):
                     joints before hands before the rest, left before right
     robomimic       /data/demo_0/obs/..., /data/demo_0/actions; likewise episode_0, traj_0, ...
 
-Images are arrays (L, H, W, 3) or (L, 3, H, W) uint8, or one JPEG or PNG a step, of variable length or padded.
-
 What was found in a file is remembered by its size and time, with a hash of its content: on a later start
 nothing is read. `common/data/hdf5_files.py` does the reading.
 """
@@ -17,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,12 +25,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from common.data.frames import as_rgb
-from common.data.hdf5_files import SCAN, natural, read_frames, read_numbers, reason, scan_file
+from common.data.hdf5_files import SCAN, natural, read_frames, read_numbers, scan_file
 from common.data.layout import Array, Known, Layout, choose_layout, listing, numbered
-from common.data.source import BadEpisode, Episode, Info, existing, refuse_unusable
+from common.data.source import BadEpisode, Episode, Info, existing, reason, refuse_unusable
 from common.data.workers import Died, cores, guarded_map
 from common.errors import UserError
-from common.files import write_whole
+from common.files import write_whole, writing_below
 
 if TYPE_CHECKING:
     from common.data import DataConfig
@@ -47,14 +44,8 @@ STATES = (  # of the robomimic family, under obs/; the first that is there
     ("ee_states", "gripper_states"),
     ("agent/qpos",),
 )
-ALOHA_JOINTS = tuple(
-    f"{side}_{joint}"
-    for side in ("left", "right")
-    for joint in (
-        *("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate"),
-        "gripper",
-    )
-)
+ARM = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
+ALOHA_JOINTS = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in ARM)
 
 
 class Place(NamedTuple):
@@ -66,15 +57,19 @@ class Place(NamedTuple):
     arrays: dict[str, Array]
     problem: str | None
 
+    def named(self, index: int) -> str:
+        """What messages call the episode."""
+        return f"Episode {index} ({self.file}{', ' + self.group.strip('/') if self.group else ''})"
+
+    def times(self) -> str | None:
+        """The key of the recorded times, if there are any."""
+        found = [(key, self.arrays[key]) for key in TIMES if key in self.arrays]
+        return next((key for key, a in found if a.kind == "numbers" and len(a.shape) == 1), None)
+
 
 @dataclass(frozen=True)
 class Hdf5Source:
-    """Files of demonstrations, under the options chosen for them (see `Source`).
-
-    Attributes:
-        path: a folder, searched recursively, or a file.
-        name: what to call it.
-    """
+    """A folder of demonstrations, searched recursively, or a file of them (see `Source`)."""
 
     path: Path
     name: str
@@ -90,6 +85,10 @@ class Hdf5Source:
         """The folder that everything must lie in."""
         return self.path.resolve() if self.path.is_dir() else self.path.resolve().parent
 
+    @property
+    def _workers(self) -> int:
+        return self.config.ingest_workers or cores()
+
     @cached_property
     def scans(self) -> dict[str, dict[str, Any]]:
         """What each file holds (see `scan_file`), by its path below the root."""
@@ -102,19 +101,15 @@ class Hdf5Source:
         return number_episodes(self.scans)
 
     @cached_property
-    def first(self) -> Place:
-        """The first sound episode, which shows what the others shall be."""
-        sound = next((place for place in self.places.values() if place.problem is None), None)
-        if sound is None:
+    def layout(self) -> Layout:
+        """What the first sound episode shows that the others shall be."""
+        first = next((place for place in self.places.values() if place.problem is None), None)
+        if first is None:
             problem = next((place.problem for place in self.places.values()), "its files hold no episode")
             raise UserError(f"{self.name} has no usable episode: {problem}.")
-        return sound
-
-    @cached_property
-    def layout(self) -> Layout:
-        known = recognise(self.first.arrays)
+        known = recognise(first.arrays)
         names_of = aloha_names if known and known.name == "ALOHA" else short_names
-        return choose_layout(self.first.arrays, known, self.config, self.name, self.first.file, names_of)
+        return choose_layout(first.arrays, known, self.config, self.name, first.file, names_of)
 
     @cached_property
     def fps(self) -> float:
@@ -138,16 +133,12 @@ class Hdf5Source:
         return layout.info(self.name, hashlib.sha256(content.encode()).hexdigest(), fps)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
-        indices = existing(wanted, self.places, self.name)
-        faults = {index: self._fault(index) for index in indices}
-        sound = {}
-        for index in indices:
-            if faults[index] is None:
-                sound[str(self.root / self.places[index].file), self.places[index].group] = index
-        tasks = [(*where, _times(self.places[index].arrays), self.layout) for where, index in sound.items()]
-        episodes = []
-        for (path, group, *_), found in guarded_map(read_numbers, tasks, self._workers):
-            index = sound[path, group]
+        faults = {index: self._fault(index) for index in existing(wanted, self.places, self.name)}
+        tasks, episodes = [], []
+        for index in [index for index, fault in faults.items() if fault is None]:
+            place = self.places[index]
+            tasks.append((index, self.root / place.file, place.group, place.times(), self.layout))
+        for (index, *_), found in guarded_map(read_numbers, tasks, self._workers):
             try:
                 episodes.append(self._episode(index, found))
             except BadEpisode as error:
@@ -165,14 +156,10 @@ class Hdf5Source:
                 f"Episode {episode.index} ({file}) cannot be decoded: {key}, step {count} ({reason(error)})"
             ) from None
 
-    @property
-    def _workers(self) -> int:
-        return self.config.ingest_workers or cores()
-
     def _fault(self, index: int) -> str | None:
         """What the scan already shows to be wrong with an episode."""
         place = self.places[index]
-        name, found = _name(index, place), place.arrays
+        name, found = place.named(index), place.arrays
         if place.problem:
             return f"{name} is unusable: {place.problem}"
         first, steps = self.layout.keys["state"][0], None
@@ -195,7 +182,7 @@ class Hdf5Source:
     def _episode(self, index: int, found: Any) -> Episode:
         """An episode of what `read_numbers` found; raises BadEpisode."""
         place = self.places[index]
-        name, fps = _name(index, place), self.fps
+        name, fps = place.named(index), self.fps
         if isinstance(found, Died | str):
             raise BadEpisode(f"{name}: {found}")
         state, action, recorded = found
@@ -210,19 +197,6 @@ class Hdf5Source:
         return episode
 
 
-def _name(index: int, place: Place) -> str:
-    return f"Episode {index} ({place.file}{', ' + place.group.strip('/') if place.group else ''})"
-
-
-def _times(arrays: dict[str, Array]) -> str | None:
-    """The key of the recorded times, if there are any."""
-    found = [key for key in TIMES if key in arrays]
-    return next((k for k in found if arrays[k].kind == "numbers" and len(arrays[k].shape) == 1), None)
-
-
-# -- files
-
-
 def find_files(path: Path, source: str) -> list[Path]:
     """The HDF5 files in a folder, in natural order."""
     root = path.resolve()
@@ -232,10 +206,8 @@ def find_files(path: Path, source: str) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.")
 
-    found = os.walk(root, onerror=refuse)  # links to folders are not followed
-    files = [
-        Path(folder, name) for folder, _, names in found for name in names if Path(name).suffix in SUFFIXES
-    ]
+    folders = root.walk(on_error=refuse)  # links to folders are not followed
+    files = [folder / name for folder, _, names in folders for name in names if name.endswith(SUFFIXES)]
     if not files:
         raise UserError(
             f"{source} holds no demonstrations: it has no meta/info.json, as a LeRobot dataset has, and no "
@@ -257,35 +229,27 @@ def scan_all(root: Path, files: Sequence[Path], memory: Path, workers: int) -> d
         known = json.loads(memory.read_bytes())
     except (OSError, ValueError):
         known = {}
-    sizes, stamps, missing = {}, {}, []
+    stamps, missing = {}, []
     for file in files:
         name, status = file.relative_to(root).as_posix(), file.stat()
-        sizes[name], stamps[name] = status.st_size, [SCAN, status.st_size, status.st_mtime_ns]
+        stamps[name] = [SCAN, status.st_size, status.st_mtime_ns]
         if known.get(name, {}).get("stamp") != stamps[name]:
             missing.append((str(file), name))
     if missing:
-        total = sum(sizes[name] for _, name in missing)
+        results = guarded_map(scan_file, missing, workers, lambda task: stamps[task[1]][1] / 1e6)
+        total = sum(stamps[name][1] for _, name in missing)
         with tqdm(total=total, unit="B", unit_scale=True, desc=f"scan {root.name}") as bar:
-            for (_, name), scan in guarded_map(
-                scan_file, missing, workers, lambda task: sizes[task[1]] / 1e6
-            ):
+            for (_, name), scan in results:
                 if isinstance(scan, Died):
                     scan = {"sha256": None, "problem": str(scan), "fps": None, "episodes": []}
                 # Where there is no hash, the fault may have been the machine's: the next start tries again.
                 known[name] = {"stamp": stamps[name] if scan["sha256"] else None, **scan}
-                bar.update(sizes[name])
+                bar.update(stamps[name][1])
         known = {name: known[name] for name in stamps}
-        try:
+        with writing_below(memory.parent):
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_whole(memory, json.dumps(known).encode())
-        except OSError as error:
-            raise UserError(
-                f"{memory.parent} cannot be written ({error.strerror}): choose another --cache-dir."
-            ) from None
     return {name: known[name] for name in stamps}
-
-
-# -- episodes and layout
 
 
 def number_episodes(scans: dict[str, dict[str, Any]]) -> dict[int, Place]:

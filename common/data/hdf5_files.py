@@ -18,7 +18,7 @@ import numpy as np
 
 from common.data.frames import image_frame, pixel_frame
 from common.data.layout import Array, Layout, describe, rows_of
-from common.data.source import BadEpisode
+from common.data.source import BadEpisode, reason
 
 if TYPE_CHECKING:
     import h5py
@@ -38,11 +38,8 @@ def natural(path: str) -> list:
 
 
 def scan_file(path: str, name: str) -> dict[str, Any]:
-    """What a file holds, without reading it all.
-
-    Returns:
-        `sha256` of the file; `problem`, a clause, if it cannot be used at all; `fps`, if it says; and
-        `episodes`: the group of each, and its arrays by key.
+    """What a file holds, without reading it all: its `sha256`; `problem`, if it cannot be used; `fps`, if it
+    says; and `episodes`, the group of each, and its arrays by key.
     """
     import h5py
 
@@ -67,10 +64,6 @@ def scan_file(path: str, name: str) -> dict[str, Any]:
     except Exception as error:  # of a damaged file, h5py raises a dozen classes
         scan["problem"] = f"{name} cannot be read ({reason(error)})"
     return scan
-
-
-def reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 def walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
@@ -164,13 +157,9 @@ def _attribute_rate(file: h5py.File) -> float | None:
 
 
 def read_numbers(
-    path: str, group: str, times: str | None, layout: Layout
+    index: int, path: Path, group: str, times: str | None, layout: Layout
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | str:
-    """An episode's state (L, P), action (L, A) and recorded times (L,), or a clause that says what is wrong.
-
-    Args:
-        times: key of its times, if it has any.
-    """
+    """State (L, P), action (L, A) and times (L,), if recorded, of episode `index`; or what is wrong."""
     import h5py
 
     try:

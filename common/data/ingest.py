@@ -7,15 +7,13 @@ what is missing. Where a dataset has grown, its earlier store moves to the new n
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -26,11 +24,11 @@ import numpy as np
 
 from common.console import say
 from common.data.shards import SHARDS, Storage, as_jpeg, encode_jpeg, write_jpeg
-from common.data.source import BadEpisode, Episode, Info, Source, absent_episodes
+from common.data.source import BadEpisode, Episode, Info, Source, existing
 from common.data.store import ARRAYS, FORMAT, META, EpisodeStore, defect
 from common.data.workers import Died, cores, guarded_map, refuse_inside_worker
 from common.errors import UserError
-from common.files import checksum, read_json, sync_one, write_whole
+from common.files import checksum, read_json, require_space, sync_one, write_whole, writing_below
 
 SHARD_BYTES = 2**30
 FRAMES_PER_WORKER = 2500  # a worker takes some seconds to start: fewer frames are not worth one more
@@ -44,12 +42,9 @@ class StoreRequest:
     """A store as it is asked for.
 
     Attributes:
-        source, info: the dataset, and what it says about itself.
         storage: how to keep frames; `auto` takes what is there already, else raw pixels if they take at most
             half of the free disk.
         episodes: numbers of those to keep, ascending; None: all.
-        options: the data options that lead to this store, for `python -m common.data.store verify`.
-        skip_bad: leave unusable episodes out instead of stopping.
         workers: processes that decode; None: as many as are worth it.
     """
 
@@ -57,7 +52,6 @@ class StoreRequest:
     info: Info
     storage: Storage | Literal["auto"] = "raw"
     episodes: tuple[int, ...] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
     skip_bad: bool = False
     workers: int | None = None
 
@@ -66,10 +60,11 @@ class StoreRequest:
         """(N, 3, H, W): what one step's frames are."""
         return (len(self.info.cameras), 3, *self.info.image_size)
 
-    def candidates(self) -> list[StoreRequest]:
-        """What the request can become: `auto` is either storage."""
+    def found_below(self, root: Path) -> StoreRequest | None:
+        """The request, with the storage of the store that is there or begun; None if there is none."""
         storages = SHARDS if self.storage == "auto" else [self.storage]
-        return [replace(self, storage=storage) for storage in storages]
+        requests = [replace(self, storage=storage) for storage in storages]
+        return next((request for request in requests if request.folder(root).is_dir()), None)
 
     def choices(self) -> dict[str, Any]:
         """Everything chosen that a store's content follows from, as JSON gives it back."""
@@ -88,12 +83,9 @@ class StoreRequest:
 
 
 def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
-    """The store, built if it is not there; several processes at once build it once.
+    """The store below `root`, built if it is not there; several processes at once build it once.
 
     A store of all episodes serves when some of them are asked for, too.
-
-    Args:
-        root: folder of all stores.
 
     Raises:
         UserError: if an episode is unusable, or the disk too small.
@@ -108,9 +100,10 @@ def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
             if defect(path) is not None:  # nobody else has built it meanwhile
                 _build(path, request)
     store = EpisodeStore.open(path)
-    missing = set(request.episodes or ()) - set(store.episode_indices.tolist())
-    if missing and not store.skipped:
-        raise absent_episodes(store.source, sorted(missing))
+    there = store.episode_indices.tolist()
+    if not store.skipped:
+        existing(request.episodes, there, store.source)
+    missing = set(request.episodes or ()) - set(there)
     left_out = len(store.skipped if request.episodes is None else missing)
     if left_out and not request.skip_bad:
         raise _refusal(store.skipped)
@@ -126,20 +119,18 @@ def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
 
 def _settle_storage(root: Path, request: StoreRequest) -> StoreRequest:
     """Decide `auto`, once: the first of several processes leaves a folder that shows it."""
-    choices = request.candidates()
-    if len(choices) == 1:
+    if request.storage != "auto":
         return request
     with _locked(root / f"choice-{request.info.fingerprint[:20]}"):
-        for choice in choices:
-            if choice.folder(root).is_dir():
-                return choice
+        if found := request.found_below(root):
+            return found
         needed = sum(map(len, request.source.episodes(request.episodes)[0])) * math.prod(request.row_shape)
         free = shutil.disk_usage(root).free
-        choice = choices[needed > free / 2]
+        request = replace(request, storage="raw" if needed <= free / 2 else "jpeg")
         sizes = f"raw frames need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        say(f"store: {choice.storage} ({sizes}; JPEG above half of that, or by --store jpeg)")
-        choice.folder(root).mkdir(parents=True, exist_ok=True)
-        return choice
+        say(f"store: {request.storage} ({sizes}; JPEG above half of that, or by --store jpeg)")
+        request.folder(root).mkdir(parents=True, exist_ok=True)
+        return request
 
 
 def lock_file(path: Path) -> Path:
@@ -153,16 +144,13 @@ def _locked(path: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(lock_file(path))
-    try:
+    with writing_below(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"waiting for another process, which is building the episode store {path}")
-        lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"{path.parent} cannot be written ({error.strerror}): choose another --cache-dir."
-        ) from error
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"waiting for another process, which is building the episode store {path}")
+            lock.acquire()
     try:
         yield
     finally:
@@ -180,19 +168,12 @@ def _none_left(source: str, reasons: Sequence[str]) -> UserError:
 
 @dataclass
 class _Shard:
-    """A file of frames that is being filled.
-
-    Attributes:
-        part: where, until it is complete.
-        places: its episodes and their first rows.
-        rows: in all.
-        encoded: its JPEG frames by number, row by row and camera by camera.
-    """
+    """A file of frames that is being filled, under the name `part`."""
 
     part: Path
-    places: list[tuple[Episode, int]] = field(default_factory=list)
+    places: list[tuple[Episode, int]] = field(default_factory=list)  # its episodes and their first rows
     rows: int = 0
-    encoded: dict[int, bytes] = field(default_factory=dict)
+    encoded: list[bytes | None] = field(default_factory=list)  # JPEG frames, camera by camera in a row
 
 
 def _build(path: Path, request: StoreRequest) -> None:
@@ -203,21 +184,25 @@ def _build(path: Path, request: StoreRequest) -> None:
     episodes = {episode.index: episode for episode in usable}
     if not _finished_shards(path, episodes):
         _take_over(path, request, episodes)
-    kept = _finished_shards(path, episodes)
-    kept = [entry for entry in kept if _same_frames(path, entry, request, episodes)]
+    finished = _finished_shards(path, episodes)
+    kept = [entry for entry in finished if _same_frames(path, entry, request, episodes)]
     have = {record["index"] for entry in kept for record in entry["episodes"]}
     first_free = 1 + max((int(entry["file"][7:12]) for entry in kept), default=-1)
     shards = _plan(path, [e for e in usable if e.index not in have], request, first_free)
-    _check_disk(path, request, shards, usable)
+    needed = sum(shard.rows for shard in shards) * math.prod(request.row_shape)
+    needed = needed // JPEG_RATIO if request.storage == "jpeg" else needed
+    needed += sum(e.state.nbytes + e.action.nbytes + e.timestamps.nbytes for e in usable)
+    remedy = "a smaller --image-size" + " or --store jpeg" * (request.storage == "raw")
+    require_space(path.parent, needed, "The episode store needs", remedy)
     path.mkdir(parents=True, exist_ok=True)
     try:
-        _keep_only(path, kept)
-        new, failed = _decode(shards, request)
-        _finish(path, request, episodes, kept + new, bad + failed)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"The disk of {path.parent} is full: free some, or move --cache-dir.") from error
+        with writing_below(path.parent, remedy):
+            names = {name for entry in kept for name in (entry["file"], f"{entry['file'][:-4]}.json")}
+            for file in path.iterdir():
+                if file.is_file() and file.name not in names:  # features lie in folders
+                    file.unlink()
+            new, failed = _decode(shards, request)
+            _finish(path, request, episodes, kept + new, bad + failed)
     except BrokenProcessPool as error:
         raise UserError(
             "The processes that decode frames die at once, most often for want of memory: "
@@ -254,13 +239,24 @@ def _same_frames(path: Path, entry: Entry, request: StoreRequest, episodes: dict
     try:
         for record in entry["episodes"]:
             shard.read(np.array([record["row"]]), stored, np.array([0]))
-            for camera, mine in enumerate(stored[0]):
-                frame = next(iter(request.source.frames(episodes[record["index"]], camera)))
-                if not np.array_equal(as_jpeg(frame) if request.storage == "jpeg" else frame, mine):
-                    return False
-    except (BadEpisode, OSError, StopIteration):
+            if another_frame(stored, episodes[record["index"]], request):
+                return False
+    except (BadEpisode, OSError):
         return False
     return True
+
+
+def another_frame(stored: Iterable[np.ndarray], episode: Episode, request: StoreRequest) -> str | None:
+    """Where the frames (N, 3, H, W) of an episode's first steps are not what its source gives."""
+    views = [request.source.frames(episode, camera) for camera in range(len(request.info.cameras))]
+    for step, frames in enumerate(stored):
+        for camera, mine, view in zip(request.info.cameras, frames, views, strict=True):
+            frame = next(view, None)
+            if frame is not None and request.storage == "jpeg":
+                frame = as_jpeg(frame)
+            if not np.array_equal(mine, frame):
+                return f"camera {camera.short} at step {step}"
+    return None
 
 
 def _take_over(path: Path, request: StoreRequest, episodes: dict[int, Episode]) -> None:
@@ -287,14 +283,6 @@ def _take_over(path: Path, request: StoreRequest, episodes: dict[int, Episode]) 
         file.parent.rename(path)
 
 
-def _keep_only(path: Path, entries: list[Entry]) -> None:
-    """Remove every file but these shards from an unfinished store; features lie in folders."""
-    names = {name for entry in entries for name in (entry["file"], entry["file"].replace(".bin", ".json"))}
-    for file in path.iterdir():
-        if file.is_file() and file.name not in names:
-            file.unlink()
-
-
 # What is missing
 
 
@@ -310,66 +298,59 @@ def _plan(path: Path, episodes: list[Episode], request: StoreRequest, number: in
     return shards
 
 
-def _check_disk(path: Path, request: StoreRequest, shards: list[_Shard], episodes: list[Episode]) -> None:
-    ratio = JPEG_RATIO if request.storage == "jpeg" else 1
-    needed = sum(shard.rows for shard in shards) * math.prod(request.row_shape) // ratio
-    needed += sum(e.state.nbytes + e.action.nbytes + e.timestamps.nbytes for e in episodes)
-    folder = next(parent for parent in path.parents if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if needed * 1.01 > free:
-        other = ", --store jpeg" if request.storage == "raw" else ""
-        raise UserError(
-            f"The episode store needs {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB "
-            f"free: free some, move --cache-dir, or choose a smaller --image-size{other}."
-        )
+class _Task(NamedTuple):
+    """One camera of one episode, whose frames go to the shard `part` from a row on."""
+
+    part: Path
+    episode: Episode
+    row: int
+    camera: int
+    request: StoreRequest
 
 
 def _decode(shards: list[_Shard], request: StoreRequest) -> tuple[list[Entry], list[str]]:
     """Fill the shards and finish each one as its last episode arrives; also says what has failed."""
-    tasks = []
-    for number, shard in enumerate(shards):
+    cameras, tasks = len(request.info.cameras), []
+    for shard in shards:
         if request.storage == "raw":
             with shard.part.open("wb") as file:
                 file.truncate(shard.rows * math.prod(request.row_shape))
-        cameras = range(len(request.info.cameras))
-        tasks += [_Task(number, episode, row, camera) for episode, row in shard.places for camera in cameras]
-    left = Counter(task.shard for task in tasks)
+        else:
+            shard.encoded = [None] * (shard.rows * cameras)
+        tasks += [_Task(shard.part, e, row, c, request) for e, row in shard.places for c in range(cameras)]
+    by_part, left = {shard.part: shard for shard in shards}, Counter(task.part for task in tasks)
     failed: dict[int, str] = {}
-    finished = []
-    # Checksums and flushing take turns with nobody: a thread does them while the next shard is decoded.
-    with ThreadPoolExecutor(1) as finisher, closing(_run(tasks, shards, request)) as results:
+    finished: list[Entry] = []
+    with closing(_run(tasks, request)) as results:
         for task, fault, encoded in results:
+            shard, first = by_part[task.part], task.row * cameras + task.camera
+            shard.encoded[first : first + len(encoded) * cameras : cameras] = encoded
             if fault:
                 failed.setdefault(task.episode.index, fault)
                 if not request.skip_bad:
                     raise _refusal([fault])
-            shard = shards[task.shard]
-            shard.encoded.update(zip(task.numbers(request), encoded, strict=False))
-            left[task.shard] -= 1
-            if left[task.shard] == 0:
-                good = [(episode, row) for episode, row in shard.places if episode.index not in failed]
-                finished.append(finisher.submit(_finish_shard, shard, good, request))
-    faults = [failed[index] for index in sorted(failed)]
-    return [entry for future in finished for entry in future.result()], faults
+            left[task.part] -= 1
+            if left[task.part] == 0:
+                shard.places = [(e, row) for e, row in shard.places if e.index not in failed]
+                finished += _finish_shard(shard, request)
+    return finished, [failed[index] for index in sorted(failed)]
 
 
-def _finish_shard(shard: _Shard, places: list[tuple[Episode, int]], request: StoreRequest) -> list[Entry]:
+def _finish_shard(shard: _Shard, request: StoreRequest) -> list[Entry]:
     """Make a filled shard permanent; rows of failed episodes, which have no place, belong to nobody."""
     part, file = shard.part, shard.part.with_suffix("")
-    if not places:
+    if not shard.places:
         part.unlink(missing_ok=True)
         return []
     if request.storage == "jpeg":
-        write_jpeg([shard.encoded.pop(n, None) for n in range(shard.rows * len(request.info.cameras))], part)
-    entry = {
-        "file": file.name,
-        "bytes": part.stat().st_size,
-        "crc32": checksum(part),
-        "episodes": [
-            {"index": episode.index, "row": row, "length": len(episode), "digest": episode.digest()}
-            for episode, row in places
-        ],
-    }
+        write_jpeg(shard.encoded, part)
+        shard.encoded = []
+    records = [
+        {"index": episode.index, "row": row, "length": len(episode), "digest": episode.digest()}
+        for episode, row in shard.places
+    ]
+    size = part.stat().st_size
+    entry = {"file": file.name, "bytes": size, "crc32": checksum(part), "episodes": records}
     sync_one(part)
     part.rename(file)
     write_whole(file.with_suffix(".json"), json.dumps(entry).encode())
@@ -395,9 +376,9 @@ def _finish(
     names = ("episode_indices", "episode_shard", "episode_row")
     arrays = {name: np.array(column, np.int64) for name, column in zip(names, columns, strict=True)}
     arrays |= {
-        "state": np.concatenate([e.state for e in found]).astype(np.float32),
-        "action": np.concatenate([e.action for e in found]).astype(np.float32),
-        "timestamps": np.concatenate([e.timestamps for e in found]).astype(np.float64),
+        "state": np.concatenate([episode.state for episode in found]),
+        "action": np.concatenate([episode.action for episode in found]),
+        "timestamps": np.concatenate([episode.timestamps for episode in found]),
         "episode_starts": np.cumsum([0, *map(len, found)], dtype=np.int64),
     }
     payload = save(arrays)
@@ -407,7 +388,6 @@ def _finish(
         **asdict(request.info),
         "storage": request.storage,
         "choices": request.choices(),
-        "options": request.options,
         "skipped": bad,
         "episode_tasks": [e.task for e in found],
         "arrays": {"file": ARRAYS, "bytes": len(payload), "crc32": zlib.crc32(payload)},
@@ -419,49 +399,30 @@ def _finish(
 # Frames
 
 
-class _Task(NamedTuple):
-    """One camera of one episode, which goes to a shard, by number, from a row on."""
-
-    shard: int
-    episode: Episode
-    row: int
-    camera: int
-
-    def numbers(self, request: StoreRequest) -> range:
-        """Places of its frames among those of the shard."""
-        stride = len(request.info.cameras)
-        first = self.row * stride + self.camera
-        return range(first, first + stride * len(self.episode), stride)
-
-
-def _read_frames(task: _Task, part: Path, request: StoreRequest) -> tuple[str | None, list[bytes]]:
-    """Decode a task's frames: raw ones are written to `part`, JPEG ones given back.
-
-    The clause before them says what is wrong with the episode.
-    """
-    name = f"Episode {task.episode.index}"
-    camera, steps = request.info.cameras[task.camera].short, len(task.episode)
-    numbers, count, encoded = task.numbers(request), 0, []
+def _read_frames(
+    part: Path, episode: Episode, row: int, camera: int, request: StoreRequest
+) -> tuple[str | None, list[bytes]]:
+    """What is wrong with the frames of a task, and the frames as JPEG; raw ones are written to `part`."""
+    name, steps = f"Episode {episode.index}", len(episode)
+    short, cameras = request.info.cameras[camera].short, len(request.info.cameras)
+    count, encoded = 0, []
     try:
-        with part.open("r+b", buffering=0) if request.storage == "raw" else nullcontext() as file:
-            for frame in request.source.frames(task.episode, task.camera):
+        with part.open("r+b") if request.storage == "raw" else nullcontext() as file:
+            for frame in request.source.frames(episode, camera):
                 if count == steps:
-                    return f"{name} has more {camera} frames than its {steps} steps", []
+                    return f"{name} has more {short} frames than its {steps} steps", []
                 if file is None:
                     encoded.append(encode_jpeg(frame))
                 else:
-                    file.seek(numbers[count] * frame.nbytes)
-                    if file.write(frame) != frame.nbytes:
-                        raise OSError(errno.ENOSPC, "no room for a frame")
+                    file.seek(((row + count) * cameras + camera) * frame.nbytes)
+                    file.write(frame)
                 count += 1
     except BadEpisode as error:
         return str(error), []
-    return f"{name} has {count} {camera} frames for its {steps} steps" if count < steps else None, encoded
+    return f"{name} has {count} {short} frames for its {steps} steps" if count < steps else None, encoded
 
 
-def _run(
-    tasks: list[_Task], shards: list[_Shard], request: StoreRequest
-) -> Iterator[tuple[_Task, str | None, list[bytes]]]:
+def _run(tasks: list[_Task], request: StoreRequest) -> Iterator[tuple[_Task, str | None, list[bytes]]]:
     """Do the tasks, in this process or in several, under one progress bar."""
     from tqdm import tqdm
 
@@ -470,18 +431,17 @@ def _run(
     if workers is None:  # isolated sources have started their processes already
         workers = cores() if isolated else min(cores(), frames // FRAMES_PER_WORKER)
     workers = max(1, min(workers, len(tasks)))
-    calls = [(task, shards[task.shard].part, request) for task in tasks]
     if workers == 1 and not isolated:
-        results = ((call, _read_frames(*call)) for call in calls)
+        results = ((task, _read_frames(*task)) for task in tasks)
     else:
         results = guarded_map(
-            _read_frames, calls, workers, lambda call: SECONDS_PER_FRAME * len(call[0].episode)
+            _read_frames, tasks, workers, lambda task: SECONDS_PER_FRAME * len(task.episode)
         )
     name = Path(request.info.source).name
     with tqdm(total=frames, unit="frame", desc=f"ingest {name}") as bar, closing(results):
-        for (task, *_), result in results:
+        for task, result in results:
             if isinstance(result, Died):
-                camera = request.info.cameras[task.camera].short
-                result = f"Episode {task.episode.index}, camera {camera}: {result}", []
+                short = request.info.cameras[task.camera].short
+                result = f"Episode {task.episode.index}, camera {short}: {result}", []
             yield task, *result
             bar.update(len(task.episode))

@@ -4,27 +4,26 @@
     python -m common.data.store verify DATASET [--rebuild]       its store against checksums and source
     python -m common.data.store prune [--all]                    list the cache; free it
 
-DATASET is what a training script takes; the flags that a training script takes for data work here, too.
+DATASET and its flags are what a training script takes.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
 from pydantic import NonNegativeFloat
 
-from common.config import AbsolutePath, Flat, UserPath, cli, from_dict, options
+from common.config import AbsolutePath, Flat, UserPath, cli, options
 from common.data import DataConfig, default_cache_dir, open_dataset, request_store, stores_folder
-from common.data.ingest import StoreRequest, ensure_store, lock_file
-from common.data.shards import as_jpeg
+from common.data.ingest import StoreRequest, another_frame, ensure_store, lock_file
 from common.data.source import BadEpisode
 from common.data.store import ARRAYS, META, EpisodeStore, defect, wrong_size
 from common.errors import UserError
@@ -50,7 +49,7 @@ class Verify:
     """Compare a dataset's store with its checksums, then, frame by frame, with the source."""
 
     name: Annotated[str, tyro.conf.Positional]
-    """Dataset, or the folder of a store."""
+    """Dataset, as for training."""
     data: Flat[DataConfig] = field(default_factory=DataConfig)
     rebuild: bool = False
     """Decode again what is damaged."""
@@ -80,121 +79,87 @@ def main(argv: list[str] | None = None) -> None:
     cli(*commands[argv[0]], argv[1:])
 
 
-# inspect
-
-
 def inspect(config: Inspect) -> None:
     """Print what a dataset is, and draw it."""
     from common import plots
 
     store = open_dataset(replace(config.data, dataset=(config.name,)))
-    summary = summarize(store)
-    print("\n".join(describe_summary(summary)))
+    print("\n".join(describe(store)))
     out = config.out or Path("inspection") / Path(store.source).name
     out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     plots.draw_sheet(store, out / "frames.png")
     plots.draw_histograms(store, out / "dimensions.png")
     print(f"pictures: {out / 'frames.png'}, {out / 'dimensions.png'}")
 
 
-def summarize(store: EpisodeStore) -> dict[str, Any]:
-    """What a store holds and what looks wrong in it, as JSON can hold it."""
+def describe(store: EpisodeStore) -> list[str]:
+    """What a store holds, and what looks wrong in it, in lines for people."""
     lengths = np.diff(store.episode_starts)
-    quartiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1])
-    shortest = np.argsort(lengths, kind="stable")[:5]
-    return {
-        **{name: getattr(store, name) for name in ("source", "storage", "fps", "task")},
-        "store": str(store.path),
-        "gigabytes": sum(file.stat().st_size for file in store.shard_files) / 1e9,
-        "episodes": store.num_episodes,
-        "steps": store.num_steps,
-        "minutes": store.num_steps / store.fps / 60,
-        "lengths": dict(zip(("min", "q25", "median", "q75", "max"), quartiles.tolist(), strict=True)),
-        "shortest": {str(store.episode_indices[e]): int(lengths[e]) for e in shortest},
-        "cameras": dict(zip(store.cameras, store.camera_keys, strict=True)),
-        "image_size": list(store.image_size),
-        "skipped": list(store.skipped),
-        "dimensions": {
-            "state": list(map(_dimension, store.state_names, store.state.T)),
-            "action": list(map(_dimension, store.action_names, store.action.T)),
-        },
-        "frozen_cameras": frozen_cameras(store),
-        "time_gaps": time_gaps(store),
-    }
+    low, q25, median, q75, high = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1])
+    shortest = [f"{store.episode_indices[e]} ({lengths[e]})" for e in np.argsort(lengths, kind="stable")[:5]]
+    gigabytes = sum(file.stat().st_size for file in store.shard_files) / 1e9
+    problems = [f"left out: {reason}" for reason in store.skipped]
+    for camera, episodes in frozen_cameras(store).items():
+        problems.append(f"camera {camera} does not change in episodes {_some(episodes)}")
+    problems += time_gaps(store)
+    return [
+        f"{store.source}: {store.num_episodes} episodes, {store.num_steps} steps, "
+        f"{store.num_steps / store.fps / 60:.1f} minutes at {store.fps:g} Hz",
+        f"  task            {store.task or 'none stated'}",
+        f"  lengths         {low:.0f} to {high:.0f} steps, half of them {q25:.0f} to {q75:.0f}, "
+        f"median {median:.0f}",
+        f"  shortest        episodes {', '.join(shortest)}",
+        f"  cameras         {', '.join(store.cameras)} at {'x'.join(map(str, store.image_size))}",
+        f"  store           {store.path} ({store.storage}, {gigabytes:.2f} GB)",
+        *dimension_table("state", store.state_names, store.state),
+        *dimension_table("action", store.action_names, store.action),
+        *(f"  look at: {problem}" for problem in problems),
+    ]
 
 
-def _dimension(name: str, values: np.ndarray) -> dict[str, Any]:
-    """Range of a dimension, and whether it is constant or rests at an end of its range."""
-    values = values.astype(np.float64)
-    low, q01, q99, high = np.quantile(values, [0, 0.01, 0.99, 1]).tolist()
-    constant = high - low <= 1e-6 * max(abs(low), abs(high), 1e-6)
+def dimension_table(part: str, names: Sequence[str], values: np.ndarray) -> list[str]:
+    """Range of every dimension of `values`, (S, D), and whether it is constant or rests at an end of it."""
+    values, width = values.astype(np.float64), max(map(len, names))
+    low, q01, q99, high = np.quantile(values, [0, 0.01, 0.99, 1], axis=0)
+    columns = {"min": low, "q01": q01, "mean": values.mean(0), "q99": q99, "max": high}
+    constant = high - low <= 1e-6 * np.maximum(np.maximum(abs(low), abs(high)), 1e-6)
     margin = 1e-4 * (high - low)
-    edges = {"low": (values <= low + margin).mean(), "high": (values >= high - margin).mean()}
-    return {
-        "name": name,
-        **{"min": low, "q01": q01, "mean": values.mean(), "std": values.std(), "q99": q99, "max": high},
-        "constant": constant,
-        "saturated": [] if constant else [edge for edge, share in edges.items() if share >= EDGE_SHARE],
-    }
+    rests = {"low": (values <= low + margin).mean(0), "high": (values >= high - margin).mean(0)}
+    lines = [f"  {part:<6} {'':<{width}} {' '.join(f'{column:>10}' for column in columns)}"]
+    for i, name in enumerate(names):
+        numbers = " ".join(f"{column[i]:>10.4g}" for column in columns.values())
+        notes = [f"rests at its {edge}" for edge, share in rests.items() if share[i] >= EDGE_SHARE]
+        notes = ["constant"] if constant[i] else notes
+        lines.append(f"         {name:<{width}} {numbers}  {', '.join(notes)}".rstrip())
+    return lines
 
 
 def frozen_cameras(store: EpisodeStore) -> dict[str, list[int]]:
     """Cameras whose picture does not change in an episode although the robot moves, and these episodes."""
-    frozen: dict[str, list[int]] = {camera: [] for camera in store.cameras}
+    frozen: dict[str, list[int]] = {}
     count = min(store.num_episodes, FROZEN_EPISODES)
     for episode in np.linspace(0, store.num_episodes - 1, count).astype(int):
         first, last = store.episode_starts[episode], store.episode_starts[episode + 1] - 1
         rows = np.unique(np.linspace(first, last, FROZEN_FRAMES).astype(int))
         if (store.state[rows] == store.state[first]).all() or len(rows) < 3:
             continue
-        images = store.images(rows)
-        still = (images == images[:1]).flatten(2).all(dim=2).all(dim=0)
-        for camera, is_still in zip(store.cameras, still.tolist(), strict=True):
-            if is_still:
-                frozen[camera].append(int(store.episode_indices[episode]))
-    return {camera: episodes for camera, episodes in frozen.items() if episodes}
+        images = store.images(rows).flatten(2)
+        for camera in (images == images[:1]).all(2).all(0).nonzero().flatten().tolist():
+            frozen.setdefault(store.cameras[camera], []).append(int(store.episode_indices[episode]))
+    return frozen
 
 
-def time_gaps(store: EpisodeStore) -> list[dict[str, float]]:
+def time_gaps(store: EpisodeStore, most: int = 10) -> list[str]:
     """Steps that lie more than one and a half control steps apart."""
     seconds = np.diff(store.timestamps)
     seconds[store.episode_starts[1:-1] - 1] = 0  # from one episode to the next
     rows = np.flatnonzero(seconds > 1.5 / store.fps)
-    e = store.episode_of(rows)
-    found = store.episode_indices[e], rows - store.episode_starts[e], seconds[rows]
-    columns = (column.tolist() for column in found)
-    return [dict(zip(("episode", "step", "seconds"), gap, strict=True)) for gap in zip(*columns, strict=True)]
-
-
-def describe_summary(summary: dict[str, Any]) -> list[str]:
-    """The summary in lines for people."""
-    lengths = summary["lengths"]
-    lines = [
-        f"{summary['source']}: {summary['episodes']} episodes, {summary['steps']} steps, "
-        f"{summary['minutes']:.1f} minutes at {summary['fps']:g} Hz",
-        f"  task            {summary['task'] or 'none stated'}",
-        f"  lengths         {lengths['min']:.0f} to {lengths['max']:.0f} steps, "
-        f"half of them {lengths['q25']:.0f} to {lengths['q75']:.0f}, median {lengths['median']:.0f}",
-        f"  cameras         {', '.join(summary['cameras'])} at {'x'.join(map(str, summary['image_size']))}",
-        f"  store           {summary['store']} ({summary['storage']}, {summary['gigabytes']:.2f} GB)",
+    episodes = store.episode_of(rows)
+    gaps = [
+        f"episode {store.episode_indices[e]}: {seconds[row]:.3g} s after step {row - store.episode_starts[e]}"
+        for row, e in zip(rows[:most], episodes[:most], strict=True)
     ]
-    for part, dimensions in summary["dimensions"].items():
-        width = max(len(d["name"]) for d in dimensions)
-        columns = ("min", "q01", "mean", "q99", "max")
-        lines.append(f"  {part:<6} {'':<{width}} {' '.join(f'{column:>10}' for column in columns)}")
-        for d in dimensions:
-            numbers = " ".join(f"{d[column]:>10.4g}" for column in columns)
-            notes = ["constant"] * d["constant"] + [f"rests at its {edge}" for edge in d["saturated"]]
-            lines.append(f"         {d['name']:<{width}} {numbers}  {', '.join(notes)}".rstrip())
-    problems = [f"left out: {reason}" for reason in summary["skipped"]]
-    for camera, episodes in summary["frozen_cameras"].items():
-        problems.append(f"camera {camera} does not change in episodes {_some(episodes)}")
-    for gap in summary["time_gaps"][:10]:
-        problems.append(f"episode {gap['episode']}: {gap['seconds']:.3g} s after step {gap['step']}")
-    if len(summary["time_gaps"]) > 10:
-        problems.append(f"{len(summary['time_gaps']) - 10} more gaps in time, see summary.json")
-    return lines + [f"  look at: {problem}" for problem in problems]
+    return gaps + [f"{len(rows) - most} more gaps in time"] * (len(rows) > most)
 
 
 def _some(numbers: list[int], count: int = 12) -> str:
@@ -202,17 +167,11 @@ def _some(numbers: list[int], count: int = 12) -> str:
     return ", ".join(map(str, numbers[:count])) + more
 
 
-# verify
-
-
 def verify(config: Verify) -> None:
-    """Check a store; exits with 1 if it is damaged and not rebuilt.
-
-    Raises:
-        UserError: names the first damaged file, or the first frame that differs from the source.
-    """
-    root, request = _requested(config)
-    request = next((r for r in request.candidates() if r.folder(root).is_dir()), None)
+    """Check a store; a UserError names damaged files, or the first frame that differs from the source."""
+    data = replace(config.data, dataset=(config.name,))
+    root = stores_folder(data)
+    request = request_store(config.name, data).found_below(root)
     if request is None:
         raise UserError(f"{config.name} has no store yet: it is made when the dataset is first used.")
     path = request.folder(root)
@@ -236,28 +195,6 @@ def verify(config: Verify) -> None:
         f"{store.path} is whole: {len(store.shard_files)} files of frames have their checksum, and {steps} "
         f"steps of {store.num_episodes} episodes equal {store.source}"
     )
-
-
-def _requested(config: Verify) -> tuple[Path, StoreRequest]:
-    """The folder of all stores, and the request for one that is named itself or by its dataset."""
-    path, data = Path(config.name).expanduser(), replace(config.data, dataset=(config.name,))
-    if not (path / META).is_file():
-        return stores_folder(data), request_store(config.name, data)
-    try:
-        meta = read_json(path / META)
-        cache = {"cache_dir": str(path.resolve().parent.parent), "store": meta["storage"]}
-        data, made_from = from_dict(DataConfig, {**meta["options"], **cache}), meta["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{path / META} is damaged: name the dataset instead of the store, or delete the store."
-        ) from None
-    request = request_store(data.dataset[0], data)
-    if request.info.fingerprint != made_from:
-        raise UserError(
-            f"{request.info.source} has changed since {path} was made from it: training makes another store; "
-            f"delete this one, or restore the dataset."
-        )
-    return stores_folder(data), request
 
 
 def damaged_files(path: Path) -> dict[str, str]:
@@ -293,43 +230,34 @@ def compare_with_source(store: EpisodeStore, request: StoreRequest) -> int:
         )
 
     found = {episode.index: episode for episode in request.source.episodes(request.episodes)[0]}
-    if not found.keys() >= set(store.episode_indices.tolist()):
-        raise UserError(f"{store.source} has lost episodes that {store.path} has: restore the dataset.")
     for e, index in enumerate(tqdm(store.episode_indices.tolist(), unit="episode", desc="compare")):
-        episode, (first, last) = found[index], store.episode_starts[e : e + 2]
+        episode, (first, last) = found.get(index), store.episode_starts[e : e + 2]
+        if episode is None:
+            refuse(index, "which is no longer there")
         for what in ("state", "action"):
             if not np.array_equal(getattr(store, what)[first:last], getattr(episode, what)):
                 refuse(index, what)
-        views = [request.source.frames(episode, camera) for camera in range(len(store.cameras))]
-        for row in range(first, last):
-            stored = store.images(np.array([row]))[0].numpy()
-            for camera, mine, view in zip(store.cameras, stored, views, strict=True):
-                frame = next(view, None)
-                if frame is not None and store.storage == "jpeg":
-                    frame = as_jpeg(frame)
-                if not np.array_equal(mine, frame):
-                    refuse(index, f"camera {camera} at step {row - first}")
+        stored = (store.images(np.array([row]))[0].numpy() for row in range(first, last))
+        if where := another_frame(stored, episode, request):
+            refuse(index, where)
     return store.num_steps
-
-
-# prune
 
 
 def prune(config: Prune) -> None:
     """List the stores; delete what is asked for."""
     root = config.cache_dir / "stores"
-    stores = sorted(path for path in root.glob("*") if path.is_dir() and path.name != "scans")
+    stores = sorted(path for path in root.glob("*") if path.is_dir())
+    asked = config.all or config.unfinished or config.older_than is not None
     total = freed = 0
     for path in stores:
-        size, fault = (
-            sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file()),
-            defect(path),
-        )
-        meta = {} if fault else read_json(path / META)
-        days = (time.time() - last_used(path)) / 86400
-        doomed = config.all or (config.unfinished and fault is not None)
-        doomed = doomed or (config.older_than is not None and days > config.older_than)
-        state = fault or f"{meta['storage']}, {len(meta['cameras'])} cameras, from {meta['source']}"
+        size, fault = sum(file.stat().st_blocks * 512 for file in path.rglob("*")), defect(path)
+        status = (path / ARRAYS if (path / ARRAYS).exists() else path).stat()
+        days = (time.time() - max(status.st_atime, status.st_mtime)) / 86400  # since it was opened
+        old = config.older_than is not None and days > config.older_than
+        doomed = config.all or old or (config.unfinished and fault is not None)
+        if not (state := fault):
+            meta = read_json(path / META)
+            state = f"{meta['storage']}, {len(meta['cameras'])} cameras, from {meta['source']}"
         verb = "delete" if doomed else "keep"
         print(f"{verb:<7} {size / 1e9:8.2f} GB {days:6.1f} days  {path.name}: {state}")
         if doomed:
@@ -337,14 +265,8 @@ def prune(config: Prune) -> None:
             freed += size
         total += size
     print(f"{len(stores)} stores, {total / 1e9:.2f} GB in {root}; freed {freed / 1e9:.2f} GB")
-    if stores and not (config.all or config.unfinished or config.older_than is not None):
+    if stores and not asked:
         print("delete with --all, --unfinished, or --older-than DAYS")
-
-
-def last_used(path: Path) -> float:
-    """When a store was last opened, or else changed, in seconds since 1970."""
-    status = (path / ARRAYS if (path / ARRAYS).exists() else path).stat()
-    return max(status.st_atime, status.st_mtime)
 
 
 def delete(path: Path) -> None:

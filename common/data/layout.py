@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,13 +23,9 @@ READ_BYTES = 2**24  # images are read in blocks of about this size
 
 
 class Array(NamedTuple):
-    """An array that has a row for every step.
+    """An array that has a row for every step: numbers, pixels, encoded (one JPEG or PNG a step), or other.
 
-    Attributes:
-        kind: numbers, pixels, encoded (one JPEG or PNG a step), or other.
-        shape: (L, ...).
-        dtype: its name.
-        size: (H, W) of images.
+    `shape` is (L, ...), and `size` (H, W) of images.
     """
 
     kind: str
@@ -78,13 +75,9 @@ class Layout:
     """What is used of a dataset, small enough to be sent to other processes.
 
     Attributes:
-        name: of the layout.
-        keys: of `state` and `action`, which arrays, one after the other.
-        names: likewise, of their dimensions.
+        keys, names: of `state` and `action`, the arrays, one after the other, and the dimensions' names.
         arrays: those that are used, as an episode should have them.
-        cameras: those to read.
         size: (H, W) of the frames.
-        color_order: of the frames as recorded.
     """
 
     name: str
@@ -116,11 +109,9 @@ class Layout:
         """Print which dimension is which array."""
         say(head)
         for part, keys in self.keys.items():
-            first = 0
-            for key in keys:
-                last = first + self.arrays[key].width
+            edges = accumulate((self.arrays[key].width for key in keys), initial=0)
+            for key, (first, last) in zip(keys, pairwise(edges), strict=True):
                 say(f"  {part}[{first}:{last}]".ljust(18) + key)
-                first = last
         for key, short, (height, width) in self.cameras:
             array = self.arrays[key]
             kind = "JPEG or PNG" if array.kind == "encoded" else array.dtype
@@ -140,9 +131,6 @@ def choose_layout(
     Args:
         place: which part of the source `arrays` are of, for messages.
         names_of: gives the names of an array's dimensions from its key and width.
-
-    Raises:
-        UserError: if it is neither recognised nor given, or a key does not exist; lists those that do.
     """
     there = f"{place} has {listing(arrays)}."
     keys: dict[str, tuple[str, ...]] = {}
@@ -156,10 +144,8 @@ def choose_layout(
         if not keys[part] and is_image:
             raise UserError(f"{source} has no colour camera, and a policy here needs one: {there}")
         if not keys[part]:
-            raise UserError(
-                f"The layout of {source} is not one of those known: say with {flag} which arrays to use; "
-                f"{there}"
-            )
+            unknown = f"The layout of {source} is not one of those known"
+            raise UserError(f"{unknown}: say with {flag} which arrays to use; {there}")
         for key in keys[part]:
             if key not in arrays:
                 raise UserError(f"{source} has no {flag} {key}{closest(key, arrays)}: {there}")
@@ -185,11 +171,7 @@ def choose_layout(
 
 
 def rows_of(array: Any, first: int, last: int) -> Iterator[Any]:
-    """Rows of an HDF5 or zarr array, read in blocks of whole chunks: none is decompressed twice.
-
-    Args:
-        first, last: as in a slice.
-    """
+    """Rows `first:last` of an HDF5 or zarr array, in blocks of whole chunks: none is decompressed twice."""
     chunk = array.chunks or (1, *array.shape[1:])
     size = max(1, array.dtype.itemsize * math.prod(chunk))  # bytes
     step = chunk[0] * max(1, READ_BYTES // size)

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from common.data.cameras import closest
 from common.data.frames import FrameError, as_rgb, image_frame, video_frames
 from common.data.layout import Array, Known, Layout, choose_layout
-from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, refuse_unusable
+from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, reason, refuse_unusable
 from common.errors import UserError
 from common.files import read_json
 
@@ -39,12 +39,7 @@ VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.m
 
 @dataclass(frozen=True)
 class LeRobotSource:
-    """A LeRobot v3 dataset, under the options chosen for it (see `Source`).
-
-    Attributes:
-        root: its folder.
-        name: what to call it.
-    """
+    """A LeRobot v3 dataset in the folder `root`, under the options chosen for it (see `Source`)."""
 
     root: Path
     name: str
@@ -54,11 +49,7 @@ class LeRobotSource:
 
     @classmethod
     def from_hub(cls, name: str, config: DataConfig) -> LeRobotSource:
-        """Fetch a dataset into the hub's cache, only the videos that are needed.
-
-        Raises:
-            UserError: if it is not there, or there is no connection and no earlier download.
-        """
+        """Fetch a dataset into the hub's cache, only the videos that are needed."""
         from huggingface_hub import snapshot_download
 
         try:
@@ -87,11 +78,8 @@ class LeRobotSource:
             short = key.rpartition(".")[2]
             return names if len(set(names)) == width else [f"{short}_{i}" for i in range(width)]
 
-        arrays = {
-            key: feature.array(self.meta.total_frames)
-            for key, feature in self.meta.features.items()
-            if key not in BOOKKEEPING
-        }
+        features, steps = self.meta.features, self.meta.total_frames
+        arrays = {key: features[key].array(steps) for key in features if key not in BOOKKEEPING}
         return choose_layout(arrays, KNOWN, self.config, self.name, "meta/info.json", names_of)
 
     def info(self) -> Info:
@@ -129,15 +117,31 @@ class LeRobotSource:
             for frame in frames:
                 yield as_rgb(frame, layout.color_order)
         except (FrameError, OSError) as error:
-            reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-            raise BadEpisode(f"Episode {episode.index} cannot be decoded from {path} ({reason})") from None
+            raise BadEpisode(
+                f"Episode {episode.index} cannot be decoded from {path} ({reason(error)})"
+            ) from None
 
     def _rows(self) -> list[EpisodeRow]:
-        """The episodes of the chosen task, in order."""
-        videos = [c.key for c in self.layout.cameras if self.layout.arrays[c.key].dtype == "video"]
-        return read_episodes(
-            self.root, self.name, videos, self.meta.video_path or VIDEO_PATH, self.config.task
-        )
+        """The episodes of the chosen task, or of the only one there is, in order."""
+        rows: list[EpisodeRow] = []
+        cameras = [c.key for c in self.layout.cameras if self.layout.arrays[c.key].dtype == "video"]
+        places = ("chunk_index", "file_index", "from_timestamp")
+        columns = [f"videos/{camera}/{place}" for camera in cameras for place in places]
+        for file in sorted((self.root / "meta" / "episodes").glob("**/*.parquet")):
+            table = read_parquet(file, ["episode_index", "length", "tasks", *columns])
+            try:
+                for row in table.to_pylist():
+                    videos = {}
+                    for key in cameras:
+                        chunk, number, start = (row[f"videos/{key}/{place}"] for place in places)
+                        template = self.meta.video_path or VIDEO_PATH
+                        name = template.format(video_key=key, chunk_index=chunk, file_index=number)
+                        videos[key] = name, float(start)
+                    tasks = tuple(map(str, row["tasks"] or ()))
+                    rows.append(EpisodeRow(int(row["episode_index"]), int(row["length"]), videos, tasks))
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise UserError(f"{file} or video_path in info.json is damaged: {error!r}.") from error
+        return choose_task(sorted(rows, key=lambda row: row.index), self.config.task, self.name)
 
     def _episode(self, row: EpisodeRow, runs: list[Run]) -> Episode:
         """An episode from its row in `meta/episodes` and its rows in the data files; raises BadEpisode."""
@@ -167,9 +171,6 @@ class LeRobotSource:
         episode = Episode(row.index, state, action, times, origin, row.task)
         refuse_unusable(name, episode, self.layout.names)
         return episode
-
-
-# -- metadata
 
 
 class Feature(BaseModel):
@@ -212,22 +213,21 @@ def read_meta(root: Path, source: str) -> Meta:
     try:
         content = read_json(path)
         version = str(content["codebase_version"]).removeprefix("v")
-        if int(version.partition(".")[0]) < 3:
+        major = int(version.partition(".")[0])
+        if major < 3:
             raise UserError(
                 f"{source} has LeRobot format v{version}, and v3 is needed: convert it with "
                 f"`{CONVERTER} --repo-id={source} --root={root} --push-to-hub=false`."
             )
-        if int(version.partition(".")[0]) > 3:
-            raise UserError(
-                f"{source} has LeRobot format v{version}, which is newer than the v3 that is read here."
-            )
+        if major > 3:
+            raise UserError(f"{source} has LeRobot format v{version}, newer than v3, which is read here.")
         return Meta.model_validate(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        what = f"{type(error).__name__}: {error}"
         if isinstance(error, ValidationError):
             first = error.errors(include_url=False)[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UserError(f"{path} is damaged ({reason}): download or record the dataset again.") from error
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(f"{path} is damaged ({what}): download or record the dataset again.") from error
 
 
 def _flatten(names: Any) -> list[str]:
@@ -251,33 +251,8 @@ class EpisodeRow(NamedTuple):
     task: str | None = None
 
 
-def read_episodes(
-    root: Path, source: str, cameras: Sequence[str], video_path: str, task: str | None
-) -> list[EpisodeRow]:
-    """The episodes of a task, or of the only one there is, in order.
-
-    Args:
-        cameras: keys of those that have a video.
-
-    Raises:
-        UserError: if there are several tasks and none is chosen, or the chosen one does not exist.
-    """
-    rows: list[EpisodeRow] = []
-    places = ("chunk_index", "file_index", "from_timestamp")
-    columns = [f"videos/{camera}/{place}" for camera in cameras for place in places]
-    for file in sorted((root / "meta" / "episodes").glob("**/*.parquet")):
-        table = read_parquet(file, ["episode_index", "length", "tasks", *columns])
-        try:
-            for row in table.to_pylist():
-                videos = {}
-                for camera in cameras:
-                    chunk, number, start = (row[f"videos/{camera}/{place}"] for place in places)
-                    file_name = video_path.format(video_key=camera, chunk_index=chunk, file_index=number)
-                    videos[camera] = file_name, float(start)
-                tasks = tuple(map(str, row["tasks"] or ()))
-                rows.append(EpisodeRow(int(row["episode_index"]), int(row["length"]), videos, tasks))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise UserError(f"{file} or video_path in info.json is damaged: {error!r}.") from error
+def choose_task(rows: list[EpisodeRow], task: str | None, source: str) -> list[EpisodeRow]:
+    """The episodes of a task, or of the only one there is, with the task as theirs."""
     if not rows:
         raise UserError(f"{source} has no episodes (meta/episodes is empty): record or download it again.")
     tasks = list(dict.fromkeys(name for row in rows for name in row.tasks))
@@ -289,16 +264,11 @@ def read_episodes(
             f"{source} has {len(tasks)} tasks, and one policy learns one: choose with --task ({there})."
         )
     chosen = task or next(iter(tasks), None)
-    rows.sort(key=lambda row: row.index)
     return [row._replace(task=chosen) for row in rows if task is None or task in row.tasks]
 
 
 def read_parquet(file: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of a parquet file, in memory.
-
-    Raises:
-        UserError: if the file cannot be read or lacks a column.
-    """
+    """Columns of a parquet file, in memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -310,9 +280,8 @@ def read_parquet(file: Path, columns: Sequence[str]) -> pa.Table:
                 table.validate(full=True)  # damaged files can hold texts and lists that are none
                 return table
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
-            f"{file} cannot be read ({reason}): download the dataset again, or, if you recorded it, "
+            f"{file} cannot be read ({reason(error)}): download the dataset again, or, if you recorded it, "
             f"make sure that the recorder called finalize()."
         ) from error
     raise UserError(
@@ -335,16 +304,10 @@ def fingerprint(root: Path, meta: Meta, videos: set[str]) -> str:
     return hashlib.sha256(json.dumps([meta.model_dump(), names, parts], sort_keys=True).encode()).hexdigest()
 
 
-# -- data
-
-
 class Run(NamedTuple):
-    """Rows of a data file, one after the other, that belong to one episode.
+    """Rows of a data file from `first` on that belong to one episode.
 
-    Attributes:
-        file: below the root.
-        first: number of the first row there.
-        columns: of each feature, values (L, D) and how many numbers a step really has, (L,).
+    `columns` holds, of each feature, values (L, D) and how many numbers a step really has, (L,).
     """
 
     file: str
@@ -353,11 +316,7 @@ class Run(NamedTuple):
 
 
 def read_numbers(root: Path, widths: dict[str, int]) -> dict[int, list[Run]]:
-    """Every run of rows with one episode index, by that index.
-
-    Args:
-        widths: numbers a step in each feature to read.
-    """
+    """Every run of rows with one episode index, by that index, with features of so many numbers a step."""
     found: dict[int, list[Run]] = {}
     for file in sorted((root / "data").glob("**/*.parquet")):
         table = read_parquet(file, [*widths, "timestamp", "frame_index", "episode_index"])
@@ -376,9 +335,9 @@ def read_numbers(root: Path, widths: dict[str, int]) -> dict[int, list[Run]]:
 
 
 def matrix(column: pa.ChunkedArray, width: int, what: str, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    """A column of numbers or (nested) lists of them as (rows, width), and how many numbers each row has.
+    """A column of numbers or (nested) lists of them as (rows, width), NaN where a row has another count.
 
-    Rows with another count become NaN, as do nulls.
+    Also returns how many numbers each row has.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -395,8 +354,6 @@ def matrix(column: pa.ChunkedArray, width: int, what: str, dtype: type) -> tuple
     with np.errstate(over="ignore", invalid="ignore"):
         values = values.astype(dtype)
     counts = np.bincount(row, minlength=count)
-    if (counts == width).all():
-        return values.reshape(-1, width), counts
     rows = np.full((count, width), np.nan, dtype)
     rows[counts == width] = values[counts[row] == width].reshape(-1, width)
     return rows, counts

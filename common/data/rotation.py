@@ -1,8 +1,8 @@
 """Rotations inside state and action, re-expressed so that a network meets no jumps.
 
-Quaternions q and -q are the same rotation, and recorders flip between them; axis-angle and Euler angles jump
-by a turn. The first two columns of the rotation matrix, six numbers, are continuous (Zhou et al. 2019, "On
-the Continuity of Rotation Representations in Neural Networks"); Gram-Schmidt brings any six back.
+Quaternions q and -q are the same rotation; axis-angle and Euler angles jump by a turn. The first two columns
+of the rotation matrix are continuous (Zhou et al. 2019, "On the Continuity of Rotation Representations in
+Neural Networks"); Gram-Schmidt brings any six numbers back.
 """
 
 import re
@@ -17,11 +17,12 @@ from common.errors import UserError
 
 TARGET, TARGET_DIM = "6d", 6
 SOURCES = {"quaternion": 4, "quaternion-wxyz": 4, "axis-angle": 3, "euler": 3}
-"""What can be re-expressed, and in how many numbers it is recorded. A `quaternion` is (x, y, z, w), `euler`
-roll, pitch, yaw about the fixed axes x, y, z; angles are in radians."""
+"""What can be re-expressed, and in how many numbers. A `quaternion` is (x, y, z, w), `euler` roll, pitch, yaw
+about the fixed axes x, y, z; angles are in radians."""
+QUATERNION_NAMES = r"(quat|rot|orn|orientation)|(^|[_./])q[xyzw]$"
 USUAL_NAMES = {
-    "quaternion": r"(quat|rot|orn|orientation)|(^|[_./])q[xyzw]$",
-    "quaternion-wxyz": r"(quat|rot|orn|orientation)|(^|[_./])q[xyzw]$",
+    "quaternion": QUATERNION_NAMES,
+    "quaternion-wxyz": QUATERNION_NAMES,
     "axis-angle": r"(axis_?angle|rotvec|rot|orn|ori)",
     "euler": r"(euler|rpy|rot|orn|orientation)|(^|[_./])(roll|pitch|yaw)$",
 }
@@ -29,13 +30,7 @@ USUAL_NAMES = {
 
 @dataclass(frozen=True)
 class Rotations:
-    """Where a vector holds rotations, and how they are recorded.
-
-    Attributes:
-        kind: one of SOURCES.
-        starts: index of the first number of each rotation in the recorded vector, ascending.
-        recorded: names of the recorded dimensions.
-    """
+    """Where a vector of dimensions called `recorded` holds rotations of a kind: the first index of each."""
 
     kind: str
     starts: tuple[int, ...]
@@ -138,7 +133,7 @@ def from_matrix(matrix: np.ndarray, kind: str) -> np.ndarray:
 def gram_schmidt(six: np.ndarray) -> np.ndarray:
     """The rotation (..., 3, 3) whose first two columns are nearest, in turn, to (..., 6) numbers.
 
-    Columns that are zero or parallel, from which none follows, are replaced: every six numbers give one.
+    Columns that are zero or parallel, from which none follows, are replaced.
     """
 
     def unit(vector: np.ndarray, otherwise: np.ndarray) -> np.ndarray:

@@ -17,9 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.data.store import EpisodeStore
 from common.data.workers import cores
 from common.errors import UserError
-
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
-SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # they end a run
+from common.watch import SIGNALS
 
 
 class Batch(NamedTuple):
@@ -48,11 +46,9 @@ class Batch(NamedTuple):
 
 
 class _Recycler:
-    """Buffers of batches that are used again once nobody holds the tensor made from them.
+    """Memory of batches, used again once nobody holds a view of it: touching fresh pages is ten times slower.
 
-    A fresh batch above some 32 MB comes as untouched pages from the system, whose first touch costs up to ten
-    times the copy itself. A tensor made by `torch.from_numpy` keeps its array alive as long as any view of it
-    lives: each loan is such an array, watched by a weak reference.
+    `torch.from_numpy` keeps its array alive as long as a view of the tensor lives: a weak reference tells.
     """
 
     def __init__(self, keep: int = 4):
@@ -82,7 +78,6 @@ class ChunkDataset(Dataset):
     A step whose chunk would lie wholly past the end is no sample.
 
     Args:
-        store: where the steps are.
         episodes: numbers of the episodes to draw from, counted in the store.
         horizon: T, actions in a chunk.
         proprio_history: K, states in a sample.
@@ -125,17 +120,12 @@ class ChunkDataset(Dataset):
         def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return self._buffers[name].take((len(rows), *shape), dtype)
 
-        return Batch(
-            images=store.images(rows, buffer("images", store.row_shape, torch.uint8)),
-            proprio=torch.from_numpy(self.history(rows)),
-            actions=torch.from_numpy(actions),
-            is_pad=torch.from_numpy(is_pad),
-            index=torch.from_numpy(rows),
-            extras={
-                name: store.extra(name, rows, buffer(name, extra.shape, torch.float16))
-                for name, extra in store.extras.items()
-            },
-        )
+        extras = {
+            name: store.extra(name, rows, buffer(name, extra.shape, torch.float16))
+            for name, extra in store.extras.items()
+        }
+        images = store.images(rows, buffer("images", store.row_shape, torch.uint8))
+        return Batch(images, *map(torch.from_numpy, (self.history(rows), actions, is_pad, rows)), extras)
 
     def on(self, store: EpisodeStore) -> ChunkDataset:
         """The same samples of a store that holds the same steps, with extras for instance."""
@@ -144,8 +134,7 @@ class ChunkDataset(Dataset):
     def chunks(self, rows: np.ndarray, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Actions (B, T, A) and is_pad (B, T) of the chunks that begin at the steps `rows` of the store.
 
-        Args:
-            dim: give this dimension of the actions only, (B, T).
+        With `dim`, that dimension of the actions only, (B, T).
         """
         last = self.store.episode_starts[self.store.episode_of(rows) + 1] - 1
         future = rows[:, None] + np.arange(self.action_offset, self.action_offset + self.horizon)
@@ -166,14 +155,12 @@ class SampleStream(Sampler):
     and the stream can begin anywhere. Micro-batch k of a rank covers the B positions from
     start + k * B * world + rank * B.
 
-    An epoch of one dataset is a permutation of its n samples. Of several with weights, it holds each in
+    An epoch of one dataset is a permutation of its samples. Of several with weights, it holds each in
     proportion to its weight, and each goes through its own permutations from epoch to epoch.
 
     Args:
         num_samples: samples of each dataset; n in all.
         batch_size: B, per rank.
-        seed: of the shuffling.
-        rank, world: this process and how many there are.
         start: samples that all ranks together have already consumed.
         weights: one per dataset; None draws every sample once an epoch.
     """
@@ -253,15 +240,8 @@ def evenly_spaced(
 ) -> Iterator[tuple[Tensor, Batch]]:
     """Batches of `num` samples spread evenly over a dataset, for evaluation: the same ones every time.
 
-    Args:
-        dataset: to take them from.
-        num: of all processes together, at most the size of the dataset.
-        batch_size: at most so many in a batch.
-        rank, world: this process and their number; each sample is seen by one of them, and one that has no
-            share sees none.
-
-    Yields:
-        Which of the `num` samples these are, (B,), and their batch.
+    Each sample is seen by one process; one that has no share sees none. Yields which of the `num` samples
+    these are, (B,), at most `batch_size` at once, and their batch.
     """
     chosen = torch.linspace(0, len(dataset) - 1, num).long()
     mine = torch.arange(num)[rank::world]
@@ -281,8 +261,7 @@ def make_loader(
 ) -> DataLoader:
     """An endless loader of shuffled batches, this rank's share of the `SampleStream`.
 
-    Args:
-        num_workers: processes that gather ahead; 0 gathers in this one. None: as many as are worth it.
+    `num_workers` processes gather ahead; 0 gathers in this one, None takes as many as are worth it.
 
     Raises:
         UserError: if one step of all ranks takes more samples than there are.

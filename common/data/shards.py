@@ -14,6 +14,8 @@ from typing import Literal
 
 import numpy as np
 
+from common.data.source import reason
+
 Storage = Literal["raw", "jpeg"]
 QUALITY = 95
 
@@ -89,11 +91,7 @@ def encode_jpeg(frame: np.ndarray) -> bytes:
 
 
 def decode_jpeg(encoded: np.ndarray, out: np.ndarray, path: Path | str) -> None:
-    """Decode into (3, H, W) uint8.
-
-    Raises:
-        OSError: if the bytes are no longer what was written.
-    """
+    """Decode into (3, H, W) uint8; an OSError if the bytes are no longer what was written."""
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg  # three times as fast as Pillow
 
@@ -101,8 +99,9 @@ def decode_jpeg(encoded: np.ndarray, out: np.ndarray, path: Path | str) -> None:
         # A copy, since a tensor over the file's read-only memory would be writable.
         out[:] = decode_jpeg(torch.from_numpy(encoded.copy()), ImageReadMode.RGB).numpy()
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path} is damaged ({reason}): run `python -m common.data.store verify`.") from error
+        raise OSError(
+            f"{path} is damaged ({reason(error)}): run `python -m common.data.store verify`."
+        ) from error
 
 
 def as_jpeg(frame: np.ndarray) -> np.ndarray:

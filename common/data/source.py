@@ -36,7 +36,6 @@ class Info:
         cameras: those to use, in order, the head camera first.
         image_size: (H, W) of the frames that `Source.frames` gives.
         fps: control steps per second.
-        state_names, action_names: one name per dimension.
         choices: whatever else was chosen that changes numbers or frames (keys, colour order), as JSON can
             hold it: other choices make another store.
     """
@@ -82,26 +81,18 @@ class Episode:
 
 
 class Source(Protocol):
-    """A dataset in some format. Small, since it is pickled and sent to the processes that decode.
-
-    Attributes:
-        isolated: read frames in other processes always, because damaged files can crash or hang the library.
-    """
+    """A dataset in some format. Small, since it is pickled and sent to the processes that decode."""
 
     isolated: bool
+    """Read frames in other processes always, because damaged files can crash or hang the library."""
 
     def info(self) -> Info:
-        """What the dataset is.
-
-        Raises:
-            UserError: whatever is wrong with the dataset or the options.
-        """
+        """What the dataset is; raises UserError for whatever is wrong with it or with the options."""
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
         """The usable ones of these episodes (None: of all) by number, and a clause about each that is not.
 
-        Raises:
-            UserError: if a wanted episode does not exist (`absent_episodes`).
+        Raises UserError if a wanted one does not exist (`existing`).
         """
 
     def frames(self, episode: Episode, camera: int) -> Iterator[np.ndarray]:
@@ -112,12 +103,7 @@ class Source(Protocol):
 
 
 def refuse_unusable(name: str, episode: Episode, names: dict[str, Sequence[str]]) -> None:
-    """Raise BadEpisode for a single step, a NaN or an infinity.
-
-    Args:
-        name: the episode, for the message.
-        names: of the dimensions of `state` and `action`.
-    """
+    """Raise BadEpisode for a single step, a NaN or an infinity, in dimensions called `names`."""
     if len(episode) < 2:
         steps = f"{len(episode)} step{'s' * (len(episode) != 1)}"
         raise BadEpisode(f"{name} has {steps}, and an action chunk needs at least 2")
@@ -125,8 +111,8 @@ def refuse_unusable(name: str, episode: Episode, names: dict[str, Sequence[str]]
         broken = np.argwhere(~np.isfinite(values))
         if len(broken):
             step, dim = broken[0]
-            value = values[step, dim]
-            raise BadEpisode(f"{name} has {value} in {part}, dimension {names[part][dim]}, at step {step}")
+            what = f"{values[step, dim]} in {part}, dimension {names[part][dim]}"
+            raise BadEpisode(f"{name} has {what}, at step {step}")
 
 
 def hash_ends(path: Path, count: int = 64 * 1024) -> str:
@@ -143,20 +129,17 @@ def hash_ends(path: Path, count: int = 64 * 1024) -> str:
 
 
 def existing(wanted: Sequence[int] | None, there: Collection[int], source: str) -> list[int]:
-    """The episodes wanted, or all that there are.
-
-    Raises:
-        UserError: if one of them does not exist.
-    """
+    """The episodes wanted, or all that there are; a UserError if one of them does not exist."""
     absent = sorted(set(wanted or ()) - set(there))
     if absent:
-        raise absent_episodes(source, absent)
+        names = ", ".join(map(str, absent[:5])) + ", ..." * (len(absent) > 5)
+        raise UserError(
+            f"{source} has no episode {names}: `python -m common.data.store inspect` lists what there is."
+        )
     return list(there if wanted is None else wanted)
 
 
-def absent_episodes(source: str, missing: Sequence[int]) -> UserError:
-    """The refusal of episodes that a dataset does not have."""
-    names = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-    return UserError(
-        f"{source} has no episode {names}: `python -m common.data.store inspect` lists what there is."
-    )
+def reason(error: BaseException) -> str:
+    """What an exception says, as a clause."""
+    said = str(getattr(error, "strerror", None) or error)
+    return " ".join(said.split())[:200].rstrip(".") or type(error).__name__

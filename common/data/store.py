@@ -6,16 +6,10 @@ A store is a folder:
     frames-00000.json, ...  which episodes such a file holds, and where, and its checksum
     arrays.safetensors      state, action, timestamps, and the place of every episode
     features-*/             features of frozen networks, see common/data/features.py
-    meta.json               source, fingerprint, cameras, names, tasks; written last: with it the store is
-                            finished
+    meta.json               source, fingerprint, cameras, names, tasks; written last: then it is finished
 
-Reading copies out of memory-mapped files: nothing is decoded while training, unless the store was made with
-`--store jpeg`. `common/data/ingest.py` writes, `common/data/samples.py` draws samples. What there is, whether
-it is whole, and how to be rid of it:
-
-    python -m common.data.store inspect DATASET
-    python -m common.data.store verify DATASET
-    python -m common.data.store prune
+Reading copies out of memory-mapped files, or decodes JPEG. `python -m common.data.store` inspects, verifies
+and deletes stores.
 """
 
 from __future__ import annotations
@@ -49,11 +43,9 @@ FETCH_AHEAD = 50  # so many gathers after one that has waited ask for their rows
 
 
 class Extra(NamedTuple):
-    """What a cache keeps for every step beside the frames, float16.
+    """What a cache keeps for every step beside the frames, float16: one file for each of `shard_files`.
 
-    Attributes:
-        files: for each of a store's `shard_files`; those of episodes that are not chosen need not exist.
-        shape: of one step's values.
+    Files of episodes that are not chosen need not exist. `shape` is that of one step's values.
     """
 
     files: tuple[Path, ...]
@@ -69,22 +61,14 @@ class EpisodeStore:
         source: the dataset it was made from, as a path or hub name; several are joined by " + ".
         fingerprint: hash of the content of the datasets, and of the choice of their episodes.
         source_fingerprint: hash of the content of the (first) dataset, whatever is chosen of it.
-        cameras, camera_keys: short and full camera names, N of each.
-        image_size: (H, W) in pixels.
-        fps: control steps per second.
-        state_names, action_names: one name per dimension.
         skipped: sentences about the episodes that were left out.
-        storage: how frames are kept.
-        state, action: (S, P) and (S, A) float32.
+        state, action: (S, P) and (S, A) float32, in recorded units.
         timestamps: (S,) float64, seconds since the episode began.
         episode_starts: (E + 1,) int64; episode e is the steps episode_starts[e] to episode_starts[e + 1].
         episode_indices: (E,) int64, the episodes' numbers in their source.
-        episode_tasks: E instructions, None where the dataset states none.
-        episode_shard, episode_row: (E,) int64, the shard of an episode and its first row there.
-        shard_files: every shard's file.
-        part_episodes: episodes of each dataset, in order.
-        part_weights: how often samples of each dataset are drawn, relative to each other; None: as often as
-            they are there.
+        episode_shard, episode_row: (E,) int64, the file in `shard_files` and the first row there.
+        part_episodes, part_weights: of each dataset, how many episodes it has, and how often its samples are
+            drawn, relative to the others; None: as often as they are there.
         state_rotations, action_rotations: what `re_express` has changed in the recorded vectors.
         extras: what caches have added, by its name in `Batch.extras`.
     """
@@ -135,11 +119,7 @@ class EpisodeStore:
 
     @classmethod
     def open(cls, path: Path | str) -> EpisodeStore:
-        """Open the finished store in the folder `path`.
-
-        Raises:
-            UserError: if the store is unfinished, damaged or of another format.
-        """
+        """Open the store in the folder `path`; a UserError if it is unfinished or damaged."""
         from safetensors.numpy import load
 
         path = Path(path)
@@ -149,9 +129,7 @@ class EpisodeStore:
             if zlib.crc32(payload) != meta["arrays"]["crc32"]:
                 problem = f"{ARRAYS} is not what was written"
         if problem:
-            raise UserError(
-                f"The episode store {path} cannot be read ({problem}): delete it to have it rebuilt."
-            )
+            raise UserError(f"The episode store {path} cannot be read ({problem}): delete it to rebuild it.")
         arrays = load(payload)
         names = ("image_size", "state_names", "action_names", "episode_tasks", "skipped")
         return cls(
@@ -187,14 +165,7 @@ class EpisodeStore:
     def concatenate(
         cls, stores: Sequence[EpisodeStore], weights: Sequence[float] | None = None
     ) -> EpisodeStore:
-        """Several datasets as one, in their order.
-
-        Args:
-            weights: see `part_weights`.
-
-        Raises:
-            UserError: if they differ in cameras, image size, dimensions or control rate.
-        """
+        """Several datasets as one, in their order; a UserError if they do not fit."""
         first = stores[0]
         for other in stores[1:]:
             for what, name, show in (
@@ -233,14 +204,7 @@ class EpisodeStore:
         )
 
     def re_express(self, option: str) -> EpisodeStore:
-        """The store with the rotations of its states and actions in six numbers each.
-
-        Args:
-            option: `--rotation`, see `common/data/rotation.py`.
-
-        Raises:
-            UserError: if there is no rotation among the dimensions, or a quaternion of four zeros.
-        """
+        """The store with rotations as `--rotation` says; a UserError if it has none, or one of four zeros."""
         pattern, kind = parse(option)
         state = Rotations.find(self.state_names, kind, pattern)
         action = Rotations.find(self.action_names, kind, pattern)
@@ -253,8 +217,7 @@ class EpisodeStore:
         if len(zeros):
             raise UserError(
                 f"--rotation {option}: episode {self.episode_indices[self.episode_of(zeros[0])]} of "
-                f"{self.source} holds a quaternion of four zeros, which is no rotation: choose others with "
-                f"--episodes, or record it again."
+                f"{self.source} holds a quaternion of four zeros: choose others with --episodes."
             )
         return replace(
             self,
@@ -299,28 +262,20 @@ class EpisodeStore:
         One thread copies: on a busy machine several threads wait for each other and are far slower. A gather
         that had to wait for the disk makes the next ones ask for all their rows before they copy, which reads
         many times faster than meeting missing pages one by one; where nothing is missing, asking would only
-        cost time.
-
-        Args:
-            out: tensor of that shape to fill, instead of a new one.
+        cost time. `out` is a tensor to fill, instead of a new one.
         """
-        return self._gather(self._frame_shards, rows, self.row_shape, torch.uint8, out)
+        if out is None:
+            out = torch.empty(len(rows), *self.row_shape, dtype=torch.uint8)
+        return self._gather(self._frame_shards, rows, out)
 
     def extra(self, name: str, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
         """What the cache `name` has for the steps `rows`: (B, *shape) float16; `out` as for `images`."""
-        return self._gather(self._extra_shards[name], rows, self.extras[name].shape, torch.float16, out)
-
-    def _gather(
-        self,
-        shards: dict[int, Any],
-        rows: np.ndarray,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        out: Tensor | None,
-    ) -> Tensor:
-        """Copy the steps `rows` out of files by number."""
         if out is None:
-            out = torch.empty(len(rows), *shape, dtype=dtype)
+            out = torch.empty(len(rows), *self.extras[name].shape, dtype=torch.float16)
+        return self._gather(self._extra_shards[name], rows, out)
+
+    def _gather(self, shards: dict[int, Any], rows: np.ndarray, out: Tensor) -> Tensor:
+        """Copy the steps `rows` out of files by number."""
         if len(rows) == 0:
             return out
         began = time.perf_counter()

@@ -52,10 +52,7 @@ def guarded_map(
     """Call `function(*task)` for every task in other processes; yields (task, result) as they end.
 
     Tasks start in order. Closing the iterator stops those that run. The result is a `Died` where a task
-    killed its process or took too long; other exceptions of `function` are raised here.
-
-    Args:
-        seconds: what a task may take in addition to `STALL_SECONDS`.
+    killed its process or took `seconds(task)` longer than `STALL_SECONDS`; other exceptions are raised here.
     """
     from pebble import ProcessExpired
 

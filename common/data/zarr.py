@@ -1,10 +1,9 @@
 """Replay buffers in zarr, as UMI and diffusion_policy write them: a folder or a .zarr.zip.
 
-    data/<key>          all steps of all episodes, one after the other: (S, ...)
-    meta/episode_ends   (E,), where each episode ends
+data/<key>          all steps of all episodes, one after the other: (S, ...)
+meta/episode_ends   (E,), where each episode ends
 
-Recognised are UMI's names and those of the pushT task; others are given by `--state-keys`, `--action-keys`,
-`--camera-keys`. Images are (S, H, W, C) or (S, C, H, W), uint8 or whole numbers in a wider type.
+UMI's and pushT's names are recognised; others are given by `--state-keys` and its siblings.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +24,7 @@ import numpy as np
 
 from common.data.frames import as_rgb, pixel_frame
 from common.data.layout import Known, Layout, choose_layout, describe, rows_of
-from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, refuse_unusable
+from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, reason, refuse_unusable
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,20 +51,18 @@ class ZarrSource:
     def layout(self) -> Layout:
         arrays = {}
         for key, array in sorted(open_group(self.path, self.name)["data"].arrays()):
-            is_image = array.ndim == 4 and array.dtype.kind in "fiu"
-            found = describe(array.shape, np.dtype(np.uint8) if is_image else array.dtype)
+            is_image = array.ndim == 4 and array.dtype.kind in "fiu"  # as floats, too
+            found = describe(array.shape, np.dtype("uint8") if is_image else array.dtype)
             arrays[key] = found._replace(dtype=str(array.dtype))
         umi = tuple(name.format(robot) for robot in range(10) for name in UMI if name.format(robot) in arrays)
-        action, known = ("action",) if "action" in arrays else (), None
-        if umi and not action and not self.config.action_keys:
+        if umi and "action" not in arrays and not self.config.action_keys:
             raise UserError(
                 f"{self.name} records no action: to learn where the robot went, give --action-keys "
                 f"{' '.join(umi)} --action-offset 1."
             )
-        if umi:
-            known = Known("UMI", umi, action)
-        elif {"img", "state", "action"} <= arrays.keys():
-            known = Known("pushT", ("state",), action)
+        known = Known("UMI", umi, ("action",)) if umi else None
+        if not umi and {"img", "state", "action"} <= arrays.keys():
+            known = Known("pushT", ("state",), ("action",))
         return choose_layout(arrays, known, self.config, self.name, "data")
 
     def info(self) -> Info:
@@ -77,7 +73,7 @@ class ZarrSource:
         return layout.info(self.name, fingerprint(self.path), fps)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
-        group, layout = open_group(self.path, self.name), self.layout
+        group, layout, episodes, bad = open_group(self.path, self.name), self.layout, [], []
         ends = group["meta/episode_ends"][:].tolist()
         for key, (_, (steps, *_), _, _) in layout.arrays.items():
             if [steps] != ends[-1:]:
@@ -86,7 +82,6 @@ class ZarrSource:
                 )
         spans = list(pairwise([0, *ends]))
         state, action = layout.vectors(lambda key: group[f"data/{key}"][:])
-        episodes, bad = [], []
         for index in existing(wanted, range(len(spans)), self.name):
             first, last = spans[index]
             times = np.arange(last - first) / self.config.fps
@@ -107,15 +102,13 @@ class ZarrSource:
                     raise ValueError("its pixels are no whole numbers from 0 to 255")
                 yield as_rgb(pixel_frame(pixels, recorded, self.layout.size), self.layout.color_order)
         except Exception as error:  # each codec has its own
-            raise BadEpisode(f"Episode {episode.index} cannot be decoded from {key} ({error})") from None
+            raise BadEpisode(
+                f"Episode {episode.index} cannot be decoded from {key} ({reason(error)})"
+            ) from None
 
 
 def open_group(path: Path, name: str) -> Any:
-    """The buffer, opened read-only.
-
-    Raises:
-        UserError: if a package is missing, or it is no replay buffer.
-    """
+    """The buffer, opened read-only."""
     try:
         import zarr
     except ImportError:
@@ -128,11 +121,9 @@ def open_group(path: Path, name: str) -> Any:
         group = zarr.open_group(zarr.storage.ZipStore(path, mode="r") if path.is_file() else path, mode="r")
         group["meta/episode_ends"], list(group["data"].arrays())
     except Exception as error:  # zarr and its stores have classes of their own
-        codec = re.search(r"codec '?([\w.-]+)'?.*not available", str(error))
-        sentence = f"{name} is no replay buffer that can be read ({' '.join(str(error).split())[:200]})."
-        if codec:
-            sentence = f"{name} is compressed with {codec[1]}: pip install imagecodecs, which can read it."
-        raise UserError(sentence) from None
+        if codec := re.search(r"codec '?([\w.-]+)'?.*not available", str(error)):
+            raise UserError(f"{name} is compressed with {codec[1]}: pip install imagecodecs.") from None
+        raise UserError(f"{name} is no replay buffer that can be read ({reason(error)}).") from None
     return group
 
 
@@ -143,7 +134,5 @@ def fingerprint(path: Path) -> str:
             content = sorted((entry.filename, entry.file_size, entry.CRC) for entry in file.infolist())
     else:
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        with ThreadPoolExecutor(8) as pool:
-            names = [file.relative_to(path).as_posix() for file in files]
-            content = list(zip(names, pool.map(hash_ends, files), strict=True))
+        content = [(file.relative_to(path).as_posix(), hash_ends(file)) for file in files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
