@@ -461,10 +461,10 @@ def bad_numbers(folder: Path, flags: list) -> Counter:
         def spoil(bad=bad) -> None:
             original, seen = train_vfp.compute_loss, [-1]
 
-            def compute_loss(policy, *args, **options):
-                seen[0] += policy.training
-                spoiled = policy.training and seen[0] in bad
-                return original(policy, *args, **options) * (math.nan if spoiled else 1.0)
+            def compute_loss(*args, train, **options):
+                loss, parts = original(*args, train=train, **options)
+                seen[0] += train
+                return loss * (math.nan if train and seen[0] in bad else 1.0), parts
 
             train_vfp.compute_loss = compute_loss
 

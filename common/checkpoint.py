@@ -285,7 +285,7 @@ def refuse_damaged(checkpoint: Path, part: str = "") -> None:
         raise UserError(f"{checkpoint} is damaged ({what}): use another checkpoint.")
 
 
-def first_whole(run_dir: Path, part: str = "", tell: bool = False) -> Path:
+def newest_undamaged(run_dir: Path, part: str = "", tell: bool = False) -> Path:
     """The newest checkpoint of a run, at most the one that `last` names, that is not damaged.
 
     Args:
@@ -337,7 +337,7 @@ def restore(accelerator: Accelerator, run_dir: Path, average: AveragedPolicy) ->
     Raises:
         UserError: if there is no checkpoint that is whole, or it is of another policy or optimizer.
     """
-    path = first_whole(run_dir, tell=True) if accelerator.is_main_process else None
+    path = newest_undamaged(run_dir, tell=True) if accelerator.is_main_process else None
     path = broadcast_object_list([path])[0]  # the first process looks, for all
     try:
         trainer = read_json(path / "state" / "trainer.json")

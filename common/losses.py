@@ -16,9 +16,9 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor, count: Tensor | None 
         pred, target: (B, T, A). Where the mask is False they may be anything, even NaN: nothing of it reaches
             the loss or a gradient.
         mask: (B, T), True for real steps.
-        count: number of real steps to divide by, instead of those in `mask`. With several processes, pass
-            the mean count over processes: the average of the gradients is then the gradient of the mean
-            over all processes' real elements, whatever share of padding each has.
+        count: number of real steps to divide by, instead of those in `mask`. With several processes or
+            micro-batches, pass the mean count over them: the average of their gradients is then the gradient
+            of the mean over all real elements, whatever share of padding each has.
     """
     return _mean(_real_difference(pred, target, mask).square(), mask, count)
 

@@ -169,18 +169,18 @@ class Run:
             UserError: if a dataset cannot be used, or a resumed run was trained on other data.
         """
         options, seed = self.config.data, self.config.run.seed
-        store, backbone = open_dataset(options), None
+        store, backbone_config = open_dataset(options), None
         if self.resuming:
             self._check_same_data(store)
             # The checkpoint has the backbone's architecture: its original model, on the hub, is not needed.
-            last = checkpoint.first_whole(self.config.run.run_dir, "policy/policy.json")
-            backbone = checkpoint.read_settings(last)["spec"]["backbone_config"]
+            last = checkpoint.newest_undamaged(self.config.run.run_dir, "policy/policy.json")
+            backbone_config = checkpoint.read_settings(last)["spec"]["backbone_config"]
         train_episodes, held_out = split_episodes(store, options.val_fraction, seed)
         shape = (horizon, options.proprio_history, options.action_offset)
         train = ChunkDataset(store, train_episodes, *shape)
         val = ChunkDataset(store, held_out, *shape) if len(held_out) else None
         normalizer = Normalizer.fit(train, normalization, options.relative_actions).to(self.device)
-        return Data(train, val, normalizer, PolicySpec.of(train, backbone))
+        return Data(train, val, normalizer, PolicySpec.of(train, backbone_config))
 
     def _check_same_data(self, store: EpisodeStore) -> None:
         """Refuse to resume on other data; their content counts, where they lie does not."""
@@ -201,7 +201,7 @@ class Run:
         where something is computed from the weights.
         """
         if self.resuming:
-            last = checkpoint.first_whole(self.config.run.run_dir, "policy/")
+            last = checkpoint.newest_undamaged(self.config.run.run_dir, "policy/")
             checkpoint.load_components(policy, last / "policy")
         else:
             checkpoint.initialise(policy, self.config.run.init_from)
@@ -244,8 +244,8 @@ class Run:
         if self.resuming:
             self.step, self.samples = checkpoint.restore(accelerator, config.run.run_dir, self.average)
 
-        where = self.step, self.samples
-        self.total_steps = resolve_steps(config.optim, len(data.train), self.global_batch, *where)
+        done = self.step, self.samples
+        self.total_steps = resolve_steps(config.optim, len(data.train), self.global_batch, *done)
         scheduler = build_scheduler(raw_optimizer, policy, config.optim, self.total_steps, self.step)
         self._loader = make_loader(
             data.train,
@@ -261,12 +261,10 @@ class Run:
 
         self.folder = self._open_folder(data.store)
         self._data = data._replace(spec=data.spec.with_backbone(policy))
-        self._tracker = Tracker(accelerator, self.folder, config, self.total_steps, *where)
+        self._tracker = Tracker(accelerator, self.folder, config, self.total_steps, *done)
         self._saved_step = self.step
-        self._optimizer, self._clipper = (
-            raw_optimizer,
-            GradientClipper(policy, raw_optimizer, config.optim.grad_clip),
-        )
+        self._optimizer = raw_optimizer
+        self._clipper = GradientClipper(policy, raw_optimizer, config.optim.grad_clip)
 
         self._requests = StopRequests(self.rank, self.world, config.run.max_time, config.run.hang_timeout)
         self._watch = HangWatch(self, self.rank, self.world, config.run.hang_timeout)
@@ -312,7 +310,7 @@ class Run:
         processes. A loss that divides by it gives, accumulated and averaged over processes, the gradient of
         the mean over all real actions, whatever share of padding each batch has.
         """
-        self._tracker.go_on()
+        self._tracker.resume_clock()
         self.step += 1
         self._clipper.begin_step()
         self._at("loading data")
@@ -372,7 +370,7 @@ class Run:
             if skipped >= self.config.run.max_bad_steps:
                 self._refuse_bad_steps(skipped, last)
         self.stopping = self._requests.agreed()
-        self._tracker.pause()
+        self._tracker.pause_clock()
         self._at("evaluating and saving")
         return logged
 
@@ -380,8 +378,8 @@ class Run:
         """Whether this is every `every`-th step, or the last."""
         return self.step % every == 0 or self.step == self.total_steps
 
-    def _at(self, where: str) -> None:
-        self.progress_mark = self.progress_mark[0] + 1, where
+    def _at(self, phase: str) -> None:
+        self.progress_mark = self.progress_mark[0] + 1, phase
 
     def _refuse_bad_steps(self, num: int, last: int) -> None:
         """Stop a run that does not learn any more, and name the samples of the steps that were skipped."""

@@ -104,11 +104,11 @@ class Tracker:
         yield
         self._waited += time.perf_counter() - start
 
-    def pause(self) -> None:
-        """Leave the time from here to `go_on`, for evaluating or saving, out of the training speed."""
+    def pause_clock(self) -> None:
+        """Leave the time until `resume_clock`, for evaluating or saving, out of the training speed."""
         self._paused = time.perf_counter()
 
-    def go_on(self) -> None:
+    def resume_clock(self) -> None:
         self._since += time.perf_counter() - self._paused
 
     def add(self, metrics: dict[str, Tensor | float]) -> None:

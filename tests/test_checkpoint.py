@@ -118,7 +118,7 @@ def test_damage_is_found_and_the_checkpoint_before_it_is_used(run_dir, name, how
     told = name.split("/")[-1]
     if (name, how) != ("checksums.json", "missing"):  # without it, it was never complete
         assert told in checkpoint.damage(run_dir / "checkpoints" / "step_0000003")
-    assert checkpoint.first_whole(run_dir, tell=True).name == "step_0000002"
+    assert checkpoint.newest_undamaged(run_dir, tell=True).name == "step_0000002"
     if name.startswith("policy/"):
         with pytest.raises(UserError, match=r"is damaged .*use another checkpoint"):
             load_policy(run_dir)

@@ -67,9 +67,9 @@ def test_a_line_holds_means_speed_and_rates(accelerator, run_dir, clock):
     tracker.count_skipped(torch.tensor(1.0))
     tracker.count_skipped(torch.tensor(0.0))
     clock[0] += 3.0
-    tracker.pause()
+    tracker.pause_clock()
     clock[0] += 50.0  # an evaluation
-    tracker.go_on()
+    tracker.resume_clock()
     returned, skipped, last = tracker.log(6, 600, {"head": 0.1, "tail": 0.2})
     tracker.log(7, 700, {"head": 0.1})
     tracker.close()
