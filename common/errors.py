@@ -36,7 +36,9 @@ def explain(error: Exception) -> tuple[str, int] | None:
         ), EXIT_OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"The disk is full ({error.filename or text}): free disk space and start again.", 1
-    if runtime and re.search(r"DataLoader worker \(pid", text):
+    # The pipe from a process that loads data can break before anybody has noticed that it died.
+    broken = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
+    if broken or (runtime and re.search(r"DataLoader worker \(pid", text)):
         return (
             f"A process that loads data has died ({text[:200]}), which happens when memory is short: lower "
             f"--num-workers and continue with --resume."

@@ -409,6 +409,8 @@ def test_running_out_of_memory_says_what_to_lower():
     assert explain(OSError(errno.ENOSPC, "No space left on device", "x.bin"))[1] == 1
     assert explain(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))[1] == EXIT_OUT_OF_MEMORY
     assert "process was lost" in explain(RuntimeError("[gloo] Connection closed by peer [::1]:2"))[0]
+    for broken in (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), EOFError()):
+        assert explain(broken)[1] == EXIT_HUNG
     assert explain(RuntimeError("anything else")) is None
     assert explain(IndexError("Caught IndexError in DataLoader worker process 0.")) is None
 
