@@ -36,8 +36,11 @@ PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(CORES)
 test: tools lint
 	$(PYTEST) -m "not slow"
 
+# Each of these has processes of its own: one after the other. What fails on a busy machine is tried once more.
+SLOW = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
+
 test-all: test
-	$(PYTEST) -m slow
+	$(SLOW) || $(SLOW) --last-failed
 
 lint: tools
 	.venv/bin/ruff check .
