@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import re
 import signal
 import socket
 import sys
@@ -127,93 +126,105 @@ def _exit_on_second(receiving: socket.socket) -> None:
 
 
 class HangWatch:
-    """A thread that ends the process when a process of the run makes no progress, and names that process.
+    """A thread that ends the process when it makes no progress, and names the process to blame.
 
-    The threads of all processes tell each other, every few seconds, how far their process is: all wait for
-    the one that is behind, and a process that is lost, or stopped as a whole, does not answer.
+    Each process tells the others, through the store by which they found each other, how far it is and that
+    its thread lives. All wait for the one that is behind. Time that the whole process was stopped for
+    (Ctrl-Z, a laptop's lid) does not count.
 
     Args:
-        run: its `progress_mark` is (count of what was done, what is being done now). Held weakly: a run that
+        run: its `progress` is (count of what was done, what is being done now). Held weakly: a run that
             ended by an exception is not watched any more.
-        rank, world: this process and how many there are.
-        timeout: seconds without progress after which processes exit with code 70; 0 waits for ever.
+        timeout: seconds without progress after which the process exits with code 70; 0 waits for ever.
     """
 
     def __init__(self, run, rank: int, world: int, timeout: float):
-        self.run, self.rank, self.world, self.timeout = weakref.ref(run), rank, world, timeout
+        self.rank, self.world, self.timeout = rank, world, timeout
+        self.run = weakref.ref(run)
         self.interval = min(POLL_SECONDS, timeout / 4)
-        self.closing = threading.Event()
-        self.group = self.thread = None
+        self.done = threading.Event()
+        self.store = None
+        if world > 1 and timeout:
+            self.store = distributed.distributed_c10d._get_default_store().clone()
+            self.store.set_timeout(timedelta(seconds=max(self.interval, 1.0)))
+        self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         if timeout:
-            if world > 1:
-                limit = timedelta(seconds=timeout + 2 * self.interval)
-                self.group = distributed.new_group(backend="gloo", timeout=limit)
-            self.thread = threading.Thread(target=self._watch, name="watch", daemon=True)
             self.thread.start()
 
     def close(self) -> None:
-        """Stop watching; called by all processes at about the same time."""
-        self.closing.set()
-        if self.thread is not None:
+        self.done.set()
+        if self.thread.is_alive():
             self.thread.join()
 
     def _watch(self) -> None:
-        stalled, seen, before = 0.0, None, time.monotonic()
+        stalled, seen, ticks, earlier = 0.0, -1, 0, None
         while True:
-            closing = self.closing.wait(self.interval)
+            before = time.monotonic()
+            if self.done.wait(self.interval):
+                return
             run = self.run()
             if run is None:
                 return
-            mark = (*run.progress_mark, closing)
+            self.progress = run.progress_mark
             del run
-            try:
-                marks = self._exchange(mark)
-            except RuntimeError as error:
-                self._end(*_blame(str(error)), stalled=self.timeout)
-            if all(closing for _, _, closing in marks):
-                return
-            # Not more than two intervals at once: time in which the machine slept does not count.
-            now = time.monotonic()
-            stalled, before = stalled + min(now - before, 2 * self.interval), now
-            if marks != seen:
-                stalled, seen = 0.0, marks
+            count, _ = self.progress
+            # Not more than two intervals at once: this thread may have been stopped along with the rest.
+            stalled += min(time.monotonic() - before, 2 * self.interval)
+            if count != seen:
+                stalled, seen, earlier = 0.0, count, None
+            ticks += 1
+            self._tell(ticks)
+            if earlier is None and stalled > self.timeout / 2:
+                earlier = self._others()
             if stalled > self.timeout:
-                behind = min(marks)[:2]
-                ranks = [rank for rank, mark in enumerate(marks) if mark[:2] == behind]
-                self._end(ranks, f"has not come further than {behind[1]!r}", stalled)
+                self._end(stalled, earlier or {})
 
-    def _exchange(self, mark: tuple[int, str, bool]) -> list[tuple[int, str, bool]]:
-        """The marks of all processes. Raises RuntimeError if one does not answer."""
-        if self.group is None:
-            return [mark]
-        limit = timedelta(seconds=self.timeout)
-        distributed.monitored_barrier(self.group, timeout=limit, wait_all_ranks=True)
-        marks = [mark] * self.world
-        distributed.all_gather_object(marks, mark, group=self.group)
-        return marks
+    def _tell(self, ticks: int) -> None:
+        if self.store is not None:
+            count, where = self.progress
+            with suppress(RuntimeError):  # who keeps the store may be gone or stopped: `_others` will tell
+                self.store.set(f"watch/{self.rank}", f"{ticks} {count} {where}")
 
-    def _end(self, blamed: list[int], what: str, stalled: float) -> None:
-        """Say who is to blame, and exit."""
-        speaker = min(set(range(self.world)) - set(blamed), default=0)
-        if blamed and self.rank == speaker:
-            shown = ", ".join(map(str, blamed[:8])) + (f" and {len(blamed) - 8} more" if blamed[8:] else "")
+    def _others(self) -> dict[int, tuple[int, int, str]]:
+        """Ticks of its thread, progress, and whereabouts of each process that can be asked about."""
+        if self.store is None:
+            return {0: (0, *self.progress)}
+        found = {}
+        with suppress(RuntimeError):
+            for rank in range(self.world):
+                if self.store.check([f"watch/{rank}"]):
+                    ticks, count, where = self.store.get(f"watch/{rank}").decode().split(" ", 2)
+                    found[rank] = int(ticks), int(count), where
+        return found
+
+    def _end(self, stalled: float, earlier: dict[int, tuple[int, int, str]]) -> None:
+        """Say who is silent or behind, and exit."""
+        now = self._others()
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        silent = [r for r in others if r not in now or now[r][0] == earlier.get(r, (-1,))[0]]
+        least = min((count for _, count, _ in now.values()), default=0)
+        behind = [rank for rank, (_, count, _) in now.items() if count == least]
+        if silent:
+            what = f"process {_listed(silent)} of {self.world} does not answer (it hangs, or is lost)"
+        else:
+            where = now[behind[0]][2] if behind else "starting"
+            what = f"process {_listed(behind)} of {self.world} has not come further than {where!r}"
+        speaker = min(set(range(self.world)) - set(silent))
+        if self.rank == speaker:
             _write_raw(
-                f"error: process {shown} of {self.world} {what}; nothing has moved for {stalled:.0f} s "
-                f"(--hang-timeout): the job ends here, continue from the last checkpoint with --resume.\n"
+                f"error: {what}; nothing has moved for {stalled:.0f} s (--hang-timeout): the job ends here, "
+                f"continue from the last checkpoint with --resume.\n"
             )
-        if self.rank in (speaker, *blamed):
+        if self.rank == speaker or self.rank in behind:
             _write_raw(f"where process {self.rank} stands:\n")
             faulthandler.dump_traceback(sys.__stderr__.fileno())
         time.sleep(self.interval)  # the others speak as well before a launcher ends them
         os._exit(EXIT_HUNG)
 
 
-def _blame(error: str) -> tuple[list[int], str]:
-    """Ranks that torch says did not answer; none where another process has spoken already and left."""
-    lost = "does not answer (it hangs, or is lost)"
-    if found := re.search(r"Ranks? ([\d, ]+) failed to pass", error):
-        return [int(rank) for rank in found[1].split(",")], lost
-    return [0] if "Timed out" in error else [], lost
+def _listed(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 def _write_raw(text: str) -> None:
