@@ -133,7 +133,7 @@ class HangWatch:
     (Ctrl-Z, a laptop's lid) does not count.
 
     Args:
-        run: its `progress` is (count of what was done, what is being done now). Held weakly: a run that
+        run: its `progress_mark` is (count of what was done, what is being done now). Held weakly: a run that
             ended by an exception is not watched any more.
         timeout: seconds without progress after which the process exits with code 70; 0 waits for ever.
     """

@@ -47,7 +47,7 @@ def test_closing_early_stops_what_runs():
     began = time.monotonic()
     results.close()
     assert dict(guarded_map(work, [(5, "square")], 1)) == {(5, "square"): 25}
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < workers.STALL_SECONDS - 10  # it has not waited for those that hang
 
 
 def test_a_kept_pool_is_used_again_and_then_stopped(monkeypatch):
