@@ -86,11 +86,15 @@ def make_dataset(
                 "episode_index": episode,
                 "length": lengths[episode],
                 "tasks": [tasks[episode % len(tasks)]],
+                "data/chunk_index": 0,
+                "data/file_index": file,
+                "dataset_from_index": int(starts[episode]),
+                "dataset_to_index": int(starts[episode + 1]),
             }
             for key in sizes if video else ():
-                start = float((starts[episode] - starts[first]) / FPS)
+                begin, end = (starts[episode : episode + 2] - starts[first]) / FPS
                 row |= {f"videos/{key}/chunk_index": 0, f"videos/{key}/file_index": file}
-                row |= {f"videos/{key}/from_timestamp": start}
+                row |= {f"videos/{key}/from_timestamp": begin, f"videos/{key}/to_timestamp": end}
             rows.append(row)
     pq.write_table(pa.Table.from_pylist(rows), root / "meta/episodes/chunk-000/file-000.parquet")
     return root
@@ -112,25 +116,30 @@ def write_video(
     gop: int = 4,
     format: str = "rgb24",
     codec: str = "libx264",
+    stored: str = "yuv420p",
+    ticks: Sequence[int] | None = None,
     **color: int,
 ) -> None:
     """A video of (H, W, 3) pictures, FPS a second; `color` sets colorspace and the like.
 
     Pictures of the format yuv420p are planes below each other, (H * 3 / 2, W), and are stored as they are.
+    `stored` is the format of the stream, and `ticks` when each picture is shown, in 1/1000 of its duration.
     """
+    ticks = range(0, 1000 * len(pictures), 1000) if ticks is None else ticks
     height, width = pictures[0].shape[:2]
     options = {"crf": "18", "g": str(gop)} | ({"preset": "12"} if codec == "libsvtav1" else {})
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=FPS, options=options)
         stream.height, stream.width = (height * 2 // 3 if format == "yuv420p" else height), width
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = stored
         stream.codec_context.max_b_frames = 2 if gop > 2 else 0
         stream.codec_context.thread_count = 1
         for name, value in color.items():
             setattr(stream.codec_context, name, value)
-        for number, picture in enumerate(pictures):
+        stream.codec_context.time_base = Fraction(1, 1000 * FPS)
+        for tick, picture in zip(ticks, pictures, strict=True):
             frame = av.VideoFrame.from_ndarray(picture, format)
-            frame.pts, frame.time_base = number, Fraction(1, FPS)
+            frame.pts, frame.time_base = tick, Fraction(1, 1000 * FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -142,6 +151,13 @@ def edit_column(file: Path, name: str, edit) -> None:
     values = edit(values) or values
     place = table.schema.get_field_index(name)
     pq.write_table(table.set_column(place, name, pa.array(values)), file)
+
+
+def edit_rows(root: Path, edit) -> None:
+    """Rewrite meta/episodes; `edit` changes its list of rows in place or returns another."""
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(file, partitioning=None).to_pylist()
+    pq.write_table(pa.Table.from_pylist(edit(rows) or rows), file)
 
 
 def _info(lengths, sizes, video: bool, dims, names) -> dict[str, Any]:

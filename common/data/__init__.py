@@ -136,7 +136,7 @@ def open_source(name: str, config: DataConfig) -> Source:
     """One of the datasets, in whatever format it is."""
     from common.data.demo import ensure_recorded
     from common.data.hdf5 import Hdf5Source, holds_hdf5
-    from common.data.lerobot import LeRobotSource
+    from common.data.lerobot import LeRobotSource, recorded_here
     from common.data.zarr import ZarrSource, is_zarr
 
     path = Path(name).expanduser()
@@ -149,6 +149,8 @@ def open_source(name: str, config: DataConfig) -> Source:
     if holds_hdf5(path):
         return Hdf5Source(path, str(path.resolve()), config)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and not path.exists():
+        if root := recorded_here(name):
+            return LeRobotSource(root, str(root.resolve()), config)
         return LeRobotSource.from_hub(name, config)
     what = "is a file of another kind" if path.exists() else "was not found"
     raise UserError(

@@ -1,13 +1,18 @@
-"""Frames out of video files and encoded images, resized, as (3, H, W) uint8.
+"""Frames out of video files, encoded images and arrays, resized, as (3, H, W) uint8.
 
 Reducing averages over areas, so that fine texture does not alias; enlarging is bicubic. Video is converted to
 RGB and resized in one pass of swscale; its colour matrix and range are the stream's own where it states them.
+
+Only colour is read: RGB or a palette, images of 8 bits a channel (16-bit RGB PNGs are rounded down), video of
+any depth. Transparency is dropped: the colours are those recorded. A photo's EXIF orientation is applied.
+Everything else (one channel, as depth has it, CMYK, floats, a turned video) is a FrameError.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +26,17 @@ BT601 = 5  # swscale's default matrix, and what an unmarked stream is taken for
 UNMARKED = (0, 2, BT601, 6)  # RGB, unspecified, and the two names of BT.601
 FULL_RANGE = 2
 CHANNELS = (1, 3, 4)  # of an image: grey, RGB, RGB and transparency
+IMAGE_MODES = ("RGB", "RGBA", "P")  # Pillow's names of what is read
+GREY = {"1": "1-bit", "L": "8-bit grey", "LA": "8-bit grey", "I": "32-bit grey", "F": "32-bit float grey"}
+UPRIGHT = (65536, 0, 0, 0, 65536, 0, 0, 0, 2**30)  # display matrix of a video that is not turned
 
 
 class FrameError(Exception):
     """Frames cannot be had; the message, a clause, says why and leaves the file's name to the caller."""
+
+
+class NoColor(FrameError):
+    """Frames are there, but they are no colour pictures."""
 
 
 def video_frames(
@@ -38,47 +50,86 @@ def video_frames(
         size: (H, W) of the result.
 
     Raises:
-        FrameError: if the file is missing, damaged, too short, or of another size.
+        FrameError: if the file is missing, damaged, too short, of another size, or not in colour.
     """
-    import av
     from av.video.reformatter import VideoReformatter
 
     reformatter, out = VideoReformatter(), np.empty((3, *size), np.uint8)
     count, previous, previous_time = 0, None, -np.inf
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            for time, frame in _decoded_from(container, times[0], tolerance):
-                if (frame.height, frame.width) != recorded:
-                    sizes = "{}x{} instead of {}x{}".format(frame.height, frame.width, *recorded)
-                    raise FrameError(f"frames are {sizes}")
-                if frame.is_corrupt:
-                    raise FrameError(f"the frame at {time:.3f} s is damaged")
-                while count < len(times) and times[count] <= time + 1e-3:
-                    early = times[count] - previous_time < time - times[count]
-                    if abs((previous_time if early else time) - times[count]) > tolerance:
-                        raise FrameError(f"no frame at {times[count]:.3f} s")
-                    yield _to_planes(previous if early else frame, reformatter, out)
-                    count += 1
-                if count == len(times):
-                    return
-                previous, previous_time = frame, time
-            while count < len(times) and times[count] - previous_time <= tolerance:
-                yield _to_planes(previous, reformatter, out)
+    with _opened(path) as (container, stream):
+        for time, frame in _decoded_from(container, stream, times[0], tolerance):
+            if (frame.height, frame.width) != recorded:
+                sizes = "{}x{} instead of {}x{}".format(frame.height, frame.width, *recorded)
+                raise FrameError(f"frames are {sizes}")
+            if frame.is_corrupt:
+                raise FrameError(f"the frame at {time:.3f} s is damaged")
+            _refuse_colorless(frame)
+            while count < len(times) and times[count] <= time + 1e-3:
+                early = times[count] - previous_time < time - times[count]
+                if abs((previous_time if early else time) - times[count]) > tolerance:
+                    raise FrameError(f"no frame at {times[count]:.3f} s")
+                yield _to_planes(previous if early else frame, reformatter, out)
                 count += 1
-    except (av.FFmpegError, ValueError, ArithmeticError) as error:  # damaged headers give all of these
-        raise FrameError(getattr(error, "strerror", None) or str(error)) from error
+            if count == len(times):
+                return
+            previous, previous_time = frame, time
+        while count < len(times) and times[count] - previous_time <= tolerance:
+            yield _to_planes(previous, reformatter, out)
+            count += 1
     if count < len(times):
         raise FrameError(f"the video ends after {count} of {len(times)} frames")
 
 
-def _decoded_from(container: av.container.InputContainer, start: float, tolerance: float):
-    """(time, frame) pairs of the first video stream, from a key frame at or before `start` on."""
-    if not container.streams.video:
-        raise FrameError("there is no video in it")
-    stream = container.streams.video[0]
-    if stream.codec_context is None:
-        raise FrameError("its codec is unknown")
-    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+def video_times(path: Path) -> np.ndarray:
+    """When each frame of a video is shown, (N,) ascending, in s, without decoding; raises FrameError."""
+    with _opened(path) as (container, stream):
+        shown = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        if None in shown:
+            raise FrameError("a frame has no time")
+        return np.sort(np.array(shown, np.int64)) * float(stream.time_base)
+
+
+def video_size(path: Path) -> tuple[int, int]:
+    """(H, W) of a video's first frame; raises NoColor or FrameError."""
+    with _opened(path) as (container, stream):
+        for frame in container.decode(stream):
+            _refuse_colorless(frame)
+            return frame.height, frame.width
+    raise FrameError("there is no frame in it")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """A video file and its first video stream, decoded by one thread; within, errors are FrameErrors."""
+    import av
+
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise FrameError("there is no video in it")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise FrameError("its codec is unknown")
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+            yield container, stream
+    except (av.FFmpegError, ValueError, ArithmeticError) as error:  # damaged headers give all of these
+        raise FrameError(getattr(error, "strerror", None) or str(error)) from error
+
+
+def _refuse_colorless(frame: av.VideoFrame) -> None:
+    """Raise NoColor for a frame of fewer than three channels, a FrameError for one to be shown turned."""
+    kind = frame.format
+    if len(kind.components) < 3 and not kind.has_palette:
+        raise NoColor(f"its pictures are {kind.name}, which is no colour")
+    for extra in frame.side_data:
+        if extra.type.name == "DISPLAYMATRIX" and tuple(np.frombuffer(extra, np.int32)) != UPRIGHT:
+            raise FrameError("it is to be shown turned or mirrored: encode it again as it is to be seen")
+
+
+def _decoded_from(
+    container: av.container.InputContainer, stream: av.VideoStream, start: float, tolerance: float
+):
+    """(time, frame) pairs of a video stream, from a key frame at or before `start` on."""
     for begin in (max(0.0, start - tolerance), 0.0):
         if begin > 0:
             container.seek(int(begin / stream.time_base), stream=stream)
@@ -112,26 +163,41 @@ def _to_planes(frame: av.VideoFrame, reformatter: VideoReformatter, out: np.ndar
 
 
 def image_frame(encoded: bytes, recorded: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """A PNG or JPEG as (3, H, W) uint8; a FrameError if it is damaged or not `recorded` in size."""
-    from PIL import Image
+    """A PNG or JPEG as (3, H, W) uint8; a FrameError if it is damaged, no colour, or not `recorded`."""
+    return pixel_frame(decode_image(encoded), recorded, size)
+
+
+def decode_image(encoded: bytes) -> np.ndarray:
+    """An encoded image as (H, W, 3) uint8; raises NoColor or FrameError."""
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            pixels = np.asarray(image.convert("RGB"))
+            if image.mode not in IMAGE_MODES:
+                kind = "16-bit grey" if image.mode.startswith("I;16") else image.mode
+                raise NoColor(f"an image is {GREY.get(kind, kind)} instead of 8-bit colour")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise FrameError(f"an image is damaged: {error}") from error
-    return pixel_frame(pixels, recorded, size)
 
 
 def pixel_frame(pixels: np.ndarray, recorded: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """An array (H, W, C) or (C, H, W) uint8, C of 1, 3 or 4, as (3, H, W); it must be `recorded` in size."""
-    if pixels.shape[2] not in CHANNELS:
-        pixels = pixels.transpose(1, 2, 0)
-    height, width, channels = pixels.shape
-    if (height, width) != recorded:
-        raise FrameError(f"an image is {height}x{width} instead of {recorded[0]}x{recorded[1]}")
-    rgb = np.repeat(pixels, 3, axis=2) if channels == 1 else pixels[:, :, :3]
+    """An array (H, W, C) or (C, H, W) uint8, C of 3 or 4, as (3, H, W); it must be `recorded` in size."""
+    rgb = rgb_pixels(pixels)
+    if rgb.shape[:2] != recorded:
+        sizes = "{}x{} instead of {}x{}".format(*rgb.shape[:2], *recorded)
+        raise FrameError(f"an image is {sizes}")
     return np.ascontiguousarray(resize_rgb(rgb, size).transpose(2, 0, 1))
+
+
+def rgb_pixels(pixels: np.ndarray) -> np.ndarray:
+    """An array (H, W, C) or (C, H, W) uint8, C of 3 or 4, as (H, W, 3); anything else is NoColor."""
+    if pixels.ndim == 3 and pixels.shape[2] not in CHANNELS:
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (3, 4):
+        shape = "x".join(map(str, pixels.shape))
+        raise NoColor(f"an image is {shape} {pixels.dtype} instead of 8-bit colour")
+    return pixels[:, :, :3]
 
 
 def resize_rgb(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -158,7 +158,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _refusal(reasons: Sequence[str]) -> UserError:
-    more = f" ({len(reasons) - 1} more episodes are unusable, too)" if len(reasons) > 1 else ""
+    others = [reason.split()[1].strip(",:") for reason in reasons[1:]]  # a clause begins with "Episode 3"
+    some = ", ".join(others[:30]) + f" and {len(others) - 30} more" * (len(others) > 30)
+    more = f" (unusable, too: {some})" if others else ""
     return UserError(f"{reasons[0]}{more}: repair it, or leave it out with --skip-bad-episodes.")
 
 

@@ -1,40 +1,49 @@
 """LeRobot v3 datasets, read with pyarrow and PyAV: importing LeRobot itself takes many seconds.
 
-Parquet holds states, actions and, for image cameras, the encoded frames; one mp4 file holds a camera's frames
-for many episodes one after the other. Frames are picked by their timestamps, as the format defines them.
+Parquet holds states, actions and, for image cameras, the frames (`lerobot_tables.py`); one mp4 file holds a
+camera's frames for many episodes one after the other. `meta/episodes` says by times where each one lies
+(`lerobot_meta.py`), and the files themselves are held against that (`video_clock.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
-from common.data.cameras import closest
-from common.data.frames import FrameError, as_rgb, image_frame, video_frames
+from common.console import say
+from common.data.cameras import closest, short_name
+from common.data.frames import FrameError, NoColor, as_rgb, pixel_frame, video_frames, video_size, video_times
 from common.data.layout import Array, Known, Layout, choose_layout
+from common.data.lerobot_meta import COLOR, EpisodeRow, Meta, files_below, flatten, read_meta, read_rows
+from common.data.lerobot_tables import Run, read_images, read_numbers
 from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, reason, refuse_unusable
+from common.data.video_clock import TOLERANCE, Segment, clock_faults
 from common.errors import UserError
-from common.files import read_json
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from common.data import DataConfig
 
-CONVERTER = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 KNOWN = Known("LeRobot", ("observation.state",), ("action",))
-VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+
+
+def recorded_here(name: str) -> Path | None:
+    """The folder in which LeRobot keeps a dataset of that repo id on this machine, if it is there."""
+    from huggingface_hub.constants import HF_HOME
+
+    home = Path(os.environ.get("HF_LEROBOT_HOME") or Path(HF_HOME) / "lerobot").expanduser()
+    root = home / name
+    return root if (root / "meta" / "info.json").is_file() and (root / "data").is_dir() else None
 
 
 @dataclass(frozen=True)
@@ -65,39 +74,100 @@ class LeRobotSource:
                 f"The dataset {name} is no folder here and could not be downloaded ({type(error).__name__}): "
                 f"check the name, the connection, and `hf auth login` if it is private."
             ) from error
-        return source
+        return cls(root, name, config)  # which looks at the pictures, now that they are here
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("rows", "arrays")}
 
     @cached_property
     def meta(self) -> Meta:
         return read_meta(self.root, self.name)
 
     @cached_property
+    def rows(self) -> list[EpisodeRow]:
+        """All episodes, of every task, by number."""
+        return read_rows(self.root, self.meta)
+
+    @cached_property
     def layout(self) -> Layout:
         def names_of(key: str, width: int) -> list[str]:
-            names = _flatten(self.meta.features[key].names)
+            names = flatten(self.meta.features[key].names)
             short = key.rpartition(".")[2]
             return names if len(set(names)) == width else [f"{short}_{i}" for i in range(width)]
 
-        features, steps = self.meta.features, self.meta.total_frames
-        arrays = {key: features[key].array(steps) for key in features if key not in BOOKKEEPING}
-        return choose_layout(arrays, KNOWN, self.config, self.name, "meta/info.json", names_of)
+        for key, array in self.colorless.items():
+            if {key, short_name(key)} & set(self.config.cameras):
+                raise UserError(f"{self.name}: {key} is {array.dtype}: choose other cameras with --cameras.")
+        return choose_layout(self.arrays, KNOWN, self.config, self.name, "meta/info.json", names_of)
+
+    @cached_property
+    def arrays(self) -> dict[str, Array]:
+        """What there is for every step."""
+        return {key: self._array(key) for key in self.meta.features if key not in BOOKKEEPING}
+
+    @property
+    def colorless(self) -> dict[str, Array]:
+        """Cameras that show no colour, such as depth."""
+        features = self.meta.features
+        return {k: array for k, array in self.arrays.items() if features[k].is_camera and not array.is_image}
+
+    def _array(self, key: str) -> Array:
+        """A feature as info.json describes it, put right by a camera's first picture, where it is here."""
+        array = self.meta.features[key].array(self.meta.total_frames)
+        if not array.is_image:
+            return array
+        try:
+            size = self._first_size(key, array.dtype)
+        except NoColor as error:
+            return Array("other", array.shape, f"{array.dtype} ({error})")
+        except (FrameError, OSError):
+            size = None  # whichever episode it is of cannot be decoded, either
+        shape = array.shape[1:]
+        if size and (not shape or any(sorted((*size, count)) == sorted(shape) for count in COLOR)):
+            return array._replace(size=size)
+        return array if array.size else Array("other", array.shape, f"{array.dtype} of no stated shape")
+
+    def _first_size(self, key: str, dtype: str) -> tuple[int, int] | None:
+        """(H, W) of a camera's first picture, None if it is not here; raises NoColor, FrameError, OSError."""
+        if dtype == "video":
+            places = (self.root / row.videos[key].file for row in self.rows if key in row.videos)
+            file = next((place for place in places if place.is_file()), None)
+            return file and video_size(file)
+        for file in files_below(self.root / "data")[:1]:
+            for picture in read_images(self.root, file.relative_to(self.root).as_posix(), key, 0, 1):
+                return picture.shape[:2]
+        return None
 
     def info(self) -> Info:
         fps, layout = self.meta.fps, self.layout
         if self.config.fps not in (None, fps):
             raise UserError(f"{self.name} was recorded at {fps:g} Hz: leave out --fps {self.config.fps:g}.")
-        rows = self._rows()
-        content = fingerprint(self.root, self.meta, {file for row in rows for file, _ in row.videos.values()})
-        return layout.info(self.name, content, fps, task=rows[0].task)
+        task, rows = choose_task(self.rows, self.config.task, self.name)
+        layout.say(f"{self.name}: LeRobot, {len(rows)} episodes, {fps:g} Hz")
+        for key, array in self.colorless.items():
+            say("  left out".ljust(18) + f"{key}, {array.dtype}")
+        if self.meta.total_episodes not in (0, len(self.rows)):
+            say(f"  info.json counts {self.meta.total_episodes} episodes, meta/episodes {len(self.rows)}")
+        files = {place.file for row in rows for key, place in row.videos.items() if key in layout.arrays}
+        return layout.info(self.name, fingerprint(self.root, self.meta, files), fps, task=task)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
-        rows = {row.index: row for row in self._rows()}
+        task, chosen = choose_task(self.rows, self.config.task, self.name)
+        rows = {row.index: row for row in chosen}
+        wanted = existing(wanted, rows, self.name)
         keys = {key for group in self.layout.keys.values() for key in group}
         runs = read_numbers(self.root, {key: self.layout.arrays[key].width for key in keys})
+        faults = self._video_faults(set(wanted), runs)
+        listed = Counter(row.index for row in self.rows)
         episodes, bad = [], []
-        for index in existing(wanted, rows, self.name):
+        for index in wanted:
             try:
-                episodes.append(self._episode(rows[index], runs.get(index, [])))
+                if listed[index] > 1:
+                    raise BadEpisode(f"Episode {index} is listed {listed[index]} times in meta/episodes")
+                episode = self._episode(rows[index], runs.get(index, []), task)
+                if index in faults:
+                    raise BadEpisode(faults[index])
+                episodes.append(episode)
             except BadEpisode as error:
                 bad.append(str(error))
         return episodes, bad
@@ -107,152 +177,116 @@ class LeRobotSource:
         path, (key, _, recorded) = self.root / file, layout.cameras[camera]
         try:
             if layout.arrays[key].dtype == "video":
-                times = np.arange(len(episode)) / fps
-                if np.abs(episode.timestamps - times).max() > 0.1 / fps:  # not recorded at even intervals
-                    times = episode.timestamps
-                frames = video_frames(path, times + start, 0.5 / fps, recorded, layout.size)
+                times = start + np.arange(len(episode)) / fps
+                frames = video_frames(path, times, TOLERANCE / fps, recorded, layout.size)
             else:
-                cells = read_images(path, key, start, len(episode))
-                frames = (image_frame(_encoded(self.root, cell), recorded, layout.size) for cell in cells)
+                pictures = read_images(self.root, file, key, start, len(episode))
+                frames = (pixel_frame(picture, recorded, layout.size) for picture in pictures)
             for frame in frames:
                 yield as_rgb(frame, layout.color_order)
         except (FrameError, OSError) as error:
-            raise BadEpisode(
-                f"Episode {episode.index} cannot be decoded from {path} ({reason(error)})"
-            ) from None
+            said = f"camera {layout.cameras[camera].short}: {reason(error)}"
+            raise BadEpisode(f"Episode {episode.index} cannot be decoded from {path} ({said})") from None
 
-    def _rows(self) -> list[EpisodeRow]:
-        """The episodes of the chosen task, or of the only one there is, in order."""
-        rows: list[EpisodeRow] = []
-        cameras = [c.key for c in self.layout.cameras if self.layout.arrays[c.key].dtype == "video"]
-        places = ("chunk_index", "file_index", "from_timestamp")
-        columns = [f"videos/{camera}/{place}" for camera in cameras for place in places]
-        for file in sorted((self.root / "meta" / "episodes").glob("**/*.parquet")):
-            table = read_parquet(file, ["episode_index", "length", "tasks", *columns])
-            try:
-                for row in table.to_pylist():
-                    videos = {}
-                    for key in cameras:
-                        chunk, number, start = (row[f"videos/{key}/{place}"] for place in places)
-                        template = self.meta.video_path or VIDEO_PATH
-                        name = template.format(video_key=key, chunk_index=chunk, file_index=number)
-                        videos[key] = name, float(start)
-                    tasks = tuple(map(str, row["tasks"] or ()))
-                    rows.append(EpisodeRow(int(row["episode_index"]), int(row["length"]), videos, tasks))
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise UserError(f"{file} or video_path in info.json is damaged: {error!r}.") from error
-        return choose_task(sorted(rows, key=lambda row: row.index), self.config.task, self.name)
+    def _video_faults(self, wanted: set[int], runs: dict[int, list[Run]]) -> dict[int, str]:
+        """What is wrong with the places of wanted episodes in the chosen cameras' videos, by number."""
+        files: dict[tuple[str, str], list[Segment]] = {}
+        for key in (c.key for c in self.layout.cameras if self.layout.arrays[c.key].dtype == "video"):
+            for row in self.rows:
+                steps = sum(run.steps for run in runs.get(row.index, [])) or row.length
+                if key in row.videos and steps:
+                    file, start, end = row.videos[key]
+                    files.setdefault((key, file), []).append(Segment(row.index, steps, start, end))
+        files = {
+            place: segments
+            for place, segments in files.items()
+            if wanted & {segment.episode for segment in segments} and (self.root / place[1]).is_file()
+        }
+        faults: dict[int, str] = {}
+        with ThreadPoolExecutor(4) as pool:  # reading a file releases the interpreter's lock
+            for found in pool.map(self._file_faults, files, files.values()):
+                faults = found | faults
+        return faults
 
-    def _episode(self, row: EpisodeRow, runs: list[Run]) -> Episode:
+    def _file_faults(self, place: tuple[str, str], segments: list[Segment]) -> dict[int, str]:
+        """What is wrong with the places of all episodes in one camera's file."""
+        camera, file = place
+        known = {row.index for row in self.rows if camera in row.videos}
+        count = max(self.meta.total_episodes, max(known) + 1)
+        try:
+            times = video_times(self.root / file)
+        except (FrameError, OSError) as error:
+            said = f"cannot be decoded from {self.root / file} ({reason(error)})"
+            return {segment.episode: f"Episode {segment.episode} {said}" for segment in segments}
+        missing = lambda index: 0 <= index < count and index not in known  # noqa: E731
+        return clock_faults(str(self.root / file), times, segments, self.meta.fps, missing)
+
+    def _episode(self, row: EpisodeRow, runs: list[Run], task: str | None) -> Episode:
         """An episode from its row in `meta/episodes` and its rows in the data files; raises BadEpisode."""
-        name, steps = f"Episode {row.index}", sum(len(run.columns["timestamp"][0]) for run in runs)
-        if steps != row.length:
-            raise BadEpisode(f"{name} has {steps} steps in the data files and {row.length} in meta/episodes")
-        if not steps:
-            raise BadEpisode(f"{name} has 0 steps, and an action chunk needs at least 2")
-        file, first, columns = runs[0]
-        times = columns["timestamp"][0][:, 0]
-        if len(runs) > 1 or (np.diff(columns["frame_index"][0][:, 0]) != 1).any():
-            raise BadEpisode(f"{name} has its steps out of order in {file}")
-        if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
-            raise BadEpisode(f"{name} has timestamps that do not increase")
-        for key, (values, counts) in columns.items():
+        name = f"Episode {row.index}"
+        run = _only_run(name, row, runs)
+        times = run.column("timestamp")
+        is_video = [self.layout.arrays[camera.key].dtype == "video" for camera in self.layout.cameras]
+        _check_times(name, run, self.meta.fps, any(is_video))
+        for key, (values, counts) in run.columns.items():
             wrong = np.flatnonzero(counts != values.shape[1])
             if len(wrong):
                 raise BadEpisode(
                     f"{name} has {counts[wrong[0]]} numbers in {key} at step {wrong[0]}, and info.json says "
                     f"{values.shape[1]}"
                 )
-        state, action = self.layout.vectors(lambda key: columns[key][0])
-        origin = [row.videos.get(camera.key, (file, first)) for camera in self.layout.cameras]
-        for file, _ in origin:
-            if not (self.root / file).is_file():
-                raise BadEpisode(f"{name} lacks its video: {self.root / file} is missing")
-        episode = Episode(row.index, state, action, times, origin, row.task)
+        origin = [(run.file, run.first)] * len(is_video)
+        for number in np.flatnonzero(is_video):
+            place = row.videos.get(self.layout.cameras[number].key)
+            if place is None:
+                raise BadEpisode(f"{name} has no place in a video of {self.layout.cameras[number].short}")
+            if not (self.root / place.file).is_file():
+                raise BadEpisode(f"{name} lacks its video: {self.root / place.file} is missing")
+            origin[number] = place.file, place.start
+        state, action = self.layout.vectors(lambda key: run.columns[key][0])
+        episode = Episode(row.index, state, action, times - times[0], origin, task)
         refuse_unusable(name, episode, self.layout.names)
         return episode
 
 
-class Feature(BaseModel):
-    """A feature in `meta/info.json`."""
-
-    dtype: str
-    shape: list[PositiveInt]
-    names: Any = None
-    info: dict | None = None
-    video_info: dict | None = None
-
-    def array(self, steps: int) -> Array:
-        """The feature as an array; a colour camera holds pixels, and a dtype of `video` or `image`."""
-        about, shape = self.info or self.video_info or {}, (steps, *self.shape)
-        if self.dtype not in ("video", "image"):
-            return Array("other" if self.dtype == "string" else "numbers", shape, self.dtype)
-        if len(self.shape) != 3 or about.get("is_depth_map") or about.get("video.is_depth_map"):
-            return Array("other", shape, self.dtype)
-        names = _flatten(self.names)
-        channels_first = names[0] in ("channel", "channels", "c") if names else self.shape[0] <= 4
-        return Array("pixels", shape, self.dtype, tuple(self.shape[1:] if channels_first else self.shape[:2]))
+def _only_run(name: str, row: EpisodeRow, runs: list[Run]) -> Run:
+    """The rows of an episode, which must be as many as `meta/episodes` says, in order; raises BadEpisode."""
+    steps, files = sum(run.steps for run in runs), sorted({run.file for run in runs})
+    if steps != row.length:
+        where = f"the data files ({', '.join(files)})" if len(files) > 1 else "the data files"
+        raise BadEpisode(f"{name} has {steps} steps in {where} and {row.length} in meta/episodes")
+    if not steps:
+        raise BadEpisode(f"{name} has 0 steps, and an action chunk needs at least 2")
+    if len(runs) > 1 or (np.diff(runs[0].column("frame_index")) != 1).any():
+        raise BadEpisode(f"{name} has its steps out of order in {files[0]}")
+    if None not in (row.first, row.last) and row.last - row.first != steps:
+        stretch = f"from {row.first} to {row.last} (dataset_from_index, dataset_to_index)"
+        raise BadEpisode(f"{name} has {steps} steps, and meta/episodes places it {stretch}")
+    return runs[0]
 
 
-class Meta(BaseModel):
-    """What is read of `meta/info.json`."""
-
-    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    total_frames: int = 0
-    features: dict[str, Feature]
-    video_path: Annotated[str, Field(pattern=r"^[^./]")] | None = None  # below the folder
-
-
-def read_meta(root: Path, source: str) -> Meta:
-    """What `meta/info.json` says, if it is that of a LeRobot v3 dataset."""
-    path = root / "meta" / "info.json"
-    if not path.is_file():
-        raise UserError(
-            f"{source} is not a LeRobot dataset (it has no meta/info.json): give another folder or name."
+def _check_times(name: str, run: Run, fps: float, exactly: bool) -> None:
+    """Raise BadEpisode for timestamps that contradict `fps`: beside videos, every step's, else their pace."""
+    times, frame = run.column("timestamp"), run.column("frame_index")
+    if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
+        raise BadEpisode(f"{name} has timestamps that do not increase")
+    if exactly:
+        off = np.abs(times * fps - frame) + np.abs(frame - np.arange(len(frame))) > TOLERANCE
+        if off.any():
+            step = off.argmax()
+            said = f"{times[step]:.6g} s and frame_index {frame[step]:g} at step {step}"
+            raise BadEpisode(f"{name} has timestamp {said}, and a video of {fps:g} Hz has neither")
+    elif len(times) > 1 and not 0.7 < np.median(np.diff(times)) * fps < 1.4:
+        pace = 1 / np.median(np.diff(times))
+        raise BadEpisode(
+            f"{name} has {pace:.4g} steps a second by its timestamps, and info.json says {fps:g}"
         )
-    try:
-        content = read_json(path)
-        version = str(content["codebase_version"]).removeprefix("v")
-        major = int(version.partition(".")[0])
-        if major < 3:
-            raise UserError(
-                f"{source} has LeRobot format v{version}, and v3 is needed: convert it with "
-                f"`{CONVERTER} --repo-id={source} --root={root} --push-to-hub=false`."
-            )
-        if major > 3:
-            raise UserError(f"{source} has LeRobot format v{version}, newer than v3, which is read here.")
-        return Meta.model_validate(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        if isinstance(error, ValidationError):
-            first = error.errors(include_url=False)[0]
-            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UserError(f"{path} is damaged ({what}): download or record the dataset again.") from error
 
 
-def _flatten(names: Any) -> list[str]:
-    """Names out of nested lists, `{"motors": [...]}`, or `{"x": 0, "y": 1}`."""
-    if isinstance(names, dict):
-        if all(isinstance(value, int) for value in names.values()):
-            return sorted(names, key=names.__getitem__)
-        names = list(names.values())
-    if isinstance(names, list):
-        return [name for entry in names for name in _flatten(entry)]
-    return [] if names is None else [str(names)]
-
-
-class EpisodeRow(NamedTuple):
-    """An episode in `meta/episodes`; `videos` gives (file in the root, start in s) by the camera's key."""
-
-    index: int
-    length: int
-    videos: dict[str, tuple[str, float]]
-    tasks: tuple[str, ...]
-    task: str | None = None
-
-
-def choose_task(rows: list[EpisodeRow], task: str | None, source: str) -> list[EpisodeRow]:
-    """The episodes of a task, or of the only one there is, with the task as theirs."""
+def choose_task(
+    rows: Sequence[EpisodeRow], task: str | None, source: str
+) -> tuple[str | None, list[EpisodeRow]]:
+    """A task, or the only one there is, if any, and its episodes."""
     if not rows:
         raise UserError(f"{source} has no episodes (meta/episodes is empty): record or download it again.")
     tasks = list(dict.fromkeys(name for row in rows for name in row.tasks))
@@ -263,30 +297,7 @@ def choose_task(rows: list[EpisodeRow], task: str | None, source: str) -> list[E
         raise UserError(
             f"{source} has {len(tasks)} tasks, and one policy learns one: choose with --task ({there})."
         )
-    chosen = task or next(iter(tasks), None)
-    return [row._replace(task=chosen) for row in rows if task is None or task in row.tasks]
-
-
-def read_parquet(file: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of a parquet file, in memory."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as parquet:
-            missing = [name for name in columns if name not in parquet.schema_arrow.names]
-            if not missing:
-                table = parquet.read(columns)
-                table.validate(full=True)  # damaged files can hold texts and lists that are none
-                return table
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(
-            f"{file} cannot be read ({reason(error)}): download the dataset again, or, if you recorded it, "
-            f"make sure that the recorder called finalize()."
-        ) from error
-    raise UserError(
-        f"{file} has no column {missing[0]}, which a LeRobot v3 dataset has: download or record it again."
-    )
+    return task or next(iter(tasks), None), [row for row in rows if task is None or task in row.tasks]
 
 
 def fingerprint(root: Path, meta: Meta, videos: set[str]) -> str:
@@ -296,97 +307,9 @@ def fingerprint(root: Path, meta: Meta, videos: set[str]) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    tables = sorted(file for part in ("meta", "data") for file in (root / part).glob("**/*.parquet"))
+    tables = [file for part in ("meta", "data") for file in files_below(root / part)]
     files = [*tables, *(root / name for name in sorted(videos))]
     with ThreadPoolExecutor(8) as pool:  # hashing and reading release the interpreter's lock
         parts = [*pool.map(hash_whole, tables), *pool.map(hash_ends, files[len(tables) :])]
     names = [file.relative_to(root).as_posix() for file in files]
     return hashlib.sha256(json.dumps([meta.model_dump(), names, parts], sort_keys=True).encode()).hexdigest()
-
-
-class Run(NamedTuple):
-    """Rows of a data file from `first` on that belong to one episode.
-
-    `columns` holds, of each feature, values (L, D) and how many numbers a step really has, (L,).
-    """
-
-    file: str
-    first: int
-    columns: dict[str, tuple[np.ndarray, np.ndarray]]
-
-
-def read_numbers(root: Path, widths: dict[str, int]) -> dict[int, list[Run]]:
-    """Every run of rows with one episode index, by that index, with features of so many numbers a step."""
-    found: dict[int, list[Run]] = {}
-    for file in sorted((root / "data").glob("**/*.parquet")):
-        table = read_parquet(file, [*widths, "timestamp", "frame_index", "episode_index"])
-        columns = {}
-        for key in table.column_names:
-            dtype = np.float32 if key in widths else np.float64
-            columns[key] = matrix(table[key], widths.get(key, 1), f"{file}, {key},", dtype)
-        index = columns.pop("episode_index")[0][:, 0]
-        edges = [0, *(np.flatnonzero(np.diff(index)) + 1).tolist(), len(index)]
-        for first, last in pairwise(edges):
-            if first < last and np.isfinite(index[first]):
-                part = {key: (x[first:last], counts[first:last]) for key, (x, counts) in columns.items()}
-                run = Run(file.relative_to(root).as_posix(), first, part)
-                found.setdefault(int(index[first]), []).append(run)
-    return found
-
-
-def matrix(column: pa.ChunkedArray, width: int, what: str, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    """A column of numbers or (nested) lists of them as (rows, width), NaN where a row has another count.
-
-    Also returns how many numbers each row has.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    count, row = len(array), np.arange(len(array))  # row: which row each number belongs to
-    while isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
-        row, array = row[pc.list_parent_indices(array).to_numpy()], array.flatten()
-    values = array.to_numpy(zero_copy_only=False)
-    if values.dtype.kind not in "fiub":
-        raise UserError(
-            f"{what} holds {array.type} instead of numbers: choose another feature or repair the dataset."
-        )
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = values.astype(dtype)
-    counts = np.bincount(row, minlength=count)
-    rows = np.full((count, width), np.nan, dtype)
-    rows[counts == width] = values[counts[row] == width].reshape(-1, width)
-    return rows, counts
-
-
-def read_images(path: Path, key: str, first: int, count: int) -> Iterator[Any]:
-    """So many cells of an image column of a data file, from row `first` on; raises FrameError."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            if key not in file.schema_arrow.names:
-                raise FrameError(f"it has no column {key}")
-            groups = range(file.num_row_groups)
-            edges = np.cumsum([0, *(file.metadata.row_group(group).num_rows for group in groups)])
-            own = [group for group in groups if edges[group] < first + count and first < edges[group + 1]]
-            row = edges[own[0]] if own else 0
-            for batch in file.iter_batches(64, own, [key]):
-                batch.validate(full=True)
-                inside = batch.slice(max(0, first - row), max(0, first + count - max(first, row)))
-                row += len(batch)
-                yield from inside.column(0).to_pylist()
-    except (pa.ArrowException, ValueError) as error:
-        raise FrameError(str(error)) from error
-
-
-def _encoded(root: Path, cell: Any) -> bytes:
-    """The bytes of an image cell: inside the table, or in a file of the dataset's folder."""
-    cell = cell if isinstance(cell, dict) else {"bytes": cell}
-    if cell.get("bytes"):
-        return cell["bytes"]
-    path = Path(cell.get("path") or "")
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise FrameError("an image is neither in the table nor in the dataset's folder")
-    return (root / path).read_bytes()

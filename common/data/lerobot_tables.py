@@ -1,0 +1,148 @@
+"""Numbers and pictures out of the data files of a LeRobot dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from common.data.frames import FrameError, NoColor, decode_image, rgb_pixels
+from common.data.lerobot_meta import files_below, read_parquet
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Run(NamedTuple):
+    """Rows of a data file from `first` on that belong to one episode.
+
+    `columns` holds, of each feature, values (L, D) and how many numbers a step really has, (L,).
+    """
+
+    file: str
+    first: int
+    columns: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def steps(self) -> int:
+        return len(self.columns["timestamp"][0])
+
+    def column(self, key: str) -> np.ndarray:
+        """A feature of one number a step, (L,)."""
+        return self.columns[key][0][:, 0]
+
+
+def read_numbers(root: Path, widths: dict[str, int]) -> dict[int, list[Run]]:
+    """Every run of rows with one episode index, by that index, with features of so many numbers a step."""
+    found: dict[int, list[Run]] = {}
+    for file in files_below(root / "data"):
+        table = read_parquet(file, [*widths, "timestamp", "frame_index", "episode_index"], ["index"])
+        columns = {}
+        for key in table.column_names:
+            dtype = np.float32 if key in widths else np.float64
+            columns[key] = matrix(table[key], widths.get(key, 1), f"{file}, {key},", dtype)
+        index = columns["episode_index"][0][:, 0]
+        edges = [0, *(np.flatnonzero(np.diff(index)) + 1).tolist(), len(index)]
+        for first, last in pairwise(edges):
+            if first < last and np.isfinite(index[first]):
+                part = {key: (x[first:last], counts[first:last]) for key, (x, counts) in columns.items()}
+                run = Run(file.relative_to(root).as_posix(), first, part)
+                found.setdefault(int(index[first]), []).append(run)
+    return found
+
+
+def matrix(column: pa.ChunkedArray, width: int, what: str, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """A column of numbers or (nested) lists of them as (rows, width), NaN where a row has another count.
+
+    Also returns how many numbers each row has.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    count, row = len(array), np.arange(len(array))  # row: which row each number belongs to
+    while _is_list(array):
+        row, array = row[pc.list_parent_indices(array).to_numpy()], array.flatten()
+    if pa.types.is_boolean(array.type) or pa.types.is_decimal(array.type):
+        array = array.cast(pa.int8() if pa.types.is_boolean(array.type) else pa.float64())
+    kind = array.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise UserError(
+            f"{what} holds {kind} instead of numbers: choose another feature or repair the dataset."
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = array.to_numpy(zero_copy_only=False).astype(dtype)
+    counts = np.bincount(row, minlength=count)
+    rows = np.full((count, width), np.nan, dtype)
+    rows[counts == width] = values[counts[row] == width].reshape(-1, width)
+    return rows, counts
+
+
+def _is_list(array: pa.Array) -> bool:
+    import pyarrow as pa
+
+    return isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray)
+
+
+def read_images(root: Path, file: str, key: str, first: int, count: int) -> Iterator[np.ndarray]:
+    """So many pictures (H, W, 3) uint8 of a column of a data file, from row `first` on; raises FrameError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(root / file) as table:
+            if key not in table.schema_arrow.names:
+                raise FrameError(f"it has no column {key}")
+            groups = range(table.num_row_groups)
+            edges = np.cumsum([0, *(table.metadata.row_group(group).num_rows for group in groups)])
+            own = [group for group in groups if edges[group] < first + count and first < edges[group + 1]]
+            row = edges[own[0]] if own else 0
+            for batch in table.iter_batches(64, own, [key]):
+                batch.validate(full=True)
+                inside = batch.slice(max(0, first - row), max(0, first + count - max(first, row)))
+                row += len(batch)
+                for number in range(len(inside)):
+                    yield _picture(root, inside.column(0).slice(number, 1))
+    except (pa.ArrowException, ValueError) as error:
+        raise FrameError(str(error)) from error
+
+
+def _picture(root: Path, cell: pa.Array) -> np.ndarray:
+    """An image cell, an array of length 1: encoded, by the path of a file in the dataset, or its pixels."""
+    if _is_list(cell):
+        return rgb_pixels(_nested(cell))
+    value: Any = cell[0].as_py()
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return decode_image(value)
+    if value is not None and not isinstance(value, str):
+        raise NoColor(f"its column holds {cell.type}, and an image is encoded, a path, or an array of pixels")
+    path = Path(value or "")
+    inside = path.is_relative_to(root) or not path.is_absolute()
+    if not inside or ".." in path.parts or not path.parts:
+        raise FrameError("an image is neither in the table nor in the dataset's folder")
+    return decode_image((root / path).read_bytes())
+
+
+def _nested(cell: pa.Array) -> np.ndarray:
+    """An array of nested lists of one length each as a numpy array; whole numbers of 8 bits become uint8."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    shape = []
+    while _is_list(cell):
+        lengths = pc.unique(pc.list_value_length(cell)).to_pylist()
+        if len(lengths) != 1 or not lengths[0]:
+            raise FrameError("an image is missing, or has rows of different lengths")
+        shape.append(lengths[0])
+        cell = cell.flatten()
+    if not (pa.types.is_integer(cell.type) or pa.types.is_floating(cell.type)) or cell.null_count:
+        raise NoColor(f"its column holds lists of {cell.type}, and pixels are whole numbers")
+    pixels = cell.to_numpy(zero_copy_only=False)
+    small = pixels.dtype.kind in "iu" and pixels.min() >= 0 and pixels.max() <= 255
+    return pixels.reshape(shape).astype(np.uint8 if small else pixels.dtype, copy=False)
