@@ -40,33 +40,27 @@ def clock_faults(
         missing: whether an episode of that number is absent from `meta/episodes`, which explains frames that
             belong to nobody.
     """
-    rate = (len(times) - 1) / max(np.ptp(times), 1e-9) if len(times) > 1 else fps
+    if not len(times):
+        return {segment.episode: f"Episode {segment.episode}: {file} has no frames" for segment in segments}
+    rate = 1 / max(np.median(np.diff(times)), 1e-9) if len(times) > 1 else fps
     if abs(rate / fps - 1) > TOLERANCE:
         said = f"has {rate:.4g} frames a second, and info.json says {fps:g}"
         return {segment.episode: f"Episode {segment.episode}: {file} {said}" for segment in segments}
-    firsts = [int(np.abs(times - segment.start).argmin()) if len(times) else 0 for segment in segments]
-    lengths = [_frames(segment, fps, len(times)) for segment in segments]
     faults = {}
-    for segment, first in zip(segments, firsts, strict=True):
-        if fault := _own_fault(file, times, segment, first, fps):
+    for segment in segments:
+        if fault := _own_fault(file, times, segment, fps):
             faults[segment.episode] = f"Episode {segment.episode} {fault}"
-    for episode, fault in _order_faults(file, segments, firsts, lengths, len(times), missing).items():
+    for episode, fault in _order_faults(file, times, segments, fps, missing).items():
         faults.setdefault(episode, f"Episode {episode} {fault}")
     return faults
 
 
-def _frames(segment: Segment, fps: float, most: int) -> int:
-    """How many frames a segment claims; by its steps, where its end is not stated."""
-    if segment.end is None or not np.isfinite([segment.start, segment.end]).all():
-        return segment.steps
-    return round(min(max((segment.end - segment.start) * fps, 0), most + 1))
-
-
-def _own_fault(file: str, times: np.ndarray, segment: Segment, first: int, fps: float) -> str | None:
+def _own_fault(file: str, times: np.ndarray, segment: Segment, fps: float) -> str | None:
     """What is wrong with a segment seen alone."""
     _, steps, start, end = segment
     if end is not None and not abs((end - start) * fps - steps) <= TOLERANCE:
         return f"lies at {start:.6g} to {end:.6g} s of {file}, and its {steps} steps take {steps / fps:.6g} s"
+    first = int(np.abs(times - start).argmin())
     wanted, found = start + np.arange(steps) / fps, times[first : first + steps]
     off = ~(np.abs(found - wanted[: len(found)]) * fps <= TOLERANCE)
     if off.any():
@@ -79,32 +73,35 @@ def _own_fault(file: str, times: np.ndarray, segment: Segment, first: int, fps: 
 
 
 def _order_faults(
-    file: str,
-    segments: Sequence[Segment],
-    firsts: Sequence[int],
-    lengths: Sequence[int],
-    count: int,
-    missing: Callable[[int], bool],
+    file: str, times: np.ndarray, segments: Sequence[Segment], fps: float, missing: Callable[[int], bool]
 ) -> dict[int, str]:
-    """Overlaps, gaps and leftovers, where segments begin at frames `firsts` of `count` and have `lengths`."""
+    """Overlaps, gaps and leftovers among segments, in frames from the file's first one on."""
+    count = _frames(times[-1] - times[0], fps) + 1
     faults: dict[int, str] = {}
     reached, before = 0, None  # the frame up to which there are episodes, and the one that reaches there
-    claimed, drift = 0, None  # frames of the episodes so far; how one lies behind them
-    for segment, first, length in zip(segments, firsts, lengths, strict=True):
-        episode = segment.episode
-        if first < reached:
+    steps, drift = 0, None  # of the episodes so far; how an episode lies behind them
+    for segment in segments:
+        episode, first = segment.episode, _frames(segment.start - times[0], fps)
+        length = segment.steps if segment.end is None else _frames(segment.end - segment.start, fps)
+        inside = 0 <= first <= count - length  # what is not has a fault of its own
+        if inside and first < reached:
             faults.setdefault(before, f"overlaps with episode {episode} in {file}")
             faults.setdefault(episode, f"overlaps with episode {before} in {file}")
-        elif first not in (reached, claimed) and not missing(episode - 1):
+        elif inside and first not in (reached, steps) and not missing(episode - 1):
             frames = f"{first - reached} frame{'s' * (first - reached > 1)}"
             drift = drift or f"{frames} that belong to no episode, before episode {episode}"
         if drift:
             faults.setdefault(episode, f"comes after {drift}, in {file}")
-        if first + length > reached:
+        if inside and first + length > reached:
             reached, before = first + length, episode
-        claimed += length
-    if count not in (reached, claimed) and not (reached < count and missing(segments[-1].episode + 1)):
+        steps += segment.steps
+    if count not in (reached, steps) and not (reached < count and missing(segments[-1].episode + 1)):
         for segment in segments:
-            counts = f"{file} has {count} frames and its episodes have {claimed}"
+            counts = f"{file} has {count} frames and its episodes have {steps}"
             faults.setdefault(segment.episode, f"cannot be told from the others: {counts}")
     return faults
+
+
+def _frames(seconds: float, fps: float) -> int:
+    """A time as a number of frames; no number is so large that it takes long."""
+    return round(min(max(seconds * fps, -1e9), 1e9))
