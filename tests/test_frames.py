@@ -34,6 +34,79 @@ def test_marked_colours_are_decoded_as_marked(tmp_path, codec, colorspace, full)
     assert np.abs(decoded.mean((1, 2)) - rgb[0, 0]).max() < 4
 
 
+@pytest.mark.parametrize(
+    ("stored", "codec", "suffix"),
+    [
+        ("yuv420p10le", "libx265", "mp4"),
+        ("gbrp16le", "ffv1", "mkv"),
+        ("rgb48le", "ffv1", "mkv"),
+        ("yuva420p", "ffv1", "mkv"),
+        ("yuv444p12le", "ffv1", "mkv"),
+    ],
+)
+def test_colours_of_any_depth_are_read(tmp_path, stored, codec, suffix):
+    rgb, path = np.array([190, 40, 60], np.uint8), tmp_path / f"v.{suffix}"
+    write_video(path, [np.tile(rgb, (64, 96, 1))] * 3, stored=stored, codec=codec)
+    assert frames.video_size(path) == (64, 96)
+    for size in ((64, 96), (32, 48)):
+        frame = next(video_frames(path, np.array([0.0]), 0.005, (64, 96), size))
+        assert np.abs(frame.mean((1, 2)) - rgb).max() < 4
+
+
+def test_a_video_that_is_to_be_turned_is_refused(tmp_path):
+    path = tmp_path / "v.mp4"
+    write_video(path, [draw(i, 0, (32, 48)) for i in range(4)])
+    upright = np.array([65536, 0, 0, 0, 65536, 0, 0, 0, 2**30], ">i4").tobytes()
+    whole = path.read_bytes()
+    place = whole.index(upright, whole.index(b"tkhd"))
+    for matrix in ([0, 65536, 0, -65536, 0, 0, 32 << 16, 0, 2**30], [-65536, 0, 0, 0, 65536, 0, 0, 0, 2**30]):
+        path.write_bytes(whole[:place] + np.array(matrix, ">i4").tobytes() + whole[place + 36 :])
+        with pytest.raises(FrameError, match="turned or mirrored"):
+            next(video_frames(path, np.array([0.0]), 0.005, (32, 48), (32, 48)))
+
+
+@pytest.mark.parametrize("gop", [1, 4, 250])
+def test_times_are_read_without_decoding(tmp_path, gop):
+    ticks = [0, 1000, 2000, 3500, 4000, 9000, 10000, 11000]
+    write_video(tmp_path / "v.mp4", [draw(i, 0, (32, 48)) for i in range(8)], gop, ticks=ticks)
+    times = frames.video_times(tmp_path / "v.mp4")
+    np.testing.assert_allclose(times, np.array(ticks) / 10000, atol=1e-4)
+    found = video_frames(tmp_path / "v.mp4", times, 1e-4, (32, 48), (32, 48))
+    assert [read(frame)[0] for frame in found] == list(range(8))
+
+
+def test_frames_before_a_cut_are_not_counted(tmp_path):
+    write_video(tmp_path / "v.mp4", [draw(i, 0, (32, 48)) for i in range(12)], 12)
+    with av.open(str(tmp_path / "v.mp4")) as whole, av.open(str(tmp_path / "cut.mp4"), "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(whole.streams.video[0]):
+            if packet.dts is not None:
+                shift = round(0.5 / packet.time_base)  # what lies before zero is decoded, but not shown
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
+                cut.mux(packet)
+    times = frames.video_times(tmp_path / "cut.mp4")
+    np.testing.assert_allclose(times, np.arange(7) / FPS, atol=1e-4)
+    found = video_frames(tmp_path / "cut.mp4", times, 1e-3, (32, 48), (32, 48))
+    assert [read(frame)[0] for frame in found] == list(range(5, 12))
+
+
+def test_pixels_are_colours_of_8_bits(tmp_path):
+    picture = draw(5, 0, (32, 48))
+    for pixels in (picture, picture.transpose(2, 0, 1), np.concatenate([picture, picture[..., :1]], 2)):
+        assert (frames.pixel_frame(pixels, (32, 48), (32, 48)) == picture.transpose(2, 0, 1)).all()
+    for pixels in (
+        picture[..., :1],
+        picture[..., 0],
+        picture.astype(np.uint16),
+        picture / 255,
+        picture[None],
+    ):
+        with pytest.raises(frames.NoColor, match=f"{pixels.dtype} instead of 8-bit colour"):
+            frames.pixel_frame(pixels, (32, 48), (32, 48))
+    with pytest.raises(FrameError, match="32x48 instead of 48x32"):
+        frames.pixel_frame(picture, (48, 32), (32, 48))
+
+
 def test_a_seek_that_overshoots_is_made_up_for(tmp_path, monkeypatch):
     write_video(tmp_path / "v.mp4", [draw(i, 0, (32, 48)) for i in range(20)])
     places, real_open = [], av.open

@@ -1,9 +1,14 @@
+import io
 import json
 import math
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +22,15 @@ from lerobot_factory import (
     action_of,
     draw,
     edit_column,
+    edit_rows,
     make_dataset,
     read,
     state_of,
     write_video,
 )
+from PIL import Image
 
-from common.data import DataConfig, open_dataset
+from common.data import DataConfig, open_dataset, open_source
 from common.data.cameras import short_name
 from common.errors import UserError
 
@@ -576,3 +583,467 @@ def test_an_unguarded_program_is_told_so_instead_of_hanging(tmp_path):
     )
     assert done.returncode != 0
     assert "must do so below `if __name__" in done.stderr
+
+
+# Videos whose times contradict each other: lengths 12, 9, 15 and 6, all in one file
+
+
+def named(root, **options):
+    """The episodes that a source refuses, without decoding."""
+    source = open_source(str(root), DataConfig((str(root),), **options))
+    usable, bad = source.episodes()
+    numbers = [int(clause.split()[1].strip(":")) for clause in bad]
+    assert sorted([episode.index for episode in usable] + numbers) == [row.index for row in source.rows]
+    return set(numbers)
+
+
+def place(part):
+    return f"videos/{HIGH}/{part}_timestamp"
+
+
+def edit_times(**edits):
+    def edit(rows):
+        for number, row in enumerate(rows):
+            for part, change in edits.items():
+                key = place({"start": "from", "end": "to"}[part])
+                row[key] = change(number, row[key])
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (edit_times(start=lambda e, t: 0.0 if e == 1 else t), {0, 1}),
+        (edit_times(start=lambda e, t: t + 0.07 * e), {1, 2, 3}),
+        (edit_times(start=lambda e, t: t + 0.07 * e, end=lambda e, t: t + 0.07 * e), {1, 2, 3}),
+        (edit_times(start=lambda e, t: t + 0.1, end=lambda e, t: t + 0.1), {0, 1, 2, 3}),
+        (edit_times(start=lambda e, t: t + 0.1 * (e > 1), end=lambda e, t: t + 0.1 * (e > 0)), {1, 2, 3}),
+        (edit_times(end=lambda e, t: t + 0.5 * (e == 3)), {3}),
+        (edit_times(start=lambda e, t: math.nan if e == 1 else t), {1}),
+        (edit_times(start=lambda e, t: None if e == 3 else t), {3}),
+        (lambda rows: rows[2].update(dataset_to_index=35), {2}),
+        (lambda rows: rows[2].update(dataset_from_index=22, dataset_to_index=37), {2}),
+    ],
+)
+def test_times_that_contradict_name_every_episode_concerned(tmp_path, open_, refused, edit, expected):
+    root = make_dataset(tmp_path / "d", (12, 9, 15, 6), episodes_per_file=4)
+    edit_rows(root, edit)
+    assert named(root) >= expected
+    message = refused(root, rf"^Episode {min(expected)}\b")
+    others = sorted(expected)[1:]
+    assert not others or f"unusable, too: {', '.join(map(str, others))})" in message
+    if len(expected) < 4:
+        store = open_(root, skip_bad_episodes=True)
+        assert set(store.episode_indices.tolist()) == {0, 1, 2, 3} - expected
+        starts = np.cumsum([0, 12, 9, 15])
+        steps = [start + np.arange(n) for start, n in zip(starts, (12, 9, 15, 6), strict=True)]
+        left = [steps[e] for e in range(4) if e not in expected]
+        assert check_aligned(store).tolist() == np.concatenate(left).tolist()
+
+
+def test_an_episode_that_is_listed_twice(tmp_path, open_, refused):
+    root = make_dataset(tmp_path / "d", (12, 9, 15), episodes_per_file=1)
+    edit_rows(root, lambda rows: [*rows, rows[1] | {place("from"): 0.1}])
+    refused(root, "^Episode 1 is listed 2 times in meta/episodes")
+    assert open_(root, skip_bad_episodes=True).episode_indices.tolist() == [0, 2]
+
+
+def test_times_without_their_ends_are_held_against_the_lengths(tmp_path, open_):
+    def without_ends(rows):
+        for row in rows:
+            del row[place("to")]
+
+    root = make_dataset(tmp_path / "d", (12, 9, 15, 6), episodes_per_file=4)
+    edit_rows(root, without_ends)
+    check_aligned(open_(root))
+    edit_rows(root, lambda rows: rows[1].update({place("from"): 0.0}))
+    assert named(root) == {0, 1}
+
+
+def test_a_video_of_another_rate(tmp_path, refused):
+    root = make_dataset(tmp_path / "d", (12, 9, 15), episodes_per_file=2)
+    write_video(root / VIDEO, [draw(i, 0, (32, 48)) for i in range(21)], ticks=range(0, 21 * 500, 500))
+    assert named(root) == {0, 1}
+    refused(root, r"^Episode 0: .* has 20 frames a second, and info.json says 10 \(unusable, too: 1\)")
+    root = make_dataset(tmp_path / "e", (12, 9, 15), changes={"fps": 20})
+    assert named(root) == {0, 1, 2}
+
+
+def test_a_video_with_a_frame_too_many(tmp_path, refused):
+    root = make_dataset(tmp_path / "d", (12, 9, 15), episodes_per_file=2)
+    write_video(root / VIDEO, [draw(i, 0, (32, 48)) for i in [0, 1, 2, *range(2, 21)]])
+    assert named(root) == {0, 1}
+    refused(root, "^Episode 0 cannot be told from the others: .* has 22 frames and its episodes have 21")
+
+
+def test_a_frame_that_was_lost_costs_its_episode(tmp_path, open_):
+    root = make_dataset(tmp_path / "d", (12, 9, 15), episodes_per_file=2)
+    left = [i for i in range(21) if i != 5]
+    write_video(root / VIDEO, [draw(i, 0, (32, 48)) for i in left], ticks=[1000 * i for i in left])
+    assert named(root) == {0}
+    assert check_aligned(open_(root, skip_bad_episodes=True)).tolist() == list(range(12, 36))
+
+
+def test_a_clock_that_begins_later_is_followed_where_the_times_say_so(tmp_path, open_):
+    root = make_dataset(tmp_path / "d", (12, 9, 15), episodes_per_file=2)
+    ticks = [1000 * i + 3000 for i in range(21)]
+    write_video(root / VIDEO, [draw(i, 0, (32, 48)) for i in range(21)], ticks=ticks)
+    assert named(root) == {0, 1}
+    later = edit_times(start=lambda e, t: t + 0.3 * (e < 2), end=lambda e, t: t + 0.3 * (e < 2))
+    edit_rows(root, later)
+    check_aligned(open_(root))
+
+
+@pytest.mark.parametrize("first", [0.1, 1e9])
+def test_timestamps_of_another_clock(tmp_path, refused, first):
+    root = make_dataset(tmp_path / "d", (12, 9))
+    edit_column(root / DATA, "timestamp", lambda times: [time + first for time in times])
+    refused(root, r"^Episode 0 has timestamp .* at step 0, and a video of 10 Hz has neither")
+
+
+def test_frame_indices_that_begin_later(tmp_path, refused):
+    root = make_dataset(tmp_path / "d", (12, 9))
+    edit_column(root / DATA, "frame_index", lambda rows: [5 + row for row in rows])
+    edit_column(root / DATA, "timestamp", lambda rows: [0.5 + row for row in rows])
+    refused(root, r"^Episode 0 has timestamp 0\.5 s and frame_index 5 at step 0")
+
+
+def test_image_timestamps_of_another_rate(tmp_path, refused):
+    root = make_dataset(tmp_path / "d", (12, 9), video=False, changes={"fps": 30})
+    refused(root, r"^Episode 0 has 10 steps a second by its timestamps, and info.json says 30")
+
+
+def test_episodes_keep_their_numbers_when_one_is_gone(tmp_path, open_, capsys):
+    root = make_dataset(tmp_path / "d", (12, 9, 15), episodes_per_file=3)
+    edit_rows(root, lambda rows: [rows[0], rows[2]])
+    table = pq.read_table(root / DATA, partitioning=None)
+    pq.write_table(pa.concat_tables([table[:12], table[21:]]), root / DATA)
+    store = open_(root)
+    assert store.episode_indices.tolist() == [0, 2]
+    assert check_aligned(store).tolist() == [*range(12), *range(21, 36)]
+    assert "info.json counts 3 episodes, meta/episodes 2" in capsys.readouterr().out
+    assert open_(root, episodes=("2",)).episode_indices.tolist() == [2]
+
+
+def test_what_is_used_is_printed_once(tmp_path, open_, capsys):
+    root = make_dataset(tmp_path / "d", (4, 5))
+    open_(root)
+    out = capsys.readouterr().out
+    assert f"{root}: LeRobot, 2 episodes, 10 Hz\n  state[0:3]" in out
+    assert f"{HIGH}, 32x48, video" in out
+    assert out.count("LeRobot") == 1
+
+
+# Pictures that are no 8-bit colour
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def rgb16(step):
+    """A PNG of 16 bits a channel, of which the higher ones are the step's picture."""
+    rows = b"".join(b"\0" + bytes(np.repeat(row, 2)) for row in draw(step, 0, (32, 48)).reshape(32, -1))
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 48, 32, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
+    return {"bytes": b"\x89PNG\r\n\x1a\n" + b"".join(parts), "path": None}
+
+
+def with_second(root, cells, shape=(32, 48, 3), **about):
+    """An image dataset with a second camera `cam_left` of these cells, by step; `about` goes to info.json."""
+    make_dataset(root, (6, 5), (HIGH,), video=False, episodes_per_file=2)
+    table = pq.read_table(root / DATA, partitioning=None)
+    column = pa.array([cells(step) for step in range(11)])
+    pq.write_table(table.append_column(LEFT, column), root / DATA)
+    feature = {
+        "dtype": "image",
+        "shape": shape and list(shape),
+        "names": ["height", "width", "channels"],
+        **about,
+    }
+    change_info(root, lambda info: info["features"].update({LEFT: feature}))
+    return root
+
+
+DEPTH = np.linspace(400, 4000, 48)[None].repeat(32, 0)
+COLORLESS = {
+    "16-bit grey": lambda step: encoded(Image.fromarray((DEPTH + step).astype(np.uint16))),
+    "32-bit grey": lambda step: encoded(Image.fromarray(DEPTH.astype(np.int32)), "TIFF"),
+    "32-bit float grey": lambda step: encoded(Image.fromarray(DEPTH.astype(np.float32)), "TIFF"),
+    "8-bit grey": lambda step: encoded(Image.fromarray(DEPTH.astype(np.uint8))),
+    "8-bit grey jpeg": lambda step: encoded(Image.fromarray(DEPTH.astype(np.uint8)), "JPEG"),
+    "8-bit grey alpha": lambda step: encoded(Image.new("LA", (48, 32))),
+    "1-bit": lambda step: encoded(Image.new("1", (48, 32))),
+    "CMYK": lambda step: encoded(Image.new("CMYK", (48, 32)), "JPEG"),
+    "32x48x1 uint16": lambda step: DEPTH[..., None].astype(np.uint16).tolist(),
+    "32x48x3 double": lambda step: draw(step, 0, (32, 48)).astype(np.float64).tolist(),
+    "32x48 int64": lambda step: DEPTH.astype(np.int64).tolist(),
+    "lists of string": lambda step: [["a", "b"]],
+    "int64": lambda step: step,
+    "bool": lambda step: True,
+}
+
+
+@pytest.mark.parametrize("kind", COLORLESS)
+def test_what_is_no_colour_is_no_camera(tmp_path, open_, refused, capsys, kind):
+    root = with_second(tmp_path / "d", COLORLESS[kind])
+    refused(root, rf"{LEFT} is image \(.*: choose other cameras with --cameras", cameras=("left",))
+    refused(root, rf"{LEFT} is image \(.*: choose other cameras with --cameras", cameras=("high", LEFT))
+    store = open_(root)
+    assert store.cameras == ("high",)
+    assert f"left out        {LEFT}, image (" in capsys.readouterr().out
+    check_aligned(store)
+    change_info(root, lambda info: info["features"].pop(HIGH))
+    with pytest.raises(UserError, match="no colour camera"):
+        open_(root)
+
+
+@pytest.mark.parametrize("about", [{"shape": (32, 48, 1)}, {"info": {"is_depth_map": True}}])
+def test_info_json_can_say_that_a_camera_is_depth(tmp_path, open_, capsys, about):
+    store = open_(with_second(tmp_path / "d", COLORLESS["16-bit grey"], **about))
+    assert store.cameras == ("high",)
+    assert f"left out        {LEFT}, image " in capsys.readouterr().out
+
+
+def transparent(step):
+    picture = Image.fromarray(draw(step, 0, (32, 48))).convert("RGBA")
+    picture.putalpha(Image.linear_gradient("L").resize((48, 32)))
+    return encoded(picture)
+
+
+def turned(step):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    return encoded(Image.fromarray(np.rot90(draw(step, 0, (32, 48)))), exif=exif)
+
+
+COLOR = {
+    "palette": lambda step: encoded(Image.fromarray(draw(step, 0, (32, 48))).quantize(16, dither=0)),
+    "transparent": transparent,
+    "16 bits a channel": rgb16,
+    "turned": turned,
+    "rows of uint8": lambda step: draw(step, 0, (32, 48)).tolist(),
+    "channels first": lambda step: draw(step, 0, (32, 48)).transpose(2, 0, 1).tolist(),
+    "bare bytes": lambda step: encoded(Image.fromarray(draw(step, 0, (32, 48))))["bytes"],
+}
+
+
+@pytest.mark.parametrize("shape", [(32, 48, 3), (3, 32, 48), (48, 32, 3), None])
+@pytest.mark.parametrize("kind", COLOR)
+def test_colours_are_read_in_whatever_form(tmp_path, open_, kind, shape):
+    store = open_(with_second(tmp_path / "d", COLOR[kind], shape), cameras=("left",))
+    images = store.images(np.arange(11)).numpy()[:, 0]
+    for step in range(11):
+        assert (images[step].transpose(1, 2, 0) == draw(step, 0, (32, 48))).all()
+
+
+def test_one_picture_of_another_kind_costs_its_episode(tmp_path, refused, open_):
+    cells = lambda step: (COLORLESS["16-bit grey"] if step == 8 else COLOR["transparent"])(step)  # noqa: E731
+    root = with_second(tmp_path / "d", cells)
+    refused(root, r"^Episode 1 cannot be decoded from .*camera left: an image is 16-bit grey")
+    assert open_(root, skip_bad_episodes=True).episode_indices.tolist() == [0]
+
+
+def test_rows_of_different_lengths_are_no_picture(tmp_path, refused):
+    def cells(step):
+        rows = draw(step, 0, (32, 48)).tolist()
+        if step == 8:
+            rows[3].append(rows[4].pop())
+        return rows
+
+    refused(with_second(tmp_path / "d", cells), "^Episode 1 .* has rows of different lengths")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_paths_of_images_are_read_inside_the_dataset(tmp_path, open_, refused, whole):
+    root = tmp_path / "d"
+    root.mkdir()
+    (root / "images").mkdir()
+    for step in range(11):
+        Image.fromarray(draw(step, 0, (32, 48))).save(root / f"images/{step}.png")
+    start = f"{root}/" if whole else ""
+    (tmp_path / "made").mkdir()
+    with_second(tmp_path / "made" / "d", lambda step: f"{start}images/{step}.png")
+    for part in ("data", "meta"):
+        shutil.move(tmp_path / "made" / "d" / part, root / part)
+    assert check_aligned(open_(root, cameras=("left",))).tolist() == list(range(11))
+    shutil.rmtree(tmp_path / "cache")
+    for wrong, message in (
+        ("../d/images/8.png", "nor in the dataset's folder"),
+        ("/etc/hostname", "nor in the dataset's folder"),
+        ("", "nor in the dataset's folder"),
+        (None, "nor in the dataset's folder"),
+        ("images/none.png", "No such file"),
+    ):
+        edit_column(root / DATA, LEFT, lambda cells, wrong=wrong: cells.__setitem__(8, wrong))
+        refused(root, f"^Episode 1 cannot be decoded from .*camera left: .*{message}", cameras=("left",))
+
+
+def test_a_depth_video_without_a_flag_is_no_camera(tmp_path, open_, capsys):
+    root = make_dataset(tmp_path / "d", (12, 9), (HIGH, LEFT))
+    grey = [draw(i, 0, (32, 48)) for i in range(21)]
+    for name, options in {
+        "gray12le": {"codec": "libx265", "gop": 1},
+        "gray": {"codec": "ffv1"},
+        "gray16le": {"codec": "ffv1"},
+    }.items():
+        file = root / VIDEO.replace(HIGH, LEFT)
+        suffix = ".mkv" if options["codec"] == "ffv1" else ".mp4"
+        write_video(file.with_suffix(suffix), grey, stored=name, **options)
+        file.with_suffix(suffix).rename(file)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        assert open_(root).cameras == ("high",)
+        assert f"left out        {LEFT}, video (its pictures are {name}, which is no colour)" in (
+            capsys.readouterr().out
+        )
+
+
+def test_a_depth_camera_is_known_before_its_video_is_here(tmp_path, open_):
+    root = make_dataset(tmp_path / "d", (12, 9), (HIGH, LEFT))
+    change_info(root, lambda info: info["features"][LEFT].update(info={"video.pix_fmt": "gray12le"}))
+    (root / VIDEO.replace(HIGH, LEFT)).unlink()
+    assert open_(root).cameras == ("high",)
+
+
+# Names, shapes and files that are not as usual
+
+
+@pytest.mark.parametrize("video", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        ([32, 48, 3], ["channels", "height", "width"]),
+        ([32, 48, 3], ["Channel", "Height", "Width"]),
+        ([32, 48, 3], None),
+        ([3, 32, 48], ["Channels", "Height", "Width"]),
+        ([3, 32, 48], ["height", "width", "channel"]),
+        ([3, 32, 48], {"rgb": None}),
+        ([48, 32, 3], ["width", "height", "channels"]),
+        (None, None),
+    ],
+)
+def test_the_picture_decides_where_names_and_shape_contradict(tmp_path, open_, shape, names, video):
+    root = make_dataset(tmp_path / "d", (6, 5), video=video)
+    change_info(root, lambda info: info["features"][HIGH].update(shape=shape, names=names))
+    store = open_(root)
+    assert store.image_size == (32, 48)
+    check_aligned(store)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "string", "image", "language", None])
+def test_features_that_nobody_uses_may_lack_a_shape(tmp_path, open_, dtype):
+    root = make_dataset(tmp_path / "d", (6, 5))
+    unused = {"dtype": dtype, "shape": None, "names": None}
+    change_info(root, lambda info: info["features"].update(note=unused, **{"complementary_info.x": {}}))
+    assert open_(root).cameras == ("high",)
+
+
+def test_a_state_without_a_shape(tmp_path, refused):
+    root = make_dataset(tmp_path / "d", (6, 5))
+    change_info(root, lambda info: info["features"][STATE].update(shape=None))
+    refused(root, "float32 of no stated shape")
+
+
+@pytest.mark.parametrize("video", [True, False])
+def test_files_that_others_leave_are_not_read(tmp_path, open_, video):
+    root = make_dataset(tmp_path / "d", (6, 5), video=video)
+    for folder in list(root.rglob("chunk-000")):
+        for name in ("._file-000.parquet", ".file-001.parquet", "._file-000.mp4", "Thumbs.db", ".DS_Store"):
+            (folder / name).write_bytes(b"\0\5\x16\7 Mac OS X")
+        (folder / ".ipynb_checkpoints").mkdir()
+        for file in folder.glob("file-*.parquet"):
+            shutil.copy(file, folder / ".ipynb_checkpoints" / "file-000-checkpoint.parquet")
+    assert check_aligned(open_(root)).tolist() == list(range(11))
+
+
+def test_suffixes_in_capitals(tmp_path, open_):
+    root = make_dataset(tmp_path / "d", (6, 5))
+    for file in list(root.rglob("*.parquet")):
+        file.rename(file.with_suffix(file.suffix.upper()))
+    check_aligned(open_(root))
+
+
+def test_a_copy_of_a_table_is_named(tmp_path, refused):
+    root = make_dataset(tmp_path / "d", (6, 5))
+    shutil.copy(root / DATA, (root / DATA).with_name("file-000 (1).parquet"))
+    refused(
+        root, r"^Episode 0 has 12 steps in the data files \(.*file-000 \(1\)\.parquet, .*file-000\.parquet"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["a", "b", "c"], "string"),
+        ([{"x": 1.0}] * 3, "struct"),
+        ([None] * 3, "null"),
+        ([b"a", b"b", b"c"], "binary"),
+        ([datetime(2026, 1, 1)] * 3, "timestamp"),
+        (pa.array(["a", "b", "a"]).dictionary_encode(), "dictionary"),
+        (pa.array([[("k", 1.0)]] * 3, pa.map_(pa.string(), pa.float64())), "struct|map"),
+    ],
+)
+@pytest.mark.parametrize("key", [STATE, "timestamp"])
+def test_columns_of_other_types_are_refused_in_a_sentence(tmp_path, refused, key, values, kind):
+    root = make_dataset(tmp_path / "d", (3,))
+    table = pq.read_table(root / DATA, partitioning=None)
+    column = values if isinstance(values, pa.Array) else pa.array(values)
+    pq.write_table(table.set_column(table.schema.get_field_index(key), key, column), root / DATA)
+    refused(root, f"{key}, holds ({kind}).* instead of numbers")
+
+
+@pytest.mark.parametrize("number", [Decimal, np.float16, bool, int])
+def test_numbers_of_any_type_are_read(tmp_path, open_, number):
+    root = make_dataset(tmp_path / "d", (3,))
+    values = [[number(step % 2), number(1), number(0)] for step in range(3)]
+    edit_column(root / DATA, STATE, lambda rows: values)
+    assert open_(root).state.tolist() == [[0, 1, 0], [1, 1, 0], [0, 1, 0]]
+
+
+def test_a_task_that_is_no_list(tmp_path, open_):
+    root = make_dataset(tmp_path / "d", (3, 4))
+    edit_rows(root, lambda rows: [row | {"tasks": "pick up"} for row in rows])
+    assert open_(root).task == "pick up"
+
+
+def test_an_old_format_says_every_step_with_quoted_paths(tmp_path, refused):
+    root = make_dataset(tmp_path / "my data", (4,), changes={"codebase_version": "v2.0"})
+    message = refused(root, "v2.1 on the hub, with LeRobot 0.3.3")
+    first, second = message.index("convert_dataset_v20_to_v21"), message.index("convert_dataset_v21_to_v30")
+    assert first < second
+    assert f"--root='{root}'" in message
+    change_info(root, lambda info: info.update(codebase_version="v2.1"))
+    assert "v20_to_v21" not in refused(root, f"--root='{root}' --push-to-hub=false")
+    change_info(root, lambda info: info.update(codebase_version="v1.6"))
+    refused(root, "v1.6, and v3 is needed")
+
+
+@pytest.mark.parametrize("variable", ["HF_LEROBOT_HOME", "HF_HOME"])
+def test_a_recording_is_found_by_its_repo_id(tmp_path, open_, monkeypatch, variable):
+    import huggingface_hub
+
+    download = lambda *_, **__: pytest.fail("tried to download")  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.delenv("HF_LEROBOT_HOME", raising=False)
+    if variable == "HF_HOME":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    else:
+        monkeypatch.setenv(variable, str(tmp_path / "lerobot"))
+    root = make_dataset(tmp_path / "lerobot/me/fold_towel", (4, 5))
+    store = open_("me/fold_towel")
+    assert store.source == str(root)
+    check_aligned(store)
+
+
+def test_what_lerobot_has_only_begun_to_download_is_asked_of_the_hub(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path / "lerobot"))
+    shutil.rmtree(make_dataset(tmp_path / "lerobot/me/fold_towel", (4, 5)) / "data")
+    refused("me/fold_towel", "could not be downloaded")

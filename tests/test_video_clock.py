@@ -55,8 +55,8 @@ def test_the_times_of_many_thousand_steps_add_up_in_floating_point():
         (lambda e, start: start + 0.3 * (e == 3), {3}),
         (lambda e, start: start * 2, {1, 2, 3}),
         (lambda e, start: start / 2, {0, 1, 2, 3}),
-        (lambda e, start: -start, {1, 2, 3}),
         (lambda e, start: 1e300 * (e == 1) + start, {1}),
+        (lambda e, start: start - 0.1 * e, {0, 1, 2, 3}),
     ],
 )
 def test_starts_that_contradict(begin, expected, ends):
@@ -67,6 +67,8 @@ def test_starts_that_contradict(begin, expected, ends):
 
 def test_the_first_episodes_before_a_drift_stay():
     assert named(TIMES, segments(lambda e, s: s + 0.07 * max(0, e - 1))) == {2, 3}
+    shift = segments(lambda e, s: s + 0.1 * (e > 1), lambda e, end: end + 0.1 * (e > 0))
+    assert named(TIMES, shift) == {1, 2, 3}
     assert named(TIMES, segments(lambda e, s: s + 0.2 * (e > 1), lambda e, end: end + 0.2 * (e > 1))) == {
         2,
         3,
@@ -83,7 +85,7 @@ def test_ends_that_contradict():
     assert named(TIMES, segments(finish=lambda e, end: end + 0.1 * (e == 1))) == {1, 2}
     assert named(TIMES, segments(finish=lambda e, end: end - 0.1 * (e == 1))) == {1}
     assert named(TIMES, segments(finish=lambda e, end: end + 0.03 * (e == 3))) == {3}
-    assert named(TIMES, segments(finish=lambda e, end: np.inf if e == 1 else end)) == {1}
+    assert named(TIMES, segments(finish=lambda e, end: np.inf if e == 3 else end)) == {3}
 
 
 @pytest.mark.parametrize("rate", [5, 9, 11, 15, 20, 30])

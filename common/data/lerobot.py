@@ -259,10 +259,14 @@ def _only_run(name: str, row: EpisodeRow, runs: list[Run]) -> Run:
         raise BadEpisode(f"{name} has 0 steps, and an action chunk needs at least 2")
     if len(runs) > 1 or (np.diff(runs[0].column("frame_index")) != 1).any():
         raise BadEpisode(f"{name} has its steps out of order in {files[0]}")
-    if None not in (row.first, row.last) and row.last - row.first != steps:
-        stretch = f"from {row.first} to {row.last} (dataset_from_index, dataset_to_index)"
-        raise BadEpisode(f"{name} has {steps} steps, and meta/episodes places it {stretch}")
-    return runs[0]
+    run, index = runs[0], runs[0].column("index") if "index" in runs[0].columns else np.empty(0)
+    counts_on = len(index) and not np.array_equal(index, run.column("frame_index"))  # some begin anew
+    if None not in (row.first, row.last):
+        elsewhere = counts_on and (index[0], index[-1]) != (row.first, row.last - 1)
+        if elsewhere or row.last - row.first != steps:
+            stretch = f"{row.first} to {row.last} (dataset_from_index, dataset_to_index)"
+            raise BadEpisode(f"{name} has {steps} steps in {run.file}, which are not those from {stretch}")
+    return run
 
 
 def _check_times(name: str, run: Run, fps: float, exactly: bool) -> None:

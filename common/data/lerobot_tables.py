@@ -83,9 +83,9 @@ def matrix(column: pa.ChunkedArray, width: int, what: str, dtype: type) -> tuple
 
 
 def _is_list(array: pa.Array) -> bool:
-    import pyarrow as pa
+    from pyarrow.types import is_fixed_size_list, is_large_list, is_list
 
-    return isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray)
+    return is_list(array.type) or is_large_list(array.type) or is_fixed_size_list(array.type)
 
 
 def read_images(root: Path, file: str, key: str, first: int, count: int) -> Iterator[np.ndarray]:

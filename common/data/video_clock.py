@@ -8,7 +8,7 @@ overlap, from the first frame to the last, and each is as long as its episode's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,29 +77,49 @@ def _order_faults(
 ) -> dict[int, str]:
     """Overlaps, gaps and leftovers among segments, in frames from the file's first one on."""
     count = _frames(times[-1] - times[0], fps) + 1
+    firsts = [_frames(segment.start - times[0], fps) for segment in segments]
+    steps = [segment.steps for segment in segments]
+    stated = [s.steps if s.end is None else max(0, _frames(s.end - s.start, fps)) for s in segments]
+    is_free = [missing(segment.episode - 1) for segment in segments]
+    leftover = missing(segments[-1].episode + 1)
+    expected, total = _places(firsts, steps, is_free)
+    if total != count:  # an episode may have lost frames in its video, if all times say so
+        by_times, total_by_times = _places(firsts, stated, is_free)
+        expected, total = (by_times, count) if total_by_times == count else (expected, total)
     faults: dict[int, str] = {}
-    reached, before = 0, None  # the frame up to which there are episodes, and the one that reaches there
-    steps, drift = 0, None  # of the episodes so far; how an episode lies behind them
-    for segment in segments:
-        episode, first = segment.episode, _frames(segment.start - times[0], fps)
-        length = segment.steps if segment.end is None else _frames(segment.end - segment.start, fps)
-        inside = 0 <= first <= count - length  # what is not has a fault of its own
-        if inside and first < reached:
-            faults.setdefault(before, f"overlaps with episode {episode} in {file}")
-            faults.setdefault(episode, f"overlaps with episode {before} in {file}")
-        elif inside and first not in (reached, steps) and not missing(episode - 1):
-            frames = f"{first - reached} frame{'s' * (first - reached > 1)}"
-            drift = drift or f"{frames} that belong to no episode, before episode {episode}"
-        if drift:
-            faults.setdefault(episode, f"comes after {drift}, in {file}")
-        if inside and first + length > reached:
-            reached, before = first + length, episode
-        steps += segment.steps
-    if count not in (reached, steps) and not (reached < count and missing(segments[-1].episode + 1)):
-        for segment in segments:
-            counts = f"{file} has {count} frames and its episodes have {steps}"
+    for one, other in _overlaps(firsts, np.maximum(steps, stated)):
+        faults.setdefault(segments[one].episode, f"overlaps with episode {segments[other].episode} in {file}")
+    for segment, first, place in zip(segments, firsts, expected, strict=True):
+        if first != place:
+            where = f"frame {first} of {file}, and the episodes before it have {place}"
+            faults.setdefault(segment.episode, f"begins at {where}")
+        if total != count and not (total < count and leftover):
+            counts = f"{file} has {count} frames and its episodes have {total}"
             faults.setdefault(segment.episode, f"cannot be told from the others: {counts}")
     return faults
+
+
+def _places(firsts: Sequence[int], lengths: Sequence[int], is_free: Sequence[bool]) -> tuple[list[int], int]:
+    """The frames at which segments should begin, one after the other, and at which the last one ends.
+
+    One that is free, because an episode is absent before it, begins where it says, if not too early.
+    """
+    places, reached = [], 0
+    for first, length, free in zip(firsts, lengths, is_free, strict=True):
+        places.append(max(first, reached) if free else reached)
+        reached = places[-1] + length
+    return places, reached
+
+
+def _overlaps(firsts: Sequence[int], lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Pairs of segments that overlap, in both orders."""
+    reached, holder = 0, None
+    for number in sorted(range(len(firsts)), key=firsts.__getitem__):
+        if holder is not None and firsts[number] < reached:
+            yield number, holder
+            yield holder, number
+        if holder is None or firsts[number] + lengths[number] > reached:
+            reached, holder = firsts[number] + lengths[number], number
 
 
 def _frames(seconds: float, fps: float) -> int:
