@@ -5,6 +5,7 @@
 Every example takes a small dataset, changes bytes of one of its files, and opens it as training would.
 Either a `UserError` says in one sentence what is wrong, or the store holds what an independent reading of the
 changed file gives. (A bit that flips in a pixel is flipped in the store, too: nothing in the file tells.)
+Every other example leaves the files of a LeRobot dataset sound and makes them contradict each other.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import lerobot_mutations
 from hdf5_factory import make_hdf5
 from lerobot_factory import make_dataset
 
@@ -100,19 +102,41 @@ class Fuzz:
 
     def __init__(self, folder: Path):
         self.folder, self.roots = folder, corpus(folder / "corpus")
+        lerobot_mutations.corpus(folder / "contradictions")
         self.outcomes: Counter[str] = Counter()
         self.slowest = 0.0
 
-    def __call__(self, case: tuple) -> None:
+    def bytes_of(self, case: tuple) -> None:
+        """Open a dataset with other bytes in one of its files."""
         name, which, mutations = case
-        work = self.folder / "work"
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(self.roots[name], work / "d")
+        work = self._copy(self.roots[name], case)
         files = sorted(path for path in (work / "d").rglob("*") if path.is_file())
         file = files[int(which * len(files))]
         file.write_bytes(mutate(file.read_bytes(), mutations))
-        (self.folder / "last.txt").write_text(repr(case))  # for when the process does not survive it
         config = DataConfig((str(work / "d"),), cache_dir=work / "cache", fps=10.0, ingest_workers=1)
+        self._open(name, config, check_hdf5 if CASES[name][0] else check_lerobot)
+
+    def contradictions(self, case: tuple) -> None:
+        """Open a LeRobot dataset that contradicts itself, then once more without what is unusable."""
+        is_video, mutations = case
+        name = "video" if is_video else "images"
+        work = self._copy(self.folder / "contradictions" / name, case)
+        lerobot_mutations.mutate(work / "d", is_video, mutations)
+        for skip in (False, True):
+            config = DataConfig(
+                (str(work / "d"),), cache_dir=work / "cache", skip_bad_episodes=skip, ingest_workers=1
+            )
+            self._open(f"{name} that contradicts itself", config, lerobot_mutations.check)
+
+    def _copy(self, root: Path, case: tuple) -> Path:
+        work = self.folder / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(root, work / "d")
+        (self.folder / "last.txt").write_text(repr(case))  # for when the process does not survive it
+        return work
+
+    def _open(self, name: str, config: DataConfig, check) -> None:
+        """Open a dataset as training would: refused in a sentence, or what `check` finds right."""
         began = time.monotonic()
         refusal = None
         try:
@@ -125,6 +149,7 @@ class Fuzz:
             assert "\n" not in refusal, refusal
             assert "Traceback" not in refusal, refusal
             assert len(refusal) < 2000, refusal
+            assert refusal.endswith("."), refusal
             self.outcomes[f"{name}: refused"] += 1
             self.outcomes["hung"] += "did not end" in refusal
             self.outcomes["crashed"] += "ended with" in refusal
@@ -134,8 +159,7 @@ class Fuzz:
         assert batch.images.shape == (store.num_steps, 1, 3, *store.image_size)
         assert np.isfinite(batch.actions.numpy()).all()
         assert np.isfinite(batch.proprio.numpy()).all()
-        check = check_hdf5 if CASES[name][0] else check_lerobot
-        check(work / "d", store)
+        check(Path(config.dataset[0]), store)
         self.outcomes[f"{name}: accepted"] += 1
 
 
@@ -189,6 +213,10 @@ def check_lerobot(root: Path, store) -> None:
 def fuzz(folder: Path, seconds: float, first_seed: int = 0, examples: int | None = None) -> Fuzz:
     """Fuzz for so long, or for so many examples; raises what one raises, after printing it."""
     target, end, number = Fuzz(folder), time.monotonic() + seconds, first_seed
+    kinds = (
+        st.tuples(st.just(target.bytes_of), example),
+        st.tuples(st.just(target.contradictions), lerobot_mutations.example),
+    )
     before, workers.STALL_SECONDS = workers.STALL_SECONDS, 4.0
     try:
         with workers.kept_pool():
@@ -202,10 +230,11 @@ def fuzz(folder: Path, seconds: float, first_seed: int = 0, examples: int | None
                     phases=[Phase.generate],
                     suppress_health_check=list(HealthCheck),
                 )
-                @given(example)
-                def run(case):
+                @given(st.one_of(*kinds))
+                def run(kind_and_case):
                     if time.monotonic() < end:
-                        target(case)
+                        kind, case = kind_and_case
+                        kind(case)
 
                 run()
                 number += 1
