@@ -1047,3 +1047,28 @@ def test_what_lerobot_has_only_begun_to_download_is_asked_of_the_hub(tmp_path, r
     monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path / "lerobot"))
     shutil.rmtree(make_dataset(tmp_path / "lerobot/me/fold_towel", (4, 5)) / "data")
     refused("me/fold_towel", "could not be downloaded")
+
+
+def test_labels_of_episodes_that_contradict_the_places_of_their_rows(tmp_path, refused, open_):
+    root = make_dataset(tmp_path / "d", (9, 7, 9), episodes_per_file=3)
+    swapped = {0: 2, 1: 1, 2: 0}
+    edit_column(root / DATA, "episode_index", lambda rows: [swapped[row] for row in rows])
+    assert named(root) == {0, 2}
+    refused(
+        root, r"^Episode 0 has 9 steps in .* not those from 0 to 9 \(dataset_from_index.*unusable, too: 2"
+    )
+    edit_column(root / DATA, "episode_index", lambda rows: [swapped[row] for row in rows])
+    edit_column(
+        root / DATA, "index", lambda rows: [*range(9), *range(7), *range(9)]
+    )  # begins anew: says nothing
+    check_aligned(open_(root))
+
+
+def test_metadata_without_what_older_tools_left_out(tmp_path, open_):
+    root = make_dataset(tmp_path / "d", (6, 5), changes={"total_frames": None, "total_episodes": None})
+    left_out = ("dataset_from_index", "dataset_to_index", "data/chunk_index", "data/file_index", place("to"))
+    edit_rows(root, lambda rows: [{k: v for k, v in row.items() if k not in left_out} for row in rows])
+    for file in (root / "data").rglob("*.parquet"):
+        table = pq.read_table(file, partitioning=None)
+        pq.write_table(table.drop_columns(["index", "task_index"]), file)
+    check_aligned(open_(root))

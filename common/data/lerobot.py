@@ -25,7 +25,7 @@ from common.data.cameras import closest, short_name
 from common.data.frames import FrameError, NoColor, as_rgb, pixel_frame, video_frames, video_size, video_times
 from common.data.layout import Array, Known, Layout, choose_layout
 from common.data.lerobot_meta import COLOR, EpisodeRow, Meta, files_below, flatten, read_meta, read_rows
-from common.data.lerobot_tables import Run, read_images, read_numbers
+from common.data.lerobot_tables import Run, check_times, only_run, read_images, read_numbers
 from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, reason, refuse_unusable
 from common.data.video_clock import TOLERANCE, Segment, clock_faults
 from common.errors import UserError
@@ -113,7 +113,7 @@ class LeRobotSource:
 
     def _array(self, key: str) -> Array:
         """A feature as info.json describes it, put right by a camera's first picture, where it is here."""
-        array = self.meta.features[key].array(self.meta.total_frames)
+        array = self.meta.features[key].array(self.meta.total_frames or 0)
         if not array.is_image:
             return array
         try:
@@ -146,7 +146,7 @@ class LeRobotSource:
         layout.say(f"{self.name}: LeRobot, {len(rows)} episodes, {fps:g} Hz")
         for key, array in self.colorless.items():
             say("  left out".ljust(18) + f"{key}, {array.dtype}")
-        if self.meta.total_episodes not in (0, len(self.rows)):
+        if self.meta.total_episodes not in (None, 0, len(self.rows)):
             say(f"  info.json counts {self.meta.total_episodes} episodes, meta/episodes {len(self.rows)}")
         files = {place.file for row in rows for key, place in row.videos.items() if key in layout.arrays}
         return layout.info(self.name, fingerprint(self.root, self.meta, files), fps, task=task)
@@ -212,7 +212,7 @@ class LeRobotSource:
         """What is wrong with the places of all episodes in one camera's file."""
         camera, file = place
         known = {row.index for row in self.rows if camera in row.videos}
-        count = max(self.meta.total_episodes, max(known) + 1)
+        count = max(self.meta.total_episodes or 0, max(known) + 1)
         try:
             times = video_times(self.root / file)
         except (FrameError, OSError) as error:
@@ -224,10 +224,10 @@ class LeRobotSource:
     def _episode(self, row: EpisodeRow, runs: list[Run], task: str | None) -> Episode:
         """An episode from its row in `meta/episodes` and its rows in the data files; raises BadEpisode."""
         name = f"Episode {row.index}"
-        run = _only_run(name, row, runs)
+        run = only_run(name, row, runs)
         times = run.column("timestamp")
         is_video = [self.layout.arrays[camera.key].dtype == "video" for camera in self.layout.cameras]
-        _check_times(name, run, self.meta.fps, any(is_video))
+        check_times(name, run, self.meta.fps, any(is_video))
         for key, (values, counts) in run.columns.items():
             wrong = np.flatnonzero(counts != values.shape[1])
             if len(wrong):
@@ -247,44 +247,6 @@ class LeRobotSource:
         episode = Episode(row.index, state, action, times - times[0], origin, task)
         refuse_unusable(name, episode, self.layout.names)
         return episode
-
-
-def _only_run(name: str, row: EpisodeRow, runs: list[Run]) -> Run:
-    """The rows of an episode, which must be as many as `meta/episodes` says, in order; raises BadEpisode."""
-    steps, files = sum(run.steps for run in runs), sorted({run.file for run in runs})
-    if steps != row.length:
-        where = f"the data files ({', '.join(files)})" if len(files) > 1 else "the data files"
-        raise BadEpisode(f"{name} has {steps} steps in {where} and {row.length} in meta/episodes")
-    if not steps:
-        raise BadEpisode(f"{name} has 0 steps, and an action chunk needs at least 2")
-    if len(runs) > 1 or (np.diff(runs[0].column("frame_index")) != 1).any():
-        raise BadEpisode(f"{name} has its steps out of order in {files[0]}")
-    run, index = runs[0], runs[0].column("index") if "index" in runs[0].columns else np.empty(0)
-    counts_on = len(index) and not np.array_equal(index, run.column("frame_index"))  # some begin anew
-    if None not in (row.first, row.last):
-        elsewhere = counts_on and (index[0], index[-1]) != (row.first, row.last - 1)
-        if elsewhere or row.last - row.first != steps:
-            stretch = f"{row.first} to {row.last} (dataset_from_index, dataset_to_index)"
-            raise BadEpisode(f"{name} has {steps} steps in {run.file}, which are not those from {stretch}")
-    return run
-
-
-def _check_times(name: str, run: Run, fps: float, exactly: bool) -> None:
-    """Raise BadEpisode for timestamps that contradict `fps`: beside videos, every step's, else their pace."""
-    times, frame = run.column("timestamp"), run.column("frame_index")
-    if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
-        raise BadEpisode(f"{name} has timestamps that do not increase")
-    if exactly:
-        off = np.abs(times * fps - frame) + np.abs(frame - np.arange(len(frame))) > TOLERANCE
-        if off.any():
-            step = off.argmax()
-            said = f"{times[step]:.6g} s and frame_index {frame[step]:g} at step {step}"
-            raise BadEpisode(f"{name} has timestamp {said}, and a video of {fps:g} Hz has neither")
-    elif len(times) > 1 and not 0.7 < np.median(np.diff(times)) * fps < 1.4:
-        pace = 1 / np.median(np.diff(times))
-        raise BadEpisode(
-            f"{name} has {pace:.4g} steps a second by its timestamps, and info.json says {fps:g}"
-        )
 
 
 def choose_task(

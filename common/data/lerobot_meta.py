@@ -67,8 +67,8 @@ class Meta(BaseModel):
     """What is read of `meta/info.json`."""
 
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    total_frames: int = 0
-    total_episodes: int = 0
+    total_frames: int | None = None
+    total_episodes: int | None = None
     features: dict[str, Feature]
     video_path: Annotated[str, Field(pattern=r"^[^./]")] | None = None  # below the folder
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from common.data.frames import FrameError, NoColor, decode_image, rgb_pixels
-from common.data.lerobot_meta import files_below, read_parquet
+from common.data.lerobot_meta import EpisodeRow, files_below, read_parquet
+from common.data.source import BadEpisode
+from common.data.video_clock import TOLERANCE
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +54,54 @@ def read_numbers(root: Path, widths: dict[str, int]) -> dict[int, list[Run]]:
                 part = {key: (x[first:last], counts[first:last]) for key, (x, counts) in columns.items()}
                 run = Run(file.relative_to(root).as_posix(), first, part)
                 found.setdefault(int(index[first]), []).append(run)
+    _forget_restarting(found)
     return found
+
+
+def _forget_restarting(found: dict[int, list[Run]]) -> None:
+    """Drop a column `index` that does not number the steps of the whole dataset."""
+    runs = [run for runs in found.values() for run in runs]
+    begins = {run.column("index")[0] for run in runs if "index" in run.columns}
+    if len(begins) < len(runs):
+        for run in runs:
+            run.columns.pop("index", None)
+
+
+def only_run(name: str, row: EpisodeRow, runs: list[Run]) -> Run:
+    """The rows of an episode, which must be as many as `meta/episodes` says, in order; raises BadEpisode."""
+    steps, files = sum(run.steps for run in runs), sorted({run.file for run in runs})
+    if steps != row.length:
+        where = f"the data files ({', '.join(files)})" if len(files) > 1 else "the data files"
+        raise BadEpisode(f"{name} has {steps} steps in {where} and {row.length} in meta/episodes")
+    if not steps:
+        raise BadEpisode(f"{name} has 0 steps, and an action chunk needs at least 2")
+    if len(runs) > 1 or (np.diff(runs[0].column("frame_index")) != 1).any():
+        raise BadEpisode(f"{name} has its steps out of order in {files[0]}")
+    if None not in (row.first, row.last):
+        index = runs[0].columns.get("index")
+        elsewhere = index is not None and (index[0][0, 0], index[0][-1, 0]) != (row.first, row.last - 1)
+        if elsewhere or row.last - row.first != steps:
+            stretch = f"{row.first} to {row.last} (dataset_from_index, dataset_to_index)"
+            raise BadEpisode(f"{name} has {steps} steps in {files[0]}, which are not those from {stretch}")
+    return runs[0]
+
+
+def check_times(name: str, run: Run, fps: float, exactly: bool) -> None:
+    """Raise BadEpisode for timestamps that contradict `fps`: beside videos, every step's, else their pace."""
+    times, frame = run.column("timestamp"), run.column("frame_index")
+    if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
+        raise BadEpisode(f"{name} has timestamps that do not increase")
+    if exactly:
+        off = np.abs(times * fps - frame) + np.abs(frame - np.arange(len(frame))) > TOLERANCE
+        if off.any():
+            step = off.argmax()
+            said = f"{times[step]:.6g} s and frame_index {frame[step]:g} at step {step}"
+            raise BadEpisode(f"{name} has timestamp {said}, and a video of {fps:g} Hz has neither")
+    elif len(times) > 1 and not 0.7 < np.median(np.diff(times)) * fps < 1.4:
+        pace = 1 / np.median(np.diff(times))
+        raise BadEpisode(
+            f"{name} has {pace:.4g} steps a second by its timestamps, and info.json says {fps:g}"
+        )
 
 
 def matrix(column: pa.ChunkedArray, width: int, what: str, dtype: type) -> tuple[np.ndarray, np.ndarray]:
