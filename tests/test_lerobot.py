@@ -623,7 +623,7 @@ def edit_times(**edits):
         (edit_times(start=lambda e, t: math.nan if e == 1 else t), {1}),
         (edit_times(start=lambda e, t: None if e == 3 else t), {3}),
         (lambda rows: rows[2].update(dataset_to_index=35), {2}),
-        (lambda rows: rows[2].update(dataset_from_index=22, dataset_to_index=37), {2}),
+        (lambda rows: rows[2].update(dataset_from_index=50, dataset_to_index=65), {2, 3}),
     ],
 )
 def test_times_that_contradict_name_every_episode_concerned(tmp_path, open_, refused, edit, expected):
@@ -1054,14 +1054,14 @@ def test_labels_of_episodes_that_contradict_the_places_of_their_rows(tmp_path, r
     swapped = {0: 2, 1: 1, 2: 0}
     edit_column(root / DATA, "episode_index", lambda rows: [swapped[row] for row in rows])
     assert named(root) == {0, 2}
-    refused(
-        root, r"^Episode 0 has 9 steps in .* not those from 0 to 9 \(dataset_from_index.*unusable, too: 2"
-    )
+    refused(root, r"^Episode 0 has rows whose index contradicts .* \(unusable, too: 2\)")
     edit_column(root / DATA, "episode_index", lambda rows: [swapped[row] for row in rows])
     edit_column(
         root / DATA, "index", lambda rows: [*range(9), *range(7), *range(9)]
     )  # begins anew: says nothing
     check_aligned(open_(root))
+    edit_column(root / DATA, "index", lambda rows: [*range(50, 59), *range(70, 77), *range(90, 99)])
+    check_aligned(open_(root))  # as of a larger dataset
 
 
 def test_metadata_without_what_older_tools_left_out(tmp_path, open_):

@@ -25,7 +25,7 @@ from common.data.cameras import closest, short_name
 from common.data.frames import FrameError, NoColor, as_rgb, pixel_frame, video_frames, video_size, video_times
 from common.data.layout import Array, Known, Layout, choose_layout
 from common.data.lerobot_meta import COLOR, EpisodeRow, Meta, files_below, flatten, read_meta, read_rows
-from common.data.lerobot_tables import Run, check_times, only_run, read_images, read_numbers
+from common.data.lerobot_tables import Run, check_times, misplaced, only_run, read_images, read_numbers
 from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, reason, refuse_unusable
 from common.data.video_clock import TOLERANCE, Segment, clock_faults
 from common.errors import UserError
@@ -158,12 +158,16 @@ class LeRobotSource:
         keys = {key for group in self.layout.keys.values() for key in group}
         runs = read_numbers(self.root, {key: self.layout.arrays[key].width for key in keys})
         faults = self._video_faults(set(wanted), runs)
-        listed = Counter(row.index for row in self.rows)
+        listed, strays = Counter(row.index for row in self.rows), misplaced(self.rows, runs)
         episodes, bad = [], []
         for index in wanted:
             try:
                 if listed[index] > 1:
                     raise BadEpisode(f"Episode {index} is listed {listed[index]} times in meta/episodes")
+                if index in strays:
+                    raise BadEpisode(
+                        f"Episode {index} has rows whose index contradicts its dataset_from_index"
+                    )
                 episode = self._episode(rows[index], runs.get(index, []), task)
                 if index in faults:
                     raise BadEpisode(faults[index])

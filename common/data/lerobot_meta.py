@@ -31,8 +31,8 @@ class Feature(BaseModel):
     dtype: str | None = None
     shape: list[PositiveInt] | None = None
     names: Any = None
-    info: dict | None = None
-    video_info: dict | None = None
+    info: Any = None
+    video_info: Any = None
 
     @property
     def is_camera(self) -> bool:
@@ -44,7 +44,9 @@ class Feature(BaseModel):
         if not self.is_camera:
             dtype += " of no stated shape" * (self.shape is None)
             return Array("other" if dtype == "string" or self.shape is None else "numbers", shape, dtype)
-        about = (self.video_info or {}) | (self.info or {})
+        about = {}
+        for said in (self.video_info, self.info):
+            about |= said if isinstance(said, dict) else {}
         depth = about.get("is_depth_map") or about.get("video.is_depth_map")
         if depth or str(about.get("video.pix_fmt", "")).startswith("gray"):
             return Array("other", shape, f"{dtype} of depth")
@@ -166,15 +168,16 @@ def _row(row: dict[str, Any], cameras: Sequence[str], meta: Meta) -> EpisodeRow:
     videos = {}
     for key in cameras:
         chunk, number, start, end = (row.get(f"videos/{key}/{part}") for part in PLACE)
-        if None in (chunk, number, start) or not math.isfinite(start):
+        if None in (chunk, number, start) or not math.isfinite(float(start)):
             continue
         template = meta.video_path or VIDEO_PATH
         file = template.format(video_key=key, chunk_index=int(chunk), file_index=int(number))
         if ".." in Path(file).parts:
             raise ValueError(f"{file} lies elsewhere")
-        videos[key] = Place(file, float(start), None if end is None or math.isnan(end) else float(end))
+        videos[key] = Place(file, float(start), None if end is None or math.isnan(float(end)) else float(end))
     tasks = [row["tasks"]] if isinstance(row["tasks"], str) else row["tasks"] or ()
-    first, last = row.get("dataset_from_index"), row.get("dataset_to_index")
+    first, last = (row.get(f"dataset_{end}_index") for end in ("from", "to"))
+    first, last = (None if place is None or math.isnan(place) else int(place) for place in (first, last))
     return EpisodeRow(
         int(row["episode_index"]), int(row["length"]), tuple(map(str, tasks)), first, last, videos
     )

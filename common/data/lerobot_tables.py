@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,17 +54,23 @@ def read_numbers(root: Path, widths: dict[str, int]) -> dict[int, list[Run]]:
                 part = {key: (x[first:last], counts[first:last]) for key, (x, counts) in columns.items()}
                 run = Run(file.relative_to(root).as_posix(), first, part)
                 found.setdefault(int(index[first]), []).append(run)
-    _forget_restarting(found)
     return found
 
 
-def _forget_restarting(found: dict[int, list[Run]]) -> None:
-    """Drop a column `index` that does not number the steps of the whole dataset."""
-    runs = [run for runs in found.values() for run in runs]
-    begins = {run.column("index")[0] for run in runs if "index" in run.columns}
-    if len(begins) < len(runs):
-        for run in runs:
-            run.columns.pop("index", None)
+def misplaced(rows: Sequence[EpisodeRow], runs: dict[int, list[Run]]) -> set[int]:
+    """Episodes that come elsewhere among the others by `index` in their rows than by dataset_from_index.
+
+    The numbers themselves may differ, since tools that take episodes out renumber one of the two.
+    """
+    placed = {
+        row.index: row.first for row in rows if row.first is not None and len(runs.get(row.index, [])) == 1
+    }
+    rows_of = {number: runs[number][0] for number in placed if "index" in runs[number][0].columns}
+    begins = {number: run.column("index")[0] for number, run in rows_of.items()}
+    if len(set(begins.values())) < len(begins):  # it begins anew in every episode
+        return set()
+    by_index, by_place = sorted(begins, key=begins.__getitem__), sorted(begins, key=placed.__getitem__)
+    return {one for one, other in zip(by_index, by_place, strict=True) if one != other}
 
 
 def only_run(name: str, row: EpisodeRow, runs: list[Run]) -> Run:
@@ -77,12 +83,9 @@ def only_run(name: str, row: EpisodeRow, runs: list[Run]) -> Run:
         raise BadEpisode(f"{name} has 0 steps, and an action chunk needs at least 2")
     if len(runs) > 1 or (np.diff(runs[0].column("frame_index")) != 1).any():
         raise BadEpisode(f"{name} has its steps out of order in {files[0]}")
-    if None not in (row.first, row.last):
-        index = runs[0].columns.get("index")
-        elsewhere = index is not None and (index[0][0, 0], index[0][-1, 0]) != (row.first, row.last - 1)
-        if elsewhere or row.last - row.first != steps:
-            stretch = f"{row.first} to {row.last} (dataset_from_index, dataset_to_index)"
-            raise BadEpisode(f"{name} has {steps} steps in {files[0]}, which are not those from {stretch}")
+    if None not in (row.first, row.last) and row.last - row.first != steps:
+        stretch = f"{row.first} to {row.last} (dataset_from_index, dataset_to_index)"
+        raise BadEpisode(f"{name} has {steps} steps, and meta/episodes says those from {stretch}")
     return runs[0]
 
 
