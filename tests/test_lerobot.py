@@ -873,7 +873,12 @@ def test_paths_of_images_are_read_inside_the_dataset(tmp_path, open_, refused, w
     with_second(tmp_path / "made" / "d", lambda step: f"{start}images/{step}.png")
     for part in ("data", "meta"):
         shutil.move(tmp_path / "made" / "d" / part, root / part)
-    assert check_aligned(open_(root, cameras=("left",))).tolist() == list(range(11))
+    store = open_(root, cameras=("left",))
+    assert check_aligned(store).tolist() == list(range(11))
+    Image.fromarray(draw(9, 0, (32, 48))).save(root / "images/8.png")
+    changed = open_(root, cameras=("left",))
+    assert changed.fingerprint != store.fingerprint
+    assert read(changed.images(np.array([8]))[0, 0].numpy())[0] == 9
     shutil.rmtree(tmp_path / "cache")
     for wrong, message in (
         ("../d/images/8.png", "nor in the dataset's folder"),

@@ -25,7 +25,15 @@ from common.data.cameras import closest, short_name
 from common.data.frames import FrameError, NoColor, as_rgb, pixel_frame, video_frames, video_size, video_times
 from common.data.layout import Array, Known, Layout, choose_layout
 from common.data.lerobot_meta import COLOR, EpisodeRow, Meta, files_below, flatten, read_meta, read_rows
-from common.data.lerobot_tables import Run, check_times, misplaced, only_run, read_images, read_numbers
+from common.data.lerobot_tables import (
+    Run,
+    check_times,
+    image_files,
+    misplaced,
+    only_run,
+    read_images,
+    read_numbers,
+)
 from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, reason, refuse_unusable
 from common.data.video_clock import TOLERANCE, Segment, clock_faults
 from common.errors import UserError
@@ -149,6 +157,8 @@ class LeRobotSource:
         if self.meta.total_episodes not in (None, 0, len(self.rows)):
             say(f"  info.json counts {self.meta.total_episodes} episodes, meta/episodes {len(self.rows)}")
         files = {place.file for row in rows for key, place in row.videos.items() if key in layout.arrays}
+        for key in (c.key for c in layout.cameras if layout.arrays[c.key].dtype == "image"):
+            files |= image_files(self.root, key)
         return layout.info(self.name, fingerprint(self.root, self.meta, files), fps, task=task)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
@@ -270,16 +280,16 @@ def choose_task(
     return task or next(iter(tasks), None), [row for row in rows if task is None or task in row.tasks]
 
 
-def fingerprint(root: Path, meta: Meta, videos: set[str]) -> str:
-    """Hash of what the dataset contains: features, parquet files, and size, head and tail of its videos."""
+def fingerprint(root: Path, meta: Meta, others: set[str]) -> str:
+    """Hash of what the dataset contains: features, parquet files, and size, head and tail of others in it."""
 
     def hash_whole(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     tables = [file for part in ("meta", "data") for file in files_below(root / part)]
-    files = [*tables, *(root / name for name in sorted(videos))]
+    files = [*tables, *(root / name for name in sorted(others))]
     with ThreadPoolExecutor(8) as pool:  # hashing and reading release the interpreter's lock
         parts = [*pool.map(hash_whole, tables), *pool.map(hash_ends, files[len(tables) :])]
-    names = [file.relative_to(root).as_posix() for file in files]
+    names = [file.relative_to(root).as_posix() for file in tables] + sorted(others)
     return hashlib.sha256(json.dumps([meta.model_dump(), names, parts], sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -163,6 +164,26 @@ def read_images(root: Path, file: str, key: str, first: int, count: int) -> Iter
         raise FrameError(str(error)) from error
 
 
+def image_files(root: Path, key: str) -> set[str]:
+    """The files that an image column names instead of holding images, where its first one is there."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def is_there(name: Any) -> bool:
+        return isinstance(name, str) and _lies_inside(root, name) and (root / name).is_file()
+
+    found: set[str] = set()
+    with suppress(pa.ArrowException, OSError, ValueError, KeyError):  # such episodes cannot be read, either
+        for file in files_below(root / "data"):
+            with pq.ParquetFile(file) as table:
+                kind = table.schema_arrow.field(key).type
+                if pa.types.is_struct(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
+                    column = table.read([f"{key}.path" if pa.types.is_struct(kind) else key])[key]
+                    names = [cell["path"] if isinstance(cell, dict) else cell for cell in column.to_pylist()]
+                    found.update(filter(is_there, names) if is_there(next(iter(names), None)) else ())
+    return found
+
+
 def _picture(root: Path, cell: pa.Array) -> np.ndarray:
     """An image cell, an array of length 1: encoded, by the path of a file in the dataset, or its pixels."""
     if _is_list(cell):
@@ -174,11 +195,14 @@ def _picture(root: Path, cell: pa.Array) -> np.ndarray:
         return decode_image(value)
     if value is not None and not isinstance(value, str):
         raise NoColor(f"its column holds {cell.type}, and an image is encoded, a path, or an array of pixels")
-    path = Path(value or "")
-    inside = path.is_relative_to(root) or not path.is_absolute()
-    if not inside or ".." in path.parts or not path.parts:
+    if not _lies_inside(root, value or ""):
         raise FrameError("an image is neither in the table nor in the dataset's folder")
-    return decode_image((root / path).read_bytes())
+    return decode_image((root / value).read_bytes())
+
+
+def _lies_inside(root: Path, name: str) -> bool:
+    path = Path(name)
+    return bool(name) and ".." not in path.parts and (path.is_relative_to(root) or not path.is_absolute())
 
 
 def _nested(cell: pa.Array) -> np.ndarray:
