@@ -16,8 +16,8 @@ def segments(begin=lambda e, start: start, finish=lambda e, end: end):
     ]
 
 
-def named(times, found, fps=FPS, missing=lambda episode: False):
-    faults = clock_faults("v.mp4", np.asarray(times), found, fps, missing)
+def named(times, found, fps=FPS, absent=()):
+    faults = clock_faults("v.mp4", np.asarray(times), found, fps, absent)
     for episode, clause in faults.items():
         assert clause.startswith(f"Episode {episode}")
         assert "v.mp4" in clause
@@ -113,5 +113,5 @@ def test_frames_of_episodes_that_are_absent_are_nobodys():
     whole = segments()
     for absent in range(4):
         left = [segment for segment in whole if segment.episode != absent]
-        assert named(TIMES, left, missing=lambda episode, absent=absent: episode == absent) == set()
+        assert named(TIMES, left, absent={absent}) == set()
         assert named(TIMES, left) != set()

@@ -226,14 +226,14 @@ class LeRobotSource:
         """What is wrong with the places of all episodes in one camera's file."""
         camera, file = place
         known = {row.index for row in self.rows if camera in row.videos}
-        count = max(self.meta.total_episodes or 0, max(known) + 1)
+        beside = {s.episode + step for s in segments for step in (-1, 1)} - known
+        absent = {n for n in beside if 0 <= n < max(self.meta.total_episodes or 0, max(known))}
         try:
             times = video_times(self.root / file)
         except (FrameError, OSError) as error:
             said = f"cannot be decoded from {self.root / file} ({reason(error)})"
             return {segment.episode: f"Episode {segment.episode} {said}" for segment in segments}
-        missing = lambda index: 0 <= index < count and index not in known  # noqa: E731
-        return clock_faults(str(self.root / file), times, segments, self.meta.fps, missing)
+        return clock_faults(str(self.root / file), times, segments, self.meta.fps, absent)
 
     def _episode(self, row: EpisodeRow, runs: list[Run], task: str | None) -> Episode:
         """An episode from its row in `meta/episodes` and its rows in the data files; raises BadEpisode."""

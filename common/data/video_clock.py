@@ -8,7 +8,7 @@ overlap, from the first frame to the last, and each is as long as its episode's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ class Segment(NamedTuple):
 
 
 def clock_faults(
-    file: str, times: np.ndarray, segments: Sequence[Segment], fps: float, missing: Callable[[int], bool]
+    file: str, times: np.ndarray, segments: Sequence[Segment], fps: float, absent: Collection[int]
 ) -> dict[int, str]:
     """What contradicts itself, as a clause for every episode concerned, by its number.
 
@@ -37,8 +37,7 @@ def clock_faults(
         times: of its frames, (N,), ascending, in seconds.
         segments: all of the file, in the order of their episodes.
         fps: control steps per second.
-        missing: whether an episode of that number is absent from `meta/episodes`, which explains frames that
-            belong to nobody.
+        absent: numbers next to these that `meta/episodes` lacks, which explains frames that are nobody's.
     """
     if not len(times):
         return {segment.episode: f"Episode {segment.episode}: {file} has no frames" for segment in segments}
@@ -50,7 +49,7 @@ def clock_faults(
     for segment in segments:
         if fault := _own_fault(file, times, segment, fps):
             faults[segment.episode] = f"Episode {segment.episode} {fault}"
-    for episode, fault in _order_faults(file, times, segments, fps, missing).items():
+    for episode, fault in _order_faults(file, times, segments, fps, absent).items():
         faults.setdefault(episode, f"Episode {episode} {fault}")
     return faults
 
@@ -60,28 +59,27 @@ def _own_fault(file: str, times: np.ndarray, segment: Segment, fps: float) -> st
     _, steps, start, end = segment
     if end is not None and not abs((end - start) * fps - steps) <= TOLERANCE:
         return f"lies at {start:.6g} to {end:.6g} s of {file}, and its {steps} steps take {steps / fps:.6g} s"
-    first = int(np.abs(times - start).argmin())
+    first = int(np.searchsorted(times, start - TOLERANCE / fps))
     wanted, found = start + np.arange(steps) / fps, times[first : first + steps]
     off = ~(np.abs(found - wanted[: len(found)]) * fps <= TOLERANCE)
     if off.any():
         step = off.argmax()
-        where = f"{wanted[step]:.6g} s of {file}, and the nearest frame is at {found[step]:.6g} s"
-        return f"has its step {step} at {where}"
+        return f"has its step {step} at {wanted[step]:.6g} s of {file}, and the next frame at {found[step]:.6g} s"
     if len(found) < steps:
         return f"is cut short: {file} ends after {len(found)} of its {steps} frames"
     return None
 
 
 def _order_faults(
-    file: str, times: np.ndarray, segments: Sequence[Segment], fps: float, missing: Callable[[int], bool]
+    file: str, times: np.ndarray, segments: Sequence[Segment], fps: float, absent: Collection[int]
 ) -> dict[int, str]:
     """Overlaps, gaps and leftovers among segments, in frames from the file's first one on."""
     count = _frames(times[-1] - times[0], fps) + 1
     firsts = [_frames(segment.start - times[0], fps) for segment in segments]
     steps = [segment.steps for segment in segments]
     stated = [s.steps if s.end is None else max(0, _frames(s.end - s.start, fps)) for s in segments]
-    is_free = [missing(segment.episode - 1) for segment in segments]
-    leftover = missing(segments[-1].episode + 1)
+    is_free = [segment.episode - 1 in absent for segment in segments]
+    leftover = segments[-1].episode + 1 in absent
     expected, total = _places(firsts, steps, is_free)
     if total != count:  # an episode may have lost frames in its video, if all times say so
         by_times, total_by_times = _places(firsts, stated, is_free)
