@@ -64,7 +64,8 @@ def _own_fault(file: str, times: np.ndarray, segment: Segment, fps: float) -> st
     off = ~(np.abs(found - wanted[: len(found)]) * fps <= TOLERANCE)
     if off.any():
         step = off.argmax()
-        return f"has its step {step} at {wanted[step]:.6g} s of {file}, and the next frame at {found[step]:.6g} s"
+        where = f"{wanted[step]:.6g} s of {file}, and the next frame is at {found[step]:.6g} s"
+        return f"has its step {step} at {where}"
     if len(found) < steps:
         return f"is cut short: {file} ends after {len(found)} of its {steps} frames"
     return None
