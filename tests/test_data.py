@@ -263,8 +263,8 @@ def test_relative_actions_are_normalized_by_their_own_statistics_and_restored(ro
     batch = dataset.__getitems__(np.arange(len(dataset)))
     differences = (batch.actions - batch.proprio[:, -1:])[~batch.is_pad]
     expected = fit_statistics(differences.numpy())
-    for name, value in normalizer.statistics["action"].items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    for name, value in expected.items():
+        torch.testing.assert_close(normalizer.statistics["action"][name], value, rtol=1e-5, atol=1e-6)
     normalized = normalizer.actions(batch.actions, batch.proprio)
     if mode == "mean-std":
         torch.testing.assert_close(normalized[~batch.is_pad].mean(0), torch.zeros(3), atol=1e-4, rtol=0)

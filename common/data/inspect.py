@@ -24,6 +24,7 @@ from pydantic import NonNegativeFloat
 from common.config import AbsolutePath, Flat, UserPath, cli, options
 from common.data import DataConfig, default_cache_dir, open_dataset, request_store, stores_folder
 from common.data.ingest import StoreRequest, another_frame, ensure_store, lock_file
+from common.data.motion import episode_of_steps, idle_dimensions, oddities
 from common.data.source import BadEpisode
 from common.data.store import ARRAYS, META, EpisodeStore, defect, wrong_size
 from common.errors import UserError
@@ -101,7 +102,7 @@ def describe(store: EpisodeStore) -> list[str]:
     problems = [f"left out: {reason}" for reason in store.skipped]
     for camera, episodes in frozen_cameras(store).items():
         problems.append(f"camera {camera} does not change in episodes {_some(episodes)}")
-    problems += time_gaps(store)
+    problems += time_gaps(store) + oddities(store)
     return [
         f"{store.source}: {store.num_episodes} episodes, {store.num_steps} steps, "
         f"{store.num_steps / store.fps / 60:.1f} minutes at {store.fps:g} Hz",
@@ -111,14 +112,15 @@ def describe(store: EpisodeStore) -> list[str]:
         f"  shortest        episodes {', '.join(shortest)}",
         f"  cameras         {', '.join(store.cameras)} at {'x'.join(map(str, store.image_size))}",
         f"  store           {store.path} ({store.storage}, {gigabytes:.2f} GB)",
-        *dimension_table("state", store.state_names, store.state),
-        *dimension_table("action", store.action_names, store.action),
+        *dimension_table("state", store.state_names, store.state, episode_of_steps(store)),
+        *dimension_table("action", store.action_names, store.action, episode_of_steps(store)),
         *(f"  look at: {problem}" for problem in problems),
     ]
 
 
-def dimension_table(part: str, names: Sequence[str], values: np.ndarray) -> list[str]:
-    """Range of every dimension of `values`, (S, D), and whether it is constant or rests at an end of it."""
+def dimension_table(part: str, names: Sequence[str], values: np.ndarray, episodes: np.ndarray) -> list[str]:
+    """Range of every dimension of `values`, (S, D), and whether it is constant, idle, or rests at an end."""
+    idle = idle_dimensions(values, episodes)
     values, width = values.astype(np.float64), max(map(len, names))
     low, q01, q99, high = np.quantile(values, [0, 0.01, 0.99, 1], axis=0)
     columns = {"min": low, "q01": q01, "mean": values.mean(0), "q99": q99, "max": high}
@@ -129,7 +131,7 @@ def dimension_table(part: str, names: Sequence[str], values: np.ndarray) -> list
     for i, name in enumerate(names):
         numbers = " ".join(f"{column[i]:>10.4g}" for column in columns.values())
         notes = [f"rests at its {edge}" for edge, share in rests.items() if share[i] >= EDGE_SHARE]
-        notes = ["constant"] if constant[i] else notes
+        notes = ["constant"] if constant[i] else ["nothing but noise"] if idle[i] else notes
         lines.append(f"         {name:<{width}} {numbers}  {', '.join(notes)}".rstrip())
     return lines
 

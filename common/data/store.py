@@ -147,17 +147,26 @@ class EpisodeStore:
     def select(self, episodes: Sequence[int]) -> EpisodeStore:
         """The store with these of its episodes only, numbered as in the source."""
         kept = np.flatnonzero(np.isin(self.episode_indices, np.asarray(episodes, np.int64)))
-        starts, lengths = self.episode_starts[kept], np.diff(self.episode_starts)[kept]
-        rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
-        names = ("episode_indices", "episode_shard", "episode_row")
-        chosen = json.dumps([self.fingerprint, self.episode_indices[kept].tolist()])
+        return self.cut(kept, self.episode_starts[kept], self.episode_starts[kept + 1])
+
+    def cut(self, kept: np.ndarray, first: np.ndarray, last: np.ndarray) -> EpisodeStore:
+        """The store with the episodes `kept` only, and of each the steps from `first` on, before `last`."""
+        rows = np.concatenate([np.arange(*span) for span in zip(first, last, strict=True)])
+        skipped = first - self.episode_starts[kept]  # steps of each episode
+        chosen = [self.fingerprint, self.episode_indices[kept].tolist()]
+        if skipped.any() or (last != self.episode_starts[kept + 1]).any():
+            chosen += [skipped.tolist(), (last - first).tolist()]
         return replace(
             self,
-            fingerprint=hashlib.sha256(chosen.encode()).hexdigest(),
-            **{name: getattr(self, name)[rows] for name in ("state", "action", "timestamps")},
-            **{name: getattr(self, name)[kept] for name in names},
-            episode_starts=np.cumsum([0, *lengths], dtype=np.int64),
+            fingerprint=hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
+            state=self.state[rows],
+            action=self.action[rows],
+            timestamps=self.timestamps[rows],
+            episode_starts=np.cumsum([0, *(last - first)], dtype=np.int64),
+            episode_indices=self.episode_indices[kept],
             episode_tasks=tuple(self.episode_tasks[e] for e in kept),
+            episode_shard=self.episode_shard[kept],
+            episode_row=self.episode_row[kept] + skipped,
             part_episodes=(len(kept),),
         )
 
