@@ -32,7 +32,7 @@ from common.depth import DepthBackbone, DepthConfig, cached
 from common.normalize import Normalizer
 from common.optim import AveragedPolicy, GradientClipper, build_optimizer
 from common.run import make_accelerator
-from common.transformer import InfoEmbedder
+from common.transformer import InfoEmbedder, Size
 
 
 @options
@@ -138,15 +138,9 @@ class MoreTokens(train_vfp.Policy):
         """`shape` is that of the views: (C, L, D)."""
         super().__init__(config, spec)
         backbones = [getattr(self, f"{camera}_backbone") for camera in self.cameras]
-        self.info_embedder = InfoEmbedder(
-            [(b.token_dim, b.summary_dim) for b in backbones] + [(shape[-1],) * 2] * shape[0],
-            spec.state_dim,
-            spec.proprio_history,
-            config.d_model,
-            config.num_heads,
-            config.encoder_layers,
-            cameras_may_drop=True,
-        )
+        widths = [(b.token_dim, b.summary_dim) for b in backbones] + [(shape[-1],) * 2] * shape[0]
+        proprio, size = (spec.proprio_history, spec.state_dim), Size(config.d_model, config.num_heads)
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, cameras_may_drop=True)
         self.register_buffer("more", torch.randn(config.optim.batch_size, *shape))
 
     def observe(self, images: Tensor, proprio: Tensor, dropped: Tensor | None = None):

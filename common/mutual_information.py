@@ -1,8 +1,5 @@
 """Mutual information of paired samples, in nats, and what each sample contributes to it.
 
-Two estimators: k nearest neighbours (KSG, Kraskov et al. 2004), and InfoNCE (Oord et al. 2018), a variational
-lower bound with a trained critic. Each gives pointwise contributions, whose mean is the estimate.
-
 Consecutive steps of an episode are near each other whatever states and actions have in common, and an
 estimator takes that for information: two independent smooth episodes seem to share several nats. Hence every
 set of samples that are compared with each other holds one step of an episode at most.
@@ -26,10 +23,9 @@ MEMORY_BYTES = 5e8  # for the distances that are kept at a time
 
 
 class Estimate(NamedTuple):
-    """Mutual information in nats."""
+    """Mutual information in nats: the mean of the episodes' means."""
 
     value: float
-    """The mean of the episodes' means."""
     pointwise: Tensor
     """(N,), contributions of the samples; NaN for samples that were not used."""
 
@@ -63,11 +59,9 @@ def _estimate(found: list[tuple[Tensor, Tensor]], episodes: Tensor) -> Estimate:
 
 
 def require_episodes(num: int, neighbours: Sequence[int] | None, what: str = "episodes") -> None:
-    """Refuse, before time is spent on them, too few episodes for these k or, without any, for two halves."""
+    """Refuse too few episodes for `ksg` with these neighbours or, where there are none, for `infonce`."""
     if neighbours is None and num < 4:
-        raise UserError(
-            f"{num} {what} are too few: half of them train a critic, the other half is scored; give 4."
-        )
+        raise UserError(f"{num} {what} are too few: half train a critic, the others are scored; give 4.")
     if neighbours is not None and num <= max(neighbours) + 1:
         raise UserError(
             f"{num} {what} are too few for {max(neighbours)} nearest neighbours, which lie in different "
@@ -120,14 +114,10 @@ def ksg(
 
     Args:
         x, y: (N, D_x) and (N, D_y), on any device.
-        episodes: (N,), the episode of each sample; neighbours are sought in sets with one step of every
-            episode. None compares all samples with each other.
+        episodes: (N,), the episode of each sample. None compares all samples with each other.
         neighbours: values of k.
         repeats: passes over the steps of the longest episode.
         memory_bytes: for the distances that are kept at a time; none are approximated.
-
-    Raises:
-        UserError: with too few episodes (or samples) for k, constant samples, or values that are not finite.
     """
     x, y = standardise(x), standardise(y)
     if episodes is None:
@@ -141,9 +131,7 @@ def ksg(
     at_once = max(1, int(memory_bytes / (5 * 4 * num**2)))
     rows = max(1, int(memory_bytes / (5 * 4 * num)))  # of a set that is too large to be done at once
     parts = sets.to(x.device).split(at_once)
-    for chosen in tqdm(
-        parts, desc="nearest neighbours", unit_scale=at_once, unit="set", disable=not progress
-    ):
+    for chosen in tqdm(parts, "nearest neighbours", unit="set", unit_scale=at_once, disable=not progress):
         for own in chosen.split(rows, dim=1):
             distances = [_distances(v[own], v[chosen]) for v in (x, y)]
             found.append((own, _ksg_pointwise(*distances, neighbours)))
@@ -160,16 +148,18 @@ def _ksg_pointwise(x: Tensor, y: Tensor, neighbours: Sequence[int]) -> Tensor:
     joint, num = torch.maximum(x, y), x.shape[-1]
     # The sample itself is the nearest of all, at distance 0.
     nearest = joint.topk(max(neighbours) + 1, dim=-1, largest=False).values
-    total = torch.zeros(joint.shape[:-1], dtype=torch.float64, device=x.device)
+    total, digamma = (
+        torch.zeros(joint.shape[:-1], dtype=torch.float64, device=x.device),
+        torch.special.digamma,
+    )
     for k in neighbours:
         radius = nearest[..., k : k + 1]
         tied = radius == 0
         count = torch.where(tied[..., 0], (joint == 0).sum(dim=-1) - 1, k)
         # Others strictly within the radius, and the sample itself; at radius 0, all that are in its place.
         in_x, in_y = (torch.where(tied, d == 0, d < radius).sum(dim=-1) for d in (x, y))
-        digamma = torch.special.digamma
         total += digamma(count.double()) - digamma(in_x.double()) - digamma(in_y.double())
-    return total / len(neighbours) + torch.special.digamma(torch.tensor(num, dtype=torch.float64)).item()
+    return total / len(neighbours) + digamma(torch.tensor(num, dtype=torch.float64)).item()
 
 
 # A trained critic
@@ -180,9 +170,9 @@ class Critic(nn.Module):
 
     def __init__(self, x_dim: int, y_dim: int):
         super().__init__()
-        dims, tower = (x_dim, y_dim), partial(MLP, activation_layer=nn.SiLU)
-        self.x_tower, self.y_tower = (tower(dim, [128, 128, 32]) for dim in dims)
-        self.x_bias, self.y_bias = (tower(dim, [128, 1]) for dim in dims)
+        tower = partial(MLP, activation_layer=nn.SiLU)
+        self.x_tower, self.y_tower = (tower(dim, [128, 128, 32]) for dim in (x_dim, y_dim))
+        self.x_bias, self.y_bias = (tower(dim, [128, 1]) for dim in (x_dim, y_dim))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """(..., B, D_x), (..., B, D_y) -> (..., B, B): entry i, j is the score of x_i with y_j."""
@@ -200,11 +190,10 @@ def infonce(
     seed: int = 0,
     progress: bool = False,
 ) -> Estimate:
-    """Lower bound by telling a pair from pairs of other episodes (Oord et al. 2018).
+    """InfoNCE, a lower bound: a critic learns to tell a pair from pairs of other episodes (Oord et al. 2018).
 
-    A critic is trained on each half of the episodes, and the other half is scored by it: the bound is that of
-    samples that the critic has not learned from. It cannot exceed the logarithm of the number of samples that
-    are compared.
+    A critic is trained on each half of the episodes and scores the other half, which it has not learned from.
+    The bound cannot exceed the logarithm of the number of samples that are compared.
 
     Args:
         x, y: (N, D_x) and (N, D_y).
@@ -212,9 +201,6 @@ def infonce(
         steps, batch_size, lr: of the critic's training; a batch holds one sample an episode at most.
         repeats: passes over the samples of the longest episode when estimating.
         seed: of everything random; the global generators are left alone.
-
-    Raises:
-        UserError: with fewer than four episodes, constant samples, or values that are not finite.
     """
     x, y = standardise(x), standardise(y)
     episodes = torch.arange(len(x)) if episodes is None else episodes.cpu()
