@@ -61,11 +61,9 @@ class Architecture:
     dim: int
     num_blocks: int
     num_heads: int
-    out_layers: tuple[int, ...]
-    """Blocks whose output DA3's heads take."""
-    alt_start: int | None = None
+    alt_start: float = math.inf
     """The block from which blocks with odd numbers are global, the class token is the camera's, and queries
-    and keys are normalized and rotated; None in models that were made for one view."""
+    and keys are normalized and rotated; none in models that were made for one view."""
 
     @property
     def hub(self) -> str:
@@ -73,15 +71,15 @@ class Architecture:
         return f"depth-anything/{self.name.upper()}" + "-1.1" * (self.name == "da3-large")
 
     def is_global(self, block: int) -> bool:
-        return self.alt_start is not None and block >= self.alt_start and block % 2 == 1
+        return block >= self.alt_start and block % 2 == 1
 
 
 ARCHITECTURES = {
-    "small": Architecture("da3-small", 384, 12, 6, (5, 7, 9, 11), 4),
-    "base": Architecture("da3-base", 768, 12, 12, (5, 7, 9, 11), 4),
-    "large": Architecture("da3-large", 1024, 24, 16, (11, 15, 19, 23), 8),
-    "mono": Architecture("da3mono-large", 1024, 24, 16, (4, 11, 17, 23)),
-    "metric": Architecture("da3metric-large", 1024, 24, 16, (4, 11, 17, 23)),
+    "small": Architecture("da3-small", 384, 12, 6, 4),
+    "base": Architecture("da3-base", 768, 12, 12, 4),
+    "large": Architecture("da3-large", 1024, 24, 16, 8),
+    "mono": Architecture("da3mono-large", 1024, 24, 16),
+    "metric": Architecture("da3metric-large", 1024, 24, 16),
 }
 
 
@@ -118,15 +116,6 @@ class _Block(nn.Module):
         return x + self.mlp(self.norm2(x)) * self.ls2["gamma"]
 
 
-def _rotations(positions: Tensor, head_dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (L, head_dim) of rotary embedding (Su et al. 2021) at (L, 2) positions, y and x."""
-    quarter = head_dim // 4
-    exponents = torch.arange(quarter, device=positions.device) / quarter
-    angles = positions.unsqueeze(-1) * (1.0 / base**exponents)  # (L, 2, quarter)
-    angles = angles.repeat(1, 1, 2).flatten(1)  # half of the features turn with y, half with x: y y x x
-    return angles.cos(), angles.sin()
-
-
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, heads, L, head_dim), each half turned by itself."""
     first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)
@@ -143,41 +132,32 @@ class DepthNetwork(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, PATCH, PATCH)})
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, 37 * 37 + 1, dim) * 0.02)
-        start = math.inf if architecture.alt_start is None else architecture.alt_start
-        if architecture.alt_start is not None:
+        if architecture.alt_start < math.inf:
             self.camera_token = nn.Parameter(torch.randn(1, 2, dim) * 0.02)
         self.blocks = nn.ModuleList(
-            _Block(dim, architecture.num_heads, i >= start) for i in range(architecture.num_blocks)
+            _Block(dim, architecture.num_heads, qk_norm=i >= architecture.alt_start)
+            for i in range(architecture.num_blocks)
         )
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, images: Tensor, layers: Sequence[int] = ()) -> tuple[list[Tensor], list[Tensor]]:
-        """Run on images (B, 3, H, W), normalized, whose sides are multiples of 14.
+    def forward(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Outputs (B, L, dim) of these blocks, in order, for images (B, 3, H, W), normalized.
 
-        Returns what DA3's heads take, for each of `out_layers` (B, L, 2 dim), of models made for one view
-        (B, L, dim); and the output of the blocks in `layers`, each (B, L, dim).
+        The sides of images are multiples of 14.
         """
         architecture = self.architecture
         grid = images.shape[-2] // PATCH, images.shape[-1] // PATCH
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = x + self._positions(grid).to(x.dtype)
-        rotations = self._rotations(grid, x.device) if architecture.alt_start is not None else None
-        outputs, exported, local = [], [], x
-        last = max([*architecture.out_layers, *layers])
-        for i, block in enumerate(self.blocks[: last + 1]):
+        rotations, outputs = self._rotations(grid, x.device), []
+        for i, block in enumerate(self.blocks[: max(layers) + 1]):
             if i == architecture.alt_start:
                 x = torch.cat([self.camera_token[:, :1].expand(len(x), -1, -1).to(x.dtype), x[:, 1:]], dim=1)
-            rotated = rotations is not None and i >= architecture.alt_start
-            x = block(x, rotations[architecture.is_global(i)] if rotated else None)
-            local = local if architecture.is_global(i) else x
-            if i in architecture.out_layers:
-                out = self.norm(x)
-                out = out if architecture.alt_start is None else torch.cat([local.to(out.dtype), out], dim=-1)
-                outputs.append(out[:, 1:])
+            x = block(x, rotations[architecture.is_global(i)] if i >= architecture.alt_start else None)
             if i in layers:
-                exported.append(self.norm(x)[:, 1:])
-        return outputs, exported
+                outputs.append(self.norm(x)[:, 1:])
+        return outputs
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """The learned positions, one for the class token and 37 x 37, for another grid."""
@@ -191,11 +171,20 @@ class DepthNetwork(nn.Module):
         return torch.cat([of_class, of_patches.flatten(2).transpose(1, 2)], dim=1)
 
     def _rotations(self, grid: tuple[int, int], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """For local and for global blocks; among views, the patches of one have no order."""
+        """Cosines and sines (L, head_dim) of rotary embedding (Su et al. 2021), for local and global blocks.
+
+        Among views, the patches of one have no order.
+        """
         y, x = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
         local = F.pad(torch.stack([y, x], dim=-1).flatten(0, 1) + 1, (0, 0, 1, 0))  # class token at (0, 0)
-        head_dim = self.architecture.dim // self.architecture.num_heads
-        return [_rotations(positions.float(), head_dim) for positions in (local, local.clamp(max=1))]
+        quarter = self.architecture.dim // self.architecture.num_heads // 4
+        frequencies = 1.0 / 100.0 ** (torch.arange(quarter, device=device) / quarter)
+        rotations = []
+        for positions in (local, local.clamp(max=1)):
+            angles = positions.float().unsqueeze(-1) * frequencies  # (L, 2, quarter)
+            angles = angles.repeat(1, 1, 2).flatten(1)  # y y x x
+            rotations.append((angles.cos(), angles.sin()))
+        return rotations
 
 
 class DepthBackbone(nn.Module):
@@ -243,7 +232,7 @@ class DepthBackbone(nn.Module):
             images = F.interpolate(images, self.input_size, mode="bilinear", antialias=True)
         device = images.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            _, layers = self.network((images - self.mean) / self.std, self.layers)
+            layers = self.network((images - self.mean) / self.std, self.layers)
         features = torch.cat(layers, dim=-1).float()
         if self.pool > 1:
             features = features.transpose(1, 2).unflatten(2, self.grid)
