@@ -103,7 +103,7 @@ class Policy(nn.Module):
         widths += [(self.depth_backbone.token_dim,) * 2] * len(self.depth_cameras)
         size = Size(config.d_model, config.num_heads)
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
-        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, cameras_may_drop=True)
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, droppable=True)
         causal = config.attention == "causal"
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal)
 

@@ -205,16 +205,16 @@ class MoEActionDecoder(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, context: Context, is_pad: Tensor | None, z: Tensor) -> Tensor:
         """Velocity of every expert, (E, B * M, T, A); arguments as for `ActionDecoder`."""
-        key_mask = None if is_pad is None or self.causal else ~is_pad
+        mask = None if is_pad is None or self.causal else ~is_pad
         flow_samples = len(x_t) // len(context.summary)
         x = self.action_in(x_t) + self.position + context.summary.repeat_interleave(flow_samples, dim=0)
         condition, keys_values = self.time(t) + self.latent_in(z), iter(context.keys_values)
         for block in self.shared:
-            x = block(x, condition, next(keys_values), key_mask, self.causal)
+            x = block(x, condition, next(keys_values), mask, self.causal)
         num_experts = len(self.velocity_out.weight)  # one, where `take_expert` has chosen it
         x, condition = x.expand(num_experts, -1, -1, -1), condition.expand(num_experts, -1, -1)
         for block in self.experts:
-            x = block(x, condition, next(keys_values), key_mask, self.causal)
+            x = block(x, condition, next(keys_values), mask, self.causal)
         return self.velocity_out(self.norm(x))
 
 

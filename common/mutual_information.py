@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap
 from torch import Tensor, nn
+from torch.special import digamma
 from torchvision.ops import MLP
 from tqdm import tqdm
 
@@ -58,14 +59,16 @@ def _estimate(found: list[tuple[Tensor, Tensor]], episodes: Tensor) -> Estimate:
     return Estimate(episode_means(pointwise, episodes)[1].nanmean().item(), pointwise)
 
 
-def require_episodes(num: int, neighbours: Sequence[int] | None, what: str = "episodes") -> None:
+def require_episodes(num: int, neighbours: Sequence[int] | None) -> None:
     """Refuse too few episodes for `ksg` with these neighbours or, where there are none, for `infonce`."""
     if neighbours is None and num < 4:
-        raise UserError(f"{num} {what} are too few: half train a critic, the others are scored; give 4.")
+        raise UserError(
+            f"{num} episodes are too few: half of them train a critic that scores the others; give 4."
+        )
     if neighbours is not None and num <= max(neighbours) + 1:
         raise UserError(
-            f"{num} {what} are too few for {max(neighbours)} nearest neighbours, which lie in different "
-            f"{what}: give at least {max(neighbours) + 2}, or a smaller k."
+            f"{num} episodes are too few for {max(neighbours)} nearest neighbours, which lie in different "
+            f"episodes: give at least {max(neighbours) + 2}, or a smaller k."
         )
 
 
@@ -114,33 +117,26 @@ def ksg(
 
     Args:
         x, y: (N, D_x) and (N, D_y), on any device.
-        episodes: (N,), the episode of each sample. None compares all samples with each other.
+        episodes: (N,), the episode of each sample; None takes every sample for one of its own.
         neighbours: values of k.
         repeats: passes over the steps of the longest episode.
         memory_bytes: for the distances that are kept at a time; none are approximated.
     """
     x, y = standardise(x), standardise(y)
-    if episodes is None:
-        require_episodes(len(x), neighbours, "samples")
-        episodes, sets = torch.arange(len(x)), torch.arange(len(x))[None]
-    else:
-        episodes = episodes.cpu()
-        require_episodes(len(episodes.unique()), neighbours)
-        sets = episode_sets(episodes, repeats, seed)  # (R, E)
+    episodes, repeats = (torch.arange(len(x)), 1) if episodes is None else (episodes.cpu(), repeats)
+    require_episodes(len(episodes.unique()), neighbours)
+    sets = episode_sets(episodes, repeats, seed)  # (R, E)
     found, num = [], sets.shape[1]
     at_once = max(1, int(memory_bytes / (5 * 4 * num**2)))
     rows = max(1, int(memory_bytes / (5 * 4 * num)))  # of a set that is too large to be done at once
     parts = sets.to(x.device).split(at_once)
     for chosen in tqdm(parts, "nearest neighbours", unit="set", unit_scale=at_once, disable=not progress):
         for own in chosen.split(rows, dim=1):
-            distances = [_distances(v[own], v[chosen]) for v in (x, y)]
+            # Exact: of matrix products, ties would feel the rounding.
+            mode = "donot_use_mm_for_euclid_dist"
+            distances = [torch.cdist(v[own], v[chosen], compute_mode=mode) for v in (x, y)]
             found.append((own, _ksg_pointwise(*distances, neighbours)))
     return _estimate(found, episodes)
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """(..., I, D), (..., J, D) -> (..., I, J), exact: no matrix products, whose rounding ties would feel."""
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _ksg_pointwise(x: Tensor, y: Tensor, neighbours: Sequence[int]) -> Tensor:
@@ -148,10 +144,7 @@ def _ksg_pointwise(x: Tensor, y: Tensor, neighbours: Sequence[int]) -> Tensor:
     joint, num = torch.maximum(x, y), x.shape[-1]
     # The sample itself is the nearest of all, at distance 0.
     nearest = joint.topk(max(neighbours) + 1, dim=-1, largest=False).values
-    total, digamma = (
-        torch.zeros(joint.shape[:-1], dtype=torch.float64, device=x.device),
-        torch.special.digamma,
-    )
+    total = torch.zeros(joint.shape[:-1], dtype=torch.float64, device=x.device)
     for k in neighbours:
         radius = nearest[..., k : k + 1]
         tied = radius == 0

@@ -69,23 +69,19 @@ class Attention(nn.Module):
         return tuple(self._heads(part) for part in self.key_value(context).chunk(2, dim=-1))
 
     def forward(
-        self,
-        x: Tensor,
-        context: KeysValues | None = None,
-        key_mask: Tensor | None = None,
-        causal: bool = False,
+        self, x: Tensor, context: KeysValues | None = None, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
         """(..., L, D) -> (..., L, D), of E experts (E, B, L, D); causal: position i sees positions <= i only.
 
-        `key_mask` (B, L of the keys) is False where a key must not be seen, the same for all experts.
+        `mask` (B, L of the keys) is False where a key must not be seen, the same for all experts.
         """
         keys, values = self.keys_values(x) if context is None else context
         queries, stack = self._heads(self.query(x)), x.shape[:-3]
-        if key_mask is not None:
-            key_mask = key_mask[:, None, None, :].repeat(math.prod(stack), 1, 1, 1)  # expert by expert
+        if mask is not None:
+            mask = mask[:, None, None, :].repeat(math.prod(stack), 1, 1, 1)  # expert by expert
         if stack:  # fused kernels know one batch dimension
             queries, keys, values = (part.flatten(0, -4) for part in (queries, keys, values))
-        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=key_mask, is_causal=causal)
+        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)
         return self.out(seen.transpose(-3, -2).reshape(x.shape))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -112,9 +108,9 @@ class EncoderBlock(nn.Module):
         self.norm_attention, self.norm_mlp = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.attention, self.mlp = Attention(d_model, num_heads), mlp(d_model, 4 * d_model, d_model)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """x (B, L, D) -> (B, L, D); key_mask (B, L) is False for tokens that nobody may see."""
-        x = x + self.attention(self.norm_attention(x), key_mask=key_mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D) -> (B, L, D); mask (B, L) is False for tokens that nobody may see."""
+        x = x + self.attention(self.norm_attention(x), mask=mask)
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -126,9 +122,9 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(*size) for _ in range(num_layers))
         self.norm = nn.LayerNorm(size.d_model)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for block in self.blocks:
-            x = block(x, key_mask)
+            x = block(x, mask)
         return self.norm(x)
 
 
@@ -148,17 +144,12 @@ class Observation(NamedTuple):
 class InfoEmbedder(nn.Module):
     """Fuses all cameras, each of whose tokens and summary have two `widths`, with joint states (K, P).
 
-    `cameras_may_drop` adds tokens that stand for a lost camera. Without camera dropout they would never get a
+    `droppable` adds tokens that stand for a lost camera. Without camera dropout they would never get a
     gradient, which DistributedDataParallel takes for a mistake.
     """
 
     def __init__(
-        self,
-        widths: Sequence[Shape],
-        proprio: Shape,
-        size: Size,
-        num_layers: int,
-        cameras_may_drop: bool = False,
+        self, widths: Sequence[Shape], proprio: Shape, size: Size, num_layers: int, droppable: bool = False
     ):
         super().__init__()
         (proprio_history, state_dim), d_model = proprio, size.d_model
@@ -167,7 +158,7 @@ class InfoEmbedder(nn.Module):
         self.proprio_in = nn.Linear(state_dim, d_model)
         self.proprio_position = nn.Parameter(torch.zeros(proprio_history, d_model))
         self.camera_embedding = nn.Parameter(torch.randn(len(widths), d_model) * 0.02)
-        if cameras_may_drop:
+        if droppable:
             self.missing = nn.Parameter(torch.randn(len(widths), d_model) * 0.02)
         self.encoder = Encoder(size, num_layers)
 
@@ -281,17 +272,17 @@ class DecoderBlock(nn.Module):
         self.modulation = zeroed(linear(d_model, 9 * d_model))
 
     def forward(
-        self, x: Tensor, condition: Tensor, context: KeysValues, key_mask: Tensor | None, causal: bool
+        self, x: Tensor, condition: Tensor, context: KeysValues, mask: Tensor | None, causal: bool
     ) -> Tensor:
         """Refine action tokens x (B * M, T, D), M draws for each of the observations of the context.
 
-        The condition (B * M, D) embeds the flow time; `key_mask` (B * M, T) is False for padded actions. Of E
+        The condition (B * M, D) embeds the flow time; `mask` (B * M, T) is False for padded actions. Of E
         experts all but the mask have a leading dimension E.
         """
         modulation = self.modulation(F.silu(condition)).unsqueeze(-2).chunk(9, dim=-1)
         shift, scale, gate = modulation[:3]
         h = self.norm(x) * (1 + scale) + shift
-        x = x + gate * self.self_attention(h, key_mask=key_mask, causal=causal)
+        x = x + gate * self.self_attention(h, mask=mask, causal=causal)
         shift, scale, gate = modulation[3:6]
         # The M draws of one observation are M * T queries to the same keys: no copies of the keys are made.
         h = self.norm(x) * (1 + scale) + shift
@@ -348,12 +339,12 @@ class ActionDecoder(nn.Module):
             latent: (B * M, latent_dim); modulates the blocks as flow time does.
         """
         # With a causal mask, real actions, which come first, cannot see padded ones anyway.
-        key_mask = None if is_pad is None or self.causal else ~is_pad
+        mask = None if is_pad is None or self.causal else ~is_pad
         flow_samples = len(x_t) // len(context.summary)
         x = self.action_in(x_t) + self.position + context.summary.repeat_interleave(flow_samples, dim=0)
         condition = self.time(t) if latent is None else self.time(t) + self.latent_in(latent)
         for block, keys_values in zip(self.blocks, context.keys_values, strict=True):
-            x = block(x, condition, keys_values, key_mask, self.causal)
+            x = block(x, condition, keys_values, mask, self.causal)
         return self.velocity_out(self.norm(x))
 
 

@@ -143,8 +143,8 @@ def test_grid_positions_are_distinct_and_row_major():
     assert torch.equal(y_part, y_part[:, :1].expand_as(y_part))  # sin(y) is the same along a row
 
 
-def embedder(cameras_may_drop=False):
-    return InfoEmbedder([(6, 5), (6, 5)], (2, 3), Size(16, 4), 1, cameras_may_drop)
+def embedder(droppable=False):
+    return InfoEmbedder([(6, 5), (6, 5)], (2, 3), Size(16, 4), 1, droppable)
 
 
 def test_the_memory_holds_states_and_every_camera():
@@ -159,7 +159,7 @@ def test_the_memory_holds_states_and_every_camera():
 
 
 def test_a_lost_camera_leaves_nothing_of_what_it_saw():
-    model = randomized(embedder(cameras_may_drop=True))
+    model = randomized(embedder(droppable=True))
     proprio, dropped = torch.randn(2, 2, 3).double(), torch.tensor([[False, True], [False, False]])
     first, second = ([(torch.randn(2, 7, 6).double(), torch.randn(2, 5).double())] * 2 for _ in range(2))
     one, other = (model([first[0], seen], proprio, dropped) for seen in (first[1], second[1]))

@@ -223,11 +223,6 @@ def demonstrate(num_episodes: int, seed: int) -> list[dict[str, np.ndarray]]:
     return episodes
 
 
-def record(root: Path, num_episodes: int = NUM_DEMONSTRATIONS, seed: int = 0, progress: bool = True) -> Path:
-    """Record demonstrations as a LeRobot v3 dataset at `root`, which must not exist yet."""
-    return write_dataset(root, demonstrate(num_episodes, seed), progress)
-
-
 def write_dataset(root: Path, episodes: list[dict[str, np.ndarray]], progress: bool = True) -> Path:
     """Write the episodes of `demonstrate` as a LeRobot v3 dataset at `root`.
 
@@ -265,6 +260,6 @@ def ensure_recorded(cache_dir: Path) -> Path:
         if not root.exists():
             unfinished = root.with_suffix(".recording")
             shutil.rmtree(unfinished, ignore_errors=True)
-            record(unfinished)
+            write_dataset(unfinished, demonstrate(NUM_DEMONSTRATIONS, seed=0))
             unfinished.rename(root)
     return root
