@@ -65,9 +65,7 @@ def build_backbone(
         return HuggingFaceBackbone(name, image_size, pretrained, hf_config)
     least = SMALLEST_SIDE[name]
     if min(image_size) < least:
-        raise UserError(
-            f"--backbone {name} needs images of at least {least}x{least} pixels: raise --image-size."
-        )
+        raise UserError(f"--backbone {name} needs at least {least}x{least} pixels: raise --image-size.")
     return ConvBackbone(image_size) if name == "conv" else ResNetBackbone(name, image_size)
 
 
@@ -96,7 +94,7 @@ class ConvBackbone(Backbone):
             # As they come, logits hardly differ: every keypoint sits in the middle of every image, and
             # hundreds of steps pass before the first one finds something to look at.
             self.keypoints.weight.mul_(4)
-        grid = [math.ceil(math.ceil(side / 2) / 2) for side in image_size]
+        grid = [math.ceil(side / 4) for side in image_size]
         coordinates = torch.cartesian_prod(*(torch.linspace(-1, 1, side) for side in grid))
         self.register_buffer("coordinates", coordinates, persistent=False)  # (H/4 * W/4, 2)
         stages, channels = [], 64
@@ -232,7 +230,7 @@ def brief(error: Exception) -> str:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """No progress bars and warnings from loading a model; as before afterwards."""
+    """No progress bars and warnings from loading a model."""
     from transformers.utils import logging as bars
 
     shown, disabled = bars.is_progress_bar_enabled(), logging.root.manager.disable
