@@ -149,8 +149,8 @@ def draw_latents(path: Path, latents: Tensor, labels: Mapping[str, Tensor]) -> N
             axis.scatter(*chosen.T, s=14, color=f"C{value % 10}", label=str(value), alpha=0.8)
         axis.set_title(f"by {name}")
         axis.legend(fontsize=7)
-    variance = f"{100 * explained:.0f} % of the variance"
-    save_figure(figure, path, f"latents of the chunks with which episodes begin ({variance})")
+    title = f"latents of the chunks with which episodes begin\n({100 * explained:.0f} % of the variance)"
+    save_figure(figure, path, title)
 
 
 def draw_reconstructions(
@@ -165,7 +165,7 @@ def draw_reconstructions(
             axis.set_prop_cycle(None)  # the same colours again
             # Markers, since a chunk can have a single action: at the end of an episode, or all of them.
             axis.plot(line, ls=style, lw=1.2, marker=".", ms=3)
-    labels = ("image", "reconstruction", "actions (dashed: reconstruction)")
+    labels = ("image", "reconstruction", "actions, dashed:\nreconstruction")
     for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label)
     save_figure(figure, path)
