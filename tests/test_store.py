@@ -396,7 +396,6 @@ def test_a_killed_ingest_continues(tmp_path):
         import sys
         sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}
         import test_store
-        test_store.ingest.SYNC_SECONDS = 0
         test_store.build(test_store.Path({str(tmp_path)!r}), test_store.Drawn(delay=0.05))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stderr=subprocess.DEVNULL)

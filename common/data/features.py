@@ -55,24 +55,26 @@ def ensure_features(
     content = json.dumps({**identity, "shape": list(shape), "dtype": "float16"}, sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     files = tuple(frames.parent / f"features-{name}-{key}" / ROWS for frames in store.frame_files)
-    features = _Features(store, files, tuple(shape))
+    features = _Features(store, files, tuple(shape), compute, batch_size)
     missing = features.missing(np.arange(store.num_steps))
     if len(missing):
         needed, folder = len(missing) * features.row_bytes, store.frame_files[0].parent
         require_space(folder, needed, f"The {name} features need", remedy)
         say(f"{name} features: {needed / 1e9:.2f} GB beside {folder}, computed once")
         with writing_below(folder, remedy, f"another --cache-dir, or --{name}-cache off"):
-            features.fill(missing, compute, batch_size, f"{name} features")
+            features.fill(missing, f"{name} features")
     return replace(store, extras={**store.extras, name: Extra(files, tuple(shape))})
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Features:
     """Features of a store: `files` has one for each of its files of frames."""
 
     store: EpisodeStore
     files: tuple[Path, ...]
     shape: tuple[int, ...]
+    compute: Callable[[Tensor], Tensor]
+    batch_size: int
 
     @property
     def row_bytes(self) -> int:
@@ -95,9 +97,7 @@ class _Features:
         """What `done.bin` says of the frames of these steps once their features are there."""
         return self.store.episode_checksums[self.store.episode_of(steps)] + 1
 
-    def fill(
-        self, missing: np.ndarray, compute: Callable[[Tensor], Tensor], batch_size: int, title: str
-    ) -> None:
+    def fill(self, missing: np.ndarray, title: str) -> None:
         """Compute the features of steps, those that other processes work on left to them."""
         from filelock import FileLock, Timeout
         from tqdm import tqdm
@@ -125,27 +125,20 @@ class _Features:
                         steps = blocks.pop((part, number))
                         left = self.missing(steps)
                         bar.update(len(steps) - len(left))
-                        batch_size = self._fill_block(self.files[part], left, compute, batch_size, bar)
+                        self._fill_block(self.files[part], left, bar)
 
-    def _fill_block(
-        self,
-        file: Path,
-        steps: np.ndarray,
-        compute: Callable[[Tensor], Tensor],
-        batch_size: int,
-        bar: Any,
-    ) -> int:
-        """Compute the features of steps of one file; returns the batch size that memory allows."""
+    def _fill_block(self, file: Path, steps: np.ndarray, bar: Any) -> None:
+        """Compute the features of steps that lie in one file."""
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
         while len(steps):
-            here = steps[:batch_size]
+            here = steps[: self.batch_size]
             try:
-                features = compute(self.store.images(here)).numpy()
+                features = self.compute(self.store.images(here)).numpy()
             except RuntimeError as error:
                 if len(here) == 1 or not should_reduce_batch_size(error):
                     raise
-                batch_size = len(here) // 2
+                self.batch_size = len(here) // 2
                 clear_device_cache(garbage_collection=True)
                 continue
             if not np.isfinite(features).all():
@@ -157,8 +150,7 @@ class _Features:
             _write(file, rows, features)  # first, so that nothing is marked that is not on the disk
             _write(file.with_name(DONE), rows, np.stack([self._frames_mark(here), checksums], axis=1))
             bar.update(len(here))
-            steps = steps[batch_size:]
-        return batch_size
+            steps = steps[self.batch_size :]
 
 
 def _write(path: Path, rows: np.ndarray, values: np.ndarray) -> None:

@@ -13,10 +13,9 @@ import json
 import math
 import os
 import shutil
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,7 +24,7 @@ import numpy as np
 
 from common.console import say
 from common.data.features import forget
-from common.data.rows import ROWS, Storage, as_jpeg, encode_jpeg
+from common.data.rows import ROWS, JpegRows, RawRows, Storage, as_jpeg, encode_jpeg
 from common.data.source import BadEpisode, Episode, Info, Source, existing
 from common.data.store import ARRAYS, FORMAT, FRAMES, META, OF_EPISODES, OF_STEPS, EpisodeStore, defect
 from common.data.workers import Died, cores, guarded_map, refuse_inside_worker
@@ -33,7 +32,6 @@ from common.errors import UserError
 from common.files import read_json, require_space, sync_one, write_whole, writing_below
 
 RECORDS = "episodes.jsonl"
-SYNC_SECONDS = 5.0  # between two writes to the disk: what is decoded in between is lost by a kill
 FRAMES_PER_WORKER = 2500  # a worker takes some seconds to start: fewer frames are not worth one more
 SECONDS_PER_FRAME = 0.5  # slower than any disk: reading that takes longer hangs
 JPEG_RATIO = 5  # raw bytes per JPEG byte, at least: for the free space to ask for
@@ -61,6 +59,10 @@ class StoreRequest:
     def row_shape(self) -> tuple[int, ...]:
         """(N, 3, H, W): what one step's frames are."""
         return (len(self.info.cameras), 3, *self.info.image_size)
+
+    def rows(self, path: Path) -> RawRows:
+        """The frames of the store in the folder `path`."""
+        return ROWS[self.storage](path / FRAMES, self.row_shape)
 
     def found_below(self, root: Path) -> StoreRequest | None:
         """The request, with the storage of the store that is there or begun; None if there is none."""
@@ -238,7 +240,7 @@ def _forget_damaged(path: Path, request: StoreRequest) -> None:
     """Have those episodes of a store that was finished decoded again that are not what was written."""
     records, whole = read_records(path), set()
     with suppress(OSError, ValueError):  # no frames at all
-        rows = ROWS[request.storage](path / FRAMES, request.row_shape)
+        rows = request.rows(path)
         whole = {r for r in records.values() if rows.checksum(r.row, r.length) == r.crc32}
     kept = [r if r in whole else r._replace(crc32=None) for r in records.values()]
     write_whole(path / RECORDS, _lines(kept).encode())
@@ -283,7 +285,7 @@ def _same_frames(
         return True  # the digests of its episodes hold a hash of their files
     frames = np.empty((1, *request.row_shape), np.uint8)
     try:
-        rows = ROWS[request.storage](path / FRAMES, request.row_shape)
+        rows = request.rows(path)
         for record in stored:
             rows.read(np.array([record.row]), frames, np.array([0]))
             if another_frame(frames, episodes[record.index], request):
@@ -309,61 +311,69 @@ def another_frame(stored: Iterable[np.ndarray], episode: Episode, request: Store
 # What is missing
 
 
-class _Task(NamedTuple):
-    """One camera of one episode, whose frames are the rows of the store `path` from `row` on."""
-
-    path: Path
-    episode: Episode
-    row: int
-    camera: int
-    request: StoreRequest
-
-
 def _decode(
     path: Path, request: StoreRequest, missing: list[Episode], records: dict[int, Record]
 ) -> list[str]:
     """Decode episodes and record each of them; returns what is wrong with those that cannot be decoded."""
-    cameras = range(len(request.info.cameras))
-    tasks = [_Task(path, e, records[e.index].row, camera, request) for e in missing for camera in cameras]
-    arrived: dict[int, dict[int, list[bytes]]] = {episode.index: {} for episode in missing}
-    failed: dict[int, str] = {}
-    written: list[Record] = []
-    synced = time.monotonic()
+    from tqdm import tqdm
+
+    tasks = [(episode, records[episode.index].row, path, request) for episode in missing]
+    isolated, workers, cameras = request.source.isolated, request.workers, len(request.info.cameras)
+    frames, failed = sum(map(len, missing)) * cameras, []
+    if workers is None:  # isolated sources have started their processes already
+        workers = cores() if isolated else min(cores(), frames // FRAMES_PER_WORKER)
+    workers = max(1, min(workers, len(tasks)))
+    if workers == 1 and not isolated:
+        results = ((task, _read_frames(*task)) for task in tasks)
+    else:
+        seconds = SECONDS_PER_FRAME * cameras
+        results = guarded_map(_read_frames, tasks, workers, lambda task: seconds * len(task[0]))
+    name = Path(request.info.source).name
+    with tqdm(total=frames, unit="frame", desc=f"ingest {name}") as bar, closing(results):
+        for (episode, *_), result in results:
+            if isinstance(result, list):
+                _keep(path, request, records[episode.index], result)
+            else:
+                fault = f"Episode {episode.index}: {result}" if isinstance(result, Died) else result
+                failed.append((episode.index, fault))
+                if not request.skip_bad:
+                    raise _refusal([fault])
+            bar.update(len(episode) * cameras)
+    return [fault for _, fault in sorted(failed)]
+
+
+def _read_frames(episode: Episode, row: int, path: Path, request: StoreRequest) -> list[list[bytes]] | str:
+    """Write an episode's frames to the store, or return them as JPEG by camera; or return what is wrong."""
+    cameras, raw = request.info.cameras, request.storage == "raw"
+    encoded: list[list[bytes]] = [[] for _ in cameras]
     try:
-        with closing(_run(tasks, request)) as results:
-            for task, fault, encoded in results:
-                index = task.episode.index
-                if fault:
-                    failed.setdefault(index, fault)
-                    if not request.skip_bad:
-                        raise _refusal([fault])
-                arrived[index][task.camera] = encoded
-                if len(arrived[index]) < len(cameras):
-                    continue
-                views = arrived.pop(index)
-                if index in failed:
-                    continue
-                if request.storage == "jpeg":
-                    ROWS["jpeg"].append(path / FRAMES, task.row, [views[camera] for camera in cameras])
-                written.append(records[index])
-                if time.monotonic() - synced > SYNC_SECONDS:
-                    _record(path, request, written)
-                    written, synced = [], time.monotonic()
-    finally:
-        _record(path, request, written)
-    return [failed[index] for index in sorted(failed)]
+        with (path / FRAMES).open("r+b") as file:
+            for number, camera in enumerate(cameras):
+                count = 0
+                for frame in request.source.frames(episode, number):
+                    if count < len(episode) and raw:
+                        file.seek(((row + count) * len(cameras) + number) * frame.nbytes)
+                        file.write(frame)
+                    elif count < len(episode):
+                        encoded[number].append(encode_jpeg(frame))
+                    count += 1
+                if count != len(episode):
+                    frames = f"{count} {camera.short} frames for its {len(episode)} steps"
+                    return f"Episode {episode.index} has {frames}"
+    except BadEpisode as error:
+        return str(error)
+    return encoded
 
 
-def _record(path: Path, request: StoreRequest, written: list[Record]) -> None:
-    """Have written frames on the disk, and only then their checksums in the records."""
-    if not written:
-        return
-    kind = ROWS[request.storage]
-    for file in kind.files(path / FRAMES):
+def _keep(path: Path, request: StoreRequest, record: Record, views: list[list[bytes]]) -> None:
+    """Have an episode's frames on the disk, and only then its checksum in the records."""
+    if request.storage == "jpeg":
+        JpegRows.append(path / FRAMES, record.row, views)
+    for file in ROWS[request.storage].files(path / FRAMES):
         sync_one(file)
-    rows = kind(path / FRAMES, request.row_shape)
+    crc32 = request.rows(path).checksum(record.row, record.length)
     with (path / RECORDS).open("a") as file:
-        file.write(_lines(r._replace(crc32=rows.checksum(r.row, r.length)) for r in written))
+        file.write(_lines([record._replace(crc32=crc32)]))
         file.flush()
         os.fsync(file.fileno())
 
@@ -394,54 +404,3 @@ def _finish(path: Path, request: StoreRequest, usable: list[Episode], bad: list[
         "arrays_crc32": zlib.crc32(payload),
     }
     write_whole(path / META, json.dumps(meta, indent=1).encode())
-
-
-# Frames
-
-
-def _read_frames(
-    path: Path, episode: Episode, row: int, camera: int, request: StoreRequest
-) -> tuple[str | None, list[bytes]]:
-    """What is wrong with the frames of a task, and the frames as JPEG; raw ones are written to the store."""
-    name, steps = f"Episode {episode.index}", len(episode)
-    short, cameras = request.info.cameras[camera].short, len(request.info.cameras)
-    count, encoded, raw = 0, [], request.storage == "raw"
-    try:
-        with (path / FRAMES).open("r+b") if raw else nullcontext() as file:
-            for frame in request.source.frames(episode, camera):
-                if count == steps:
-                    return f"{name} has more {short} frames than its {steps} steps", []
-                if raw:
-                    file.seek(((row + count) * cameras + camera) * frame.nbytes)
-                    file.write(frame)
-                else:
-                    encoded.append(encode_jpeg(frame))
-                count += 1
-    except BadEpisode as error:
-        return str(error), []
-    return f"{name} has {count} {short} frames for its {steps} steps" if count < steps else None, encoded
-
-
-def _run(tasks: list[_Task], request: StoreRequest) -> Iterator[tuple[_Task, str | None, list[bytes]]]:
-    """Do the tasks, in this process or in several, under one progress bar."""
-    from tqdm import tqdm
-
-    isolated, workers = request.source.isolated, request.workers
-    frames = sum(len(task.episode) for task in tasks)
-    if workers is None:  # isolated sources have started their processes already
-        workers = cores() if isolated else min(cores(), frames // FRAMES_PER_WORKER)
-    workers = max(1, min(workers, len(tasks)))
-    if workers == 1 and not isolated:
-        results = ((task, _read_frames(*task)) for task in tasks)
-    else:
-        results = guarded_map(
-            _read_frames, tasks, workers, lambda task: SECONDS_PER_FRAME * len(task.episode)
-        )
-    name = Path(request.info.source).name
-    with tqdm(total=frames, unit="frame", desc=f"ingest {name}") as bar, closing(results):
-        for task, result in results:
-            if isinstance(result, Died):
-                short = request.info.cameras[task.camera].short
-                result = f"Episode {task.episode.index}, camera {short}: {result}", []
-            yield task, *result
-            bar.update(len(task.episode))
