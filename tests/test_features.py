@@ -122,10 +122,13 @@ def test_features_whose_files_were_cut_off_are_computed_again(store, file):
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[: -size // STEPS])  # the last row
     network = Network()
+    assert len(damages(store.path)) == 1
     check(with_depth(store, network), network)
     assert sum(network.sizes) == 1 + STEPS  # `check` computed them, too
     path.unlink()
+    assert len(damages(store.path)) == (file == "rows.bin")
     check(with_depth(store, network), network)
+    assert sum(network.sizes) == 1 + 3 * STEPS
 
 
 def test_features_of_other_frames_are_computed_again(store):

@@ -471,10 +471,28 @@ def test_a_growth_that_is_interrupted_continues(tmp_path):
     assert sorted(source.decoded) == [(4, 0), (4, 1), (5, 0), (5, 1)]
 
 
+def test_a_jpeg_store_that_was_interrupted_and_grew_is_as_one_built_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, Drawn(stops_at=2, error=KeyboardInterrupt()), storage="jpeg")
+    (frames,) = tmp_path.glob("*/frames.bin")
+    frames.write_bytes(frames.read_bytes() + b"cut off")  # frames whose index was not written
+    first, (source, info) = build(tmp_path, storage="jpeg"), grown()
+    before = first.images(np.arange(first.num_steps))
+    second = build(tmp_path, source, info, storage="jpeg")
+    assert sorted(source.decoded) == [(4, 0), (4, 1), (5, 0), (5, 1)]
+    whole = build(tmp_path / "other", source, info, storage="jpeg")
+    rows = np.arange(whole.num_steps)
+    assert torch.equal(second.images(rows), whole.images(rows))
+    assert torch.equal(first.images(rows[:20]), before)  # opened before
+    assert torch.equal(before, whole.images(rows[:20]))
+
+
 def test_frames_that_changed_are_decoded_again_though_the_numbers_are_the_same(tmp_path):
-    build(tmp_path)
+    first = build(tmp_path)
     source, info = grown(version=1)
     check_whole(build(tmp_path, source, info), source.lengths, version=1)
+    check_whole(first)  # whoever reads it is not disturbed
+    check_whole(EpisodeStore.open(first.path))
 
 
 @pytest.mark.parametrize("other", ["source", "choices", "numbers", "frames", "chosen", "locked"])

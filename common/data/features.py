@@ -85,11 +85,9 @@ class _Features:
         parts, found = self.store.part_of(steps), [np.empty(0, np.int64)]
         for part, file in enumerate(self.files):
             here = steps[parts == part]
-            rows, done = self.store.places[here], np.zeros(len(here), np.int64)
-            if file.exists() and file.with_name(DONE).exists():
-                marks = np.fromfile(file.with_name(DONE), np.int64).reshape(-1, 2)
-                there = rows < min(len(marks), file.stat().st_size // self.row_bytes)
-                done[there] = marks[rows[there], 0]
+            rows, done, marks = self.store.places[here], np.zeros(len(here), np.int64), _marks(file.parent)
+            there = rows < min(len(marks), _size(file) // self.row_bytes)
+            done[there] = marks[rows[there], 0]
             found.append(here[done != self._frames_mark(here)])
         return np.concatenate(found)
 
@@ -104,9 +102,8 @@ class _Features:
 
         for file, frames in zip(self.files, self.store.frames, strict=True):
             file.parent.mkdir(exist_ok=True)
-            file.touch()
             with file.with_name(DONE).open("ab") as done:  # rows that were cut off are not done
-                done.truncate(min(done.tell(), 16 * (file.stat().st_size // self.row_bytes)))
+                done.truncate(min(done.tell(), 16 * (_size(file) // self.row_bytes)))
             RawRows.make_room(file, len(frames), self.shape, 2)
             RawRows.make_room(file.with_name(DONE), len(frames), (2,), 8)
         numbers = np.stack([self.store.part_of(missing), self.store.places[missing] // BLOCK], axis=1)
@@ -153,6 +150,20 @@ class _Features:
             steps = steps[self.batch_size :]
 
 
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _marks(folder: Path) -> np.ndarray:
+    """The content of `done.bin`, (R, 2); no rows if it is not there."""
+    count = _size(folder / DONE) // 16
+    return (
+        np.fromfile(folder / DONE, np.int64, 2 * count).reshape(-1, 2)
+        if count
+        else np.empty((0, 2), np.int64)
+    )
+
+
 def _write(path: Path, rows: np.ndarray, values: np.ndarray) -> None:
     """Write rows of a file to the disk."""
     with path.open("r+b") as file:
@@ -165,15 +176,16 @@ def _write(path: Path, rows: np.ndarray, values: np.ndarray) -> None:
 
 def damaged_rows(folder: Path) -> np.ndarray:
     """Rows whose features in such a folder are not what was written."""
-    marks = np.fromfile(folder / DONE, np.int64).reshape(-1, 2)
-    values, done = np.memmap(folder / ROWS, np.uint8), np.flatnonzero(marks[:, 0])
-    if values.size % len(marks):  # cut off
+    marks, size = _marks(folder), _size(folder / ROWS)
+    done = np.flatnonzero(marks[:, 0])
+    if len(done) == 0 or size == 0 or size % len(marks):  # nothing there, or it was cut off
         return done
-    values = values.reshape(len(marks), -1)
+    values = np.memmap(folder / ROWS, np.uint8, "r").reshape(len(marks), -1)
     return np.array([row for row in done.tolist() if zlib.crc32(values[row]) != marks[row, 1]], np.int64)
 
 
 def forget(folder: Path, rows: np.ndarray) -> None:
     """Have the features of these rows computed again."""
-    rows = rows[rows < (folder / DONE).stat().st_size // 16]
-    _write(folder / DONE, rows, np.zeros((len(rows), 2), np.int64))
+    rows = rows[rows < len(_marks(folder))]
+    if len(rows):
+        _write(folder / DONE, rows, np.zeros((len(rows), 2), np.int64))

@@ -150,14 +150,12 @@ def _locked(path: Path) -> Iterator[None]:
     with writing_below(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             say(f"waiting for another process, which is building the episode store {path}")
-            lock.acquire()
-    try:
+            held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def _refusal(reasons: Sequence[str]) -> UserError:

@@ -101,17 +101,14 @@ class EpisodeStore:
     extras: dict[str, Extra] = field(default_factory=dict)
 
     def __post_init__(self):
-        shifts = self.episode_rows - self.episode_starts[:-1]
-        lengths = np.diff(self.episode_starts)
-        self.__dict__.update(
-            frames=[ROWS[self.storage](file, self.row_shape) for file in self.frame_files],
-            places=np.arange(self.num_steps)
-            + np.repeat(shifts, lengths),  # (S,), row of each step in its file
-            _extras={
-                name: [RawRows(file, extra.shape, np.float16) for file in extra.files]
-                for name, extra in self.extras.items()
-            },
-        )
+        shifts = np.repeat(self.episode_rows - self.episode_starts[:-1], np.diff(self.episode_starts))
+        places = np.arange(self.num_steps) + shifts  # (S,), row of each step in its dataset's file
+        frames = [ROWS[self.storage](file, self.row_shape) for file in self.frame_files]
+        extras = {
+            name: [RawRows(file, extra.shape, np.float16) for file in extra.files]
+            for name, extra in self.extras.items()
+        }
+        self.__dict__.update(places=places, frames=frames, _extras=extras)
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
