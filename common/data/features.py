@@ -52,29 +52,37 @@ def ensure_features(
     Raises:
         UserError: if the disk is too small, or features are not finite.
     """
+    from tqdm import tqdm
+
     content = json.dumps({**identity, "shape": list(shape), "dtype": "float16"}, sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     files = tuple(frames.parent / f"features-{name}-{key}" / ROWS for frames in store.frame_files)
-    features = _Features(store, files, tuple(shape), compute, batch_size)
-    missing = features.missing(np.arange(store.num_steps))
-    if len(missing):
-        needed, folder = len(missing) * features.row_bytes, store.frame_files[0].parent
+    parts, folder = store.part_of(np.arange(store.num_steps)), store.frame_files[0].parent
+    features = [_Features(store, part, file, tuple(shape), compute) for part, file in enumerate(files)]
+    missing = [one.missing(np.flatnonzero(parts == one.part)) for one in features]
+    count, shown = sum(map(len, missing)), os.environ.get("RANK", "0") == "0"
+    if count:
+        needed = count * features[0].row_bytes
         require_space(folder, needed, f"The {name} features need", remedy)
         say(f"{name} features: {needed / 1e9:.2f} GB beside {folder}, computed once")
-        with writing_below(folder, remedy, f"another --cache-dir, or --{name}-cache off"):
-            features.fill(missing, f"{name} features")
+        with (
+            writing_below(folder, remedy, f"another --cache-dir, or --{name}-cache off"),
+            tqdm(total=count, desc=f"{name} features", unit="step", disable=not shown) as bar,
+        ):
+            for one, steps in zip(features, missing, strict=True):
+                batch_size = one.fill(steps, batch_size, bar)
     return replace(store, extras={**store.extras, name: Extra(files, tuple(shape))})
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Features:
-    """Features of a store: `files` has one for each of its files of frames."""
+    """The features of one of the datasets in a store, `part`, whose rows are in `file`."""
 
     store: EpisodeStore
-    files: tuple[Path, ...]
+    part: int
+    file: Path
     shape: tuple[int, ...]
     compute: Callable[[Tensor], Tensor]
-    batch_size: int
 
     @property
     def row_bytes(self) -> int:
@@ -82,60 +90,56 @@ class _Features:
 
     def missing(self, steps: np.ndarray) -> np.ndarray:
         """Those of the steps whose features are not there, or are of other frames."""
-        parts, found = self.store.part_of(steps), [np.empty(0, np.int64)]
-        for part, file in enumerate(self.files):
-            here = steps[parts == part]
-            rows, done, marks = self.store.places[here], np.zeros(len(here), np.int64), _marks(file.parent)
-            there = rows < min(len(marks), _size(file) // self.row_bytes)
-            done[there] = marks[rows[there], 0]
-            found.append(here[done != self._frames_mark(here)])
-        return np.concatenate(found)
+        rows, done, marks = self.store.places[steps], np.zeros(len(steps), np.int64), _marks(self.file.parent)
+        there = rows < min(len(marks), _size(self.file) // self.row_bytes)
+        done[there] = marks[rows[there], 0]
+        return steps[done != self._frames_mark(steps)]
 
     def _frames_mark(self, steps: np.ndarray) -> np.ndarray:
         """What `done.bin` says of the frames of these steps once their features are there."""
         return self.store.episode_checksums[self.store.episode_of(steps)] + 1
 
-    def fill(self, missing: np.ndarray, title: str) -> None:
-        """Compute the features of steps, those that other processes work on left to them."""
+    def fill(self, missing: np.ndarray, batch_size: int, bar: Any) -> int:
+        """Compute the features of steps, those that other processes work on left to them.
+
+        Returns the batch size that memory allows.
+        """
         from filelock import FileLock, Timeout
-        from tqdm import tqdm
 
-        for file, frames in zip(self.files, self.store.frames, strict=True):
-            file.parent.mkdir(exist_ok=True)
-            with file.with_name(DONE).open("ab") as done:  # rows that were cut off are not done
-                done.truncate(min(done.tell(), 16 * (_size(file) // self.row_bytes)))
-            RawRows.make_room(file, len(frames), self.shape, 2)
-            RawRows.make_room(file.with_name(DONE), len(frames), (2,), 8)
-        numbers = np.stack([self.store.part_of(missing), self.store.places[missing] // BLOCK], axis=1)
-        blocks = {(p, n): missing[(numbers == (p, n)).all(1)] for p, n in np.unique(numbers, axis=0).tolist()}
-        shown = os.environ.get("RANK", "0") == "0"
-        with tqdm(total=len(missing), desc=title, unit="step", disable=not shown) as bar:
-            for patient in (False, True):  # first what nobody works on, then wait for what others do
-                for part, number in list(blocks):
-                    lock = FileLock(self.files[part].with_name(f".{number}.lock"))
-                    try:
-                        held = lock.acquire(timeout=-1 if patient else 0)
-                    except Timeout:
-                        bar.set_postfix_str("some are being computed by other processes")
-                        continue
-                    with held:
-                        steps = blocks.pop((part, number))
-                        left = self.missing(steps)
-                        bar.update(len(steps) - len(left))
-                        self._fill_block(self.files[part], left, bar)
+        folder, rows = self.file.parent, len(self.store.frames[self.part])
+        folder.mkdir(exist_ok=True)
+        with (folder / DONE).open("ab") as done:  # rows that were cut off are not done
+            done.truncate(min(done.tell(), 16 * (_size(self.file) // self.row_bytes)))
+        RawRows.make_room(self.file, rows, self.shape, 2)
+        RawRows.make_room(folder / DONE, rows, (2,), 8)
+        numbers = self.store.places[missing] // BLOCK
+        blocks = {number: missing[numbers == number] for number in np.unique(numbers).tolist()}
+        for patient in (False, True):  # first what nobody works on, then wait for what others do
+            for number in list(blocks):
+                lock = FileLock(folder / f".{number}.lock")
+                try:
+                    held = lock.acquire(timeout=-1 if patient else 0)
+                except Timeout:
+                    bar.set_postfix_str("some are being computed by other processes")
+                    continue
+                with held:
+                    steps = blocks.pop(number)
+                    left = self.missing(steps)
+                    bar.update(len(steps) - len(left))
+                    batch_size = self._fill_block(left, batch_size, bar)
+        return batch_size
 
-    def _fill_block(self, file: Path, steps: np.ndarray, bar: Any) -> None:
-        """Compute the features of steps that lie in one file."""
+    def _fill_block(self, steps: np.ndarray, batch_size: int, bar: Any) -> int:
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
         while len(steps):
-            here = steps[: self.batch_size]
+            here = steps[:batch_size]
             try:
                 features = self.compute(self.store.images(here)).numpy()
             except RuntimeError as error:
                 if len(here) == 1 or not should_reduce_batch_size(error):
                     raise
-                self.batch_size = len(here) // 2
+                batch_size = len(here) // 2
                 clear_device_cache(garbage_collection=True)
                 continue
             if not np.isfinite(features).all():
@@ -144,10 +148,11 @@ class _Features:
                 )
             rows = self.store.places[here]
             checksums = [zlib.crc32(np.ascontiguousarray(row)) for row in features]
-            _write(file, rows, features)  # first, so that nothing is marked that is not on the disk
-            _write(file.with_name(DONE), rows, np.stack([self._frames_mark(here), checksums], axis=1))
+            _write(self.file, rows, features)  # first, so that nothing is marked that is not on the disk
+            _write(self.file.with_name(DONE), rows, np.stack([self._frames_mark(here), checksums], axis=1))
             bar.update(len(here))
-            steps = steps[self.batch_size :]
+            steps = steps[batch_size:]
+        return batch_size
 
 
 def _size(file: Path) -> int:
