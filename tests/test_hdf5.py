@@ -559,7 +559,8 @@ def test_layouts_of_the_factory_are_those_recognised(tmp_path, open_):
 
 
 def test_no_store_is_left_of_an_ingest_that_failed(tmp_path, refused):
-    root = make_hdf5(tmp_path / "d", (12, 9))
+    root = make_hdf5(tmp_path / "d", (9, 9))
+    broken_jpeg(root / "day_0/episode_0.hdf5")
     broken_jpeg(root / "day_1/episode_1.hdf5")
     refused(root, "cannot be decoded")
     assert not [path for path in (tmp_path / "cache/stores").iterdir() if path.is_dir()]

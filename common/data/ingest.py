@@ -200,6 +200,8 @@ def _lines(records: Iterable[Record]) -> str:
 def _build(path: Path, request: StoreRequest) -> None:
     """Decode what is missing, then write the arrays and last `meta.json`."""
     usable, bad = request.source.episodes(request.episodes)
+    if bad and not request.skip_bad:
+        raise _refusal(bad)
     if (path / META).exists():
         _forget_damaged(path, request)
     if all(record.crc32 is None for record in read_records(path).values()):
