@@ -277,7 +277,7 @@ def test_a_second_start_reads_nothing(tmp_path, open_, monkeypatch):
 def test_a_source_that_changed_gives_another_store(tmp_path, open_, what):
     root = make_hdf5(tmp_path / "d", (4, 5))
     first = open_(root)
-    inode = first.shard_files[0].stat().st_ino
+    inode = first.frame_files[0].stat().st_ino
     if what == "new episode":
         more = make_hdf5(tmp_path / "more", (4, 5, 6))
         shutil.copy(more / "day_0/episode_2.hdf5", root / "day_0/episode_2.hdf5")
@@ -295,7 +295,7 @@ def test_a_source_that_changed_gives_another_store(tmp_path, open_, what):
         assert second.action[2, 0] == 77
     else:
         assert check_aligned(second).tolist() == list(range(15))
-        assert second.shard_files[0].stat().st_ino == inode  # only the new episode was decoded
+        assert second.frame_files[0].stat().st_ino == inode  # only the new episode was decoded
 
 
 def test_a_copy_elsewhere_is_the_same_dataset(tmp_path, open_):
@@ -559,7 +559,8 @@ def test_layouts_of_the_factory_are_those_recognised(tmp_path, open_):
 
 
 def test_no_store_is_left_of_an_ingest_that_failed(tmp_path, refused):
-    root = make_hdf5(tmp_path / "d", (12, 9))
+    root = make_hdf5(tmp_path / "d", (9, 9))
+    broken_jpeg(root / "day_0/episode_0.hdf5")
     broken_jpeg(root / "day_1/episode_1.hdf5")
     refused(root, "cannot be decoded")
     assert not [path for path in (tmp_path / "cache/stores").iterdir() if path.is_dir()]

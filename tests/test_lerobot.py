@@ -25,6 +25,7 @@ from lerobot_factory import (
 
 from common.data import DataConfig, open_dataset
 from common.data.cameras import short_name
+from common.data.ingest import read_records
 from common.errors import UserError
 
 HIGH, LEFT, RIGHT, HEAD = (f"observation.images.cam_{name}" for name in ("high", "left", "right", "head"))
@@ -42,9 +43,12 @@ def open_(tmp_path):
 
 @pytest.fixture
 def refused(open_, tmp_path):
-    """Opening fails with one sentence of that pattern, and leaves no store behind."""
+    """Opening fails with one sentence of that pattern, and leaves no store behind.
 
-    def refused(root, pattern, **options):
+    With `decoding`, it fails at an episode's frames: those of the episodes before it are kept, unfinished.
+    """
+
+    def refused(root, pattern, decoding=False, **options):
         with pytest.raises(UserError, match=pattern) as caught:
             open_(root, **options)
         message = str(caught.value)
@@ -55,7 +59,10 @@ def refused(open_, tmp_path):
             for path in (tmp_path / "cache").rglob("*")
             if path.name != "stores" and path.suffix != ".lock"
         ]
-        assert left == []
+        records = [record for path in left if path.is_dir() for record in read_records(path).values()]
+        finished = [record.index for record in records if record.crc32 is not None]
+        assert finished == (list(range(int(message.split()[1]))) if decoding else [])
+        assert left == [] or (finished and "meta.json" not in [path.name for path in left])
         return message
 
     return refused
@@ -400,7 +407,7 @@ def flip(path, start, count=400):
 def test_a_broken_video_names_episode_and_file(tmp_path, refused, open_, damage, pattern):
     root = make_dataset(tmp_path / "d", (12, 9, 15))
     damage(root / VIDEO)
-    message = refused(root, pattern)
+    message = refused(root, pattern, decoding=True)
     assert message.startswith(("Episode 0 ", "Episode 1 "))
     assert str(root / VIDEO) in message
     assert "--skip-bad-episodes" in message
@@ -520,7 +527,7 @@ def test_texts_that_are_no_texts(tmp_path, refused):
 def test_a_damaged_image(tmp_path, refused, open_):
     root = make_dataset(tmp_path / "d", (12, 9), (HIGH,), video=False)
     edit_column(root / DATA, HIGH, lambda cells: cells[15].update(bytes=cells[15]["bytes"][:60]))
-    refused(root, "^Episode 1 cannot be decoded from .*an image is damaged")
+    refused(root, "^Episode 1 cannot be decoded from .*an image is damaged", decoding=True)
     assert open_(root, skip_bad_episodes=True).episode_indices.tolist() == [0]
 
 

@@ -140,10 +140,10 @@ def test_a_buffer_that_changed_gives_another_store(tmp_path, open_):
 
 def test_a_buffer_that_grew_decodes_its_new_episodes_only(tmp_path, open_):
     first = open_(make_zarr(tmp_path / "d.zarr", (12, 9)))
-    inode = first.shard_files[0].stat().st_ino
+    inode = first.frame_files[0].stat().st_ino
     second = open_(make_zarr(tmp_path / "d.zarr", LENGTHS))
     assert second.num_episodes == 3
-    assert second.shard_files[0].stat().st_ino == inode
+    assert second.frame_files[0].stat().st_ino == inode
     assert [read(frame)[0] for frame in second.images(np.arange(36))[:, 0].numpy()] == list(range(36))
 
 
