@@ -44,7 +44,7 @@ class RawRows:
         return len(self.rows)
 
     def read(self, places: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
-        """Copy the rows `places` to `out[slots]`.
+        """Copy the rows `places` to `out[slots]`; slots ascend.
 
         One thread copies: on a busy machine several threads wait for each other and are far slower. A read
         that had to wait for the disk makes the next ones ask for all their rows before they copy, which is
@@ -71,13 +71,11 @@ class RawRows:
         return zlib.crc32(memoryview(self.file)[first:last])
 
     def _copy(self, places: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
-        if len(slots) == len(out):
+        if len(slots) == len(out):  # all of them, since slots ascend
             np.take(self.rows, places, axis=0, out=out, mode="clip")  # other modes buffer the output
             return
-        for place, slot in zip(
-            places.tolist(), slots.tolist(), strict=True
-        ):  # no copy between, as by indexing
-            out[slot] = self.rows[place]
+        for place, slot in zip(places.tolist(), slots.tolist(), strict=True):
+            out[slot] = self.rows[place]  # indexing with arrays would copy twice
 
     @staticmethod
     def files(path: Path) -> list[Path]:
