@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from common.data.frames import as_rgb, pixel_frame
-from common.data.layout import Known, Layout, choose_layout, describe, rows_of
+from common.data.layout import Known, Layout, choose_layout, describe, exact_pixels, rows_of
 from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, reason, refuse_unusable
 from common.errors import UserError
 
@@ -34,7 +34,8 @@ UMI = ("robot{}_eef_pos", "robot{}_eef_rot_axis_angle", "robot{}_gripper_width")
 
 
 def is_zarr(path: Path) -> bool:
-    return path.name.endswith(".zarr.zip") or (path / ".zgroup").is_file() or (path / "zarr.json").is_file()
+    marks = (path / ".zgroup", path / "zarr.json")
+    return path.name.lower().endswith(".zarr.zip") or any(mark.is_file() for mark in marks)
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,8 @@ class ZarrSource:
     @cached_property
     def layout(self) -> Layout:
         arrays = {}
-        for key, array in sorted(open_group(self.path, self.name)["data"].arrays()):
-            is_image = array.ndim == 4 and array.dtype.kind in "fiu"  # as floats, too
-            found = describe(array.shape, np.dtype("uint8") if is_image else array.dtype)
-            arrays[key] = found._replace(dtype=str(array.dtype))
+        for key, array in sorted(arrays_below(open_group(self.path, self.name)["data"])):
+            arrays[key] = describe(array.shape, array.dtype, lambda array=array: array[0])
         umi = tuple(name.format(robot) for robot in range(10) for name in UMI if name.format(robot) in arrays)
         if umi and "action" not in arrays and not self.config.action_keys:
             raise UserError(
@@ -97,10 +96,8 @@ class ZarrSource:
         key, _, recorded = self.layout.cameras[camera]
         try:
             for cell in rows_of(open_group(self.path, self.name)[f"data/{key}"], *episode.origin):
-                pixels = cell.astype(np.uint8)
-                if not np.array_equal(pixels, cell):
-                    raise ValueError("its pixels are no whole numbers from 0 to 255")
-                yield as_rgb(pixel_frame(pixels, recorded, self.layout.size), self.layout.color_order)
+                frame = pixel_frame(exact_pixels(cell), recorded, self.layout.size)
+                yield as_rgb(frame, self.layout.color_order)
         except Exception as error:  # each codec has its own
             raise BadEpisode(
                 f"Episode {episode.index} cannot be decoded from {key} ({reason(error)})"
@@ -119,7 +116,7 @@ def open_group(path: Path, name: str) -> Any:
         register_codecs(verbose=False)
     try:
         group = zarr.open_group(zarr.storage.ZipStore(path, mode="r") if path.is_file() else path, mode="r")
-        group["meta/episode_ends"], list(group["data"].arrays())
+        group["meta/episode_ends"], list(arrays_below(group["data"]))
     except Exception as error:  # zarr and its stores have classes of their own
         if codec := re.search(r"codec '?([\w.-]+)'?.*not available", str(error)):
             raise UserError(f"{name} is compressed with {codec[1]}: pip install imagecodecs.") from None
@@ -127,12 +124,26 @@ def open_group(path: Path, name: str) -> Any:
     return group
 
 
+def arrays_below(group: Any) -> Iterator[tuple[str, Any]]:
+    """The arrays in a group and the groups in it, by key."""
+    for name, item in group.members(max_depth=None):
+        if hasattr(item, "shape"):
+            yield name, item
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file is none of zarr's, but one that a file manager left."""
+    parts = name.split("/")
+    return "__MACOSX" in parts or (parts[-1].startswith(".") and not parts[-1].startswith(".z"))
+
+
 def fingerprint(path: Path) -> str:
     """Hash of the content: of a zip file the checksums in it, of a folder each file's size, head and tail."""
     if path.is_file():
         with zipfile.ZipFile(path) as file:
-            content = sorted((entry.filename, entry.file_size, entry.CRC) for entry in file.infolist())
+            found = [(entry.filename, entry.file_size, entry.CRC) for entry in file.infolist()]
     else:
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        content = [(file.relative_to(path).as_posix(), hash_ends(file)) for file in files]
+        files = [file for file in path.rglob("*") if file.is_file()]
+        found = [(file.relative_to(path).as_posix(), hash_ends(file)) for file in files]
+    content = sorted(entry for entry in found if not is_foreign(entry[0]))
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
