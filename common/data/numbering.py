@@ -18,7 +18,7 @@ from typing import NamedTuple
 from common.data.cameras import distinct
 
 WORD = r"(demo|episode|ep|traj|trajectory)"
-EPISODE = re.compile(rf"{WORD}([ _.-]?\d+)+", re.IGNORECASE)  # a name that says that this is an episode
+EPISODE = re.compile(rf"{WORD}[ _.-]?\d+", re.IGNORECASE)  # a name that says that this is an episode
 NUMBERS = (re.compile(rf"{WORD}[ _.-]?(?P<number>\d+)", re.IGNORECASE), re.compile(r"(?P<number>\d+)$"))
 SERIES = 10_000  # numbers between the beginnings of two series
 
@@ -52,7 +52,7 @@ def read_name(file: str, group: str, alone: bool) -> Name:
     for place in reversed(range(len(parts))):
         matches = [match for pattern in NUMBERS for match in pattern.finditer(parts[place])]
         if matches:
-            first, last = (matches[-1] if EPISODE.fullmatch(parts[place]) else matches[0]).span("number")
+            first, last = matches[0].span("number")
             series = [*parts[:place], f"{parts[place][:first]}{{}}{parts[place][last:]}", *parts[place + 1 :]]
             rank = 1 if EPISODE.fullmatch(parts[place]) else 2
             return Name(whole, "/".join(series) + path.suffix, int(parts[place][first:last]), rank)
