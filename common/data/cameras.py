@@ -47,6 +47,10 @@ def short_name(key: str) -> str:
     return name.removeprefix("cam_").removesuffix("_image").removesuffix("_rgb") or name
 
 
+def last_part(key: str) -> str:
+    return re.split(r"[/.]", key)[-1]
+
+
 def _full_name(key: str) -> str:
     return re.sub(r"\W", "_", key)
 
@@ -110,6 +114,7 @@ def find_camera(name: str, cameras: Sequence[Camera], others: Sequence[Camera], 
     found = [camera for camera in everywhere if name == camera.key]
     found = found or [camera for camera in everywhere if name == camera.short]
     for group in (cameras, others):
+        found = found or [camera for camera in group if name == last_part(camera.key)]
         found = found or [camera for camera in group if name == short_name(camera.key)]
     if len(found) > 1:
         keys = " and ".join(camera.key for camera in found)

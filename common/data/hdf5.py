@@ -248,7 +248,7 @@ def find_files(path: Path, source: str) -> list[Path]:
 
     files, hidden = [], []
     for folder, below, names in root.walk(on_error=refuse):  # links to folders are not followed
-        below[:] = [name for name in below if not name.startswith(".")]
+        below[:] = [name for name in below if not name.startswith((".", "__MACOSX"))]
         for name in names:
             if name.lower().endswith(SUFFIXES):
                 (hidden if name.startswith(".") else files).append(folder / name)

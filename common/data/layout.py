@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from common.console import say
-from common.data.cameras import closest, distinct, named_cameras, select_cameras, short_name, target_size
+from common.data.cameras import (
+    closest,
+    distinct,
+    last_part,
+    named_cameras,
+    select_cameras,
+    short_name,
+    target_size,
+)
 from common.data.frames import CHANNELS
 from common.data.source import Camera, Info
 from common.errors import UserError
@@ -211,7 +219,7 @@ def choose_layout(
     rest = {} if config.camera_keys else rest
     others = named_cameras(rest, [key for key in rest if not role(key)], cameras)
     for name in config.cameras:
-        called = [key for key in arrays if name in (key, short_name(key))]
+        called = [key for key in arrays if name in (key, last_part(key), short_name(key))]
         if called and not any(key in images for key in called):
             what = f"{called[0]}, which is {NO_COLOUR} but {arrays[called[0]].dtype}"
             raise UserError(f"--cameras {name} names {what}: choose other cameras of {source}.")
@@ -274,7 +282,7 @@ def not_used(arrays: Mapping[str, Array], used: Sequence[str], action: Sequence[
             name = "".join(parts[: last + 2]) + "*" * (last + 1 < len(parts))
         elif array.is_image and array.channels > 1:
             reason, name = "cameras that were not chosen", key
-        elif array.size or (len(array.shape) > 2 and sorted(array.shape[1:])[-2] >= 8):
+        elif array.size or _is_picture(array):
             reason, name = NO_COLOUR, f"{key} ({'grey' if array.is_image else array.dtype})"
         elif array.kind == "other":
             reason, name = "neither numbers nor images of a known kind", f"{key} ({array.dtype})"
@@ -287,6 +295,11 @@ def not_used(arrays: Mapping[str, Array], used: Sequence[str], action: Sequence[
         reasons.setdefault(reason, {})[name] = None
     for reason, names in reasons.items():
         yield f"{', '.join(names)}: {reason}"
+
+
+def _is_picture(array: Array) -> bool:
+    """Whether numbers are probably those of pictures, which cannot be cameras."""
+    return len(array.shape) > 2 and (array.dtype == "uint8" or sorted(array.shape[1:])[-2] >= 8)
 
 
 def rows_of(array: Any, first: int, last: int) -> Iterator[Any]:
