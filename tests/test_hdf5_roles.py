@@ -55,26 +55,22 @@ def put(key, values):
     return change
 
 
-FUTURE = [
-    f"{group}/images/cam_high" for group in ("next_obs", "next_observations", "future", "future_obs", "goal")
-]
+FUTURE = ["next_obs", "next_observations", "future", "future_obs", "goal", "obs/next", "subgoals"]
+FUTURE = [f"{group}/images/cam_high" for group in FUTURE]
 FUTURE += ["observations/images/next_cam_high", "observations/next/cam_high", "obs_next/cam_high"]
 OUTCOME = ["infos/frame", "info/render/rgb", "env_states/rgb"]
-NO_COLOUR = [
-    IMAGES + name for name in ("cam_depth", "depth", "front_seg", "mask", "segmentation_left", "ir_left")
-]
+NO_COLOUR = ["cam_depth", "depth", "front_seg", "mask", "segmentation_left", "ir_left", "headDepth"]
+REASONS = {key: "the future" for key in FUTURE} | {key: "no observation" for key in OUTCOME}
+REASONS |= {IMAGES + name: "no 8-bit colour image" for name in NO_COLOUR}
 
 
-@pytest.mark.parametrize("key", FUTURE + OUTCOME + NO_COLOUR)
+@pytest.mark.parametrize("key", REASONS)
 def test_pictures_that_are_no_cameras_by_their_name(one, open_, capsys, key):
     root = one(put(key, pictures(1)))
     assert open_(root).cameras == ("high",)
-    reason = (
-        "the future" if key in FUTURE else "no observation" if key in OUTCOME else "no 8-bit colour image"
-    )
     (line,) = unused(capsys.readouterr().out)
     name, _, why = line.partition(": ")
-    assert why == reason
+    assert why == REASONS[key]
     assert key.startswith(name.rstrip("*"))
     asked = open_(root, cameras=(key, "high"))
     assert asked.camera_keys == (key, IMAGES + "cam_high")
@@ -234,13 +230,14 @@ def test_two_cameras_never_share_a_name(one, open_):
 
 def test_dimensions_never_share_a_name(one, open_):
     def change(file):
-        file["obs/qpos"], file["observations/a"], file["observations/a.0"] = np.ones((3, 6, 2))
+        file["obs/qpos"], file["observations/a"] = np.ones((2, 6, 2))
+        file["observations/a.0"] = np.ones(6)
 
     keys = ("observations/qpos", "obs/qpos", "observations/a", "observations/a.0")
     store = open_(one(change), state_keys=keys)
     assert store.state_names == (
         *(f"joint_{i}" for i in range(3)),
-        *("qpos.0", "qpos.1", "a.a.0", "a.a.1", "a.0.a.0.0", "a.0.a.0.1"),
+        *("qpos.0", "qpos.1", "a.a.0", "a.1", "a.0.a.0"),
     )
     both = open_(one(lambda file: None), state_keys=("obs/qpos", "observations/qpos", "observations/a"))
     assert len(set(both.state_names)) == 7
@@ -253,7 +250,7 @@ def test_arrays_of_no_width_are_no_state(one, open_):
     with pytest.raises(UserError, match="--action-keys action has no numbers in a step"):
         open_(root)
     root = one(put("action", h5py.Empty("f8")))
-    with pytest.raises(UserError, match="is not one of those known|holds no numbers"):
+    with pytest.raises(UserError, match="is not one of those known"):
         open_(root)
 
 
