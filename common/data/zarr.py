@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -30,6 +31,7 @@ from common.errors import UserError
 if TYPE_CHECKING:
     from common.data import DataConfig
 
+FOREIGN = re.compile(r"(^|/)(\.(?!z)[^/]*|Thumbs\.db|desktop\.ini|__MACOSX/.*)$")  # from file managers
 UMI = ("robot{}_eef_pos", "robot{}_eef_rot_axis_angle", "robot{}_gripper_width")
 
 
@@ -50,9 +52,8 @@ class ZarrSource:
 
     @cached_property
     def layout(self) -> Layout:
-        arrays = {}
-        for key, array in sorted(arrays_below(open_group(self.path, self.name)["data"])):
-            arrays[key] = describe(array.shape, array.dtype, lambda array=array: array[0])
+        found = arrays_below(open_group(self.path, self.name)["data"])
+        arrays = {key: describe(a.shape, a.dtype, lambda a=a: a[0]) for key, a in found}
         umi = tuple(name.format(robot) for robot in range(10) for name in UMI if name.format(robot) in arrays)
         if umi and "action" not in arrays and not self.config.action_keys:
             raise UserError(
@@ -75,10 +76,9 @@ class ZarrSource:
         group, layout, episodes, bad = open_group(self.path, self.name), self.layout, [], []
         ends = group["meta/episode_ends"][:].tolist()
         for key, (_, (steps, *_), _, _) in layout.arrays.items():
-            if [steps] != ends[-1:]:
-                raise UserError(
-                    f"{self.name} has {steps} steps in data/{key}, and episodes end at {ends[-5:]}."
-                )
+            if [steps] != ends[-1:] or sorted({0, *ends}) != [0, *ends]:
+                ends = f"{ends[:5]} ... {ends[-5:]}" if len(ends) > 10 else ends
+                raise UserError(f"{self.name} has {steps} steps in data/{key}, and episodes end at {ends}.")
         spans = list(pairwise([0, *ends]))
         state, action = layout.vectors(lambda key: group[f"data/{key}"][:])
         for index in existing(wanted, range(len(spans)), self.name):
@@ -99,9 +99,8 @@ class ZarrSource:
                 frame = pixel_frame(exact_pixels(cell), recorded, self.layout.size)
                 yield as_rgb(frame, self.layout.color_order)
         except Exception as error:  # each codec has its own
-            raise BadEpisode(
-                f"Episode {episode.index} cannot be decoded from {key} ({reason(error)})"
-            ) from None
+            said = f"Episode {episode.index} cannot be decoded from {key} ({reason(error)})"
+            raise BadEpisode(said) from None
 
 
 def open_group(path: Path, name: str) -> Any:
@@ -116,7 +115,7 @@ def open_group(path: Path, name: str) -> Any:
         register_codecs(verbose=False)
     try:
         group = zarr.open_group(zarr.storage.ZipStore(path, mode="r") if path.is_file() else path, mode="r")
-        group["meta/episode_ends"], list(arrays_below(group["data"]))
+        group["meta/episode_ends"], arrays_below(group["data"])
     except Exception as error:  # zarr and its stores have classes of their own
         if codec := re.search(r"codec '?([\w.-]+)'?.*not available", str(error)):
             raise UserError(f"{name} is compressed with {codec[1]}: pip install imagecodecs.") from None
@@ -124,17 +123,10 @@ def open_group(path: Path, name: str) -> Any:
     return group
 
 
-def arrays_below(group: Any) -> Iterator[tuple[str, Any]]:
+def arrays_below(group: Any) -> list[tuple[str, Any]]:
     """The arrays in a group and the groups in it, by key."""
-    for name, item in group.members(max_depth=None):
-        if hasattr(item, "shape"):
-            yield name, item
-
-
-def is_foreign(name: str) -> bool:
-    """Whether a file is none of zarr's, but one that a file manager left."""
-    parts = name.split("/")
-    return "__MACOSX" in parts or (parts[-1].startswith(".") and not parts[-1].startswith(".z"))
+    with warnings.catch_warnings(action="ignore"):  # of files that are none of zarr's
+        return sorted((key, item) for key, item in group.members(max_depth=None) if hasattr(item, "shape"))
 
 
 def fingerprint(path: Path) -> str:
@@ -145,5 +137,5 @@ def fingerprint(path: Path) -> str:
     else:
         files = [file for file in path.rglob("*") if file.is_file()]
         found = [(file.relative_to(path).as_posix(), hash_ends(file)) for file in files]
-    content = sorted(entry for entry in found if not is_foreign(entry[0]))
+    content = sorted(entry for entry in found if not FOREIGN.search(entry[0]))
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
