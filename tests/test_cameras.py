@@ -78,6 +78,8 @@ def test_cameras_that_are_not_plain_take_no_name_away():
     keys = dict.fromkeys(("next_obs/front", "obs/depth"), (4, 6))
     others = named_cameras(keys, [], plain)
     assert [camera.short for camera in others] == ["next_obs_front", "obs_depth"]
+    (alone,) = named_cameras({"depth": (4, 6)}, [])  # as the component of a network is called
+    assert alone.short.startswith("depth_")
     assert select_cameras(plain, ["front"], "d", others) == tuple(plain)
     assert select_cameras(plain, ["next_obs/front"], "d", others) == (others[0],)
     assert select_cameras(plain, [], "d", others) == tuple(plain)

@@ -59,9 +59,23 @@ FUTURE = ["next_obs", "next_observations", "future", "future_obs", "goal", "obs/
 FUTURE = [f"{group}/images/cam_high" for group in FUTURE]
 FUTURE += ["observations/images/next_cam_high", "observations/next/cam_high", "obs_next/cam_high"]
 OUTCOME = ["infos/frame", "info/render/rgb", "env_states/rgb"]
-NO_COLOUR = ["cam_depth", "depth", "front_seg", "mask", "segmentation_left", "ir_left", "headDepth"]
+NO_COLOUR = [
+    "cam_depth",
+    "depth",
+    "front_seg",
+    "mask",
+    "segmentation_left",
+    "ir_left",
+    "headDepth",
+    "infra1",
+    "ir2",
+]
 REASONS = {key: "the future" for key in FUTURE} | {key: "no observation" for key in OUTCOME}
 REASONS |= {IMAGES + name: "no 8-bit colour image" for name in NO_COLOUR}
+
+
+OUTSIDE = ["obs_tp1/cam_high", "later/cam_high", "video", "render/rgb", "observations_t1/images/cam_high"]
+REASONS |= {key: "cameras that are not chosen, or outside the observations" for key in OUTSIDE}
 
 
 @pytest.mark.parametrize("key", REASONS)

@@ -72,8 +72,9 @@ def named_cameras(
     candidates = []
     for key in sizes:
         full = _full_name(key)
-        long = [full, f"{full}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"]
-        candidates.append([short_name(key), *long] if key in plain else long)
+        hashed = f"{full}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        short = short_name(key)
+        candidates.append([short, full, hashed] if key in plain else [full, hashed][full == short :])
     lower = [[name.casefold() for name in own] for own in candidates]
     chosen = distinct(lower, [camera.short.casefold() for camera in earlier])
     return [
@@ -94,7 +95,7 @@ def select_cameras(
     """
     there = ", ".join(camera.short for camera in cameras) or "none"
     if wanted:
-        chosen = tuple(find_camera(name, cameras, others, source) for name in wanted)
+        chosen = tuple(find_camera(name.strip("/"), cameras, others, source) for name in wanted)
         if len(set(chosen)) < len(chosen):
             raise UserError(f"--cameras {' '.join(wanted)} names a camera twice.")
         return chosen

@@ -169,7 +169,8 @@ def _attribute_rate(file: h5py.File) -> float | None:
         return value.decode(errors="replace") if isinstance(value, bytes) else value
 
     places = [file, *([file["data"]] if "data" in file else [])]
-    attributes = {name: plain(place.attrs[name]) for place in places for name in place.attrs}
+    names = (*RATE_ATTRIBUTES, "env_args")
+    attributes = {name: plain(at.attrs[name]) for at in places for name in names if name in at.attrs}
     for name in RATE_ATTRIBUTES:
         with suppress(TypeError, ValueError):
             rate = float(attributes.get(name, np.nan))

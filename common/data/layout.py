@@ -36,7 +36,8 @@ ROLES = {  # what a part of a key must be for its array to be left out by defaul
     FUTURE: r"(next|future|goal|subgoal)s?(_.*)?|.*_next",
     OUTCOME: r"(rewards?|dones?|terminals?|terminat(ed|ions?)|truncat(ed|ions?)|timeouts?|success|fail|"
     r"discounts?|is_(first|last|terminal)|infos?|(env|sim)_states?|datagen_info|sensor_param)",
-    NO_COLOUR: r".*(depth|dispari|segm).*|(.*_)?(seg|mask|normal|semantic|instance|ir|infrared|flow)s?(_.*)?",
+    NO_COLOUR: r".*(depth|dispari|segm|infra).*|(.*_)?(seg|mask|normal|semantic|instance|ir|flow)s?\d*(_.*)?",
+    "times": r".*timestamps?",
 }
 
 
@@ -203,6 +204,8 @@ def choose_layout(
     there = f"{place} has {listing(arrays)}."
     images = {key: array for key, array in arrays.items() if array.is_image}
     plain = [key for key, array in images.items() if not role(key) and array.channels > 1]
+    observed = known and re.match(r"(observations?|obs)/", known.state_keys[0])
+    plain = [key for key in plain if not observed or key.startswith(observed[0])]
     keys: dict[str, tuple[str, ...]] = {}
     for part, default in (
         ("state", known and known.state_keys),
@@ -219,7 +222,7 @@ def choose_layout(
     rest = {} if config.camera_keys else rest
     others = named_cameras(rest, [key for key in rest if not role(key)], cameras)
     for name in config.cameras:
-        called = [key for key in arrays if name in (key, last_part(key), short_name(key))]
+        called = [key for key in arrays if name.strip("/") in (key, last_part(key), short_name(key))]
         if called and not any(key in images for key in called):
             what = f"{called[0]}, which is {NO_COLOUR} but {arrays[called[0]].dtype}"
             raise UserError(f"--cameras {name} names {what}: choose other cameras of {source}.")
@@ -281,7 +284,7 @@ def not_used(arrays: Mapping[str, Array], used: Sequence[str], action: Sequence[
             last = next(i for i in range(0, len(parts), 2) if role(parts[i]) == reason)
             name = "".join(parts[: last + 2]) + "*" * (last + 1 < len(parts))
         elif array.is_image and array.channels > 1:
-            reason, name = "cameras that were not chosen", key
+            reason, name = "cameras that are not chosen, or outside the observations", key
         elif array.size or _is_picture(array):
             reason, name = NO_COLOUR, f"{key} ({'grey' if array.is_image else array.dtype})"
         elif array.kind == "other":
@@ -289,7 +292,7 @@ def not_used(arrays: Mapping[str, Array], used: Sequence[str], action: Sequence[
         elif abs(array.shape[0] - arrays[action[0]].shape[0]) > 1:
             reason = "not one row a step"
         elif re.search(r"(^|[/._])actions?($|[/._])", key):
-            reason = f"take it with --action-keys {' '.join(action)} ..."
+            reason = "take it with --action-keys"
         else:
             reason = "take it with --state-keys"
         reasons.setdefault(reason, {})[name] = None
