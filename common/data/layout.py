@@ -202,42 +202,49 @@ def choose_layout(
         names_of: gives the names of an array's dimensions from its key and width.
     """
     there = f"{place} has {listing(arrays)}."
-    images = {key: array for key, array in arrays.items() if array.is_image}
-    plain = [key for key, array in images.items() if not role(key) and array.channels > 1]
-    observed = known and re.match(r"(observations?|obs)/", known.state_keys[0])
-    plain = [key for key in plain if not observed or key.startswith(observed[0])]
+    defaults = {"state": known and known.state_keys, "action": known and known.action_keys}
     keys: dict[str, tuple[str, ...]] = {}
-    for part, default in (
-        ("state", known and known.state_keys),
-        ("action", known and known.action_keys),
-        ("camera", plain or (config.cameras and images)),
-    ):
-        given = tuple(key.strip("/") for key in getattr(config, f"{part}_keys"))
-        keys[part] = given or tuple(default or ())
+    for part, default in defaults.items():
+        keys[part] = tuple(key.strip("/") for key in getattr(config, f"{part}_keys")) or tuple(default or ())
         _check_keys(part, keys[part], arrays, source, there)
-    cameras = named_cameras(
-        {key: arrays[key].size for key in keys["camera"]}, [key for key in keys["camera"] if not role(key)]
-    )
-    rest = {key: array.size for key, array in images.items() if key not in keys["camera"]}
-    rest = {} if config.camera_keys else rest
-    others = named_cameras(rest, [key for key in rest if not role(key)], cameras)
-    for name in config.cameras:
-        called = [key for key in arrays if name.strip("/") in (key, last_part(key), short_name(key))]
-        if called and not any(key in images for key in called):
-            what = f"{called[0]}, which is {NO_COLOUR} but {arrays[called[0]].dtype}"
-            raise UserError(f"--cameras {name} names {what}: choose other cameras of {source}.")
-    cameras = select_cameras(cameras, config.cameras, source, others)
+    cameras = choose_cameras(arrays, known, config, source, there)
     chosen = (*keys["state"], *keys["action"], *(camera.key for camera in cameras))
     return Layout(
         name=known.name if known else "given",
-        keys={part: keys[part] for part in ("state", "action")},
-        names={part: dimension_names(keys[part], arrays, names_of) for part in ("state", "action")},
+        keys=keys,
+        names={part: dimension_names(keys[part], arrays, names_of) for part in keys},
         arrays={key: arrays[key] for key in chosen},
         cameras=cameras,
         size=target_size(cameras, config.image_size),
         color_order=config.color_order,
         unused=tuple(not_used(arrays, chosen, keys["action"])),
     )
+
+
+def choose_cameras(
+    arrays: Mapping[str, Array], known: Known | None, config: DataConfig, source: str, there: str
+) -> tuple[Camera, ...]:
+    """The cameras to use: by default colour images of the present, of a known layout those observed."""
+    images = {key: array for key, array in arrays.items() if array.is_image}
+    plain = [key for key, array in images.items() if not role(key) and array.channels > 1]
+    observed = known and re.match(r"(observations?|obs)/", known.state_keys[0])
+    plain = [key for key in plain if not observed or key.startswith(observed[0])]
+    given = [key.strip("/") for key in config.camera_keys]
+    keys = given or plain or (list(images) if config.cameras else [])
+    _check_keys("camera", keys, arrays, source, there)
+    for name in config.cameras:
+        called = [key for key in arrays if name.strip("/") in (key, last_part(key), short_name(key))]
+        if called and not any(key in images for key in called):
+            what = f"{called[0]}, which is {NO_COLOUR} but {arrays[called[0]].dtype}"
+            raise UserError(f"--cameras {name} names {what}: choose other cameras of {source}.")
+
+    def named(keys: Sequence[str], earlier: Sequence[Camera] = ()) -> list[Camera]:
+        sizes = {key: arrays[key].size for key in keys}
+        return named_cameras(sizes, [key for key in keys if not role(key)], earlier)
+
+    cameras = named(keys)
+    others = [] if given else named([key for key in images if key not in keys], cameras)
+    return select_cameras(cameras, config.cameras, source, others)
 
 
 def _check_keys(part: str, keys: Sequence[str], arrays: Mapping[str, Array], source: str, there: str) -> None:
