@@ -104,6 +104,8 @@ def test_libero_with_a_file_for_every_task(tmp_path, open_, capsys):
     (tmp_path / "d").mkdir()
     producers.libero(tmp_path / "d/turn_on_the_stove_demo.hdf5", (6, 5))
     first = open_(tmp_path / "d")
+    assert "LIBERO layout" in (said := capsys.readouterr().out)
+    assert "stores what is seen after an action beside it: then, --action-offset 1" in said
     check(first, range(11), ("agentview", "eye_in_hand"), (8, 7))
     assert first.episode_indices.tolist() == [0, 1]  # demo_0 and demo_1
     capsys.readouterr()

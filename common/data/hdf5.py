@@ -145,6 +145,8 @@ class Hdf5Source:
         layout.say(f"{self.name}: HDF5, {layout.name} layout, {found}")
         for line in explain([name for _, name in self.named.values()], list(self.named)):
             say(f"  {line}")
+        if layout.name == "LIBERO" and not self.config.action_offset:
+            say("  LIBERO's recorder stores what is seen after an action beside it: then, --action-offset 1")
         content = json.dumps([[file, scan["sha256"]] for file, scan in self.scans.items()])
         return layout.info(self.name, hashlib.sha256(content.encode()).hexdigest(), fps)
 

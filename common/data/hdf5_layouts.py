@@ -6,7 +6,8 @@ Recognised layouts (others by `--state-keys`, `--action-keys`, `--camera-keys`):
                     /base_action, the second part of the action, of Mobile ALOHA
     grouped         /observation/joint_pos/left, ..., /action/joint_pos/left, ...: what both groups have,
                     joints before hands before the rest, left before right; then what only the action has
-    robomimic       /data/demo_0/obs/..., /data/demo_0/actions; likewise episode_0, traj_0, ...
+    robomimic       /data/demo_0/obs/..., /data/demo_0/actions; likewise episode_0, traj_0, ...: also LIBERO
+                    and ManiSkill, whose names are others
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from common.data.layout import GROUPS, Array, Known, numbered, role
 
 QUANTITIES = ("joint_pos", "hand_joint_pos", "gripper_pos", "gripper")
 BOOKKEEPING = re.compile(r"time|stamp|index|step|mask|valid|is_pad")  # in names of what is no quantity
-STATES = (  # of the robomimic family, under obs/; the first that is there
-    ("robot{}_eef_pos", "robot{}_eef_quat", "robot{}_gripper_qpos"),
-    ("ee_states", "gripper_states"),
-    ("agent/qpos",),
-)
+STATES = {  # below obs/, by the layout's name; the first that is there
+    "robomimic": ("robot{}_eef_pos", "robot{}_eef_quat", "robot{}_gripper_qpos"),
+    "LIBERO": ("ee_states", "gripper_states"),
+    "ManiSkill": ("agent/qpos",),
+}
 ARM = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
 ALOHA_JOINTS = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in ARM)
 
@@ -40,12 +41,12 @@ def recognise(arrays: dict[str, Array]) -> Known | None:
         base = [key for key in ("base_action",) if key in numbers and alike(key, "action")]  # Mobile ALOHA's
         return Known("ALOHA", ("observations/qpos",), ("action", *base))
     if "actions" in numbers:
-        for names in STATES:
+        for layout, names in STATES.items():
             robots = range(10) if "{}" in names[0] else (0,)
             keys = [f"obs/{name.format(robot)}" for robot in robots for name in names]
             keys = tuple(key for key in keys if key in numbers)
             if keys:
-                return Known("robomimic", keys, ("actions",))
+                return Known(layout, keys, ("actions",))
     parts = [key.partition("/")[2] for key in numbers if key.startswith("action/") and not role(key)]
     parts = sorted((key for key in parts if not BOOKKEEPING.search(key)), key=_grouped_order)
     shared = [key for key in parts if f"observation/{key}" in numbers]
