@@ -34,12 +34,14 @@ if TYPE_CHECKING:
     from common.data import DataConfig
 
 SUFFIXES = (".hdf5", ".h5")
+SAID = 100  # lines at most that say which numbers are which episodes
 TIMES = ("timestamp", "timestamps", "observations/timestamp", "observation/timestamp", "obs/timestamp")
 
 
 class Place(NamedTuple):
     """Where an episode is: file below the root, its hash, group in it, and its arrays, or a problem."""
 
+    name: Name
     file: str
     sha256: str | None
     group: str
@@ -82,7 +84,7 @@ class Hdf5Source:
     isolated: ClassVar[bool] = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("scans", "named", "places")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("scans", "places")}
 
     @property
     def root(self) -> Path:
@@ -101,15 +103,11 @@ class Hdf5Source:
         return scan_all(self.root, find_files(self.path, self.name), memory, self._workers)
 
     @cached_property
-    def named(self) -> dict[int, tuple[Place, Name]]:
-        """The episodes, and what their names say, by number."""
-        found = place_episodes(self.scans)
-        numbers = number_names([name for _, name in found])
-        return dict(sorted(zip(numbers, found, strict=True), key=lambda item: item[0]))
-
-    @cached_property
     def places(self) -> dict[int, Place]:
-        return {number: place for number, (place, _) in self.named.items()}
+        """The episodes by number."""
+        found = find_episodes(self.scans)
+        numbers = number_names([place.name for place in found])
+        return dict(sorted(zip(numbers, found, strict=True), key=lambda item: item[0]))
 
     @cached_property
     def layout(self) -> Layout:
@@ -118,8 +116,10 @@ class Hdf5Source:
         if not sound:
             problem = next((place.problem for place in self.places.values()), "its files hold no episode")
             raise UserError(f"{self.name} has no usable episode: {problem}.")
-        given = {*self.config.state_keys, *self.config.action_keys, *self.config.camera_keys}
-        first = max(sound, key=lambda place: place.suits({key.strip("/") for key in given}))
+        options = (*self.config.state_keys, *self.config.action_keys, *self.config.camera_keys)
+        keys = {key.strip("/") for key in options}
+        first = next((place for place in sound if all(place.suits(keys))), None)
+        first = first or max(sound, key=lambda place: place.suits(keys))
         known = recognise(first.arrays)
         names_of = aloha_names if known and known.name == "ALOHA" else short_names
         layout = choose_layout(first.arrays, known, self.config, self.name, first.file, names_of)
@@ -143,7 +143,8 @@ class Hdf5Source:
         layout, fps = self.layout, self.fps
         found = f"{len(self.scans)} files, {len(self.places)} episodes, {fps:g} Hz"
         layout.say(f"{self.name}: HDF5, {layout.name} layout, {found}")
-        for line in explain([name for _, name in self.named.values()], list(self.named)):
+        lines = list(explain([place.name for place in self.places.values()], list(self.places)))
+        for line in lines[:SAID] + [f"... and {len(lines) - SAID} more"] * (len(lines) > SAID):
             say(f"  {line}")
         if layout.name == "LIBERO" and not self.config.action_offset:
             say("  LIBERO's recorder stores what is seen after an action beside it: then, --action-offset 1")
@@ -304,15 +305,15 @@ def scan_all(root: Path, files: Sequence[Path], memory: Path, workers: int) -> d
     return {name: known[name] for name in stamps}
 
 
-def place_episodes(scans: dict[str, dict[str, Any]]) -> list[tuple[Place, Name]]:
-    """Where the episodes are, and what their names say; a file that cannot be read counts as one."""
+def find_episodes(scans: dict[str, dict[str, Any]]) -> list[Place]:
+    """Where the episodes are; a file that cannot be read counts as one."""
     found = []
     for file, scan in scans.items():
         if scan["problem"]:
-            found.append((Place(file, None, "", {}, scan["problem"]), read_name(file, "", alone=True)))
+            found.append(Place(read_name(file, "", True), file, None, "", {}, scan["problem"]))
         for group, arrays in scan["episodes"]:
-            place = Place(file, scan["sha256"], group, as_arrays(arrays), None)
-            found.append((place, read_name(file, group, alone=len(scan["episodes"]) == 1)))
+            name = read_name(file, group, alone=len(scan["episodes"]) == 1)
+            found.append(Place(name, file, scan["sha256"], group, as_arrays(arrays), None))
     return found
 
 
