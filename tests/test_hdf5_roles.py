@@ -172,10 +172,24 @@ def test_an_episode_that_turns_grey_is_refused(tmp_path, open_):
 def test_a_grey_camera_alone_has_to_be_asked_for(one, open_):
     root = one(put(IMAGES + "cam_high", pictures()[..., :1]))
     with pytest.raises(
-        UserError, match=r"no colour camera, and a policy here needs one \(--cameras \S+ takes grey"
+        UserError, match=r"no colour camera, and a policy here needs one \(--cameras \S+ takes what"
     ):
         open_(root)
     assert open_(root, cameras=("high",)).cameras == ("high",)
+
+
+def test_images_outside_the_observations_have_to_be_asked_for(one, open_):
+    def change(file):
+        file.move(IMAGES + "cam_high", "pictures/cam_high")
+
+    root = one(change)
+    for keys in ({}, {"state_keys": ("observations/qpos",), "action_keys": ("action",)}):
+        with pytest.raises(
+            UserError, match=r"no colour camera, .* \(--cameras pictures/cam_high takes what is"
+        ):
+            open_(root, **keys)
+    assert open_(root, cameras=("high",)).camera_keys == ("pictures/cam_high",)
+    assert open_(root, camera_keys=("/pictures/cam_high",)).cameras == ("high",)
 
 
 def test_every_vector_that_is_not_used_is_named(one, open_, capsys):

@@ -207,7 +207,8 @@ def choose_layout(
     for part, default in defaults.items():
         keys[part] = tuple(key.strip("/") for key in getattr(config, f"{part}_keys")) or tuple(default or ())
         _check_keys(part, keys[part], arrays, source, there)
-    cameras = choose_cameras(arrays, known, config, source, there)
+    beside = (*keys["state"], *(defaults["state"] or ()))
+    cameras = choose_cameras(arrays, beside, config, source, there)
     chosen = (*keys["state"], *keys["action"], *(camera.key for camera in cameras))
     return Layout(
         name=known.name if known else "given",
@@ -222,13 +223,13 @@ def choose_layout(
 
 
 def choose_cameras(
-    arrays: Mapping[str, Array], known: Known | None, config: DataConfig, source: str, there: str
+    arrays: Mapping[str, Array], state_keys: Sequence[str], config: DataConfig, source: str, there: str
 ) -> tuple[Camera, ...]:
-    """The cameras to use: by default colour images of the present, of a known layout those observed."""
+    """The cameras to use: by default the colour images beside the state, if it is below obs/ or the like."""
     images = {key: array for key, array in arrays.items() if array.is_image}
     plain = [key for key, array in images.items() if not role(key) and array.channels > 1]
-    observed = known and re.match(r"(observations?|obs)/", known.state_keys[0])
-    plain = [key for key in plain if not observed or key.startswith(observed[0])]
+    groups = [group[0] for key in state_keys if (group := re.match(r"(observations?|obs)/", key))]
+    plain = [key for key in plain if not groups or key.startswith(tuple(groups))]
     given = [key.strip("/") for key in config.camera_keys]
     keys = given or plain or (list(images) if config.cameras else [])
     _check_keys("camera", keys, arrays, source, there)
@@ -251,8 +252,8 @@ def _check_keys(part: str, keys: Sequence[str], arrays: Mapping[str, Array], sou
     """Refuse keys of the state, the action or the cameras that are not there or hold something else."""
     flag = f"--{part}-keys"
     if not keys and part == "camera":
-        grey = [key for key, array in arrays.items() if array.is_image and not role(key)]
-        way = f" (--cameras {' '.join(grey)} takes grey images)" if grey else ""
+        rest = [key for key, array in arrays.items() if array.is_image and not role(key)]
+        way = f" (--cameras {' '.join(rest)} takes what is there)" if rest else ""
         raise UserError(f"{source} has no colour camera, and a policy here needs one{way}: {there}")
     if not keys:
         unknown = f"The layout of {source} is not one of those known"
