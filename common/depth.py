@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from common.config import MayChange, options
 from common.console import say
 from common.data import EpisodeStore
-from common.data.cameras import short_name
+from common.data.cameras import known_name
 from common.data.features import ensure_features
 from common.errors import UserError
 from common.files import read_json
@@ -324,7 +324,7 @@ def _check_model_name(path: Path, wanted: Architecture) -> None:
 
 def camera_numbers(config: DepthConfig, cameras: Sequence[str]) -> list[int]:
     """Places of the cameras with depth among a policy's cameras; a UserError names one that is not there."""
-    names = [name if name in cameras else short_name(name) for name in config.depth_cameras]
+    names = [known_name(name, cameras) for name in config.depth_cameras]
     for name in set(names) - set(cameras):
         raise UserError(f"--depth-cameras {name}: there is no such camera; there are {', '.join(cameras)}.")
     return [cameras.index(name) for name in dict.fromkeys(names or cameras[:1])]
