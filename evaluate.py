@@ -25,13 +25,12 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
+from common import plots
 from common.config import UserPath, cli, options
 from common.data import ChunkDataset, open_dataset, split_episodes
 from common.errors import UserError
 from common.files import read_json
 from common.inference import RobotPolicy, load_policy
-
-COLORS = {"policy": "tab:blue", "recorded": "black"}
 
 
 @options
@@ -207,7 +206,6 @@ def trivial_predictions(
 
 def draw_heldout(policy: RobotPolicy, store, episode: int, config: Config, path: Path) -> None:
     """One held-out episode: every action dimension as recorded, and the chunks sampled along the way."""
-    plt = pyplot()
     data = policy.config.data
     dataset = ChunkDataset(
         store, np.array([episode]), policy.horizon, data.proprio_history, data.action_offset
@@ -215,30 +213,19 @@ def draw_heldout(policy: RobotPolicy, store, episode: int, config: Config, path:
     starts = np.arange(0, len(dataset), max(policy.horizon // 2, 1))
     chunks = sample_chunks(policy, dataset, starts, config).numpy()
     recorded = store.action[dataset.rows + data.action_offset]
-    num = recorded.shape[1]
-    columns = min(4, num)
-    rows = math.ceil(num / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 1 + 2 * rows), squeeze=False)
+    names = policy.spec.action_names
+    figure, axes = plots.grid(len(names), min(4, len(names)), (4, 2.3))
     seconds = np.arange(len(recorded)) / store.fps
-    for d, axis in enumerate(axes.flat):
-        if d >= num:
-            axis.axis("off")
-            continue
-        axis.plot(seconds, recorded[:, d], color=COLORS["recorded"], lw=1.5, label="recorded")
+    for d, (axis, name) in enumerate(zip(axes.flat, names, strict=False)):
+        axis.plot(seconds, recorded[:, d], color="black", lw=1.5, label="recorded")
         for start, chunk in zip(starts, chunks, strict=True):
-            n = min(policy.horizon, len(recorded) - start)
             label = "sampled chunks" if start == 0 else None
-            axis.plot(
-                seconds[start : start + n], chunk[:n, d], color=COLORS["policy"], lw=1, alpha=0.7, label=label
-            )
-        axis.set_title(policy.spec.action_names[d], fontsize=9)
-        axis.tick_params(labelsize=7)
+            part = seconds[start : start + policy.horizon]
+            axis.plot(part, chunk[: len(part), d], color="tab:blue", lw=1, alpha=0.7, label=label)
+        axis.set_title(name, fontsize=9)
     axes[0, 0].legend(fontsize=7)
-    figure.supxlabel("seconds")
-    figure.suptitle(f"held-out episode {episode}, {config.sample_steps[0]} sampling steps")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.supxlabel("seconds", fontsize=9)
+    plots.save_figure(figure, path, f"held-out episode {episode}, {config.sample_steps[0]} sampling steps")
 
 
 # Closed loop, built-in task
@@ -328,29 +315,25 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
 
 def draw_rollouts(simulator, trace: np.ndarray, summary: dict, path: Path) -> None:
     """The ways of all hands, coloured by outcome."""
+    from matplotlib.patches import Circle
+
     from common.data.demo import OBSTACLE_RADIUS, OBSTACLES
 
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2))
-    for axis, wanted, title in (
-        (axes[0], simulator.success, f"{summary['success']:.1%} of {summary['episodes']} episodes succeed"),
-        (
-            axes[1],
-            ~simulator.success,
-            f"{summary['collisions']:.1%} collide, {summary['timeouts']:.1%} time out",
-        ),
-    ):
+    figure, axes = plots.grid(2, 2, (5.5, 5.2))
+    drawn = {
+        f"{summary['success']:.1%} of {summary['episodes']} episodes succeed": simulator.success,
+        f"{summary['collisions']:.1%} collide, {summary['timeouts']:.1%} time out": ~simulator.success,
+    }
+    for axis, (title, wanted) in zip(axes.flat, drawn.items(), strict=True):
         for centre in OBSTACLES:
-            axis.add_patch(plt.Circle(centre, OBSTACLE_RADIUS, color="0.35"))
+            axis.add_patch(Circle(centre, OBSTACLE_RADIUS, color="0.35"))
         for episode in np.flatnonzero(wanted):
             for arm, color in enumerate(("tab:red", "tab:blue")):
                 way = trace[: simulator.steps[episode] + 1, episode, arm]
                 axis.plot(*way.T, color=color, lw=0.6, alpha=0.6)
                 axis.plot(*simulator.targets[episode, arm], "x", color=color, ms=4)
         axis.set(xlim=(-1.1, 1.1), ylim=(-1, 1), aspect="equal", title=title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plots.save_figure(figure, path)
 
 
 def save_gif(
@@ -395,7 +378,6 @@ def sweep_guidance(policy: RobotPolicy, config: Config, folder: Path) -> dict[st
 
 def draw_guidance(results: dict[str, dict], path: Path) -> None:
     """What grows and falls with the guidance scale: error, success, collisions, shares of the modes."""
-    plt = pyplot()
     scales = [float(scale) for scale in results]
     panels = {"held-out error": {"mae": [result.get("mae", math.nan) for result in results.values()]}}
     if all("success" in result for result in results.values()):
@@ -407,7 +389,7 @@ def draw_guidance(results: dict[str, dict], path: Path) -> None:
             mode: [result["modes"][mode] for result in results.values()]
             for mode in next(iter(results.values()))["modes"]
         }
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), squeeze=False)
+    figure, axes = plots.grid(len(panels), len(panels), (4.5, 3.6))
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for name, values in lines.items():
             axis.plot(scales, values, marker="o", label=name)
@@ -415,9 +397,7 @@ def draw_guidance(results: dict[str, dict], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plots.save_figure(figure, path)
 
 
 # Latency and report
@@ -475,16 +455,6 @@ def report(results: dict, folder: Path) -> None:
     for path in sorted([*folder.glob("*.png"), *folder.glob("*.gif"), *folder.parent.glob("*.png")]):
         print(f"picture: {path}")
     print(f"numbers: {folder / 'results.json'}")
-
-
-def pyplot():
-    """Matplotlib without a display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from common import alternatives, flow, losses, vision
+from common import flow, losses, plots, vision
 from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, RunConfig, Share, cli, options
 from common.data import Batch, ChunkDataset, DataConfig
@@ -47,6 +47,7 @@ from common.transformer import (
     InfoEmbedder,
     Observation,
     ObservationHead,
+    Size,
 )
 from common.vision import VisionConfig
 
@@ -128,36 +129,17 @@ class Policy(nn.Module):
             config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
         )
         widths = [(self.backbone.token_dim, self.backbone.summary_dim)] * len(spec.cameras)
-        self.info_embedder = InfoEmbedder(
-            widths,
-            spec.state_dim,
-            spec.proprio_history,
-            config.d_model,
-            config.num_heads,
-            config.encoder_layers,
-        )
+        size = Size(config.d_model, config.num_heads)
+        proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers)
         posterior_dim, prior_dim = config.latent_dim, config.num_codes
         self.posterior = ChunkEncoder(
-            spec.state_dim,
-            self.backbone.token_dim,
-            spec.action_dim,
-            spec.proprio_history + config.horizon,
-            config.d_model,
-            config.num_heads,
-            config.posterior_layers,
-            posterior_dim,
+            proprio, self.backbone.token_dim, chunk, size, config.posterior_layers, posterior_dim
         )
-        self.prior = ObservationHead(config.d_model, config.num_heads, config.prior_layers, prior_dim)
+        self.prior = ObservationHead(size, config.prior_layers, prior_dim)
         self.latent = CodebookLatent(config.num_codes, config.latent_dim, self.posterior, null=True)
-        self.action_decoder = ActionDecoder(
-            spec.action_dim,
-            config.horizon,
-            config.d_model,
-            config.num_heads,
-            config.decoder_layers,
-            causal=config.attention == "causal",
-            latent_dim=config.latent_dim,
-        )
+        causal = config.attention == "causal"
+        self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal, config.latent_dim)
 
     def encode(self, images: Tensor, proprio: Tensor) -> tuple[Tensor, Observation]:
         """Tokens of the head camera (B, L, D_v), and the whole observation, fused.
@@ -368,7 +350,7 @@ def draw_alternatives(
     prior, z = policy.prior(observation), policy.latent.vectors
     chunks = integrate(policy, observation, z, x_0.expand(len(z), -1, -1), config)
     shares = {"prior": prior[0].softmax(dim=0), "usage": policy.latent.usage.shares}
-    alternatives.draw_chunks(path, batch, chunks, normalizer, dataset.store.action_names, shares, "codes")
+    plots.draw_chunks(path, batch, chunks, normalizer, dataset.store.action_names, shares, "codes")
 
 
 def main(config: Config) -> None:

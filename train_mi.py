@@ -46,7 +46,7 @@ from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
 from common.plots import draw_reconstructions, draw_scores
 from common.run import Run, start_run
-from common.transformer import Encoder
+from common.transformer import Encoder, Size
 from common.vision import VisionConfig
 
 LARGEST_SIDE = 128  # pixels: of the images that are encoded
@@ -149,7 +149,7 @@ class ActionEncoder(nn.Module):
         self.readout = nn.Parameter(torch.randn(1, config.d_model) * 0.02)
         self.action_in = nn.Linear(spec.action_dim, config.d_model)
         self.position = nn.Parameter(torch.randn(config.horizon, config.d_model) * 0.02)
-        self.encoder = Encoder(config.d_model, config.num_heads, config.encoder_layers)
+        self.encoder = Encoder(Size(config.d_model, config.num_heads), config.encoder_layers)
         self.out = nn.Linear(config.d_model, config.action_latent_dim)
 
     def forward(self, actions: Tensor, is_pad: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from common.data import Batch, ChunkDataset, DataConfig
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
 from common.run import Run, start_run
-from common.transformer import ActionDecoder, Context, InfoEmbedder
+from common.transformer import ActionDecoder, Context, InfoEmbedder, Size
 from common.vision import VisionConfig
 
 
@@ -91,23 +91,11 @@ class Policy(nn.Module):
             )
             self.add_module(f"{camera}_backbone", backbone)
             widths.append((backbone.token_dim, backbone.summary_dim))
-        self.info_embedder = InfoEmbedder(
-            widths,
-            spec.state_dim,
-            spec.proprio_history,
-            config.d_model,
-            config.num_heads,
-            config.encoder_layers,
-            cameras_may_drop=True,
-        )
-        self.action_decoder = ActionDecoder(
-            spec.action_dim,
-            config.horizon,
-            config.d_model,
-            config.num_heads,
-            config.decoder_layers,
-            causal=config.attention == "causal",
-        )
+        size = Size(config.d_model, config.num_heads)
+        proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, droppable=True)
+        causal = config.attention == "causal"
+        self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal)
 
     def observe(self, images: Tensor, proprio: Tensor, dropped: Tensor | None = None) -> Context:
         """What the decoder needs of an observation, computed once however often the decoder runs.

@@ -39,7 +39,7 @@ from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
 from common.plots import draw_features
 from common.run import Run, start_run
-from common.transformer import ActionDecoder, Context, InfoEmbedder
+from common.transformer import ActionDecoder, Context, InfoEmbedder, Size
 from common.vision import VisionConfig
 
 
@@ -101,23 +101,11 @@ class Policy(nn.Module):
         self.depth_backbone = DepthBackbone(config.depth, spec.image_size, pretrained)
         self.depth_cameras = camera_numbers(config.depth, spec.cameras)
         widths += [(self.depth_backbone.token_dim,) * 2] * len(self.depth_cameras)
-        self.info_embedder = InfoEmbedder(
-            widths,
-            spec.state_dim,
-            spec.proprio_history,
-            config.d_model,
-            config.num_heads,
-            config.encoder_layers,
-            cameras_may_drop=True,
-        )
-        self.action_decoder = ActionDecoder(
-            spec.action_dim,
-            config.horizon,
-            config.d_model,
-            config.num_heads,
-            config.decoder_layers,
-            causal=config.attention == "causal",
-        )
+        size = Size(config.d_model, config.num_heads)
+        proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, droppable=True)
+        causal = config.attention == "causal"
+        self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal)
 
     def depth_features(self, images: Tensor) -> Tensor:
         """Features (B, C, L, D_f) of the C cameras with depth in images (B, N, 3, H, W) uint8."""

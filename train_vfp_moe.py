@@ -34,13 +34,13 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from common import alternatives, flow, losses, vision
+from common import flow, losses, plots, vision
 from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, RunConfig, Share, cli, options
 from common.console import say
 from common.data import Batch, ChunkDataset, DataConfig
 from common.errors import UserError
-from common.latent import CodebookLatent, Inferred, NormalLatent, Usage
+from common.latent import CodebookLatent, Inferred, NormalLatent, Usage, first_latents
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
 from common.run import Run, start_run
@@ -51,10 +51,12 @@ from common.transformer import (
     InfoEmbedder,
     Observation,
     ObservationHead,
+    Size,
     StackedLinear,
     TimeEmbedding,
     mlp,
     take_expert,
+    zeroed,
 )
 from common.vision import VisionConfig
 
@@ -191,9 +193,7 @@ class MoEActionDecoder(nn.Module):
         )
         self.experts = nn.ModuleList(DecoderBlock(d_model, num_heads, linear) for _ in range(num_own))
         self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
-        self.velocity_out = linear(d_model, action_dim)
-        nn.init.zeros_(self.velocity_out.weight)
-        nn.init.zeros_(self.velocity_out.bias)
+        self.velocity_out = zeroed(linear(d_model, action_dim))
 
     def context(self, observation: Observation) -> Context:
         """What `forward` needs of B observations: for the shared layers, then for those of all experts."""
@@ -205,16 +205,16 @@ class MoEActionDecoder(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, context: Context, is_pad: Tensor | None, z: Tensor) -> Tensor:
         """Velocity of every expert, (E, B * M, T, A); arguments as for `ActionDecoder`."""
-        key_mask = None if is_pad is None or self.causal else ~is_pad
+        mask = None if is_pad is None or self.causal else ~is_pad
         flow_samples = len(x_t) // len(context.summary)
         x = self.action_in(x_t) + self.position + context.summary.repeat_interleave(flow_samples, dim=0)
         condition, keys_values = self.time(t) + self.latent_in(z), iter(context.keys_values)
         for block in self.shared:
-            x = block(x, condition, next(keys_values), key_mask, self.causal)
+            x = block(x, condition, next(keys_values), mask, self.causal)
         num_experts = len(self.velocity_out.weight)  # one, where `take_expert` has chosen it
         x, condition = x.expand(num_experts, -1, -1, -1), condition.expand(num_experts, -1, -1)
         for block in self.experts:
-            x = block(x, condition, next(keys_values), key_mask, self.causal)
+            x = block(x, condition, next(keys_values), mask, self.causal)
         return self.velocity_out(self.norm(x))
 
 
@@ -233,29 +233,17 @@ class Policy(nn.Module):
             config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
         )
         widths = [(self.backbone.token_dim, self.backbone.summary_dim)] * len(spec.cameras)
-        self.info_embedder = InfoEmbedder(
-            widths,
-            spec.state_dim,
-            spec.proprio_history,
-            config.d_model,
-            config.num_heads,
-            config.encoder_layers,
-        )
+        size = Size(config.d_model, config.num_heads)
+        proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers)
         if config.latent == "vq":
             posterior_dim, prior_dim = config.latent_dim, config.num_codes
         else:  # means, and the logarithms of variances
             posterior_dim = prior_dim = (2 if config.variances == "learned" else 1) * config.latent_dim
         self.posterior = ChunkEncoder(
-            spec.state_dim,
-            self.backbone.token_dim,
-            spec.action_dim,
-            spec.proprio_history + config.horizon,
-            config.d_model,
-            config.num_heads,
-            config.posterior_layers,
-            posterior_dim,
+            proprio, self.backbone.token_dim, chunk, size, config.posterior_layers, posterior_dim
         )
-        self.prior = ObservationHead(config.d_model, config.num_heads, config.prior_layers, prior_dim)
+        self.prior = ObservationHead(size, config.prior_layers, prior_dim)
         if config.latent == "vq":
             self.latent = CodebookLatent(config.num_codes, config.latent_dim, self.posterior)
         else:
@@ -503,7 +491,7 @@ def draw_alternatives(
     experts = torch.arange(num, device=z.device)
     chunks = integrate(policy, observation, z, x_0.expand(num, -1, -1), config, experts=experts)
     shares = {"prior": F.one_hot(chosen, num).float().mean(dim=0), "usage": policy.gate.usage.shares}
-    alternatives.draw_chunks(path, batch, chunks, normalizer, dataset.store.action_names, shares, "experts")
+    plots.draw_chunks(path, batch, chunks, normalizer, dataset.store.action_names, shares, "experts")
 
 
 def report_idle_experts(step: int, logged: dict[str, float], num_experts: int) -> None:
@@ -548,9 +536,9 @@ def main(config: Config) -> None:
             run.log_validation(evaluate(model, data.val, data.normalizer, config, run))
             if run.is_main:
                 draw_alternatives(model, data.val, data.normalizer, config, run.folder / "alternatives.png")
-                z, _ = alternatives.first_latents(model, data.train, data.normalizer, config.run.eval_samples)
+                z, _ = first_latents(model, data.train, data.normalizer, config.run.eval_samples)
                 experts = model.gate(z).argmax(dim=1)
-                alternatives.draw_latents(run.folder / "latents.png", z, {"expert": experts})
+                plots.draw_latents(run.folder / "latents.png", z, {"expert": experts})
         if run.due(config.run.save_every) or run.stopping:
             run.save()
     run.close()

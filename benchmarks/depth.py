@@ -27,12 +27,12 @@ import train_vfp_depth
 from common.checkpoint import PolicySpec
 from common.config import Flat, cli, options
 from common.data import ChunkDataset, EpisodeStore, make_loader, open_dataset
-from common.data.demo import record
+from common.data.demo import demonstrate, write_dataset
 from common.depth import DepthBackbone, DepthConfig, cached
 from common.normalize import Normalizer
 from common.optim import AveragedPolicy, GradientClipper, build_optimizer
 from common.run import make_accelerator
-from common.transformer import InfoEmbedder
+from common.transformer import InfoEmbedder, Size
 
 
 @options
@@ -54,7 +54,7 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:  # the cache is built anew
         data = replace(config.script.data, cache_dir=Path(folder))
         if data.dataset == ("demo",):  # a few episodes of it
-            data = replace(data, dataset=(str(record(Path(folder) / "demo", 5)),))
+            data = replace(data, dataset=(str(write_dataset(Path(folder) / "demo", demonstrate(5, seed=0))),))
         compare(replace(config, script=replace(config.script, data=data)))
 
 
@@ -138,15 +138,9 @@ class MoreTokens(train_vfp.Policy):
         """`shape` is that of the views: (C, L, D)."""
         super().__init__(config, spec)
         backbones = [getattr(self, f"{camera}_backbone") for camera in self.cameras]
-        self.info_embedder = InfoEmbedder(
-            [(b.token_dim, b.summary_dim) for b in backbones] + [(shape[-1],) * 2] * shape[0],
-            spec.state_dim,
-            spec.proprio_history,
-            config.d_model,
-            config.num_heads,
-            config.encoder_layers,
-            cameras_may_drop=True,
-        )
+        widths = [(b.token_dim, b.summary_dim) for b in backbones] + [(shape[-1],) * 2] * shape[0]
+        proprio, size = (spec.proprio_history, spec.state_dim), Size(config.d_model, config.num_heads)
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, droppable=True)
         self.register_buffer("more", torch.randn(config.optim.batch_size, *shape))
 
     def observe(self, images: Tensor, proprio: Tensor, dropped: Tensor | None = None):

@@ -23,12 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_vfp_moe
-from common import alternatives
+from common import plots
 from common.config import Flat, UserPath, cli, options
 from common.data import ChunkDataset, open_dataset, split_episodes
 from common.data.demo import OBSTACLES
 from common.errors import UserError
 from common.inference import load_policy
+from common.latent import first_latents
 from common.optim import GradientClipper, build_optimizer
 from common.run import start_run
 
@@ -154,11 +155,11 @@ def compare_with_modes(folder: Path) -> None:
     episodes, _ = split_episodes(store, config.data.val_fraction, config.run.seed)
     spec = policy.spec
     data = ChunkDataset(store, episodes, config.horizon, spec.proprio_history, spec.action_offset)
-    z, first = alternatives.first_latents(policy.model, data, policy.normalizer, config.run.eval_samples)
+    z, first = first_latents(policy.model, data, policy.normalizer, config.run.eval_samples)
     starts = store.episode_starts
     states = [store.state[starts[e] : starts[e + 1]] for e in store.episode_of(first.cpu().numpy())]
     labels = {"expert": policy.model.gate(z).argmax(dim=1), "mode": torch.from_numpy(modes(states))}
-    alternatives.draw_latents(folder / "modes.png", z, labels)
+    plots.draw_latents(folder / "modes.png", z, labels)
     score = normalized_mutual_info_score(*(values.cpu().numpy() for values in labels.values()))
     print(f"{len(z)} episodes: normalised mutual information of experts and modes {score:.3f}")
     print(f"picture: {folder / 'modes.png'}")

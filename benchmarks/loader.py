@@ -232,15 +232,13 @@ def _disk_bytes() -> int:
 
 
 def larger_than_memory(store: EpisodeStore, share: float, folder: Path) -> EpisodeStore:
-    """A store of as many bytes as `share` of the memory, in sparse files."""
+    """A store of as many bytes as `share` of the memory, in a sparse file."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     row_bytes = int(np.prod(store.row_shape))
-    steps = 2**30 // row_bytes  # an episode and a shard
+    steps = 2**30 // row_bytes  # of an episode
     episodes = int(share * memory / (steps * row_bytes)) + 1
-    files = [folder / f"sparse-{e:05d}.bin" for e in range(episodes)]
-    for file in files:
-        with file.open("wb") as handle:
-            handle.truncate(steps * row_bytes)
+    with (folder / "sparse.bin").open("wb") as file:
+        file.truncate(episodes * steps * row_bytes)
     vectors = np.zeros((steps * episodes, store.state.shape[1]), np.float32)
     return replace(
         store,
@@ -251,9 +249,9 @@ def larger_than_memory(store: EpisodeStore, share: float, folder: Path) -> Episo
         episode_starts=np.arange(episodes + 1) * steps,
         episode_indices=np.arange(episodes),
         episode_tasks=(store.task,) * episodes,
-        episode_shard=np.arange(episodes),
-        episode_row=np.zeros(episodes, np.int64),
-        shard_files=tuple(files),
+        episode_rows=np.arange(episodes) * steps,
+        episode_checksums=np.zeros(episodes, np.int64),
+        frame_files=(folder / "sparse.bin",),
         part_episodes=(episodes,),
     )
 
@@ -291,7 +289,7 @@ def prepare(options: Options, folder: Path) -> Sources:
         f"chunk {options.horizon}: {row_bytes * options.batch_size / 1e6:.1f} MB of pixels a batch"
     )
     for form, one in (("raw", store), ("JPEG", jpeg)):
-        print(f"{form} store: {sum(file.stat().st_size for file in one.shard_files) / 1e6:.0f} MB")
+        print(f"{form} store: {sum(file.stat().st_size for file in one.frame_files) / 1e6:.0f} MB")
     return Sources(root, images, hdf5, store.path, jpeg.path, store.num_steps, row_bytes)
 
 

@@ -1,9 +1,8 @@
 """Depth Anything 3 (Lin et al. 2025) as a frozen source of features: images in, tokens out.
 
 `DepthNetwork` is the single-view backbone of DA3, a DINOv2 vision transformer with changes, and loads the
-official files. Its own package cannot be installed beside LeRobot. `DepthBackbone` is what a policy uses:
-chosen layers, pooled, at any image size. Since the network is frozen and what it sees is not augmented, its
-features can be computed once for every frame, see `cached`.
+official files; its own package cannot be installed beside LeRobot. `DepthBackbone` is what a policy uses.
+Since it is frozen and sees images that are not augmented, `cached` can compute all features once.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from common.config import MayChange, options
 from common.console import say
 from common.data import EpisodeStore
-from common.data.cameras import short_name
+from common.data.cameras import known_name
 from common.data.features import ensure_features
 from common.errors import UserError
 from common.files import read_json
@@ -56,18 +55,15 @@ class DepthConfig:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a DA3 backbone."""
+    """Shape of a DA3 backbone, by the name that its official config.json has."""
 
     name: str
-    """What the official config.json calls the model."""
     dim: int
     num_blocks: int
     num_heads: int
-    out_layers: tuple[int, ...]
-    """Blocks whose output DA3's heads take."""
-    alt_start: int | None = None
+    alt_start: float = math.inf
     """The block from which blocks with odd numbers are global, the class token is the camera's, and queries
-    and keys are normalized and rotated; None in models that were made for one view."""
+    and keys are normalized and rotated; none in models that were made for one view."""
 
     @property
     def hub(self) -> str:
@@ -75,15 +71,15 @@ class Architecture:
         return f"depth-anything/{self.name.upper()}" + "-1.1" * (self.name == "da3-large")
 
     def is_global(self, block: int) -> bool:
-        return self.alt_start is not None and block >= self.alt_start and block % 2 == 1
+        return block >= self.alt_start and block % 2 == 1
 
 
 ARCHITECTURES = {
-    "small": Architecture("da3-small", 384, 12, 6, (5, 7, 9, 11), 4),
-    "base": Architecture("da3-base", 768, 12, 12, (5, 7, 9, 11), 4),
-    "large": Architecture("da3-large", 1024, 24, 16, (11, 15, 19, 23), 8),
-    "mono": Architecture("da3mono-large", 1024, 24, 16, (4, 11, 17, 23)),
-    "metric": Architecture("da3metric-large", 1024, 24, 16, (4, 11, 17, 23)),
+    "small": Architecture("da3-small", 384, 12, 6, 4),
+    "base": Architecture("da3-base", 768, 12, 12, 4),
+    "large": Architecture("da3-large", 1024, 24, 16, 8),
+    "mono": Architecture("da3mono-large", 1024, 24, 16),
+    "metric": Architecture("da3metric-large", 1024, 24, 16),
 }
 
 
@@ -92,8 +88,8 @@ class _Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        norm = nn.LayerNorm if qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(dim // num_heads), norm(dim // num_heads)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -120,20 +116,8 @@ class _Block(nn.Module):
         return x + self.mlp(self.norm2(x)) * self.ls2["gamma"]
 
 
-def _rotations(positions: Tensor, head_dim: int, base: float = 100.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (L, head_dim) of rotary embedding (Su et al. 2021) at (L, 2) positions, y and x.
-
-    The first half of a head's features turns with y, the second with x.
-    """
-    quarter = head_dim // 4
-    exponents = torch.arange(quarter, device=positions.device) / quarter
-    angles = positions.unsqueeze(-1) * (1.0 / base**exponents)  # (L, 2, quarter)
-    angles = angles.repeat(1, 1, 2).flatten(1)  # y y x x
-    return angles.cos(), angles.sin()
-
-
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, heads, L, head_dim), each half of it turned by itself."""
+    """x (B, heads, L, head_dim), each half turned by itself."""
     first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)
     turned = torch.stack([-second, first], dim=-2).flatten(-3)
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
@@ -148,46 +132,35 @@ class DepthNetwork(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, PATCH, PATCH)})
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, 37 * 37 + 1, dim) * 0.02)
-        start = math.inf if architecture.alt_start is None else architecture.alt_start
-        if architecture.alt_start is not None:
+        if architecture.alt_start < math.inf:
             self.camera_token = nn.Parameter(torch.randn(1, 2, dim) * 0.02)
         self.blocks = nn.ModuleList(
-            _Block(dim, architecture.num_heads, i >= start) for i in range(architecture.num_blocks)
+            _Block(dim, architecture.num_heads, qk_norm=i >= architecture.alt_start)
+            for i in range(architecture.num_blocks)
         )
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, images: Tensor, layers: Sequence[int] = ()) -> tuple[list[Tensor], list[Tensor]]:
-        """Run on images (B, 3, H, W), normalized, whose sides are multiples of 14.
+    def forward(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Outputs (B, L, dim) of these blocks, in order, for images (B, 3, H, W), normalized.
 
-        Returns:
-            What DA3's heads take, for each of `out_layers` (B, L, 2 dim), of models made for one view
-            (B, L, dim); and the output of the blocks in `layers`, each (B, L, dim).
+        The sides of images are multiples of 14.
         """
         architecture = self.architecture
         grid = images.shape[-2] // PATCH, images.shape[-1] // PATCH
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = x + self._positions(grid).to(x.dtype)
-        rotations = self._rotations(grid, x.device) if architecture.alt_start is not None else None
-        outputs, exported, local = [], [], x
-        last = max([*architecture.out_layers, *layers])
-        for i, block in enumerate(self.blocks[: last + 1]):
+        rotations, outputs = self._rotations(grid, x.device), []
+        for i, block in enumerate(self.blocks[: max(layers) + 1]):
             if i == architecture.alt_start:
                 x = torch.cat([self.camera_token[:, :1].expand(len(x), -1, -1).to(x.dtype), x[:, 1:]], dim=1)
-            rotated = rotations is not None and i >= architecture.alt_start
-            x = block(x, rotations[architecture.is_global(i)] if rotated else None)
-            if not architecture.is_global(i):
-                local = x
-            if i in architecture.out_layers:
-                out = self.norm(x)
-                out = out if architecture.alt_start is None else torch.cat([local.to(out.dtype), out], dim=-1)
-                outputs.append(out[:, 1:])
+            x = block(x, rotations[architecture.is_global(i)] if i >= architecture.alt_start else None)
             if i in layers:
-                exported.append(self.norm(x)[:, 1:])
-        return outputs, exported
+                outputs.append(self.norm(x)[:, 1:])
+        return outputs
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """The learned positions, 37 x 37 and one for the class token, for another grid."""
+        """The learned positions, one for the class token and 37 x 37, for another grid."""
         if grid == (37, 37):
             return self.pos_embed
         of_class, of_patches = self.pos_embed.float().split([1, 37 * 37], dim=1)
@@ -198,27 +171,29 @@ class DepthNetwork(nn.Module):
         return torch.cat([of_class, of_patches.flatten(2).transpose(1, 2)], dim=1)
 
     def _rotations(self, grid: tuple[int, int], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """For local and for global blocks; among views, the patches of one have no order."""
+        """Cosines and sines (L, head_dim) of rotary embedding (Su et al. 2021), for local and global blocks.
+
+        Among views, the patches of one have no order.
+        """
         y, x = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
         local = F.pad(torch.stack([y, x], dim=-1).flatten(0, 1) + 1, (0, 0, 1, 0))  # class token at (0, 0)
-        head_dim = self.architecture.dim // self.architecture.num_heads
-        return [_rotations(positions.float(), head_dim) for positions in (local, local.clamp(max=1))]
+        quarter = self.architecture.dim // self.architecture.num_heads // 4
+        frequencies = 1.0 / 100.0 ** (torch.arange(quarter, device=device) / quarter)
+        rotations = []
+        for positions in (local, local.clamp(max=1)):
+            angles = positions.float().unsqueeze(-1) * frequencies  # (L, 2, quarter)
+            angles = angles.repeat(1, 1, 2).flatten(1)  # y y x x
+            rotations.append((angles.cos(), angles.sin()))
+        return rotations
 
 
 class DepthBackbone(nn.Module):
-    """Frozen features of Depth Anything 3, for policies.
-
-    Attributes:
-        token_dim: width of the features, those of all chosen layers together.
-        num_tokens: L, at the image size that it was made for, in rows and columns of `feature_grid`.
-        input_size: (H, W) at which the network looks at images.
-    """
+    """Frozen features of Depth Anything 3, for policies: `num_tokens` in a `feature_grid`, of `token_dim`."""
 
     def __init__(self, config: DepthConfig, image_size: tuple[int, int], pretrained: bool = True):
-        """`pretrained` = False leaves the weights to the checkpoint that is loaded next.
+        """Unless `pretrained`, weights are left to the checkpoint that is loaded next.
 
-        Raises:
-            UserError: for weights that cannot be loaded, layers that the model does not have.
+        A UserError says which weights cannot be loaded, or which layers the model does not have.
         """
         super().__init__()
         architecture = ARCHITECTURES[config.depth_model]
@@ -230,13 +205,12 @@ class DepthBackbone(nn.Module):
             )
         self.pool = config.depth_pool
         self.grid = tuple(max(round(side / PATCH), 1) for side in image_size)
-        self.input_size = tuple(PATCH * side for side in self.grid)
+        self.input_size = tuple(PATCH * side for side in self.grid)  # at which the network looks at images
         self.token_dim = architecture.dim * len(self.layers)
         self.feature_grid = tuple(math.ceil(side / self.pool) for side in self.grid)
         self.num_tokens = math.prod(self.feature_grid)
         self.network = _load_network(config, architecture) if pretrained else DepthNetwork(architecture)
-        self.requires_grad_(False)
-        self.eval()
+        self.requires_grad_(False).eval()
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         if pretrained and self.input_size != image_size:
@@ -258,8 +232,8 @@ class DepthBackbone(nn.Module):
             images = F.interpolate(images, self.input_size, mode="bilinear", antialias=True)
         device = images.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            _, layers = self.network((images - self.mean) / self.std, self.layers)
-        features = torch.cat(layers, dim=-1).float()  # (B, L, token_dim)
+            layers = self.network((images - self.mean) / self.std, self.layers)
+        features = torch.cat(layers, dim=-1).float()
         if self.pool > 1:
             features = features.transpose(1, 2).unflatten(2, self.grid)
             features = F.avg_pool2d(features, self.pool, ceil_mode=True, count_include_pad=False)
@@ -288,7 +262,6 @@ class DepthBackbone(nn.Module):
 
 
 def _load_network(config: DepthConfig, architecture: Architecture) -> DepthNetwork:
-    """The network with the weights that the options ask for."""
     source = config.depth_weights or architecture.hub
     kind, _, seed = source.partition(":")
     if kind == "random":
@@ -309,10 +282,8 @@ def _load_network(config: DepthConfig, architecture: Architecture) -> DepthNetwo
             weights = {name.removeprefix(PREFIX): content.get_tensor(name) for name in names}
         network.load_state_dict(weights, assign=True)
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(
-            f"{file} is damaged or no {architecture.name} ({brief(error)}): download it again, or give "
-            f"another --depth-weights."
-        ) from None
+        why = f"{file} is damaged or no {architecture.name} ({brief(error)})"
+        raise UserError(f"{why}: download it again, or give another --depth-weights.") from None
     if config.depth_model == "large":
         say("depth: large is licensed CC BY-NC 4.0: no commercial use, of policies trained with it either")
     return network.float()
@@ -325,9 +296,7 @@ def _snapshot(source: str, architecture: Architecture) -> Path:
         absent = [name for name in names if not (path / name).is_file()]
         if absent:
             what = f"has no {' and no '.join(absent)}" if path.exists() else "does not exist"
-            raise UserError(
-                f"--depth-weights {source} {what}: give the folder of a snapshot of {architecture.hub}."
-            )
+            raise UserError(f"--depth-weights {source} {what}: give a snapshot of {architecture.hub}.")
         return path
     from huggingface_hub import snapshot_download
 
@@ -355,23 +324,16 @@ def _check_model_name(path: Path, wanted: Architecture) -> None:
 
 def camera_numbers(config: DepthConfig, cameras: Sequence[str]) -> list[int]:
     """Places of the cameras with depth among a policy's cameras; a UserError names one that is not there."""
-    names = [name if name in cameras else short_name(name) for name in config.depth_cameras]
-    for name in names:
-        if name not in cameras:
-            raise UserError(
-                f"--depth-cameras {name}: there is no such camera; there are {', '.join(cameras)}."
-            )
+    names = [known_name(name, cameras) for name in config.depth_cameras]
+    for name in set(names) - set(cameras):
+        raise UserError(f"--depth-cameras {name}: there is no such camera; there are {', '.join(cameras)}.")
     return [cameras.index(name) for name in dict.fromkeys(names or cameras[:1])]
 
 
 def cached(
     store: EpisodeStore, backbone: DepthBackbone, cameras: Sequence[int], device: torch.device
 ) -> EpisodeStore:
-    """The store with the features of these cameras, float16, computed now if they are not there yet.
-
-    Raises:
-        UserError: if the disk is too small, or features are not finite.
-    """
+    """The store with the features of these cameras, float16, computed now if they are not there yet."""
     backbone.to(device)
 
     def compute(images: Tensor) -> Tensor:

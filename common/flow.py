@@ -1,7 +1,4 @@
-"""Flow matching: time sampling, the path from noise to data, guidance, integration of the learned velocity.
-
-Flow time t runs from 0 (noise) to 1 (data). x_0 is standard normal noise, x_1 the normalized action chunk.
-"""
+"""Flow matching: times t from 0 (noise x_0) to 1 (data x_1), the path between, guidance, integration."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -22,10 +19,9 @@ def sample_time(
 ) -> Tensor:
     """Draw flow times, (num,) float32 in [0, 1].
 
-    "beta" draws from Beta(a, b); the default Beta(1.0, 1.5) favours the noisy end, where the velocity field
-    decides which mode a sample goes to (as pi0 does, Black et al. 2024; its code runs time the other way, and
-    weights the noisy end as well). "logit-normal" is sigmoid(n), n standard normal (Esser et al. 2024): few
-    draws at either end.
+    The default Beta(1.0, 1.5) favours the noisy end, where the velocity field decides which mode a sample
+    goes to (as pi0 does, Black et al. 2024, whose code runs time the other way). "logit-normal" is the
+    sigmoid of a standard normal (Esser et al. 2024), with few draws at either end.
     """
     if distribution == "uniform":
         return torch.rand(num, device=device, generator=generator)
@@ -46,12 +42,8 @@ def linear_path(x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     path with sigma_min = 0; Liu et al. 2023).
 
     Args:
-        x_0: noise, (B, T, A), standard normal.
-        x_1: normalized actions, (B, T, A), unitless.
-        t: flow time, (B,), in [0, 1].
-
-    Raises:
-        ValueError: if t is not one value per sample.
+        x_0, x_1: standard normal noise and normalized actions, (B, T, A).
+        t: (B,), in [0, 1].
     """
     if t.shape != x_1.shape[:1]:
         raise ValueError(f"t must be one value per sample, {tuple(x_1.shape[:1])}, got {tuple(t.shape)}")
@@ -60,10 +52,7 @@ def linear_path(x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): v_null + w (v_z - v_null), of any shape.
-
-    A scale w of 0 ignores the latent z, 1 leaves its velocity as it is, above 1 exaggerates it.
-    """
+    """Classifier-free guidance (Ho & Salimans 2022): v_null + w (v_z - v_null); w = 1 changes nothing."""
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -73,14 +62,10 @@ def integrate(
     """Carry noise (B, ...) to data: solve dx/dt = velocity(x, t), t (B,), from 0 to 1 in equal steps.
 
     Euler evaluates the velocity once a step (error O(h)); midpoint and Heun twice (O(h^2)).
-
-    Raises:
-        ValueError: if steps < 1 or the method is unknown.
     """
     if steps < 1:
         raise ValueError(f"integration needs at least 1 step, got {steps}")
-    h = 1 / steps
-    x = x_0
+    x, h = x_0, 1 / steps
     for i in range(steps):
         t = torch.full((len(x),), i * h, device=x.device)
         v = velocity(x, t)
@@ -95,16 +80,11 @@ def integrate(
 
 
 def prepend_start(x_0: Tensor, x_t: Tensor, t: Tensor, flow_samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give each observation one draw more, before its others: the first one's noise, at t = 0.
+    """Give each observation one draw more, before its M others: the first one's noise, at t = 0.
 
-    What is predicted there, added to that noise, is the chunk that a single integration step makes.
-
-    Args:
-        x_0, x_t, t: noise and points (B * M, T, A) and times (B * M,), M draws per observation one after the
-            other.
-
-    Returns:
-        The noise of the new draws (B, T, A); points (B * (1 + M), T, A) and times (B * (1 + M),) of all.
+    The velocity there, added to that noise, is the chunk that a single integration step makes. From noise and
+    points (B * M, T, A) and times (B * M,) to the noise of the new draws (B, T, A), and points
+    (B * (1 + M), T, A) and times (B * (1 + M),) of all.
     """
     start = x_0.unflatten(0, (-1, flow_samples))[:, :1]
     x_t = torch.cat([start, x_t.unflatten(0, (-1, flow_samples))], dim=1).flatten(0, 1)

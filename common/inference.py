@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.checkpoint import PolicySpec, find, load_components, read_settings, refuse_damaged
 from common.config import from_dict
-from common.data.cameras import short_name
+from common.data.cameras import known_name
 from common.data.frames import resize_rgb
 from common.errors import UserError
 from common.normalize import Normalizer
@@ -197,8 +197,8 @@ class RobotPolicy:
     def _images(self, images: Mapping) -> Tensor:
         """Frames by camera -> (N, 3, H, W) uint8 in the policy's order and size."""
         known = self.spec.cameras
-        frames = {key if key in known else short_name(key): frame for key, frame in images.items()}
-        if set(frames) != set(known):
+        frames = {known_name(key, known): frame for key, frame in images.items()}
+        if set(frames) != set(known) or len(frames) < len(images):  # two keys may mean one camera
             raise ValueError(f"the policy needs the cameras {', '.join(known)}; got {', '.join(images)}")
         return torch.stack([self._resize(name, np.asarray(frames[name])) for name in known])
 

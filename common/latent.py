@@ -1,19 +1,22 @@
 """Latents that say in which of several ways a chunk goes: normal, or a vector of a codebook.
 
-A posterior network reads the latent off the recorded chunk while training, a prior network predicts it from
-the observation. Here is what their outputs mean, how a latent is drawn from them, and what it costs that the
-prior did not expect it. Both kinds have the same methods, so that a script is the same with either.
+A posterior network reads the latent off the recorded chunk in training, a prior network predicts it from the
+observation. Both kinds of latent have the same methods, which say what the networks' outputs mean.
 """
 
 import copy
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
-from common import losses
+from common import losses, vision
+from common.data import ChunkDataset, evenly_spaced
 from common.errors import UserError
+from common.normalize import Normalizer
 from common.optim import AveragedPolicy, move_average
 
 
@@ -33,10 +36,7 @@ class Inferred(NamedTuple):
 
 
 class Usage(nn.Module):
-    """How often each of K choices is taken, over all processes, in windows of training.
-
-    `shares` are those of the last whole window, `counts` the samples since then, (K,) both.
-    """
+    """How often each of K choices is taken: `shares` of the last window of training, `counts` since then."""
 
     def __init__(self, num: int):
         super().__init__()
@@ -45,7 +45,7 @@ class Usage(nn.Module):
 
     @torch.no_grad()
     def end_window(self) -> tuple[Tensor, Tensor]:
-        """Begin the next window; returns `shares`, and how many samples were in the last."""
+        """Begin the next window; returns `shares` (K,), and how many samples were in the last."""
         total = self.counts.sum()  # 0 if every step of the window was skipped: nothing is known then
         self.shares.copy_(torch.where(total > 0, self.counts / total.clamp(min=1), self.shares))
         self.counts.zero_()
@@ -53,17 +53,14 @@ class Usage(nn.Module):
 
 
 class NormalLatent(nn.Module):
-    """A diagonal normal, whose mean and, unless `unit_variances`, log variances posterior and prior give.
-
-    Its methods are those of `CodebookLatent`; it has nothing to count, to follow or to replace.
-    """
+    """A diagonal normal, whose mean and, unless `unit_variances`, log variances posterior and prior give."""
 
     def __init__(self, unit_variances: bool = False):
         super().__init__()
         self.unit_variances = unit_variances
 
     def parameters_of(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the variance, each (B, latent_dim), from a network's output."""
+        """Means and log variances, each (B, latent_dim), from a network's output."""
         if self.unit_variances:
             return output, torch.zeros_like(output)
         mean, log_var = output.chunk(2, dim=-1)
@@ -100,12 +97,8 @@ class NormalLatent(nn.Module):
 class CodebookLatent(nn.Module):
     """One of K code vectors: the posterior gives a point near it, the prior logits of all K.
 
-    The prior learns the codes that a slowly moving average of the posterior assigns.
-
-    Attributes:
-        vectors: (K, latent_dim), at the start of mean 0 and variance 1 each.
-        null: (latent_dim,), token of unconditional draws, of a codebook made with one.
-        error: of the latest samples, mean squared distance to their codes, in each dimension.
+    The prior learns the codes that a slowly moving average of the posterior assigns. `null` (latent_dim,), of
+    a codebook made with one, is the token of unconditional draws.
     """
 
     def __init__(self, num_codes: int, latent_dim: int, posterior: nn.Module, null: bool = False):
@@ -117,13 +110,12 @@ class CodebookLatent(nn.Module):
             self.null = nn.Parameter(torch.randn(latent_dim) * 0.02)
         self.posterior_average = copy.deepcopy(posterior).requires_grad_(False)
         self.usage = Usage(num_codes)
-        self.register_buffer("error", torch.zeros(()))
+        self.register_buffer("error", torch.zeros(()))  # of the latest samples, see `Inferred.commitment`
 
     def assign(self, posterior: Tensor) -> tuple[Tensor, Tensor]:
         """The posterior's output at a fixed scale, (B, latent_dim), and the index of its nearest code, (B,).
 
-        With a fixed scale, neither the noise of NSVQ nor the commitment loss can be escaped by growing or
-        shrinking.
+        Without it, the noise of NSVQ could be escaped by growing, and the commitment loss by shrinking.
         """
         point = F.layer_norm(posterior, posterior.shape[-1:])
         return point, losses.nearest_code(point, self.vectors)
@@ -131,12 +123,9 @@ class CodebookLatent(nn.Module):
     def infer(
         self, posterior: Tensor, prior: Tensor, seen: tuple[Tensor, ...], flow_samples: int, train: bool
     ) -> Inferred:
-        """M = `flow_samples` latents of each recorded chunk.
+        """M = `flow_samples` latents of each chunk: drawn in training, otherwise the most probable.
 
-        Args:
-            posterior, prior: outputs of the two networks, (B, ...).
-            seen: what the posterior was given.
-            train: draw them, instead of taking the most probable.
+        `posterior` and `prior` are outputs of the networks, (B, ...), and `seen` is what the posterior saw.
         """
         point, code = self.assign(posterior)
         quantized = self.vectors[code]
@@ -185,16 +174,11 @@ class CodebookLatent(nn.Module):
     ) -> dict[str, Tensor]:
         """Look at how codes were used and, if `replace`, replace those that were not. Returns metrics.
 
-        A code used less than a tenth of its share becomes a copy of one that is in use, popular ones more
-        often, so that one that serves too many gets company; the prior takes them for the same at first. The
-        copy is moved by a tenth of the distance of a sample to its code: whatever the size of a cluster, this
-        cuts it in two, while a longer way, in a random one of many directions, would lead out of it. Nothing
-        waits for the device, and all processes do the same.
-
-        Args:
-            prior_out: last layer of the prior, with a row for each code.
-            average: of the policy that they belong to.
-            seed: another one each time.
+        A code used less than a tenth of its share becomes a copy of one in use, preferably of a popular one;
+        so does its row in the prior's last layer, `prior_out`. The copy is moved by a tenth of the distance
+        of a sample to its code: that cuts a cluster of any size in two, while a longer way, in a random one
+        of many directions, would lead out of it. Nothing waits for the device, and all processes, which have
+        the same `seed`, another one each time, do the same.
         """
         (usage, total), num_codes = self.usage.end_window(), len(self.vectors)
         unused = (usage < 0.1 / num_codes) & (total > 0)
@@ -206,9 +190,9 @@ class CodebookLatent(nn.Module):
         metrics = self.diagnostics()
         replaced = unused & (replace and self.vectors.requires_grad)
         average.replace_rows(self.vectors, replaced, self.vectors[source] + 0.1 * spread * noise)
-        if prior_out.weight.requires_grad:
-            average.replace_rows(prior_out.weight, replaced, prior_out.weight[source])
-            average.replace_rows(prior_out.bias, replaced, prior_out.bias[source])
+        for parameter in (prior_out.weight, prior_out.bias):
+            if parameter.requires_grad:
+                average.replace_rows(parameter, replaced, parameter[source])
         return {**metrics, "codes/replaced": replaced.sum()}
 
     def diagnostics(self) -> dict[str, Tensor]:
@@ -222,3 +206,23 @@ class CodebookLatent(nn.Module):
             "codes/nearest_distance": others.amin(dim=1).mean(),
             "codes/farthest_distance": distances.amax(dim=1).mean(),
         }
+
+
+@torch.no_grad()
+def first_latents(
+    policy: nn.Module, dataset: ChunkDataset, normalizer: Normalizer, most: int, batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Latents (N, latent_dim) of the chunks with which episodes begin, and the steps they begin at, (N,).
+
+    At most `most` episodes are looked at, evenly spaced. The policy has `encode`, `posterior` and `latent`.
+    """
+    first = Subset(dataset, np.flatnonzero(np.isin(dataset.rows, dataset.store.episode_starts)).tolist())
+    found = []
+    for _, batch in evenly_spaced(first, min(most, len(first)), batch_size):
+        batch = batch.to(normalizer.action_scale.device)
+        proprio, chunks = normalizer.proprio(batch.proprio), normalizer.actions(batch.actions, batch.proprio)
+        head_tokens, _ = policy.encode(vision.to_float(batch.images), proprio)
+        posterior = policy.posterior(proprio, head_tokens, chunks, batch.is_pad)
+        found.append((policy.latent.most_probable(posterior), batch.index))
+    latents, steps = zip(*found, strict=True)
+    return torch.cat(latents), torch.cat(steps)

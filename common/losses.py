@@ -13,8 +13,7 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor, count: Tensor | None 
     """Mean squared error over real steps, in float32; 0 (not NaN) if no step is real.
 
     Args:
-        pred, target: (B, T, A). Where the mask is False they may be anything, even NaN: nothing of it reaches
-            the loss or a gradient.
+        pred, target: (B, T, A). Where the mask is False they may be anything, even NaN.
         mask: (B, T), True for real steps.
         count: number of real steps to divide by, instead of those in `mask`. With several processes or
             micro-batches, pass the mean count over them: the average of their gradients is then the gradient
@@ -31,10 +30,7 @@ def masked_l1(pred: Tensor, target: Tensor, mask: Tensor, count: Tensor | None =
 def expert_mse(
     pred: Tensor, target: Tensor, mask: Tensor, gates: Tensor, count: Tensor | None = None
 ) -> Tensor:
-    """Mean squared error of E experts, `pred` (E, B, T, A), weighted by the sample's `gates` (B, E).
-
-    Otherwise as `masked_mse`; gates sum to 1 over the experts.
-    """
+    """As `masked_mse`, of E experts, `pred` (E, B, T, A), weighted by each sample's `gates` (B, E)."""
     squared = _real_difference(pred, target, mask).square()
     return _mean(squared * gates.T[:, :, None, None], mask, count)
 
@@ -50,7 +46,7 @@ def _mean(values: Tensor, mask: Tensor, count: Tensor | None) -> Tensor:
 
 
 class Transport(NamedTuple):
-    """A transport loss, and how far its plans are from moving all mass: both scalars."""
+    """A transport loss, and how much mass its plan leaves in a wrong place: both scalars."""
 
     divergence: Tensor
     marginal_error: Tensor
@@ -60,19 +56,18 @@ def transport_points(chunks: Tensor, states: Tensor, state_weight: float = 0.2) 
     """Chunks (B, T, A) and the states (B, P) they belong to, normalized, as points (B, T * A + P), float32.
 
     Their squared distance is C_ij = mean_d (a_i - a_j)^2 + lambda mean_d (s_i - s_j)^2; lambda, the
-    `state_weight`, is what it costs to take a chunk for that of another state. A mean over dimensions keeps
-    the blur's meaning whatever the size of a chunk; a sum would need another for each robot.
+    `state_weight`, is what it costs to take a chunk for that of another state. Means over dimensions let a
+    blur mean the same for chunks of any size.
     """
     chunks, states = chunks.float().flatten(1), states.float()
-    return torch.cat(
-        [chunks / chunks.shape[1] ** 0.5, states * (state_weight / states.shape[1]) ** 0.5], dim=1
-    )
+    states = states * (state_weight / states.shape[1]) ** 0.5
+    return torch.cat([chunks / chunks.shape[1] ** 0.5, states], dim=1)
 
 
 def chunk_transport(pred: Tensor, chunks: Tensor, states: Tensor, is_pad: Tensor, blur: float) -> Transport:
     """Transport of predicted to recorded chunks (B, T, A), each a point with its state (B, P).
 
-    Chunks that run past the end of an episode, by `is_pad` (B, T), have no mass. For `blur` see below.
+    Chunks that run past the end of an episode, by `is_pad` (B, T), have no mass.
     """
     x, y = transport_points(pred, states), transport_points(chunks, states)
     return sinkhorn_divergence(x, y, mass=~is_pad.any(dim=1), blur=blur)
@@ -84,9 +79,8 @@ def sinkhorn_divergence(
     """Debiased entropic optimal transport between two clouds of points that have the same masses.
 
     S = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2, with cost |x_i - y_j|^2 and epsilon = blur^2 (Cuturi 2013;
-    Feydy et al. 2019, whose library halves the cost). In the log domain. Epsilon starts at the largest cost
-    and falls to its value over the first half of the iterations. Their number is fixed and the three problems
-    are solved side by side: nothing waits for the device.
+    Feydy et al. 2019, whose library halves the cost). Epsilon starts at the largest cost and falls to its
+    value over the first half of the iterations, whose number is fixed: nothing waits for the device.
 
     The gradient is that of the optimum (envelope theorem): potentials are constants, only costs are
     differentiated, in OT(x, x) by both arguments, so that no iteration is kept in memory. It is as good as
@@ -94,13 +88,12 @@ def sinkhorn_divergence(
 
     Args:
         x, y: (B, D); only x gets a gradient.
-        mass: (B,), not negative; the same everywhere by default. Points without mass count for nothing.
+        mass: (B,), not negative; the same everywhere by default. Points without mass may be anything.
             Without any mass the divergence is 0.
         blur: length below which differences are smeared out.
 
     Returns:
-        The divergence, in squared units of the points, at least 0 up to rounding; and the mass that the plan
-        between x and y leaves in a wrong place, in [0, 2].
+        The divergence, in squared units of the points, and the marginal error, in [0, 2].
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
@@ -150,8 +143,7 @@ def noise_substitution(z: Tensor, code: Tensor, noise: Tensor) -> Tensor:
     """Vector quantization whose gradient reaches encoder and codebook (NSVQ, Vali & Backstrom 2022).
 
     z + |z - q| n / |n|, with q the code nearest to the encoder's output z and n standard normal, (B, D) all:
-    the quantization error is replaced by noise of the same length, which, unlike a rounding, has a derivative
-    by z and by q.
+    noise as long as the quantization error takes its place, since a rounding has no derivative.
     """
     # the square root's derivative is infinite at 0: an encoder that hits a code must not get NaN for it
     distance = ((z - code).square().sum(-1, keepdim=True) + 1e-12).sqrt()
@@ -170,7 +162,7 @@ def router_z_loss(logits: Tensor) -> Tensor:
 
 
 def load_balance(probabilities: Tensor) -> Tensor:
-    """E sum_e f_e P_e, least, 1, when experts are used alike (Switch Transformers, Fedus et al. 2021).
+    """E sum_e f_e P_e, least, 1, when experts are equally used (Switch Transformers, Fedus et al. 2021).
 
     Of the gate's probabilities (B, E): f_e is the share of samples whose most probable expert is e, P_e the
     mean probability of e; gradients reach P_e alone.

@@ -1,8 +1,5 @@
 """Mutual information of paired samples, in nats, and what each sample contributes to it.
 
-Two estimators: k nearest neighbours (KSG, Kraskov et al. 2004), and InfoNCE (Oord et al. 2018), a variational
-lower bound with a trained critic. Each gives pointwise contributions, whose mean is the estimate.
-
 Consecutive steps of an episode are near each other whatever states and actions have in common, and an
 estimator takes that for information: two independent smooth episodes seem to share several nats. Hence every
 set of samples that are compared with each other holds one step of an episode at most.
@@ -17,6 +14,7 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap
 from torch import Tensor, nn
+from torch.special import digamma
 from torchvision.ops import MLP
 from tqdm import tqdm
 
@@ -26,10 +24,9 @@ MEMORY_BYTES = 5e8  # for the distances that are kept at a time
 
 
 class Estimate(NamedTuple):
-    """Mutual information in nats."""
+    """Mutual information in nats: the mean of the episodes' means."""
 
     value: float
-    """The mean of the episodes' means."""
     pointwise: Tensor
     """(N,), contributions of the samples; NaN for samples that were not used."""
 
@@ -62,16 +59,16 @@ def _estimate(found: list[tuple[Tensor, Tensor]], episodes: Tensor) -> Estimate:
     return Estimate(episode_means(pointwise, episodes)[1].nanmean().item(), pointwise)
 
 
-def require_episodes(num: int, neighbours: Sequence[int] | None, what: str = "episodes") -> None:
-    """Refuse, before time is spent on them, too few episodes for these k or, without any, for two halves."""
+def require_episodes(num: int, neighbours: Sequence[int] | None) -> None:
+    """Refuse too few episodes for `ksg` with these neighbours or, where there are none, for `infonce`."""
     if neighbours is None and num < 4:
         raise UserError(
-            f"{num} {what} are too few: half of them train a critic, the other half is scored; give 4."
+            f"{num} episodes are too few: half of them train a critic that scores the others; give 4."
         )
     if neighbours is not None and num <= max(neighbours) + 1:
         raise UserError(
-            f"{num} {what} are too few for {max(neighbours)} nearest neighbours, which lie in different "
-            f"{what}: give at least {max(neighbours) + 2}, or a smaller k."
+            f"{num} episodes are too few for {max(neighbours)} nearest neighbours, which lie in different "
+            f"episodes: give at least {max(neighbours) + 2}, or a smaller k."
         )
 
 
@@ -120,39 +117,26 @@ def ksg(
 
     Args:
         x, y: (N, D_x) and (N, D_y), on any device.
-        episodes: (N,), the episode of each sample; neighbours are sought in sets with one step of every
-            episode. None compares all samples with each other.
+        episodes: (N,), the episode of each sample; None takes every sample for one of its own.
         neighbours: values of k.
         repeats: passes over the steps of the longest episode.
         memory_bytes: for the distances that are kept at a time; none are approximated.
-
-    Raises:
-        UserError: with too few episodes (or samples) for k, constant samples, or values that are not finite.
     """
     x, y = standardise(x), standardise(y)
-    if episodes is None:
-        require_episodes(len(x), neighbours, "samples")
-        episodes, sets = torch.arange(len(x)), torch.arange(len(x))[None]
-    else:
-        episodes = episodes.cpu()
-        require_episodes(len(episodes.unique()), neighbours)
-        sets = episode_sets(episodes, repeats, seed)  # (R, E)
+    episodes, repeats = (torch.arange(len(x)), 1) if episodes is None else (episodes.cpu(), repeats)
+    require_episodes(len(episodes.unique()), neighbours)
+    sets = episode_sets(episodes, repeats, seed)  # (R, E)
     found, num = [], sets.shape[1]
     at_once = max(1, int(memory_bytes / (5 * 4 * num**2)))
     rows = max(1, int(memory_bytes / (5 * 4 * num)))  # of a set that is too large to be done at once
     parts = sets.to(x.device).split(at_once)
-    for chosen in tqdm(
-        parts, desc="nearest neighbours", unit_scale=at_once, unit="set", disable=not progress
-    ):
+    for chosen in tqdm(parts, "nearest neighbours", unit="set", unit_scale=at_once, disable=not progress):
         for own in chosen.split(rows, dim=1):
-            distances = [_distances(v[own], v[chosen]) for v in (x, y)]
+            # Exact: of matrix products, ties would feel the rounding.
+            mode = "donot_use_mm_for_euclid_dist"
+            distances = [torch.cdist(v[own], v[chosen], compute_mode=mode) for v in (x, y)]
             found.append((own, _ksg_pointwise(*distances, neighbours)))
     return _estimate(found, episodes)
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """(..., I, D), (..., J, D) -> (..., I, J), exact: no matrix products, whose rounding ties would feel."""
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _ksg_pointwise(x: Tensor, y: Tensor, neighbours: Sequence[int]) -> Tensor:
@@ -167,9 +151,8 @@ def _ksg_pointwise(x: Tensor, y: Tensor, neighbours: Sequence[int]) -> Tensor:
         count = torch.where(tied[..., 0], (joint == 0).sum(dim=-1) - 1, k)
         # Others strictly within the radius, and the sample itself; at radius 0, all that are in its place.
         in_x, in_y = (torch.where(tied, d == 0, d < radius).sum(dim=-1) for d in (x, y))
-        digamma = torch.special.digamma
         total += digamma(count.double()) - digamma(in_x.double()) - digamma(in_y.double())
-    return total / len(neighbours) + torch.special.digamma(torch.tensor(num, dtype=torch.float64)).item()
+    return total / len(neighbours) + digamma(torch.tensor(num, dtype=torch.float64)).item()
 
 
 # A trained critic
@@ -180,9 +163,9 @@ class Critic(nn.Module):
 
     def __init__(self, x_dim: int, y_dim: int):
         super().__init__()
-        dims, tower = (x_dim, y_dim), partial(MLP, activation_layer=nn.SiLU)
-        self.x_tower, self.y_tower = (tower(dim, [128, 128, 32]) for dim in dims)
-        self.x_bias, self.y_bias = (tower(dim, [128, 1]) for dim in dims)
+        tower = partial(MLP, activation_layer=nn.SiLU)
+        self.x_tower, self.y_tower = (tower(dim, [128, 128, 32]) for dim in (x_dim, y_dim))
+        self.x_bias, self.y_bias = (tower(dim, [128, 1]) for dim in (x_dim, y_dim))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """(..., B, D_x), (..., B, D_y) -> (..., B, B): entry i, j is the score of x_i with y_j."""
@@ -200,11 +183,10 @@ def infonce(
     seed: int = 0,
     progress: bool = False,
 ) -> Estimate:
-    """Lower bound by telling a pair from pairs of other episodes (Oord et al. 2018).
+    """InfoNCE, a lower bound: a critic learns to tell a pair from pairs of other episodes (Oord et al. 2018).
 
-    A critic is trained on each half of the episodes, and the other half is scored by it: the bound is that of
-    samples that the critic has not learned from. It cannot exceed the logarithm of the number of samples that
-    are compared.
+    A critic is trained on each half of the episodes and scores the other half, which it has not learned from.
+    The bound cannot exceed the logarithm of the number of samples that are compared.
 
     Args:
         x, y: (N, D_x) and (N, D_y).
@@ -212,9 +194,6 @@ def infonce(
         steps, batch_size, lr: of the critic's training; a batch holds one sample an episode at most.
         repeats: passes over the samples of the longest episode when estimating.
         seed: of everything random; the global generators are left alone.
-
-    Raises:
-        UserError: with fewer than four episodes, constant samples, or values that are not finite.
     """
     x, y = standardise(x), standardise(y)
     episodes = torch.arange(len(x)) if episodes is None else episodes.cpu()

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common.console import say
 from common.data import ChunkDataset
+from common.data.motion import idle_dimensions, usual_spread
 from common.errors import UserError
 
 Normalization = Literal["mean-std", "min-max", "quantile"]
@@ -37,7 +39,7 @@ def scale_offset(statistics: dict[str, Tensor], mode: Normalization) -> tuple[Te
     A dimension whose spread is nothing but rounding would explode when divided by it. Such a dimension gets
     scale 1: it normalizes to 0 where it was recorded, and the inverse gives back its constant. A dimension
     that moves in less than 1 % of the steps (a gripper that closes once) has equal quantiles, but is not
-    constant: it falls back to its whole range.
+    constant: it falls back to its whole range. No scale is below the `floor`, see `Normalizer.fit`.
     """
     low, high = statistics["min"], statistics["max"]
     constant = high - low <= 1e-6 * torch.maximum(high.abs(), low.abs()).clamp(min=1e-6)
@@ -49,6 +51,8 @@ def scale_offset(statistics: dict[str, Tensor], mode: Normalization) -> tuple[Te
             low = torch.where(moves, statistics["q01"], low)
             high = torch.where(moves, statistics["q99"], high)
         scale, offset = (high - low) / 2, (high + low) / 2
+    if "floor" in statistics:
+        scale = torch.maximum(scale, statistics["floor"])
     return torch.where(constant, 1.0, scale), offset
 
 
@@ -73,7 +77,7 @@ class Normalizer(nn.Module):
     """Normalizes proprioception and actions, and inverts it for actions; always in float32.
 
     Args:
-        state, action: statistics from `fit_statistics`, of what is normalized.
+        state, action: statistics from `fit_statistics`, and the `floor`, (D,), of the scale.
         action_range: (2, A), lowest and highest recorded action.
         relative_to: normalize the difference from the present state, in `shared_dimensions`; None leaves
             actions as recorded.
@@ -97,22 +101,42 @@ class Normalizer(nn.Module):
         self.register_buffer("relative_to", relative_to)
 
     @classmethod
-    def fit(cls, dataset: ChunkDataset, mode: Normalization = "mean-std", relative: bool = False) -> Self:
-        """Fit on the steps of a dataset, each counted once whatever the datasets' weights."""
+    def fit(
+        cls,
+        dataset: ChunkDataset,
+        mode: Normalization = "mean-std",
+        relative: bool = False,
+        idle_floor: float = 0.1,
+    ) -> Self:
+        """Fit on the steps of a dataset, each counted once whatever the datasets' weights.
+
+        A dimension that shows nothing but sensor noise would magnify it: an idle joint with a jitter of 1e-5
+        that is 0.01 off on the robot would be 1000 deviations away. Its scale is at least `idle_floor` times
+        the spread that is usual for the others, and a line says so; see `idle_dimensions`.
+        """
         store, rows = dataset.store, dataset.rows
-        recorded = store.action[rows + dataset.action_offset]
-        state, action = fit_statistics(store.state[rows]), fit_statistics(recorded)
+        recorded = {"state": store.state[rows], "action": store.action[rows + dataset.action_offset]}
+        statistics = {part: fit_statistics(values) for part, values in recorded.items()}
+        action, pairs = statistics["action"], None
         action_range = torch.stack([action["min"], action["max"]])
-        if not relative:
-            return cls(state, action, action_range, mode)
-        pairs = shared_dimensions(store.state_names, store.action_names)
-        for dim in np.flatnonzero(pairs >= 0):
-            # One dimension after the other: all chunks at once can be many gigabytes.
-            chunks, is_pad = dataset.chunks(rows, dim)
-            differences = (chunks - store.state[rows, pairs[dim]][:, None])[~is_pad]
-            for name, value in fit_statistics(differences[:, None]).items():
-                action[name][dim] = value[0]
-        return cls(state, action, action_range, mode, torch.from_numpy(pairs))
+        if relative:
+            pairs = shared_dimensions(store.state_names, store.action_names)
+            for dim in np.flatnonzero(pairs >= 0):
+                # One dimension after the other: all chunks at once can be many gigabytes.
+                chunks, is_pad = dataset.chunks(rows, dim)
+                differences = (chunks - store.state[rows, pairs[dim]][:, None])[~is_pad]
+                for name, value in fit_statistics(differences[:, None]).items():
+                    action[name][dim] = value[0]
+            pairs = torch.from_numpy(pairs)
+        episodes = store.episode_of(rows)
+        for part, names in (("state", store.state_names), ("action", store.action_names)):
+            idle = idle_dimensions(recorded[part], episodes)
+            floor = idle_floor * usual_spread(statistics[part]["std"].numpy())
+            statistics[part]["floor"] = torch.where(torch.from_numpy(idle), floor, 0.0)
+            if floor and idle.any():
+                found = ", ".join(names[i] for i in np.flatnonzero(idle))
+                say(f"{part}: nothing but noise in {found}; scaled by at least {floor:.2g} (--idle-floor)")
+        return cls(*statistics.values(), action_range, mode, pairs)
 
     def proprio(self, proprio: Tensor) -> Tensor:
         """(..., P) in recorded units -> unitless float32."""
@@ -147,6 +171,8 @@ class Normalizer(nn.Module):
         try:
             tensors = load_file(path)
             parts = [{key: tensors[f"{n}.{key}"] for key in STATISTICS} for n in ("state", "action")]
+            for name, part in zip(("state", "action"), parts, strict=True):
+                part["floor"] = tensors.get(f"{name}.floor", torch.zeros_like(part["std"]))
             action_range = tensors["action_range"]
         except Exception as error:
             raise UserError(

@@ -1,12 +1,12 @@
 """Optimizer groups, gradient clipping, learning-rate schedules, and the average of the weights.
 
 A policy's *components* are its direct children (`head_backbone`, `info_embedder`, `action_decoder`, ...).
-Each has its own optimizer groups, learning rate and weight decay, and its gradient norm is reported.
 """
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Annotated, Literal
 
 import torch
@@ -58,15 +58,9 @@ class OptimConfig:
 def resolve_steps(
     config: OptimConfig, num_samples: int, global_batch: int, done_steps: int = 0, done_samples: int = 0
 ) -> int:
-    """Optimizer steps to train for, from the beginning of the run.
+    """Optimizer steps to train for, from the beginning of the run, with `num_samples` in an epoch.
 
-    Args:
-        num_samples: in an epoch.
-        global_batch: samples of a step, over all processes.
-        done_steps, done_samples: where a resumed run stands; its global batch may have been another.
-
-    Raises:
-        UserError: if both --steps and --epochs are given, or they come to less than one step.
+    `done_steps` and `done_samples` say where a resumed run stands; its global batch may have been another.
     """
     if config.steps is not None and config.epochs is not None:
         raise UserError("--steps and --epochs both say how long to train: give one of them.")
@@ -79,10 +73,7 @@ def resolve_steps(
 
 
 def build_optimizer(policy: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW, or schedule-free RAdam (Defazio et al. 2024), over `parameter_groups`.
-
-    AdamW is fused: fast on CUDA, and a step can be skipped on the device (see `GradientClipper`).
-    """
+    """AdamW, or schedule-free RAdam (Defazio et al. 2024), over `parameter_groups`."""
     groups, betas = parameter_groups(policy, config), (0.9, config.beta2)
     if config.schedule == "schedule-free":
         from schedulefree import RAdamScheduleFree
@@ -90,26 +81,28 @@ def build_optimizer(policy: nn.Module, config: OptimConfig) -> torch.optim.Optim
         optimizer = RAdamScheduleFree(groups, betas=betas)
         optimizer.train()
         return optimizer
-    return torch.optim.AdamW(groups, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, betas=betas, fused=True)  # `GradientClipper` can tell this one to skip
 
 
 def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
-    """Two groups for each trainable component: what weight decay applies to, and the rest.
-
-    Raises:
-        UserError: for an option that names a component the policy does not have, or with nothing to train.
-    """
-    groups = []
-    components = dict(policy.named_children())
+    """Two groups for each trainable component: what weight decay applies to, and the rest."""
+    groups, components = [], dict(policy.named_children())
     rates = _per_component(config.component_lr, components, "--component-lr")
     decays = _per_component(config.component_weight_decay, components, "--component-weight-decay")
     for name, component in components.items():
         is_backbone = name.endswith("backbone") and config.backbone_lr is not None
         lr = rates.get(name, config.backbone_lr if is_backbone else config.lr)
-        trainable = [parameter for parameter in component.parameters() if parameter.requires_grad]
-        decayed = {id(parameter) for parameter in _matrices(component)}
-        for decay, matrices in ((decays.get(name, config.weight_decay), True), (0.0, False)):
-            parameters = [parameter for parameter in trainable if (id(parameter) in decayed) == matrices]
+        trained = [parameter for parameter in component.parameters() if parameter.requires_grad]
+        # Weights of linear and convolutional layers multiply an input; the others are added or looked up.
+        matrices = {
+            parameter
+            for module in component.modules()
+            if not isinstance(module, nn.Embedding)
+            for key, parameter in module.named_parameters(recurse=False)
+            if key.endswith("weight") and parameter.ndim >= 2
+        }
+        for decay, decays_too in ((decays.get(name, config.weight_decay), True), (0.0, False)):
+            parameters = [parameter for parameter in trained if (parameter in matrices) == decays_too]
             if parameters:
                 groups.append({"component": name, "params": parameters, "lr": lr, "weight_decay": decay})
     if not groups:
@@ -117,32 +110,17 @@ def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
     return groups
 
 
-def _matrices(component: nn.Module) -> list[nn.Parameter]:
-    """Weights of linear and convolutional layers: what multiplies an input, is not added or looked up."""
-    return [
-        parameter
-        for module in component.modules()
-        if not isinstance(module, nn.Embedding)
-        for name, parameter in module.named_parameters(recurse=False)
-        if name.endswith("weight") and parameter.ndim >= 2
-    ]
-
-
 def _per_component(options: tuple[str, ...], components: dict, flag: str) -> dict[str, float]:
-    """Read `name=value` options."""
     values = {}
     for option in options:
         name, _, value = option.partition("=")
         if name not in components:
-            raise UserError(
-                f"{flag} {option}: there is no component {name!r}; there are {', '.join(components)}."
-            )
-        try:
+            there = ", ".join(components)
+            raise UserError(f"{flag} {option}: there is no component {name!r}; there are {there}.")
+        with suppress(ValueError):
             values[name] = float(value)
-        except ValueError:
-            raise UserError(f"{flag} {option}: write it as {name}=NUMBER.") from None
-        if not 0 <= values[name] < math.inf:
-            raise UserError(f"{flag} {option}: it must not be negative.")
+        if not 0 <= values.get(name, -1) < math.inf:
+            raise UserError(f"{flag} {option}: write it as {name}=NUMBER, which must not be negative.")
     return values
 
 
@@ -152,33 +130,31 @@ def lr_factor(step: int, total_steps: int, schedule: str, warmup_steps: int | No
     "onecycle" is that of Smith & Topin (2018) with the constants of torch's OneCycleLR: from 1/25 of the
     peak by a cosine to the peak, then by a cosine to 1/250,000; momentum is not cycled.
     """
+
+    def cosine(start: float, end: float, progress: float) -> float:
+        return end + (start - end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
     if schedule == "schedule-free":
         return 1.0
     share = 0.3 if schedule == "onecycle" else 0.05
     warmup = round(share * total_steps) if warmup_steps is None else warmup_steps
+    rest = max(total_steps - warmup, 1)
     if schedule == "onecycle":
-        rise, fall = max(warmup - 1, 1), max(total_steps - warmup, 1)
-        if step <= rise:
-            return _cosine(1 / 25, 1.0, step / rise)
-        return _cosine(1.0, 1 / 250_000, min((step - rise) / fall, 1.0))
+        rise = max(warmup - 1, 1)
+        return (
+            cosine(1 / 25, 1, step / rise) if step <= rise else cosine(1, 1 / 250_000, (step - rise) / rest)
+        )
     if step < warmup:
         return (step + 1) / warmup
-    if schedule == "constant":
-        return 1.0
-    return _cosine(1.0, 0.0, min((step - warmup) / max(total_steps - warmup, 1), 1.0))
-
-
-def _cosine(start: float, end: float, progress: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    return 1.0 if schedule == "constant" else cosine(1, 0, (step - warmup) / rest)
 
 
 def build_scheduler(
     optimizer: torch.optim.Optimizer, policy: nn.Module, config: OptimConfig, total_steps: int, step: int
 ) -> LambdaLR:
-    """Scheduler that stands at `step`.
+    """Scheduler that stands at `step`, with the configuration's learning rates and weight decays.
 
-    The optimizer may have been restored from a checkpoint: where flags given beside --resume changed a
-    learning rate or weight decay, the present configuration holds, not what the checkpoint remembers.
+    An optimizer that was restored from a checkpoint remembers others if flags beside --resume changed them.
     """
     for group, now in zip(optimizer.param_groups, parameter_groups(policy, config), strict=True):
         group["initial_lr"], group["weight_decay"] = now["lr"], now["weight_decay"]
@@ -197,8 +173,8 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 def or_nan(loss: Tensor) -> Tensor:
     """The loss, or NaN with a gradient of NaN everywhere if it is not finite.
 
-    A loss that overflowed can have a finite gradient. Made NaN, it makes that of all processes NaN when DDP
-    averages them, and `GradientClipper` skips the step everywhere, with no further communication.
+    A loss that overflowed can have a finite gradient. NaN makes that of all processes NaN when DDP averages
+    them, and `GradientClipper` skips the step everywhere, with no further communication.
     """
     # Not `where` on the loss itself: the branch that is not taken would send back 0 * NaN.
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
@@ -211,26 +187,22 @@ class GradientClipper:
     process holds the same gradient, hence all decide the same. Weights and moments stay as they were, and so
     do buffers, which the forward pass has changed already (statistics of batch norm, counts of codes). AdamW
     is told to skip; the step of any other optimizer is undone.
-
-    Args:
-        policy: its children are the components whose norms are reported.
-        optimizer: over their parameters.
-        max_norm: of the gradient of all.
     """
 
     def __init__(self, policy: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float):
         self.policy, self.optimizer, self.max_norm = policy, optimizer, max_norm
         self.bad = torch.zeros((), dtype=torch.bool)
         saved = policy.state_dict().keys()  # buffers that are not saved are constants
-        self._buffers = _Snapshot([buffer for name, buffer in policy.named_buffers() if name in saved])
+        self._saved = [buffer for name, buffer in policy.named_buffers() if name in saved]
         self._fused = isinstance(optimizer, torch.optim.AdamW)  # its kernel can be told to skip a step
         if not self._fused:
             optimizer.register_step_pre_hook(lambda *_: self._before_step())
             optimizer.register_step_post_hook(lambda *_: self._state.restore_where(self.bad))
+        self.begin_step()
 
     def begin_step(self) -> None:
         """Note the buffers to which a bad step goes back; called before its first forward pass."""
-        self._buffers.take()
+        self._buffers = _Snapshot(self._saved)
 
     def _before_step(self) -> None:
         """Note what the optimizer is about to change: weights and, from the second step on, moments."""
@@ -238,15 +210,13 @@ class GradientClipper:
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = [x for p in weights for x in self.optimizer.state.get(p, {}).values() if torch.is_tensor(x)]
         self._state = _Snapshot([] if known_good else [*weights, *moments])
-        self._state.take()
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Tensor]:
         """Clip; called once a step, when gradients are complete.
 
-        Returns:
-            Norms before clipping: `grad_norm` of the whole, `grad_norm/<component>` of each trained
-            component. Scalars on the device.
+        Returns norms before clipping, scalars on the device: `grad_norm` of the whole, and
+        `grad_norm/<component>` of each trained component.
         """
         norms, parameters = {}, []
         for name, component in self.policy.named_children():
@@ -270,14 +240,11 @@ class GradientClipper:
 class _Snapshot:
     """Values of tensors, and the way back to them."""
 
-    def __init__(self, tensors: list[Tensor]):
-        self.tensors = tensors
-        self.before = [torch.empty_like(tensor) for tensor in tensors]
-
     @torch.no_grad()
-    def take(self) -> None:
-        if self.tensors:
-            torch._foreach_copy_(self.before, self.tensors)
+    def __init__(self, tensors: list[Tensor]):
+        self.tensors, self.before = tensors, [torch.empty_like(tensor) for tensor in tensors]
+        if tensors:
+            torch._foreach_copy_(self.before, tensors)
 
     @torch.no_grad()
     def restore_where(self, condition: Tensor) -> None:
@@ -288,15 +255,11 @@ class _Snapshot:
 
 
 @torch.no_grad()
-def move_average(averages: Sequence[Tensor], now: Sequence[Tensor], updates: int, decay: float) -> None:
+def move_average(averages: Iterable[Tensor], now: Iterable[Tensor], updates: int, decay: float) -> None:
     """Exponential moving average, in place: average <- d average + (1 - d) now.
 
     At update n, d = min(decay, (1 + n) / (10 + n)), so that the first, bad weights are forgotten early.
     Nothing waits for the device, as torch's AveragedModel does to copy its counter there.
-
-    Args:
-        averages, now: tensors of the same shapes.
-        updates: n.
     """
     torch._foreach_lerp_(list(averages), list(now), 1 - min(decay, (1 + updates) / (10 + updates)))
 
@@ -305,11 +268,9 @@ class AveragedPolicy:
     """The weights that are evaluated and exported: an average over the course of training.
 
     - EMA (`decay` > 0): see `move_average`; after every step.
-    - schedule-free: the optimizer keeps the average itself and trains at another point; it is computed into
+    - schedule-free: the optimizer keeps the average itself and trains at another point. It is computed into
       a copy, since switching the training weights back and forth is not exact to the last bit.
     - otherwise: the weights themselves.
-
-    `model` is a module of its own, so that evaluating it cannot disturb training.
     """
 
     def __init__(self, policy: nn.Module, optimizer: torch.optim.Optimizer, decay: float):
@@ -318,51 +279,41 @@ class AveragedPolicy:
         self.decay = 0.0 if self.schedule_free else decay
         self.updates = 0
         self._average = copy.deepcopy(policy).requires_grad_(False)
-        pairs = list(zip(self._average.parameters(), policy.parameters(), strict=True))
-        # A frozen network that copies share needs no averaging.
-        self._moving = [pair for pair in pairs if pair[0] is not pair[1]]
+        pairs = zip(policy.parameters(), self._average.parameters(), strict=True)
+        # Without what never changes, which copies share.
+        self._average_of = {p: average for p, average in pairs if average is not p}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights after an optimizer step."""
         self.updates += 1
         if self.decay:
-            move_average(*zip(*self._moving, strict=True), self.updates, self.decay)
+            move_average(self._average_of.values(), self._average_of, self.updates, self.decay)
             buffers = list(self.policy.buffers())
             if buffers:
                 torch._foreach_copy_(list(self._average.buffers()), buffers)
 
     @property
+    @torch.no_grad()
     def model(self) -> nn.Module:
-        """The policy with the averaged weights, in eval mode."""
+        """The policy with the averaged weights, in eval mode: a module of its own, apart from training."""
         if not self.decay:
             self._average.load_state_dict(self.policy.state_dict())
-        if self.schedule_free:
-            self._schedule_free_average()
+        if self.schedule_free:  # x from the training point y = (1 - beta1) z + beta1 x (Defazio et al. 2024)
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if "z" in (state := self.optimizer.state.get(parameter, {})):
+                        self._average_of[parameter].lerp_(state["z"], 1 - 1 / group["betas"][0])
         return self._average.eval()
 
     @torch.no_grad()
-    def _schedule_free_average(self) -> None:
-        """x from the training point y = (1 - beta1) z + beta1 x (Defazio et al. 2024)."""
-        mine = dict(zip(self.policy.parameters(), self._average.parameters(), strict=True))
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = self.optimizer.state.get(parameter, {})
-                if "z" in state:
-                    mine[parameter].lerp_(state["z"], 1 - 1 / group["betas"][0])
-
-    @torch.no_grad()
     def replace_rows(self, parameter: nn.Parameter, rows: Tensor, values: Tensor) -> None:
-        """Start some rows of a parameter anew: there, in its average, and in what the optimizer remembers.
+        """Start some rows of a parameter (K, ...) anew: there, in its average, and in the optimizer's memory.
 
-        Args:
-            parameter: of the policy, (K, ...).
-            rows: (K,), True where a row is replaced.
-            values: (K, ...), the new rows; others are not looked at.
+        `rows` (K,) is True where `values` (K, ...) hold a new row.
         """
         rows = rows.view(-1, *[1] * (parameter.ndim - 1))
-        averages = dict(zip(self.policy.parameters(), self._average.parameters(), strict=True))
-        for tensor in (parameter, averages[parameter]):
+        for tensor in (parameter, self._average_of[parameter]):
             tensor.copy_(torch.where(rows, values, tensor))
         for name, moment in self.optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(moment) and moment.shape == parameter.shape:

@@ -9,6 +9,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,32 +21,29 @@ from common.files import write_whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
-    from common.data import EpisodeStore
+    from common.data import Batch, EpisodeStore
+    from common.normalize import Normalizer
 
 
-def grid(rows: int, columns: int, size: tuple[float, float], **sharing) -> tuple[Figure, np.ndarray]:
-    """A figure of a size in inches that needs no screen, and its axes (rows, columns)."""
+def grid(num: int, columns: int, size: tuple[float, float], **sharing) -> tuple[Figure, np.ndarray]:
+    """A figure that needs no screen, of `num` panels of a size in inches, and all axes (rows, columns)."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="tight")
-    with rc_context({"xtick.labelsize": 7, "ytick.labelsize": 7, "axes.labelsize": 8}):
-        return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
-
-
-def panels(num: int, most: int, size: tuple[float, float], **sharing) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of `num` panels, each of a size in inches, `most` in a row, and their axes, row by row."""
-    columns = min(most, num)
     rows = math.ceil(num / columns)
-    figure, axes = grid(rows, columns, (columns * size[0], rows * size[1]), **sharing)
+    figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="tight")
+    with rc_context({"xtick.labelsize": 7, "ytick.labelsize": 7, "axes.labelsize": 8}):
+        axes = figure.subplots(rows, columns, squeeze=False, **sharing)
     for unused in axes.flat[num:]:
         unused.axis("off")
-    return figure, axes.flat[:num]
+    return figure, axes
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, title: str = "") -> None:
     """Write a figure as PNG, whole or not at all; says so if it cannot be written."""
+    figure.suptitle(title, fontsize=11)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100)
     try:
@@ -72,47 +70,50 @@ def principal_components(points: np.ndarray, num: int) -> tuple[np.ndarray, floa
 
 def draw_chunks(
     path: Path,
-    chunks: np.ndarray,
-    recorded: np.ndarray,
+    batch: Batch,
+    chunks: Tensor,
+    normalizer: Normalizer,
     names: Sequence[str],
-    scale: np.ndarray,
-    shares: Mapping[str, np.ndarray],
-    title: str,
+    shares: Mapping[str, Tensor],
+    what: str,
     most_dimensions: int = 15,
 ) -> None:
-    """Several chunks for one observation, overlaid, and bars of how often each is taken.
+    """Chunks (K, T, A), normalized, for the one observation of a batch, and how often each of them is taken.
 
     Args:
-        chunks: (K, T, A) in recorded units. The more a chunk has of the first share, the stronger its line.
-        recorded: (T, A), what was demonstrated.
-        names: of the A dimensions.
-        scale: of each dimension, (A,), how far it moves in the dataset.
-        shares: one or two, named, each (K,) and summing to 1.
-        most_dimensions: draw no more dimensions than this, those in which the chunks differ most by `scale`.
+        names: of the A dimensions. No more than `most_dimensions` are drawn: those in which the chunks differ
+            most, by how far each moves in the dataset.
+        shares: one or two, named, each (K,) and summing to 1. The more a chunk has of the first, the stronger
+            its line.
+        what: of what there are K, for the title.
     """
     from matplotlib import colormaps
 
-    spread = np.ptp(chunks, axis=0).max(axis=0) / scale
+    recorded = batch.actions[0][~batch.is_pad[0]].cpu().numpy()  # (T, A)
+    lines = normalizer.unnormalize_actions(chunks, batch.proprio.expand(len(chunks), -1, -1)).cpu().numpy()
+    parts = {name: share.cpu().numpy() for name, share in shares.items()}
+    spread = np.ptp(lines, axis=0).max(axis=0) / normalizer.action_scale.cpu().numpy()
     dimensions = np.sort(np.argsort(-spread)[:most_dimensions])
-    figure, (*axes, bars) = panels(len(dimensions) + 1, 5, (4, 2.9))
-    colors = colormaps["turbo"](np.linspace(0.05, 0.95, len(chunks)))
-    first = next(iter(shares.values()))
+    num = len(dimensions) + 1
+    figure, axes = grid(num, min(5, num), (4, 2.9))
+    colors = colormaps["turbo"](np.linspace(0.05, 0.95, len(lines)))
+    first = next(iter(parts.values()))
     alphas = 0.25 + 0.75 * first / first.max()
-    for axis, d in zip(axes, dimensions, strict=True):
-        for chunk, color, alpha in zip(chunks, colors, alphas, strict=True):
-            axis.plot(chunk[:, d], color=color, alpha=alpha, lw=1.2)
+    for axis, d in zip(axes.flat, dimensions, strict=False):
+        for line, color, alpha in zip(lines, colors, alphas, strict=True):
+            axis.plot(line[:, d], color=color, alpha=alpha, lw=1.2)
         axis.plot(recorded[:, d], color="black", lw=1.5, ls="--", label="recorded")
         axis.set_title(names[d])
-    axes[0].legend(fontsize=7)
-    places, width = np.arange(len(chunks)), 0.8 / len(shares)
-    for n, share in enumerate(shares.values()):
+    axes[0, 0].legend(fontsize=7)
+    bars, places, width = axes.flat[num - 1], np.arange(len(lines)), 0.8 / len(parts)
+    for n, share in enumerate(parts.values()):
         style = {"color": colors, "edgecolor": "0.3", "lw": 0.4, "hatch": "////" * (n > 0)}
         bars.bar(places + n * width, share, width, **style)
     bars.set_xticks(places + 0.4 - width / 2, map(str, places))
-    bars.set_title(" (plain), ".join(shares) + (" (hatched)" if len(shares) > 1 else ""))
+    bars.set_title(" (plain), ".join(parts) + (" (hatched)" if len(parts) > 1 else ""))
     figure.supxlabel("control steps", fontsize=9)
-    figure.suptitle(title, fontsize=11)
-    save_figure(figure, path)
+    title = f"the chunk of each of {len(lines)} {what} at the start of a held-out episode"
+    save_figure(figure, path, title)
 
 
 def draw_features(
@@ -127,46 +128,44 @@ def draw_features(
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
     colors = ((components - low) / np.maximum(high - low, 1e-9)).clip(0, 1)
     colors = colors.reshape(len(images), *shape, 3).transpose(0, 3, 1, 2)
-    figure, axes = grid(2, len(images), (2 * len(images), 4.4))
+    figure, axes = grid(2 * len(images), len(images), (2, 2.2))
     extent = (0, images.shape[-1], images.shape[-2], 0)
     for row, name, shown in zip(axes, ("camera", "features"), (images, colors), strict=True):
         show_images(row, shown, extent=extent)
         row[0].set_ylabel(name)
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
+    save_figure(figure, path, title)
 
 
-def draw_latents(path: Path, latents: np.ndarray, labels: Mapping[str, np.ndarray], title: str) -> None:
-    """Latents (N, D) in the plane of their first two principal components, once for each labelling.
+def draw_latents(path: Path, latents: Tensor, labels: Mapping[str, Tensor]) -> None:
+    """Latents (N, D) of first chunks by their two principal components, once for each labelling.
 
     Labels are named, each (N,) small integers.
     """
-    plane, explained = principal_components(latents, 2)
-    figure, axes = grid(1, len(labels), (5 * len(labels), 4.6))
-    for axis, (name, values) in zip(axes[0], labels.items(), strict=True):
-        for value in np.unique(values):
-            chosen = plane[values == value]
+    plane, explained = principal_components(latents.cpu().numpy(), 2)
+    figure, axes = grid(len(labels), len(labels), (5, 4.6))
+    for axis, (name, numbers) in zip(axes[0], labels.items(), strict=True):
+        for value in numbers.unique().tolist():
+            chosen = plane[(numbers == value).cpu().numpy()]
             axis.scatter(*chosen.T, s=14, color=f"C{value % 10}", label=str(value), alpha=0.8)
         axis.set_title(f"by {name}")
         axis.legend(fontsize=7)
-    figure.suptitle(f"{title} ({100 * explained:.0f} % of the variance)", fontsize=10)
-    save_figure(figure, path)
+    title = f"latents of the chunks with which episodes begin\n({100 * explained:.0f} % of the variance)"
+    save_figure(figure, path, title)
 
 
 def draw_reconstructions(
     path: Path, images: np.ndarray, decoded: np.ndarray, chunks: np.ndarray, decoded_chunks: np.ndarray
 ) -> None:
     """Images (B, 3, H, W) in [0, 1] and chunks (B, T, A), each with its reconstruction; NaN is not drawn."""
-    figure, axes = grid(3, len(images), (2.1 * len(images), 6.4), sharey="row")
+    figure, axes = grid(3 * len(images), len(images), (2.1, 2.1), sharey="row")
     show_images(axes[0], images)
     show_images(axes[1], decoded)
-    for axis, chunk, chunk_output in zip(axes[2], chunks, decoded_chunks, strict=True):
-        for d in range(chunk.shape[1]):
+    for axis, *lines in zip(axes[2], chunks, decoded_chunks, strict=True):
+        for line, style in zip(lines, ("-", "--"), strict=True):
+            axis.set_prop_cycle(None)  # the same colours again
             # Markers, since a chunk can have a single action: at the end of an episode, or all of them.
-            style = {"color": f"C{d % 10}", "lw": 1.2, "marker": ".", "ms": 3}
-            axis.plot(chunk[:, d], **style)
-            axis.plot(chunk_output[:, d], ls="--", **style)
-    labels = ("image", "reconstruction", "actions (dashed: reconstruction)")
+            axis.plot(line, ls=style, lw=1.2, marker=".", ms=3)
+    labels = ("image", "reconstruction", "actions, dashed:\nreconstruction")
     for axis, label in zip(axes[:, 0], labels, strict=True):
         axis.set_ylabel(label)
     save_figure(figure, path)
@@ -198,15 +197,13 @@ def draw_scores(path: Path, pointwise: np.ndarray, scores: np.ndarray, examples:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last one that was cut off is left out."""
+    """The lines of a metrics.jsonl; one that was cut off when the process was killed is left out."""
     lines = []
     for text in path.read_text(errors="replace").splitlines():
-        try:
+        with suppress(ValueError):
             line = json.loads(text)
-        except ValueError:
-            continue  # cut off when the process was killed
-        if isinstance(line, dict) and "step" in line and "split" in line:
-            lines.append(line)
+            if isinstance(line, dict) and "step" in line and "split" in line:
+                lines.append(line)
     return lines
 
 
@@ -229,25 +226,24 @@ def draw_curves(path: Path, picture: Path) -> None:
         ("samples / s", ["samples_per_s"]),
         *groups.items(),
     ]
-    figure, axes = panels(len(drawn), 2, (6, 3.5), sharex=True)
-    for axis, (title, names) in zip(axes, drawn, strict=True):
+    figure, axes = grid(len(drawn), 2, (6, 3.5), sharex=True)
+    for axis, (title, names) in zip(axes.flat, drawn, strict=False):
         for name in names:
             _plot(axis, lines, name, log=title in ("loss", "error", "gradient norm"))
         axis.set_title(title)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
-    axes[3].set_ylim(bottom=0)
+    axes[1, 1].set_ylim(bottom=0)
     figure.supxlabel("step", fontsize=9)
-    figure.suptitle(path.parent.name)
-    save_figure(figure, picture)
+    save_figure(figure, picture, path.parent.name)
 
 
 def _plot(axis: Axes, lines: list[dict], name: str, log: bool) -> None:
     """A metric against steps, held out with dots; a logarithmic scale if `log` and anything is positive."""
     for split, label, style in (("train", "", {}), ("val", "held out: ", {"marker": "o", "ms": 3})):
-        values = {line["step"]: line.get(name) for line in lines if line["split"] == split}
-        values = {step: value for step, value in values.items() if value is not None}
+        known = [line for line in lines if line["split"] == split and line.get(name) is not None]
+        values = {line["step"]: line[name] for line in known}
         if values:
             axis.plot(values.keys(), values.values(), lw=1.2, label=label + name.split("/")[-1], **style)
         if log and any(value > 0 for value in values.values()):
@@ -260,16 +256,14 @@ def _plot(axis: Axes, lines: list[dict], name: str, log: bool) -> None:
 def draw_sheet(store: EpisodeStore, path: Path, most_episodes: int = 6, moments: int = 5) -> None:
     """Frames of some episodes: a row for each episode and camera, from its beginning to its end."""
     episodes = np.unique(np.linspace(0, store.num_episodes - 1, most_episodes).astype(int))
-    rows = len(episodes) * len(store.cameras)
-    aspect = store.image_size[0] / store.image_size[1]
-    figure, axes = grid(rows, moments, (2 * moments, 2 * aspect * rows + 0.5))
+    cameras, aspect = len(store.cameras), store.image_size[0] / store.image_size[1]
+    figure, axes = grid(len(episodes) * cameras * moments, moments, (2, 2 * aspect + 0.1))
     figure.set_layout_engine("tight", pad=0.4)
-    for place, episode in enumerate(episodes):
+    for rows, episode in zip(axes.reshape(-1, cameras, moments), episodes, strict=True):
         first, last = store.episode_starts[episode], store.episode_starts[episode + 1] - 1
         steps = np.linspace(first, last, moments).astype(int)
         images = store.images(steps).numpy()  # (moments, N, 3, H, W)
-        for camera, name in enumerate(store.cameras):
-            row = axes[place * len(store.cameras) + camera]
+        for camera, (row, name) in enumerate(zip(rows, store.cameras, strict=True)):
             show_images(row, images[:, camera])
             for axis, step in zip(row, steps, strict=True):
                 axis.set_title(f"{store.timestamps[step]:.1f} s", fontsize=6, pad=2)
@@ -285,8 +279,8 @@ def draw_histograms(store: EpisodeStore, path: Path) -> None:
         ("tab:orange", "action", store.action_names, store.action),
     ):
         drawn += [(f"{what}: {name}", values[:, d], color) for d, name in enumerate(names)]
-    figure, axes = panels(len(drawn), 7, (2.2, 1.6))
-    for axis, (title, values, color) in zip(axes, drawn, strict=True):
+    figure, axes = grid(len(drawn), min(7, len(drawn)), (2.2, 1.6))
+    for axis, (title, values, color) in zip(axes.flat, drawn, strict=False):
         axis.hist(values, bins=50, color=color)
         axis.set_title(title, fontsize=7)
         axis.set_yticks([])

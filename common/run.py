@@ -179,7 +179,8 @@ class Run:
         shape = (horizon, options.proprio_history, options.action_offset)
         train = ChunkDataset(store, train_episodes, *shape)
         val = ChunkDataset(store, held_out, *shape) if len(held_out) else None
-        normalizer = Normalizer.fit(train, normalization, options.relative_actions).to(self.device)
+        relative, floor = options.relative_actions, options.idle_floor
+        normalizer = Normalizer.fit(train, normalization, relative, floor).to(self.device)
         return Data(train, val, normalizer, PolicySpec.of(train, backbone_config))
 
     def _check_same_data(self, store: EpisodeStore) -> None:

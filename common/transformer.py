@@ -1,4 +1,4 @@
-"""Transformer blocks: scaled-dot-product attention, an encoder, a decoder conditioned on flow time."""
+"""Transformers: attention, an encoder, a decoder conditioned on flow time."""
 
 import copy
 import math
@@ -14,6 +14,14 @@ from common.errors import UserError
 Linear = Callable[[int, int], nn.Module]
 """Makes a layer of so many inputs and outputs."""
 KeysValues = tuple[Tensor, Tensor]
+Shape = tuple[int, int]
+
+
+class Size(NamedTuple):
+    """Of the blocks of a transformer."""
+
+    d_model: int
+    num_heads: int
 
 
 class StackedLinear(nn.Module):
@@ -45,14 +53,12 @@ def take_expert(module: nn.Module, expert: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to itself, or to a context by its `keys_values`, computed before."""
+    """Multi-head attention of x to itself, or to a context by its `keys_values`."""
 
     def __init__(self, d_model: int, num_heads: int, linear: Linear = nn.Linear):
         super().__init__()
         if d_model % num_heads:
-            raise UserError(
-                f"--d-model {d_model} is not a multiple of --num-heads {num_heads}: change one of them."
-            )
+            raise UserError(f"--d-model {d_model} must be a multiple of --num-heads {num_heads}.")
         self.num_heads = num_heads
         self.query = linear(d_model, d_model)
         self.key_value = linear(d_model, 2 * d_model)
@@ -63,27 +69,30 @@ class Attention(nn.Module):
         return tuple(self._heads(part) for part in self.key_value(context).chunk(2, dim=-1))
 
     def forward(
-        self,
-        x: Tensor,
-        keys_values: KeysValues | None = None,
-        key_mask: Tensor | None = None,
-        causal: bool = False,
+        self, x: Tensor, context: KeysValues | None = None, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
         """(..., L, D) -> (..., L, D), of E experts (E, B, L, D); causal: position i sees positions <= i only.
 
-        `key_mask` (B, L of the keys) is False where a key must not be seen, the same for all experts.
+        `mask` (B, L of the keys) is False where a key must not be seen, the same for all experts.
         """
-        keys, values = self.keys_values(x) if keys_values is None else keys_values
+        keys, values = self.keys_values(x) if context is None else context
         queries, stack = self._heads(self.query(x)), x.shape[:-3]
-        if key_mask is not None:
-            key_mask = key_mask[:, None, None, :].repeat(math.prod(stack), 1, 1, 1)  # expert by expert
+        if mask is not None:
+            mask = mask[:, None, None, :].repeat(math.prod(stack), 1, 1, 1)  # expert by expert
         if stack:  # fused kernels know one batch dimension
             queries, keys, values = (part.flatten(0, -4) for part in (queries, keys, values))
-        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=key_mask, is_causal=causal)
+        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)
         return self.out(seen.transpose(-3, -2).reshape(x.shape))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer, with weights and biases of zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def mlp(inputs: int, hidden: int, outputs: int, linear: Linear = nn.Linear) -> nn.Sequential:
@@ -92,31 +101,30 @@ def mlp(inputs: int, hidden: int, outputs: int, linear: Linear = nn.Linear) -> n
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm self-attention block."""
+    """Self-attention and an MLP, each behind a norm."""
 
     def __init__(self, d_model: int, num_heads: int):
         super().__init__()
         self.norm_attention, self.norm_mlp = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.attention, self.mlp = Attention(d_model, num_heads), mlp(d_model, 4 * d_model, d_model)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """x (B, L, D); key_mask (B, L), False for tokens that nobody may see."""
-        x = x + self.attention(self.norm_attention(x), key_mask=key_mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D) -> (B, L, D); mask (B, L) is False for tokens that nobody may see."""
+        x = x + self.attention(self.norm_attention(x), mask=mask)
         return x + self.mlp(self.norm_mlp(x))
 
 
 class Encoder(nn.Module):
-    """A stack of encoder blocks with a final norm."""
+    """Encoder blocks and a final norm; arguments as for a block."""
 
-    def __init__(self, d_model: int, num_heads: int, num_layers: int):
+    def __init__(self, size: Size, num_layers: int):
         super().__init__()
-        self.blocks = nn.ModuleList(EncoderBlock(d_model, num_heads) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(d_model)
+        self.blocks = nn.ModuleList(EncoderBlock(*size) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(size.d_model)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """x (B, L, D) -> (B, L, D)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for block in self.blocks:
-            x = block(x, key_mask)
+            x = block(x, mask)
         return self.norm(x)
 
 
@@ -129,38 +137,30 @@ class Observation(NamedTuple):
     """One vector for all of it, (B, D), that did not pass through attention."""
 
     def detach(self) -> "Observation":
-        """The same for something that shall not train what made it."""
+        """For a network that shall not train what made the observation."""
         return Observation(self.memory.detach(), self.summary.detach())
 
 
 class InfoEmbedder(nn.Module):
-    """Fuses the tokens and summaries of all cameras with the joint states.
+    """Fuses all cameras, each of whose tokens and summary have two `widths`, with joint states (K, P).
 
-    Args:
-        widths: of each camera's tokens and summary.
-        cameras_may_drop: learn tokens that stand for a lost camera. Without camera dropout they would never
-            get a gradient, which DistributedDataParallel takes for a mistake.
+    `droppable` adds tokens that stand for a lost camera. Without camera dropout they would never get a
+    gradient, which DistributedDataParallel takes for a mistake.
     """
 
     def __init__(
-        self,
-        widths: Sequence[tuple[int, int]],
-        state_dim: int,
-        proprio_history: int,
-        d_model: int,
-        num_heads: int,
-        num_layers: int,
-        cameras_may_drop: bool = False,
+        self, widths: Sequence[Shape], proprio: Shape, size: Size, num_layers: int, droppable: bool = False
     ):
         super().__init__()
+        (proprio_history, state_dim), d_model = proprio, size.d_model
         self.tokens_in = nn.ModuleList(nn.Linear(token_dim, d_model) for token_dim, _ in widths)
         self.summary_in = nn.ModuleList(nn.Linear(summary_dim, d_model) for _, summary_dim in widths)
         self.proprio_in = nn.Linear(state_dim, d_model)
         self.proprio_position = nn.Parameter(torch.zeros(proprio_history, d_model))
         self.camera_embedding = nn.Parameter(torch.randn(len(widths), d_model) * 0.02)
-        if cameras_may_drop:
+        if droppable:
             self.missing = nn.Parameter(torch.randn(len(widths), d_model) * 0.02)
-        self.encoder = Encoder(d_model, num_heads, num_layers)
+        self.encoder = Encoder(size, num_layers)
 
     def forward(
         self, views: Sequence[tuple[Tensor, Tensor]], proprio: Tensor, dropped: Tensor | None = None
@@ -183,13 +183,14 @@ class InfoEmbedder(nn.Module):
 
 
 class ObservationHead(nn.Module):
-    """A vector predicted from an observation, as a prior of a latent is: read at a token of its own."""
+    """A vector predicted from an observation, for example a latent's prior: read at a token of its own."""
 
-    def __init__(self, d_model: int, num_heads: int, num_layers: int, out_dim: int):
+    def __init__(self, size: Size, num_layers: int, out_dim: int):
         super().__init__()
+        d_model = size.d_model
         self.readout = nn.Parameter(torch.randn(1, d_model) * 0.02)
         self.summary_in = nn.Linear(d_model, d_model)
-        self.encoder = Encoder(d_model, num_heads, num_layers)
+        self.encoder = Encoder(size, num_layers)
         self.out = nn.Linear(d_model, out_dim)
 
     def forward(self, observation: Observation) -> Tensor:
@@ -199,30 +200,22 @@ class ObservationHead(nn.Module):
 
 
 class ChunkEncoder(nn.Module):
-    """A vector that describes a recorded chunk where it was recorded, as a posterior of a latent does.
+    """A vector that describes a recorded chunk where it was recorded, for example a latent's posterior.
 
-    A transformer over states, tokens of the head camera and the chunk, read at a token of its own.
-    `num_steps` is the number of states and actions together, K + T.
+    A transformer over states (K, P), tokens of the head camera and actions (T, A), read at its own token.
     """
 
     def __init__(
-        self,
-        state_dim: int,
-        token_dim: int,
-        action_dim: int,
-        num_steps: int,
-        d_model: int,
-        num_heads: int,
-        num_layers: int,
-        out_dim: int,
+        self, proprio: Shape, token_dim: int, chunk: Shape, size: Size, num_layers: int, out_dim: int
     ):
         super().__init__()
+        (proprio_history, state_dim), (horizon, action_dim), d_model = proprio, chunk, size.d_model
         self.readout = nn.Parameter(torch.randn(1, d_model) * 0.02)
         self.proprio_in = nn.Linear(state_dim, d_model)
         self.tokens_in = nn.Linear(token_dim, d_model)
         self.action_in = nn.Linear(action_dim, d_model)
-        self.position = nn.Parameter(torch.randn(num_steps, d_model) * 0.02)
-        self.encoder = Encoder(d_model, num_heads, num_layers)
+        self.position = nn.Parameter(torch.randn(proprio_history + horizon, d_model) * 0.02)
+        self.encoder = Encoder(size, num_layers)
         self.latent_out = nn.Linear(d_model, out_dim)
 
     def forward(self, proprio: Tensor, head_tokens: Tensor, actions: Tensor, is_pad: Tensor) -> Tensor:
@@ -231,7 +224,7 @@ class ChunkEncoder(nn.Module):
         Args:
             proprio: (B, K, P), normalized.
             head_tokens: (B, L, D_v), of the first camera.
-            actions: (B, T, A), normalized; steps that do not exist, by `is_pad` (B, T), are not seen.
+            actions: (B, T, A), normalized; those past the episode's end, by `is_pad` (B, T), are not seen.
         """
         steps = torch.cat([self.proprio_in(proprio), self.action_in(actions)], dim=1) + self.position
         x = torch.cat([self.readout.expand(len(actions), 1, -1), self.tokens_in(head_tokens), steps], dim=1)
@@ -244,7 +237,7 @@ class Context(NamedTuple):
     """An observation as a decoder uses it, computed once however often the decoder runs."""
 
     keys_values: list[KeysValues]
-    """Of the memory, for the cross-attention of every block."""
+    """Of the memory, for each block."""
     summary: Tensor
     """(B, 1, D), to be added to the action tokens."""
 
@@ -267,43 +260,40 @@ class DecoderBlock(nn.Module):
     """Self-attention, cross-attention to the observation, MLP; time modulates each (Peebles & Xie 2023).
 
     Every part computes x + gate(t) * part(norm(x) * (1 + scale(t)) + shift(t)). Gates, scales and shifts
-    start at zero (adaLN-Zero), so that an untrained decoder passes its input through. With a `linear` that
-    makes stacked layers it is a block of several experts.
+    start at zero (adaLN-Zero): an untrained block passes its input through. A `linear` that makes stacked
+    layers makes a block of several experts.
     """
 
     def __init__(self, d_model: int, num_heads: int, linear: Linear = nn.Linear):
         super().__init__()
         self.norm = nn.LayerNorm(d_model, elementwise_affine=False)
-        self.self_attention = Attention(d_model, num_heads, linear)
-        self.cross_attention = Attention(d_model, num_heads, linear)
+        self.self_attention, self.cross_attention = (Attention(d_model, num_heads, linear) for _ in range(2))
         self.mlp = mlp(d_model, 4 * d_model, d_model, linear)
-        self.modulation = linear(d_model, 9 * d_model)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.modulation = zeroed(linear(d_model, 9 * d_model))
 
     def forward(
-        self, x: Tensor, condition: Tensor, context: KeysValues, key_mask: Tensor | None, causal: bool
+        self, x: Tensor, condition: Tensor, context: KeysValues, mask: Tensor | None, causal: bool
     ) -> Tensor:
         """Refine action tokens x (B * M, T, D), M draws for each of the observations of the context.
 
-        The condition (B * M, D) embeds the flow time; `key_mask` (B * M, T) is False for padded actions. Of E
+        The condition (B * M, D) embeds the flow time; `mask` (B * M, T) is False for padded actions. Of E
         experts all but the mask have a leading dimension E.
         """
         modulation = self.modulation(F.silu(condition)).unsqueeze(-2).chunk(9, dim=-1)
         shift, scale, gate = modulation[:3]
         h = self.norm(x) * (1 + scale) + shift
-        x = x + gate * self.self_attention(h, key_mask=key_mask, causal=causal)
+        x = x + gate * self.self_attention(h, mask=mask, causal=causal)
         shift, scale, gate = modulation[3:6]
         # The M draws of one observation are M * T queries to the same keys: no copies of the keys are made.
         h = self.norm(x) * (1 + scale) + shift
         h = h.unflatten(-3, (context[0].shape[-4], -1)).flatten(-3, -2)  # (..., B, M * T, D)
-        x = x + gate * self.cross_attention(h, keys_values=context).reshape(x.shape)
+        x = x + gate * self.cross_attention(h, context).reshape(x.shape)
         shift, scale, gate = modulation[6:]
         return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
 
 
 class ActionDecoder(nn.Module):
-    """Velocity of a noisy action chunk, given an observation's memory and the flow time.
+    """Velocity of a noisy chunk (T, A), given an observation, the flow time and, if it has a width, a latent.
 
     The observation enters twice: by cross-attention to its memory, and its summary is added to every action
     token. Attention alone learns late to look: at first it averages over all tokens, and what the few that
@@ -312,17 +302,10 @@ class ActionDecoder(nn.Module):
     """
 
     def __init__(
-        self,
-        action_dim: int,
-        horizon: int,
-        d_model: int,
-        num_heads: int,
-        num_layers: int,
-        causal: bool = True,
-        latent_dim: int | None = None,
+        self, chunk: Shape, size: Size, num_layers: int, causal: bool = True, latent_dim: int | None = None
     ):
-        """`latent_dim` is the width of a latent that tells what kind of chunk to make, if there is one."""
         super().__init__()
+        (horizon, action_dim), d_model = chunk, size.d_model
         self.causal = causal
         self.action_in = nn.Linear(action_dim, d_model)
         self.position = nn.Parameter(torch.randn(horizon, d_model) * 0.02)
@@ -330,14 +313,12 @@ class ActionDecoder(nn.Module):
         self.time = TimeEmbedding(d_model)
         if latent_dim is not None:
             self.latent_in = mlp(latent_dim, d_model, d_model)
-        self.blocks = nn.ModuleList(DecoderBlock(d_model, num_heads) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(DecoderBlock(*size) for _ in range(num_layers))
         self.norm = nn.LayerNorm(d_model)
-        self.velocity_out = nn.Linear(d_model, action_dim)
-        nn.init.zeros_(self.velocity_out.weight)
-        nn.init.zeros_(self.velocity_out.bias)
+        self.velocity_out = zeroed(nn.Linear(d_model, action_dim))
 
     def context(self, observation: Observation) -> Context:
-        """What `forward` needs of B observations."""
+        """What `forward` needs of the observations."""
         keys_values = [block.cross_attention.keys_values(observation.memory) for block in self.blocks]
         return Context(keys_values, self.summary_in(observation.summary).unsqueeze(1))
 
@@ -354,24 +335,23 @@ class ActionDecoder(nn.Module):
         Args:
             x_t: noisy actions, (B * M, T, A).
             t: flow time, (B * M,).
-            is_pad: (B * M, T), True for steps past the episode's end. Without a causal mask they must not be
-                seen; with it the real steps, which come first, cannot see them anyway.
-            latent: (B * M, latent_dim), of a decoder that has one; modulates the blocks as flow time does.
+            is_pad: (B * M, T), True for actions past the episode's end.
+            latent: (B * M, latent_dim); modulates the blocks as flow time does.
         """
-        key_mask = None if is_pad is None or self.causal else ~is_pad
+        # With a causal mask, real actions, which come first, cannot see padded ones anyway.
+        mask = None if is_pad is None or self.causal else ~is_pad
         flow_samples = len(x_t) // len(context.summary)
         x = self.action_in(x_t) + self.position + context.summary.repeat_interleave(flow_samples, dim=0)
         condition = self.time(t) if latent is None else self.time(t) + self.latent_in(latent)
         for block, keys_values in zip(self.blocks, context.keys_values, strict=True):
-            x = block(x, condition, keys_values, key_mask, self.causal)
+            x = block(x, condition, keys_values, mask, self.causal)
         return self.velocity_out(self.norm(x))
 
 
 def sincos_position_2d(height: int, width: int, d_model: int) -> Tensor:
     """Fixed position embedding of a grid, (height * width, d_model), row by row.
 
-    A quarter of the features each for sin and cos of y and of x (Vaswani et al. 2017, in two dimensions);
-    features left over by the division are zero.
+    A quarter of the features each for sin and cos of y and of x (Vaswani et al. 2017); others are zero.
     """
     quarter = d_model // 4
     frequencies = torch.exp(-math.log(100.0) * torch.arange(quarter) / max(quarter, 1))

@@ -1,8 +1,4 @@
-"""Camera images to tokens and a summary: backbones, augmentation, camera dropout.
-
-Every backbone takes float images (B, 3, H, W) in [0, 1] and gives tokens (B, L, token_dim), one per region of
-the image, and one summary (B, summary_dim). Whatever normalization of pixels it wants happens inside.
-"""
+"""Camera images to tokens and a summary: backbones, augmentation, camera dropout."""
 
 import logging
 import math
@@ -44,7 +40,10 @@ class VisionConfig:
 
 
 class Backbone(nn.Module):
-    """What a policy asks of a vision network."""
+    """Images (B, 3, H, W) to tokens (B, L, token_dim), one per region, and a summary (B, summary_dim).
+
+    Images are float, in [0, 1]; whatever normalization of pixels a network wants happens inside.
+    """
 
     token_dim: int
     summary_dim: int
@@ -59,25 +58,19 @@ def build_backbone(
 ) -> Backbone:
     """The backbone that `VisionConfig.backbone` names, for images of (H, W) pixels.
 
-    Args:
-        pretrained: load the weights of a Hugging Face model; False if a checkpoint's will be loaded next,
-            of a model of the architecture `hf_config`.
-
-    Raises:
-        UserError: for a model that cannot be loaded, or images of a size that it cannot take.
+    Unless `pretrained`, a Hugging Face model has the architecture `hf_config` and random weights, for a
+    checkpoint to be loaded next. A UserError says what cannot be loaded, or which image size does not fit.
     """
     if name not in SMALLEST_SIDE:
         return HuggingFaceBackbone(name, image_size, pretrained, hf_config)
     least = SMALLEST_SIDE[name]
     if min(image_size) < least:
-        raise UserError(
-            f"--backbone {name} needs images of at least {least}x{least} pixels: raise --image-size."
-        )
+        raise UserError(f"--backbone {name} needs at least {least}x{least} pixels: raise --image-size.")
     return ConvBackbone(image_size) if name == "conv" else ResNetBackbone(name, image_size)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    """Batch statistics misbehave with small batches, averaged weights, several processes; groups do not."""
+    """Of groups, since batch norm misbehaves with small batches, averaged weights and several processes."""
     return nn.GroupNorm(max(channels // 16, 1), channels)
 
 
@@ -89,9 +82,8 @@ def _conv(channels_in: int, channels: int, kernel: int, stride: int) -> nn.Seque
 class ConvBackbone(Backbone):
     """A small convolutional network, trained from scratch.
 
-    The summary holds the expected image coordinates of 32 learned features (spatial softmax, Finn et al.
-    2016, "Deep spatial autoencoders for visuomotor learning"), which localise an object to a fraction of a
-    pixel, and the mean token.
+    The summary is the mean token and the expected image coordinates of 32 learned features (spatial softmax,
+    Finn et al. 2016), which localise an object to a fraction of a pixel.
     """
 
     def __init__(self, image_size: tuple[int, int], num_keypoints: int = 32, max_tokens: int = 64):
@@ -99,10 +91,10 @@ class ConvBackbone(Backbone):
         self.stem = nn.Sequential(_conv(3, 32, 5, 2), _conv(32, 64, 3, 2), _conv(64, 64, 3, 1))
         self.keypoints = nn.Conv2d(64, num_keypoints, 1)
         with torch.no_grad():
-            # As they come, logits hardly differ: attention is flat, each keypoint sits in the middle of every
-            # image, and hundreds of steps pass before the first one finds something to look at.
+            # As they come, logits hardly differ: every keypoint sits in the middle of every image, and
+            # hundreds of steps pass before the first one finds something to look at.
             self.keypoints.weight.mul_(4)
-        grid = [math.ceil(math.ceil(side / 2) / 2) for side in image_size]
+        grid = [math.ceil(side / 4) for side in image_size]
         coordinates = torch.cartesian_prod(*(torch.linspace(-1, 1, side) for side in grid))
         self.register_buffer("coordinates", coordinates, persistent=False)  # (H/4 * W/4, 2)
         stages, channels = [], 64
@@ -134,10 +126,10 @@ class ResNetBackbone(Backbone):
         self.network = nn.Sequential(*list(network.children())[:-2])  # without pooling and classifier
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
-        height, width = (math.ceil(side / 32) for side in image_size)
+        grid = [math.ceil(side / 32) for side in image_size]
         self.token_dim = self.summary_dim = network.fc.in_features
-        self.num_tokens = height * width
-        self.register_buffer("position", sincos_position_2d(height, width, self.token_dim), persistent=False)
+        self.num_tokens = math.prod(grid)
+        self.register_buffer("position", sincos_position_2d(*grid, self.token_dim), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.network((images - self.mean) / self.std).flatten(2).transpose(1, 2)
@@ -195,7 +187,7 @@ class HuggingFaceBackbone(Backbone):
         return tokens, tokens.mean(dim=1) if pooled is None else pooled.flatten(1)
 
     def _count_leading(self, length: int, image_size: tuple[int, int]) -> int:
-        """How many of a sequence's tokens stand before the grid of those of the image's regions."""
+        """How many tokens of a sequence stand before those of the image's regions."""
         registers = getattr(self.network.config, "num_register_tokens", None) or 0
         for stride in [(self._patch or 4) * 2**k for k in range(6)]:  # some networks merge patches
             extra = length - math.prod(math.ceil(side / stride) for side in image_size)
@@ -204,7 +196,7 @@ class HuggingFaceBackbone(Backbone):
         raise ValueError(f"its {length} tokens form no grid")
 
     def _measure(self, name: str, image_size: tuple[int, int], absent: set[str]) -> None:
-        """Run once: learn the layout of the tokens, and exclude weights that cannot learn.
+        """Run once: learn the layout of the tokens, and freeze weights that get no gradient.
 
         DistributedDataParallel would wait for the gradients of such weights (mask tokens, unused heads).
         """
@@ -238,7 +230,7 @@ def brief(error: Exception) -> str:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """No progress bars and warnings from loading a model; as before afterwards."""
+    """No progress bars and warnings from loading a model."""
     from transformers.utils import logging as bars
 
     shown, disabled = bars.is_progress_bar_enabled(), logging.root.manager.disable
@@ -267,9 +259,8 @@ def hub_answers(name: str) -> bool:
 def _load_huggingface(name: str, hf_config: dict | None):
     """The vision part of a model, its image processor's settings, and the weights that its files lack.
 
-    With an `hf_config` a network of that architecture with random weights. Nothing that is loaded can run
-    code: weights must be safetensors, and no code comes with a model. A local path is never looked up on the
-    hub.
+    With an `hf_config`, random weights. Nothing that is loaded can run code: weights must be safetensors, and
+    no code comes with a model. A local path is never looked up on the hub.
     """
     from transformers import AutoConfig, AutoModel, ViTConfig
     from transformers.image_processing_base import ImageProcessingMixin
@@ -313,10 +304,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, config: VisionConfig, generator: torch.Generator | None = None) -> Tensor:
-    """Random shift, rotation, colour and blur, drawn anew for every sample and camera, on the images' device.
-
-    (B, N, 3, H, W) uint8 to float32 in [0, 1]; with all strengths 0 the images are only converted.
-    """
+    """(B, N, 3, H, W) uint8 to float32 in [0, 1], with a shift, rotation, colour and blur for each image."""
     x = to_float(images).flatten(0, 1)  # (B * N, 3, H, W)
 
     def draw(low: float, high: float) -> Tensor:
@@ -352,20 +340,15 @@ def _blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
     radius = max(math.ceil(2 * largest), 1)
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-(offsets**2) / (2 * sigma.flatten()[:, None].clamp(min=1e-3) ** 2))  # (B, taps)
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)
-    kernel = kernel.unsqueeze(1)  # (B * 3, 1, taps)
-    batch, channels, height, width = x.shape
-    x = F.pad(x, [radius] * 4, mode="replicate").view(1, batch * channels, height + 2 * radius, -1)
-    x = F.conv2d(x, kernel[:, :, None, :], groups=batch * channels)
-    x = F.conv2d(x, kernel[:, :, :, None], groups=batch * channels)
-    return x.view(batch, channels, height, width)
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)[:, None, None]
+    planes = F.pad(x, [radius] * 4, mode="replicate").flatten(0, 1)[None]  # (1, B * 3, H + 2 r, W + 2 r)
+    for weight in (kernel, kernel.mT):  # along x, along y
+        planes = F.conv2d(planes, weight, groups=len(kernel))
+    return planes.view(x.shape)
 
 
 def random_camera_dropout(batch_size: int, num_cameras: int, p: float, device: torch.device) -> Tensor:
-    """Which cameras samples lose in training, (B, N) bool.
-
-    With probability p a row has exactly one True, at a random camera; a robot's only camera is never lost.
-    """
+    """Which cameras samples lose, (B, N) bool: with probability p one of them; never the only one."""
     if num_cameras == 1:
         return torch.zeros(batch_size, 1, dtype=torch.bool, device=device)
     lost = torch.randint(num_cameras, (batch_size, 1), device=device)

@@ -56,7 +56,7 @@ def tiny_depth(monkeypatch):
     """A small network in place of Depth Anything 3 SMALL."""
     from common import depth
 
-    architecture = depth.Architecture("da3-small", 32, 4, 2, (1, 3), 2)
+    architecture = depth.Architecture("da3-small", 32, 4, 2, 2)
     monkeypatch.setitem(depth.ARCHITECTURES, "small", architecture)
     return architecture
 

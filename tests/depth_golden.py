@@ -6,6 +6,7 @@
 Its dependencies are left out since they conflict with LeRobot's; the backbone needs none of them.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -20,13 +21,13 @@ from common.depth import Architecture
 
 SIZE = (56, 84)  # pixels
 ARCHITECTURES = {
-    "views": Architecture("golden", 64, 6, 2, (1, 3, 5), 2),  # as small, base and large are
-    "one_view": Architecture("golden", 64, 6, 2, (1, 3, 5)),  # as mono and metric are
+    "views": Architecture("golden", 64, 6, 2, 2),  # as small, base and large are
+    "one_view": Architecture("golden", 64, 6, 2),  # as mono and metric are
 }
 LARGE_SIZES = ((224, 224), (518, 518), (252, 336))
 LARGE = {  # of the published widths; six blocks of the 24 say as much
     "small": depth.ARCHITECTURES["small"],
-    "few": Architecture("few", 1024, 6, 16, (1, 3, 4, 5)),
+    "few": Architecture("few", 1024, 6, 16),
 }
 
 
@@ -34,7 +35,8 @@ def official(architecture: Architecture) -> torch.nn.Module:
     """The official network of that shape."""
     from depth_anything_3.model.dinov2.vision_transformer import DinoVisionTransformer
 
-    start = -1 if architecture.alt_start is None else architecture.alt_start
+    views = architecture.alt_start < math.inf
+    start = architecture.alt_start if views else -1
     return DinoVisionTransformer(
         img_size=518,
         patch_size=14,
@@ -44,7 +46,7 @@ def official(architecture: Architecture) -> torch.nn.Module:
         alt_start=start,
         qknorm_start=start,
         rope_start=start,
-        cat_token=architecture.alt_start is not None,
+        cat_token=views,
     ).eval()
 
 
@@ -64,13 +66,10 @@ def images(size: tuple[int, int] = SIZE) -> torch.Tensor:
 
 @torch.no_grad()
 def run(network: torch.nn.Module, architecture: Architecture, size: tuple[int, int] = SIZE) -> dict:
-    """Outputs of the official network: `feats` of every output layer, `layer` of every block."""
+    """Outputs of the official network: `layer` of every block."""
     blocks = list(range(architecture.num_blocks))
-    feats, layers = network.get_intermediate_layers(
-        images(size)[:, None], list(architecture.out_layers), export_feat_layers=blocks
-    )
-    named = {f"feats.{n}": feat[0][:, 0] for n, feat in enumerate(feats)}
-    return named | {f"layer.{n}": layer[:, 0] for n, layer in enumerate(layers)}
+    _, layers = network.get_intermediate_layers(images(size)[:, None], blocks[-1:], export_feat_layers=blocks)
+    return {f"layer.{n}": layer[:, 0] for n, layer in enumerate(layers)}
 
 
 def sampled(outputs: dict, count: int = 64) -> dict:

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lerobot_mutations
+from fuzz_hdf5 import fuzz_layouts
 from hdf5_factory import make_hdf5
 from lerobot_factory import make_dataset
 
@@ -253,7 +254,10 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found = fuzz(Path(scratch), 60 * options.minutes, options.seed)
+        arranged = fuzz_layouts(Path(scratch), 6 * options.minutes, options.seed, 10**6)
+        found = fuzz(Path(scratch), 54 * options.minutes, options.seed)
+    for outcome, count in sorted(arranged.outcomes.items()):
+        print(f"{count:7d}  arranged, {outcome}")
     for outcome, count in sorted(found.outcomes.items()):
         print(f"{count:7d}  {outcome}")
     print(f"{found.outcomes.total():7d}  in all; the slowest took {found.slowest:.1f} s")

@@ -15,7 +15,6 @@ from common.data import (
     DataConfig,
     SampleStream,
     chosen_episodes,
-    ingest,
     make_loader,
     open_dataset,
     split_episodes,
@@ -82,11 +81,11 @@ def test_chosen_episodes_are_the_same_from_their_own_store_and_from_the_whole(ro
 
 def test_a_store_of_some_episodes_grows_to_one_of_all(root, open_):
     some = open_(root, episodes=("0-1",))
-    inode = some.shard_files[0].stat().st_ino
+    inode, pixels = some.frame_files[0].stat().st_ino, whole(some).images
     full = open_(root)
     assert full.num_episodes == 4
-    assert inode == full.shard_files[0].stat().st_ino  # these were not decoded again
-    assert len(full.shard_files) == 2
+    assert inode == full.frame_files[0].stat().st_ino  # these were not decoded again
+    assert torch.equal(whole(full).images[: len(pixels)], pixels)
     assert open_(root, episodes=("0-1",)).path == full.path != some.path
 
 
@@ -263,8 +262,8 @@ def test_relative_actions_are_normalized_by_their_own_statistics_and_restored(ro
     batch = dataset.__getitems__(np.arange(len(dataset)))
     differences = (batch.actions - batch.proprio[:, -1:])[~batch.is_pad]
     expected = fit_statistics(differences.numpy())
-    for name, value in normalizer.statistics["action"].items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    for name, value in expected.items():
+        torch.testing.assert_close(normalizer.statistics["action"][name], value, rtol=1e-5, atol=1e-6)
     normalized = normalizer.actions(batch.actions, batch.proprio)
     if mode == "mean-std":
         torch.testing.assert_close(normalized[~batch.is_pad].mean(0), torch.zeros(3), atol=1e-4, rtol=0)
@@ -331,7 +330,7 @@ def test_frames_kept_as_jpeg_are_nearly_those_recorded(root, open_):
         assert torch.equal(a, b)
     difference = (one.images.float() - two.images.float()).abs()
     assert difference.mean() < 3
-    assert jpeg.shard_files[0].read_bytes().count(b"\xff\xd8\xff") == 2 * sum(LENGTHS)
+    assert jpeg.frame_files[0].read_bytes().count(b"\xff\xd8\xff") == 2 * sum(LENGTHS)
     some = np.array([30, 3, 3, 17])
     assert torch.equal(jpeg.images(some), two.images[some])
     loader = make_loader(ChunkDataset(jpeg, range(4), 3), 4, seed=0)
@@ -339,10 +338,9 @@ def test_frames_kept_as_jpeg_are_nearly_those_recorded(root, open_):
     assert make_loader(ChunkDataset(raw, range(4), 3), 4, seed=0).num_workers == 0
 
 
-def test_jpeg_shards_of_several_episodes_and_a_bad_one(tmp_path, open_, monkeypatch):
+def test_a_jpeg_store_of_several_episodes_and_a_bad_one(tmp_path, open_):
     from test_hdf5 import broken_jpeg
 
-    monkeypatch.setattr(ingest, "SHARD_BYTES", 22 * 2 * 32 * 48 * 3)
     root = make_hdf5(tmp_path / "d", LENGTHS, ("high",))
     broken_jpeg(root / "day_1/episode_1.hdf5")
     raw, jpeg = (open_(root, store=kind, skip_bad_episodes=True) for kind in ("raw", "jpeg"))
@@ -354,11 +352,11 @@ def test_jpeg_shards_of_several_episodes_and_a_bad_one(tmp_path, open_, monkeypa
 
 def test_a_damaged_jpeg_store_is_named(root, open_):
     store = open_(root, store="jpeg")
-    file = store.shard_files[0]
+    file = store.frame_files[0]
     content = bytearray(file.read_bytes())
     content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
     file.write_bytes(content)
-    with pytest.raises(OSError, match=r"frames-00000.bin is damaged .* verify"):
+    with pytest.raises(OSError, match=r"frames.bin is damaged .* verify"):
         whole(EpisodeStore.open(store.path))
 
 

@@ -163,7 +163,7 @@ def test_demonstrations_show_all_modes_and_come_to_rest():
 
 
 def test_the_recording_is_a_lerobot_dataset(tmp_path):
-    root = demo.record(tmp_path / "demo", num_episodes=2, seed=0, progress=False)
+    root = demo.write_dataset(tmp_path / "demo", demo.demonstrate(2, seed=0), progress=False)
     info = json.loads((root / "meta" / "info.json").read_text())
     assert info["codebase_version"].startswith("v3")
     assert info["total_episodes"] == 2

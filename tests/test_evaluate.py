@@ -127,7 +127,7 @@ def test_rollouts_execute_chunks_in_closed_loop(tmp_path, history, offset):
     with Image.open(tmp_path / "rollouts.gif") as gif:
         assert gif.n_frames > 20
         assert gif.size == (4 * 148, 2 * 148)
-    assert math.isclose(Image.open(tmp_path / "rollouts.png").width, 1210, abs_tol=2)
+    assert math.isclose(Image.open(tmp_path / "rollouts.png").width, 1100, abs_tol=2)
 
 
 @pytest.mark.usefixtures("accelerate_reset")

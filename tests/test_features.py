@@ -1,8 +1,8 @@
 """Features of frozen networks beside an episode store, with a network that is a sum."""
 
 import errno
-import json
 import pickle
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +12,8 @@ import torch
 from filelock import FileLock, Timeout
 from test_store import INFO, LENGTHS, ROW_BYTES, Drawn, build, grown
 
-from common.data import features, ingest
-from common.data.inspect import damaged_files, delete
+from common.data import features
+from common.data.inspect import damages, delete
 from common.data.samples import ChunkDataset
 from common.data.store import EpisodeStore
 from common.errors import UserError
@@ -56,8 +56,8 @@ def check(store, network):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """Episodes 0 and 1 in a file of frames, episode 2 and episode 3 in one each."""
-    monkeypatch.setattr(ingest, "SHARD_BYTES", 9 * ROW_BYTES)
+    """The episodes in three blocks of rows: 0 to 6, 7 to 13, 14 to 19."""
+    monkeypatch.setattr(features, "BLOCK", 7)
     return build(tmp_path)
 
 
@@ -106,52 +106,68 @@ def test_an_interrupted_computation_continues(store, cut):
         with_depth(store, stopped)
     before = sum(stopped.sizes)
     assert 11 <= before < STEPS
-    (part,) = store.path.glob("features-*/*.part")
-    part.write_bytes(part.read_bytes()[: -cut or None])  # the last row did not reach the disk
+    (folder,) = store.path.glob("features-*")
+    if cut:  # the last mark did not reach the disk
+        features.forget(folder, np.array([before - 1]))
     network = Network()
     found = with_depth(store, network)
     assert sum(network.sizes) == STEPS - before + cut
     check(found, network)
-    assert not list(folder_of(found).glob("*.part"))
-    assert damaged_files(store.path) == {}
+    assert damages(store.path) == []
 
 
-def test_a_part_of_other_frames_is_not_continued(store):
-    with pytest.raises(KeyboardInterrupt):
-        with_depth(store, Network(stops_after=11))
-    (part,) = store.path.glob("features-*/*.part")
-    part.rename(part.with_name(f"{part.name[:13]}00000000.part"))
+@pytest.mark.parametrize("file", ["rows.bin", "done.bin"])
+def test_features_whose_files_were_cut_off_are_computed_again(store, file):
+    path = folder_of(with_depth(store, Network())) / file
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[: -size // STEPS])  # the last row
+    network = Network()
+    assert len(damages(store.path)) == 1
+    check(with_depth(store, network), network)
+    assert sum(network.sizes) == 1 + STEPS  # `check` computed them, too
+    path.unlink()
+    assert len(damages(store.path)) == (file == "rows.bin")
+    check(with_depth(store, network), network)
+    assert sum(network.sizes) == 1 + 3 * STEPS
+
+
+def test_features_of_other_frames_are_computed_again(store):
+    network = Network()
+    path = folder_of(with_depth(store, network)) / "done.bin"
+    done = np.fromfile(path, np.int64).reshape(-1, 2)
+    checksums = store.episode_checksums[[0, 1, 2, 3]].repeat(LENGTHS)
+    assert (done[:, 0] == checksums + 1).all()
+    done[5:7, 0] += 1  # as if episode 1 had been decoded otherwise
+    done.tofile(path)
     network = Network()
     found = with_depth(store, network)
+    assert network.sizes == [2]
     check(found, network)
-    assert not list(folder_of(found).glob("*.part"))
-
-
-def test_features_of_other_frames_or_another_network_are_computed_again(store):
-    network = Network()
-    file = with_depth(store, network).extras["depth"].files[0]
-    note = json.loads(file.with_suffix(".json").read_text())
-    for spoiled in (
-        {**note, "source": {**note["source"], "crc32": 1}},
-        {**note, "identity": {**note["identity"], "weights": "x"}},
-        {**note, "bytes": note["bytes"] + 2},
-        [],
-    ):
-        file.write_bytes(bytes(note["bytes"]))
-        file.with_suffix(".json").write_text(json.dumps(spoiled))
-        check(with_depth(store, network), network)
 
 
 def test_verify_finds_damaged_features_and_prune_deletes_them(store):
     file = with_depth(store, Network()).extras["depth"].files[0]
-    assert damaged_files(store.path) == {}
+    assert damages(store.path) == []
     content = bytearray(file.read_bytes())
     content[11] ^= 1
     file.write_bytes(content)
-    name = f"{file.parent.name}/{file.name}"
-    assert damaged_files(store.path) == {name: "has another checksum than was written"}
+    assert damages(store.path) == [f"1 rows of {file.parent.name} have another checksum than was written"]
     delete(store.path)
     assert not store.path.exists()
+
+
+def test_features_of_damaged_frames_are_computed_again(store):
+    right = store.images(np.arange(STEPS))
+    content = bytearray(store.frame_files[0].read_bytes())
+    content[6 * ROW_BYTES] ^= 255  # in episode 1
+    store.frame_files[0].write_bytes(content)
+    with_depth(store, Network())
+    (store.path / "arrays.safetensors").unlink()  # as `verify --rebuild` does
+    again, network = build(store.path.parent), Network()
+    assert torch.equal(again.images(np.arange(STEPS)), right)
+    found = with_depth(again, network)
+    assert sum(network.sizes) == LENGTHS[1]
+    check(found, network)
 
 
 @pytest.mark.parametrize("version", [0, 1])
@@ -179,45 +195,59 @@ def test_joined_and_compressed_stores_have_features(store, tmp_path):
     assert EpisodeStore.concatenate([with_depth(store, network), store]).extras == {}
 
 
-def test_memory_that_does_not_suffice_halves_the_batch_for_all_files(store):
+def test_memory_that_does_not_suffice_halves_the_batch_for_all_blocks(store):
     network = Network(fits=5)
     found = with_depth(store, network, batch_size=16)
-    assert network.sizes == [7, 3, 3, 1, 3, 3, 3, 3, 1]  # seven steps are in the first file
+    assert network.sizes == [7, 3, 3, 1, 3, 3, 1, 3, 3]  # seven, seven and six steps
     network.fits = 99
     check(found, network)
     with pytest.raises(RuntimeError, match="out of memory"):
         with_depth(store, Network(fits=0, identity=2))
 
 
-def test_files_that_other_processes_work_on_are_left_to_them_and_waited_for(store, monkeypatch):
-    found = with_depth(store, Network())
-    notes = {path: path.read_bytes() for path in folder_of(found).glob("*.json")}
-    for path in notes:
-        path.unlink()
+def test_blocks_that_other_processes_work_on_are_left_to_them_and_waited_for(store, monkeypatch):
+    path = folder_of(with_depth(store, Network())) / "done.bin"
+    done = np.fromfile(path, np.int64).reshape(-1, 2)
+    np.zeros_like(done).tofile(path)
     acquire, waited = FileLock.acquire, []
 
     def slow(self, timeout=None, **options):
-        if timeout == 0:  # somebody else holds it, and finishes in the meantime
-            waited.append(self.lock_file)
-            path = folder_of(found) / (Path(self.lock_file).stem.lstrip(".") + ".json")
-            path.write_bytes(notes[path])
+        block = int(Path(self.lock_file).stem.lstrip("."))
+        if timeout == 0 and block != 1:  # somebody else holds it, and finishes in the meantime
+            waited.append(block)
+            marks = np.fromfile(path, np.int64).reshape(-1, 2)
+            marks[7 * block : 7 * block + 7] = done[7 * block : 7 * block + 7]
+            marks.tofile(path)
             raise Timeout(self.lock_file)
         return acquire(self, timeout=timeout, **options)
 
     monkeypatch.setattr(FileLock, "acquire", slow)
     network = Network()
-    assert with_depth(store, network).extras == found.extras
-    assert network.sizes == []
-    assert len(waited) == len(notes) == 3
+    found = with_depth(store, network)
+    assert sum(network.sizes) == 7
+    assert waited == [0, 2]
+    check(found, network)
 
 
-def test_every_store_is_opened_once(store, monkeypatch):
-    opened, whole = [], EpisodeStore.open.__func__
-    monkeypatch.setattr(
-        EpisodeStore, "open", classmethod(lambda cls, path: opened.append(path) or whole(cls, path))
-    )
-    with_depth(store, Network())
-    assert len(opened) == 1
+def test_two_at_once_share_the_blocks(store):
+    networks = [Network() for _ in range(2)]
+    meet = threading.Barrier(2)
+
+    def compute(network):
+        def both(images):
+            if not network.sizes:
+                meet.wait(timeout=30)  # each has begun a block
+            return network(images)
+
+        return features.ensure_features(store, "depth", {"weights": 1}, (2,), both, 7, "")
+
+    threads = [threading.Thread(target=compute, args=(network,)) for network in networks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(sum(network.sizes) for network in networks) in ([6, 14], [7, 13])
+    check(with_depth(store, Network()), Network())
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,20 @@ def test_cameras_whose_short_names_could_be_shortened_again(policy):
     assert policy._images(dict.fromkeys(spec.cameras, frame)).shape == (3, 3, 32, 32)
 
 
+def test_two_frames_for_one_camera_are_refused(policy):
+    frames = observation(policy)["images"]
+    frames["cam_" + policy.spec.cameras[0]] = next(iter(frames.values()))
+    with pytest.raises(ValueError, match="the policy needs the cameras"):
+        policy._images(frames)
+
+
+def test_a_camera_that_goes_by_its_full_name_is_found_by_its_key(policy):
+    policy.spec = dataclasses.replace(policy.spec, cameras=("images_cam_high", "images_high_rgb", "left"))
+    frame = np.full((32, 32, 3), 100, np.uint8)
+    frames = dict.fromkeys(("images/cam_high", "images/high_rgb", "images/cam_left"), frame)
+    assert policy._images(frames).shape == (3, 3, 32, 32)
+
+
 def test_a_seed_repeats_the_noise_and_reset_restarts_it(policy):
     first, second = policy.act(observation(policy)), policy.act(observation(policy))
     assert not np.array_equal(first, second)

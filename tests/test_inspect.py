@@ -6,15 +6,19 @@ import sys
 import h5py
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from hdf5_factory import make_hdf5
 from lerobot_factory import make_dataset
 from PIL import Image
+from safetensors.numpy import load_file, save
 
 from common.config import parse
-from common.data import DataConfig, inspect, open_dataset
+from common.data import DataConfig, ingest, inspect, open_dataset
 from common.data.ingest import lock_file
 from common.data.inspect import Inspect, Prune, Verify
+from common.data.store import EpisodeStore
+from common.data.workers import guarded_map
 from common.errors import UserError
 
 LENGTHS = (12, 9, 15, 11)
@@ -99,34 +103,48 @@ def test_a_damaged_store_is_found_and_rebuilt(tmp_path, root, run, capsys, stora
     flags = [root, "--store", storage]
     run("verify", *flags)
     assert "47 steps of 4 episodes equal" in capsys.readouterr().out
-    before = store.shard_files[0].read_bytes()
-    flip(store.shard_files[0])
-    with pytest.raises(UserError, match=r"is damaged: frames-00000.bin has another checksum .* --rebuild"):
+    before, pixels = store.frame_files[0].read_bytes(), store.images(np.arange(47))
+    flip(store.frame_files[0], at=store.frames[0].spans(store.places[46:])[0, 1] - 100)
+    with pytest.raises(UserError, match=r"is damaged: episode 3 has another checksum .* --rebuild"):
         run("verify", *flags)
     run("verify", *flags, "--rebuild")
-    assert "rebuilding frames-00000.bin" in capsys.readouterr().out
-    assert store.shard_files[0].read_bytes() == before
+    assert "rebuilding: episode 3" in capsys.readouterr().out
+    assert torch.equal(EpisodeStore.open(store.path).images(np.arange(47)), pixels)
+    assert storage == "jpeg" or store.frame_files[0].read_bytes() == before
     flip(store.path / "arrays.safetensors")
     with pytest.raises(UserError, match=r"arrays.safetensors is not what was written"):
         open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache", store=storage))
     run("verify", *flags, "--rebuild")
-    store.shard_files[0].write_bytes(before[:-5])
-    with pytest.raises(UserError, match=r"has .* bytes instead of"):
-        run("verify", *flags)
-    store.shard_files[0].unlink()
-    with pytest.raises(UserError, match=r"frames-00000.bin is missing"):
-        run("verify", *flags)
-    run("verify", *flags, "--rebuild")
+    for file in store.path.glob("frames.*"):
+        content = file.read_bytes()
+        file.write_bytes(content[:-5])
+        with pytest.raises(UserError, match=rf"{file.name} has .* bytes instead of"):
+            run("verify", *flags)
+        file.unlink()
+        with pytest.raises(UserError, match=f"{file.name} is missing"):
+            run("verify", *flags)
+        run("verify", *flags, "--rebuild")
+        assert torch.equal(EpisodeStore.open(store.path).images(np.arange(47)), pixels)
 
 
-def test_only_the_damaged_part_is_decoded_again(tmp_path, root, run, monkeypatch):
-    monkeypatch.setattr("common.data.ingest.SHARD_BYTES", 22 * 2 * 32 * 48 * 3)
+@pytest.mark.parametrize("damage", ["one frame", "cut off"])
+def test_only_the_damaged_part_is_decoded_again(tmp_path, root, run, monkeypatch, damage):
     store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
-    assert len(store.shard_files) == 3
-    kept = store.shard_files[0].stat().st_ino
-    flip(store.shard_files[1])
+    whole, decoded = store.images(np.arange(47)), []
+    if damage == "one frame":
+        flip(store.frame_files[0], at=13 * 2 * 3 * 32 * 48)  # in the second step of episode 1
+    else:
+        store.frame_files[0].write_bytes(store.frame_files[0].read_bytes()[:-1])
+    damaged = {"one frame": 1, "cut off": 3}[damage]
+
+    def watched(function, tasks, *options):
+        decoded.extend(episode.index for episode, *_ in tasks)
+        return guarded_map(function, tasks, *options)
+
+    monkeypatch.setattr(ingest, "guarded_map", watched)
     run("verify", root, "--rebuild")
-    assert store.shard_files[0].stat().st_ino == kept
+    assert decoded == [damaged]
+    assert torch.equal(EpisodeStore.open(store.path).images(np.arange(47)), whole)
 
 
 def test_a_store_whose_storage_was_chosen_by_itself_is_found(tmp_path, root, run, capsys):
@@ -140,10 +158,12 @@ def test_a_store_whose_storage_was_chosen_by_itself_is_found(tmp_path, root, run
 
 def test_a_store_that_differs_from_its_source(tmp_path, root, run):
     store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
-    file = store.shard_files[0]
-    flip(file)
+    flip(store.frame_files[0])
+    arrays = load_file(store.path / "arrays.safetensors")
+    arrays["episode_checksums"][3] = store.frames[0].checksum(36, 11)  # as if it had been written so
+    (store.path / "arrays.safetensors").write_bytes(save(arrays))
     meta = json.loads((store.path / "meta.json").read_text())
-    meta["shards"][0]["crc32"] = inspect.checksum(file)  # as if it had been written so
+    meta["arrays_crc32"] = inspect.checksum(store.path / "arrays.safetensors")
     (store.path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match=r"differs from .* in episode 3, camera left at step 10"):
         run("verify", root)

@@ -32,6 +32,7 @@ from PIL import Image
 
 from common.data import DataConfig, open_dataset, open_source
 from common.data.cameras import short_name
+from common.data.ingest import read_records
 from common.errors import UserError
 
 HIGH, LEFT, RIGHT, HEAD = (f"observation.images.cam_{name}" for name in ("high", "left", "right", "head"))
@@ -49,9 +50,12 @@ def open_(tmp_path):
 
 @pytest.fixture
 def refused(open_, tmp_path):
-    """Opening fails with one sentence of that pattern, and leaves no store behind."""
+    """Opening fails with one sentence of that pattern, and leaves no store behind.
 
-    def refused(root, pattern, **options):
+    With `decoding`, it fails at an episode's frames: those of the episodes before it are kept, unfinished.
+    """
+
+    def refused(root, pattern, decoding=False, **options):
         with pytest.raises(UserError, match=pattern) as caught:
             open_(root, **options)
         message = str(caught.value)
@@ -62,7 +66,10 @@ def refused(open_, tmp_path):
             for path in (tmp_path / "cache").rglob("*")
             if path.name != "stores" and path.suffix != ".lock"
         ]
-        assert left == []
+        records = [record for path in left if path.is_dir() for record in read_records(path).values()]
+        finished = [record.index for record in records if record.crc32 is not None]
+        assert finished == (list(range(int(message.split()[1]))) if decoding else [])
+        assert left == [] or (finished and "meta.json" not in [path.name for path in left])
         return message
 
     return refused
@@ -413,7 +420,7 @@ def flip(path, start, count=400):
 def test_a_broken_video_names_episode_and_file(tmp_path, refused, open_, damage, pattern):
     root = make_dataset(tmp_path / "d", (12, 9, 15))
     damage(root / VIDEO)
-    message = refused(root, pattern)
+    message = refused(root, pattern, decoding=True)
     assert message.startswith(("Episode 0 ", "Episode 1 "))
     assert str(root / VIDEO) in message
     assert "--skip-bad-episodes" in message
@@ -535,7 +542,7 @@ def test_texts_that_are_no_texts(tmp_path, refused):
 def test_a_damaged_image(tmp_path, refused, open_):
     root = make_dataset(tmp_path / "d", (12, 9), (HIGH,), video=False)
     edit_column(root / DATA, HIGH, lambda cells: cells[15].update(bytes=cells[15]["bytes"][:60]))
-    refused(root, "^Episode 1 cannot be decoded from .*an image is damaged")
+    refused(root, "^Episode 1 cannot be decoded from .*an image is damaged", decoding=True)
     assert open_(root, skip_bad_episodes=True).episode_indices.tolist() == [0]
 
 
@@ -798,7 +805,7 @@ def test_what_is_no_colour_is_no_camera(tmp_path, open_, refused, capsys, kind):
     refused(root, rf"{LEFT} is image \(.*: choose other cameras with --cameras", cameras=("high", LEFT))
     store = open_(root)
     assert store.cameras == ("high",)
-    assert f"left out        {LEFT}, image (" in capsys.readouterr().out
+    assert f"not used        {LEFT}: image (" in capsys.readouterr().out
     check_aligned(store)
     change_info(root, lambda info: info["features"].pop(HIGH))
     with pytest.raises(UserError, match="no colour camera"):
@@ -809,7 +816,7 @@ def test_what_is_no_colour_is_no_camera(tmp_path, open_, refused, capsys, kind):
 def test_info_json_can_say_that_a_camera_is_depth(tmp_path, open_, capsys, about):
     store = open_(with_second(tmp_path / "d", COLORLESS["16-bit grey"], **about))
     assert store.cameras == ("high",)
-    assert f"left out        {LEFT}, image " in capsys.readouterr().out
+    assert f"not used        {LEFT}: image " in capsys.readouterr().out
 
 
 def transparent(step):
@@ -847,7 +854,7 @@ def test_colours_are_read_in_whatever_form(tmp_path, open_, kind, shape):
 def test_one_picture_of_another_kind_costs_its_episode(tmp_path, refused, open_):
     cells = lambda step: (COLORLESS["16-bit grey"] if step == 8 else COLOR["transparent"])(step)  # noqa: E731
     root = with_second(tmp_path / "d", cells)
-    refused(root, r"^Episode 1 cannot be decoded from .*camera left: an image is 16-bit grey")
+    refused(root, r"^Episode 1 cannot be decoded from .*camera left: an image is 16-bit grey", decoding=True)
     assert open_(root, skip_bad_episodes=True).episode_indices.tolist() == [0]
 
 
@@ -858,7 +865,7 @@ def test_rows_of_different_lengths_are_no_picture(tmp_path, refused):
             rows[3].append(rows[4].pop())
         return rows
 
-    refused(with_second(tmp_path / "d", cells), "^Episode 1 .* has rows of different lengths")
+    refused(with_second(tmp_path / "d", cells), "^Episode 1 .* has rows of different lengths", decoding=True)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -887,8 +894,14 @@ def test_paths_of_images_are_read_inside_the_dataset(tmp_path, open_, refused, w
         (None, "nor in the dataset's folder"),
         ("images/none.png", "No such file"),
     ):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         edit_column(root / DATA, LEFT, lambda cells, wrong=wrong: cells.__setitem__(8, wrong))
-        refused(root, f"^Episode 1 cannot be decoded from .*camera left: .*{message}", cameras=("left",))
+        refused(
+            root,
+            f"^Episode 1 cannot be decoded from .*camera left: .*{message}",
+            decoding=True,
+            cameras=("left",),
+        )
 
 
 def test_a_depth_video_without_a_flag_is_no_camera(tmp_path, open_, capsys):
@@ -905,7 +918,7 @@ def test_a_depth_video_without_a_flag_is_no_camera(tmp_path, open_, capsys):
         file.with_suffix(suffix).rename(file)
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         assert open_(root).cameras == ("high",)
-        assert f"left out        {LEFT}, video (its pictures are {name}, which is no colour)" in (
+        assert f"not used        {LEFT}: video (its pictures are {name}, which is no colour)" in (
             capsys.readouterr().out
         )
 

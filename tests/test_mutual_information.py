@@ -150,7 +150,7 @@ def test_samples_that_say_nothing_are_refused(estimator, spoil, words):
 
 def test_too_few_samples_are_refused():
     x, y, _ = gaussians(8, 2, 0.5)
-    with pytest.raises(UserError, match="8 samples are too few for 7"):
+    with pytest.raises(UserError, match="8 episodes are too few for 7"):
         ksg(x, y)
     episodes = torch.arange(8)
     with pytest.raises(UserError, match=r"8 episodes are too few for 7.*at least 9"):

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common import plots
+from common.data import Batch
+from common.normalize import Normalizer, fit_statistics
 from common.plots import draw_chunks, draw_features, draw_latents, draw_reconstructions, draw_scores
 
 
@@ -16,10 +19,14 @@ def assert_drawn(path, width=150):
 
 @pytest.mark.parametrize("dims", [1, 4, 30])
 def test_chunks_are_drawn_for_any_number_of_dimensions(dims, tmp_path):
-    chunks, recorded = np.random.default_rng(0).normal(size=(5, 8, dims)), np.zeros((6, dims))
-    shares = {"prior": np.array([0.9, 0.1, 0, 0, 0]), "usage": np.full(5, 0.2)}
+    chunks, recorded = torch.randn(5, 8, dims), torch.zeros(1, 8, dims)
+    is_pad = torch.arange(8)[None] >= 6
+    batch = Batch(torch.zeros(1, 1, 3, 4, 4), torch.zeros(1, 1, dims), recorded, is_pad, torch.zeros(1))
+    statistics = fit_statistics(np.random.default_rng(0).normal(size=(50, dims)))
+    normalizer = Normalizer(statistics, statistics, torch.zeros(2, dims))
+    shares = {"prior": torch.tensor([0.9, 0.1, 0, 0, 0]), "usage": torch.full((5,), 0.2)}
     names = [f"joint {d}" for d in range(dims)]
-    draw_chunks(tmp_path / "a.png", chunks, recorded, names, np.ones(dims), shares, "five codes")
+    draw_chunks(tmp_path / "a.png", batch, chunks, normalizer, names, shares, "codes")
     assert_drawn(tmp_path / "a.png", width=500)
 
 
@@ -31,9 +38,7 @@ def test_pictures_are_drawn_of_little(num, tmp_path):
     chunks, half = random.normal(size=(2, num, 1, 2)), images[..., ::2] / 255
     drawings = {
         "features": lambda path: draw_features(path, images, random.normal(size=(num, 6, 2)), (2, 3), "two"),
-        "latents": lambda path: draw_latents(
-            path, random.normal(size=(num, 1)), {"code": np.arange(num)}, ""
-        ),
+        "latents": lambda path: draw_latents(path, torch.randn(num, 1), {"code": torch.arange(num)}),
         "reconstructions": lambda path: draw_reconstructions(path, images / 255, half, *chunks),
         "scores": lambda path: draw_scores(
             path, np.array([0.1, np.nan]), np.arange(num), {str(n): image for n, image in enumerate(images)}
@@ -63,6 +68,6 @@ def test_a_full_disk_costs_the_picture_and_leaves_the_one_before(tmp_path, monke
 
     (tmp_path / "a.png").write_bytes(b"before")
     monkeypatch.setattr(plots, "write_whole", full)
-    draw_latents(tmp_path / "a.png", np.eye(3), {"code": np.arange(3)}, "")
+    draw_latents(tmp_path / "a.png", torch.eye(3), {"code": torch.arange(3)})
     assert "a.png is not drawn (No space left on device)" in capsys.readouterr().out
     assert (tmp_path / "a.png").read_bytes() == b"before"

@@ -97,13 +97,18 @@ def build(root, source=None, info=INFO, **options):
     return ensure_store(root, StoreRequest(source or Drawn(), info, **{"workers": 1, **options}))
 
 
-@pytest.fixture(params=[1, 3], ids=["one shard", "several shards"])
-def store(request, tmp_path, monkeypatch):
-    if request.param > 1:
-        monkeypatch.setattr(ingest, "SHARD_BYTES", 9 * ROW_BYTES)
-    store = build(tmp_path)
-    assert len(list(store.path.glob("frames-*.bin"))) == request.param
-    return store
+@pytest.fixture(params=["one", "grown", "joined"])
+def store(request, tmp_path):
+    """The episodes in a file, in a file that does not hold them in their order, or in two."""
+    if request.param == "joined":
+        first, second = build(tmp_path, episodes=(0, 1)), build(tmp_path, episodes=(2, 3))
+        return replace(EpisodeStore.concatenate([first, second]), part_weights=None)
+    if request.param == "grown":
+        build(tmp_path, episodes=(1, 2))
+        store = build(tmp_path)
+        assert store.episode_rows.tolist() == [11, 0, 2, 16]
+        return store
+    return build(tmp_path)
 
 
 # Reading
@@ -133,6 +138,19 @@ def test_every_sample_equals_a_walk_through_its_episode(store, horizon, history)
     assert batch.images.dtype == torch.uint8
     assert batch.actions.dtype == batch.proprio.dtype == torch.float32
     assert batch.index.dtype == torch.int64
+
+
+def test_frames_come_in_the_order_asked_for_wherever_they_lie(store):
+    starts = np.cumsum([0, *LENGTHS])
+    for rows in (
+        [6, 2, 4, 0, 2],
+        [15, 8, 15],
+        [19, 3, 16, 0],
+    ):  # of the first dataset, of the second, of both
+        for slot, row in enumerate(rows):
+            e = np.searchsorted(starts, row, side="right") - 1
+            frame = store.images(np.array(rows))[slot, 1].numpy()
+            assert (frame == pixels(e, 1, row - starts[e])).all()
 
 
 def test_one_sample_is_a_batch_without_its_first_dimension(store):
@@ -206,21 +224,22 @@ def test_every_episode_keeps_its_task(store):
     assert both.task is None
 
 
-@pytest.mark.parametrize("damage", ["shard", "arrays", "meta", "missing", "format"])
+@pytest.mark.parametrize("damage", ["frames", "arrays", "meta", "missing", "format"])
 def test_a_damaged_store_is_not_opened_but_rebuilt(tmp_path, damage):
     store = build(tmp_path)
-    file = {"shard": "frames-00000.bin", "arrays": "arrays.safetensors"}.get(damage, "meta.json")
+    file = {"frames": "frames.bin", "arrays": "arrays.safetensors"}.get(damage, "meta.json")
     content = (store.path / file).read_bytes()
     if damage == "missing":
         (store.path / file).unlink()
     elif damage == "format":
-        (store.path / file).write_bytes(content.replace(b'"format": 3', b'"format": 2'))
+        (store.path / file).write_bytes(content.replace(b'"format": 4', b'"format": 3'))
     else:
         (store.path / file).write_bytes(content[:-7])
     with pytest.raises(UserError, match="delete it"):
         EpisodeStore.open(store.path)
-    again = build(tmp_path)
-    assert (again.images(np.array([19]))[0, 1].numpy() == pixels(3, 1, 3)).all()
+    source = Drawn(decoded=[])
+    check_whole(build(tmp_path, source))
+    assert source.decoded == ([(3, 0), (3, 1)] if damage == "frames" else [])
 
 
 # Order of samples
@@ -348,22 +367,28 @@ def test_a_finished_store_is_only_opened(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
-def test_an_interrupted_ingest_continues_with_what_is_missing(tmp_path, monkeypatch, error):
-    monkeypatch.setattr(ingest, "SHARD_BYTES", 9 * ROW_BYTES)  # episodes 0 and 1, episode 2, episode 3
+def test_an_interrupted_ingest_continues_with_what_is_missing(tmp_path, error):
     expected = UserError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected, match="disk" if expected is UserError else None):
         build(tmp_path, Drawn(stops_at=3, error=error))
-    left = [Path(file).name for file in files(tmp_path)]
-    assert left[1:] == [f"frames-0000{k}.{end}" for k in range(2) for end in ("bin", "json")]
+    assert [Path(file).name for file in files(tmp_path)][1:] == ["episodes.jsonl", "frames.bin"]
     source = Drawn(decoded=[])
     check_whole(build(tmp_path, source))
     assert source.decoded == [(3, 0), (3, 1)]
 
 
 def test_an_ingest_that_finished_nothing_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match=r"^Episode 0 is broken: .*--skip-bad-episodes"):
+        build(tmp_path, Drawn(bad=(0,)))
+    assert files(tmp_path) == []
+
+
+def test_what_was_decoded_before_a_bad_episode_is_kept(tmp_path):
     with pytest.raises(UserError, match=r"^Episode 2 is broken: .*--skip-bad-episodes"):
         build(tmp_path, Drawn(bad=(2,)))
-    assert files(tmp_path) == []
+    source = Drawn(bad=(2,), decoded=[])
+    assert build(tmp_path, source, skip_bad=True).episode_indices.tolist() == [0, 1, 3]
+    assert source.decoded == [(3, 0), (3, 1)]
 
 
 def test_a_killed_ingest_continues(tmp_path):
@@ -371,24 +396,30 @@ def test_a_killed_ingest_continues(tmp_path):
         import sys
         sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}
         import test_store
-        test_store.ingest.SHARD_BYTES = 9 * test_store.ROW_BYTES
         test_store.build(test_store.Path({str(tmp_path)!r}), test_store.Drawn(delay=0.05))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
-    while not list(tmp_path.glob("*/frames-00000.json")) and time.time() < deadline:
+    finished = []
+    while not finished and time.time() < deadline:
         time.sleep(0.01)
+        for path in tmp_path.glob("*/episodes.jsonl"):
+            finished = [r.index for r in ingest.read_records(path.parent).values() if r.crc32 is not None]
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list(tmp_path.glob("*/frames-00001.bin.part")), "killed in the middle of the second shard"
+    assert 3 not in finished, "killed in the middle"
+    (path,) = tmp_path.glob("*/episodes.jsonl")
     assert not list(tmp_path.glob("*/meta.json"))
+    with path.open("a") as file:
+        file.write('{"index": 3, "dig')  # the kill came while a line was written
     source = Drawn(decoded=[])
     check_whole(build(tmp_path, source))
     assert (0, 0) not in source.decoded
+    assert (3, 0) in source.decoded
+    assert ingest.read_records(path.parent)[3].crc32 is not None
 
 
-def test_several_processes_decode_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(ingest, "SHARD_BYTES", 9 * ROW_BYTES)
+def test_several_processes_decode_the_same(tmp_path):
     store = build(tmp_path, Drawn((*LENGTHS, 3), bad=(4,)), workers=2, skip_bad=True)
     check_whole(store)
     assert store.skipped == ("Episode 4 is broken",)
@@ -416,17 +447,17 @@ def grown(version=0, bad=()):
 
 def test_a_dataset_that_grew_decodes_only_its_new_episodes(tmp_path):
     first = build(tmp_path)
-    inode = first.shard_files[0].stat().st_ino
+    inode = first.frame_files[0].stat().st_ino
     (first.path / "features-x").mkdir()
-    (first.path / "features-x/frames-00000.bin").write_bytes(b"features")
+    (first.path / "features-x/rows.bin").write_bytes(b"features")
     source, info = grown()
     second = build(tmp_path, source, info)
     assert second.path != first.path
     check_whole(second, source.lengths)
     check_whole(first)  # opened before: its files are mapped
     assert sorted(source.decoded) == [(4, 0), (4, 1), (5, 0), (5, 1)]
-    assert second.shard_files[0].stat().st_ino == inode
-    assert (second.path / "features-x/frames-00000.bin").read_bytes() == b"features"
+    assert second.frame_files[0].stat().st_ino == inode
+    assert (second.path / "features-x/rows.bin").read_bytes() == b"features"
     assert not first.path.exists()
     check_whole(build(tmp_path, source, info), source.lengths)
 
@@ -440,10 +471,28 @@ def test_a_growth_that_is_interrupted_continues(tmp_path):
     assert sorted(source.decoded) == [(4, 0), (4, 1), (5, 0), (5, 1)]
 
 
+def test_a_jpeg_store_that_was_interrupted_and_grew_is_as_one_built_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, Drawn(stops_at=2, error=KeyboardInterrupt()), storage="jpeg")
+    (frames,) = tmp_path.glob("*/frames.bin")
+    frames.write_bytes(frames.read_bytes() + b"cut off")  # frames whose index was not written
+    first, (source, info) = build(tmp_path, storage="jpeg"), grown()
+    before = first.images(np.arange(first.num_steps))
+    second = build(tmp_path, source, info, storage="jpeg")
+    assert sorted(source.decoded) == [(4, 0), (4, 1), (5, 0), (5, 1)]
+    whole = build(tmp_path / "other", source, info, storage="jpeg")
+    rows = np.arange(whole.num_steps)
+    assert torch.equal(second.images(rows), whole.images(rows))
+    assert torch.equal(first.images(rows[:20]), before)  # opened before
+    assert torch.equal(before, whole.images(rows[:20]))
+
+
 def test_frames_that_changed_are_decoded_again_though_the_numbers_are_the_same(tmp_path):
-    build(tmp_path)
+    first = build(tmp_path)
     source, info = grown(version=1)
     check_whole(build(tmp_path, source, info), source.lengths, version=1)
+    check_whole(first)  # whoever reads it is not disturbed
+    check_whole(EpisodeStore.open(first.path))
 
 
 @pytest.mark.parametrize("other", ["source", "choices", "numbers", "frames", "chosen", "locked"])
@@ -486,8 +535,7 @@ def test_what_is_chosen_decides_which_store_it_is(tmp_path, change):
     assert folder(source="/moved/to") == path  # content counts, not the place
 
 
-def test_bad_episodes_are_left_out_on_request(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ingest, "SHARD_BYTES", 16 * ROW_BYTES)
+def test_bad_episodes_are_left_out_on_request(tmp_path, capsys):
     store = build(tmp_path, Drawn(bad=(1,), unusable=("Episode 9 is too short",)), skip_bad=True)
     assert store.episode_indices.tolist() == [0, 2, 3]
     assert store.skipped == ("Episode 9 is too short", "Episode 1 is broken")

@@ -9,6 +9,7 @@ from common.transformer import (
     Encoder,
     InfoEmbedder,
     Observation,
+    Size,
     StackedLinear,
     TimeEmbedding,
     sincos_position_2d,
@@ -36,7 +37,7 @@ def observed(*memory):
 
 
 def decoder(causal):
-    return randomized(ActionDecoder(3, horizon=6, d_model=16, num_heads=4, num_layers=2, causal=causal))
+    return randomized(ActionDecoder((6, 3), Size(16, 4), num_layers=2, causal=causal))
 
 
 def test_attention_is_the_softmax_average_of_the_values():
@@ -57,7 +58,7 @@ def test_heads_must_divide_the_width():
 
 
 def test_masked_keys_cannot_be_seen():
-    encoder = randomized(Encoder(16, 4, 2))
+    encoder = randomized(Encoder(Size(16, 4), 2))
     x = torch.randn(2, 7, 16, dtype=torch.float64)
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[:, 5:] = False
@@ -107,7 +108,7 @@ def test_draws_of_one_observation_equal_separate_passes():
 
 
 def test_an_untrained_decoder_predicts_no_velocity():
-    model = ActionDecoder(3, 6, 16, 4, 2)
+    model = ActionDecoder((6, 3), Size(16, 4), 2)
     out = model(
         torch.randn(2, 6, 3),
         torch.rand(2),
@@ -142,8 +143,8 @@ def test_grid_positions_are_distinct_and_row_major():
     assert torch.equal(y_part, y_part[:, :1].expand_as(y_part))  # sin(y) is the same along a row
 
 
-def embedder(cameras_may_drop=False):
-    return InfoEmbedder([(6, 5), (6, 5)], 3, 2, 16, 4, 1, cameras_may_drop)
+def embedder(droppable=False):
+    return InfoEmbedder([(6, 5), (6, 5)], (2, 3), Size(16, 4), 1, droppable)
 
 
 def test_the_memory_holds_states_and_every_camera():
@@ -158,7 +159,7 @@ def test_the_memory_holds_states_and_every_camera():
 
 
 def test_a_lost_camera_leaves_nothing_of_what_it_saw():
-    model = randomized(embedder(cameras_may_drop=True))
+    model = randomized(embedder(droppable=True))
     proprio, dropped = torch.randn(2, 2, 3).double(), torch.tensor([[False, True], [False, False]])
     first, second = ([(torch.randn(2, 7, 6).double(), torch.randn(2, 5).double())] * 2 for _ in range(2))
     one, other = (model([first[0], seen], proprio, dropped) for seen in (first[1], second[1]))
@@ -168,7 +169,7 @@ def test_a_lost_camera_leaves_nothing_of_what_it_saw():
 
 
 def test_a_latent_changes_the_velocity_and_its_absence_is_allowed():
-    model = randomized(ActionDecoder(3, 6, 16, 4, 2, latent_dim=5))
+    model = randomized(ActionDecoder((6, 3), Size(16, 4), 2, latent_dim=5))
     context = model.context(observed(2, 4, 16))
     x, t = torch.randn(2, 6, 3, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
     velocities = [model(x, t, context, latent=z) for z in torch.randn(2, 2, 5, dtype=torch.float64)]

@@ -11,9 +11,10 @@ from test_cfg_vqvae import prepare as prepare_script
 import evaluate
 import train_vfp_moe
 from benchmarks import experts
-from common import alternatives, flow
+from common import flow
 from common.data import ChunkDataset, demo, open_dataset
 from common.errors import UserError
+from common.latent import first_latents
 
 
 def prepare(tiny, *flags):
@@ -180,7 +181,7 @@ def test_latents_of_episodes_are_the_most_probable_of_their_first_chunks(tiny, f
     store = open_dataset(config.data)
     data = ChunkDataset(store, [0, 2, 3], config.horizon)
     policy.eval()
-    z, steps = alternatives.first_latents(policy, data, normalizer, most=2, batch_size=1)
+    z, steps = first_latents(policy, data, normalizer, most=2, batch_size=1)
     assert steps.tolist() == [store.episode_starts[0], store.episode_starts[3]]
     batch = data.__getitems__(np.flatnonzero(np.isin(data.rows, steps)))
     chunks, proprio = normalizer.actions(batch.actions, batch.proprio), normalizer.proprio(batch.proprio)

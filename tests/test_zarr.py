@@ -140,10 +140,10 @@ def test_a_buffer_that_changed_gives_another_store(tmp_path, open_):
 
 def test_a_buffer_that_grew_decodes_its_new_episodes_only(tmp_path, open_):
     first = open_(make_zarr(tmp_path / "d.zarr", (12, 9)))
-    inode = first.shard_files[0].stat().st_ino
+    inode = first.frame_files[0].stat().st_ino
     second = open_(make_zarr(tmp_path / "d.zarr", LENGTHS))
     assert second.num_episodes == 3
-    assert second.shard_files[0].stat().st_ino == inode
+    assert second.frame_files[0].stat().st_ino == inode
     assert [read(frame)[0] for frame in second.images(np.arange(36))[:, 0].numpy()] == list(range(36))
 
 
@@ -184,12 +184,48 @@ def test_buffers_that_are_none(tmp_path, open_):
     ends[2] = 40
     with pytest.raises(UserError, match=r"has 36 steps in data/state, and episodes end at .*40"):
         open_(tmp_path / "e.zarr")
+    ends[:] = [12, 9, 36]
+    with pytest.raises(UserError, match=r"episodes end at \[12, 9, 36\]"):
+        open_(tmp_path / "e.zarr")
     shutil.rmtree(root / "meta")
     with pytest.raises(UserError, match="is no replay buffer"):
         open_(root)
     (tmp_path / "f.zarr.zip").write_bytes(b"PK half a file")
     with pytest.raises(UserError, match=r"f\.zarr\.zip is no replay buffer"):
         open_(tmp_path / "f.zarr.zip")
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_files_that_file_managers_leave_change_nothing(tmp_path, open_, recwarn, zarr_format):
+    root = make_zarr(tmp_path / "d.zarr", zarr_format=zarr_format)
+    before = open_(root)
+    for name in (".DS_Store", "data/._img", "data/.DS_Store", "data/img/._0.0.0.0", "meta/Thumbs.db"):
+        (root / name).write_bytes(b"\0\5\x16\7")
+    assert open_(root).path == before.path
+    shutil.make_archive(str(root), "zip", root)
+    one, two = whole(before), whole(open_(tmp_path / "d.zarr.zip"))
+    assert all(torch.equal(a, b) for a, b in zip(one[:5], two[:5], strict=True))
+    assert not [warning for warning in recwarn if "Zarr hierarchy" in str(warning.message)]
+
+
+def test_what_is_not_used_is_said(tmp_path, open_, capsys):
+    root = make_zarr(tmp_path / "d.zarr")
+    data = zarr.open_group(root, mode="a")["data"]
+    data.create_array("next_img", data=np.zeros((36, *SIZE, 3), np.uint8))
+    data.create_array("depth", data=np.ones((36, *SIZE), np.float32))
+    data.create_array("shares", data=np.random.default_rng(0).random((36, *SIZE, 3), np.float32))
+    data.create_group("arm").create_array("force", data=np.ones((36, 3)))
+    assert open_(root).cameras == ("img",)
+    out = capsys.readouterr().out
+    for line in (
+        "arm/force (3): take it with --state-keys",
+        "depth, shares (float32): no 8-bit colour image",
+        "next_img: the future",
+    ):
+        assert "  not used".ljust(18) + line in out
+    assert open_(root, state_keys=("arm/force", "state")).state_names[:2] == ("arm/force.0", "arm/force.1")
+    with pytest.raises(UserError, match="--camera-keys shares holds no images of 8 bits a colour"):
+        open_(root, camera_keys=("shares",))
 
 
 def test_missing_packages_are_named(tmp_path, open_, monkeypatch):

@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from common.config import AbsolutePath, MayChange, options
+from common.config import AbsolutePath, MayChange, Share, options
 from common.data.ingest import StoreRequest, ensure_store
+from common.data.motion import trim_idle
 from common.data.samples import Batch, ChunkDataset, SampleStream, evenly_spaced, make_loader, split_episodes
 from common.data.source import Info, Source
 from common.data.store import EpisodeStore
@@ -87,6 +88,12 @@ class DataConfig:
     relative_actions: bool = False
     """Learn actions as differences from the present state, in the dimensions that state and action share. A
     trained policy still gives them as recorded."""
+    idle_floor: Share = 0.1
+    """Dimensions that show nothing but sensor noise are normalized as if they had this share of the spread
+    that is usual for the others, lest noise is taken for motion; 0 normalizes them like any other."""
+    trim_idle: bool = False
+    """Leave out steps at the ends of episodes in which nothing happens: zeros or black frames, as files of
+    fixed length have them, and a robot at rest. `inspect` shows where there are some."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the episodes that is held out for validation, at least one; 0 holds out none."""
     cache_dir: MayChange[AbsolutePath] = field(default_factory=default_cache_dir)
@@ -123,6 +130,8 @@ def open_dataset(config: DataConfig) -> EpisodeStore:
     """
     with kept_pool():
         stores = [ensure_store(stores_folder(config), request_store(name, config)) for name in config.dataset]
+    if config.trim_idle:
+        stores = [trim_idle(store) for store in stores]
     store = stores[0] if len(stores) == 1 else EpisodeStore.concatenate(stores, config.weights or None)
     return store.re_express(config.rotation) if config.rotation else store
 

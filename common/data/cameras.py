@@ -3,54 +3,128 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
 from common.console import say
 from common.data.source import Camera
 from common.errors import UserError
 
 USUAL_CAMERAS = ("head", "left", "right")
+PIXELS = ("rgb", "color", "colour", "image", "images", "data")  # what `<camera>/rgb` and its like end in
+
+
+def distinct[T: Hashable](candidates: Sequence[Sequence[T]], taken: Collection[T] = ()) -> list[T]:
+    """A name for each thing: the first of its candidates that nobody else has, nor is `taken`.
+
+    All who share a name move on to their next one, so that no order decides. Raises a UserError at the end.
+    """
+    place = [0] * len(candidates)
+    while True:
+        names = [own[i] for own, i in zip(candidates, place, strict=True)]
+        owners = Counter([*names, *taken])
+        shared = [n for n, name in enumerate(names) if owners[name] > 1]
+        if not shared:
+            return names
+        if all(place[n] == len(candidates[n]) - 1 for n in shared):
+            raise UserError(f"Two things would both be called {names[shared[0]]}: rename one of them.")
+        for n in shared:
+            place[n] = min(place[n] + 1, len(candidates[n]) - 1)
 
 
 def short_name(key: str) -> str:
-    """`observation.images.cam_high`, `observations/images/cam_high` and `obs/high_image` are all `high`.
+    """`observation.images.cam_high`, `observations/images/cam_high` and `obs/high_image` are all `high`;
+    `sensor_data/base_camera/rgb` is `base_camera`.
 
-    Short names are file names and names of network components: letters, digits and underscores.
+    Short names are names of network components: letters, digits and underscores.
     """
-    name = key.rpartition("/")[2].removeprefix("observation.").removeprefix("images.").removeprefix("image.")
-    name = re.sub(r"\W", "_", name)
+    parts = key.split("/")
+    name = parts[-2] if len(parts) > 1 and parts[-1].lower() in PIXELS else parts[-1]
+    name = name.removeprefix("observation.").removeprefix("images.").removeprefix("image.")
+    name = _full_name(name)
     return name.removeprefix("cam_").removesuffix("_image").removesuffix("_rgb") or name
 
 
-def named_cameras(sizes: Mapping[str, Sequence[int]]) -> list[Camera]:
-    """Cameras from (H, W) by key, under their short names, or, where two would share one, their full ones."""
-    shorts = [short_name(key) for key in sizes]
+def last_part(key: str) -> str:
+    return re.split(r"[/.]", key)[-1]
+
+
+def _full_name(key: str) -> str:
+    return re.sub(r"\W", "_", key)
+
+
+def known_name(key: str, known: Collection[str]) -> str:
+    """What a camera is called among the `known` names, given its key, or a short or full name."""
+    return next((name for name in (key, _full_name(key)) if name in known), short_name(key))
+
+
+def named_cameras(
+    sizes: Mapping[str, Sequence[int]], plain: Collection[str], earlier: Sequence[Camera] = ()
+) -> list[Camera]:
+    """Cameras from (H, W) by key, each with a name of its own, which differs from others not in case alone.
+
+    Args:
+        plain: keys that may have their short names; others are known by their full ones.
+        earlier: cameras whose names are taken.
+    """
+    candidates = []
+    for key in sizes:
+        full = _full_name(key)
+        hashed = f"{full}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        short = short_name(key)
+        candidates.append([short, full, hashed] if key in plain else [full, hashed][full == short :])
+    lower = [[name.casefold() for name in own] for own in candidates]
+    chosen = distinct(lower, [camera.short.casefold() for camera in earlier])
     return [
-        Camera(key, short if shorts.count(short) == 1 else re.sub(r"\W", "_", key), (height, width))
-        for short, (key, (height, width)) in zip(shorts, sizes.items(), strict=True)
+        Camera(key, own[folded.index(name)], (height, width))
+        for (key, (height, width)), own, folded, name in zip(
+            sizes.items(), candidates, lower, chosen, strict=True
+        )
     ]
 
 
-def select_cameras(cameras: Sequence[Camera], wanted: Sequence[str], source: str) -> tuple[Camera, ...]:
-    """The chosen cameras in their order; by default head, left, right, or else all, and said so."""
-    by_name = {camera.short: camera for camera in cameras} | {camera.key: camera for camera in cameras}
-    there = ", ".join(camera.short for camera in cameras)
+def select_cameras(
+    cameras: Sequence[Camera], wanted: Sequence[str], source: str, others: Sequence[Camera] = ()
+) -> tuple[Camera, ...]:
+    """The chosen cameras in their order; by default head, left, right, or else all, and said so.
+
+    Args:
+        others: cameras that are used only if they are asked for.
+    """
+    there = ", ".join(camera.short for camera in cameras) or "none"
     if wanted:
-        for name in wanted:
-            if name not in by_name:
-                raise UserError(f"{source} has no camera {name}{closest(name, by_name)}: it has {there}.")
-        chosen = tuple(by_name[name] for name in wanted)
+        chosen = tuple(find_camera(name.strip("/"), cameras, others, source) for name in wanted)
         if len(set(chosen)) < len(chosen):
             raise UserError(f"--cameras {' '.join(wanted)} names a camera twice.")
         return chosen
+    by_name = {camera.short: camera for camera in cameras}
     usual = set(USUAL_CAMERAS) <= by_name.keys()
     chosen = tuple(by_name[name] for name in USUAL_CAMERAS) if usual else tuple(cameras)
     if len(chosen) < len(cameras) or not usual:
         names, share = " ".join(camera.short for camera in chosen), f"{len(chosen)} of {len(cameras)}"
-        share = "all" if len(chosen) == len(cameras) else share
+        share = "all" if len(chosen) == len(cameras) else f"{share}: {there}"
         say(f"cameras: {names} ({share} in {source}; choose others with --cameras)")
     return chosen
+
+
+def find_camera(name: str, cameras: Sequence[Camera], others: Sequence[Camera], source: str) -> Camera:
+    """The one camera of that full or short name."""
+    everywhere = [*cameras, *others]
+    found = [camera for camera in everywhere if name == camera.key]
+    found = found or [camera for camera in everywhere if name == camera.short]
+    for group in (cameras, others):
+        found = found or [camera for camera in group if name == last_part(camera.key)]
+        found = found or [camera for camera in group if name == short_name(camera.key)]
+    if len(found) > 1:
+        keys = " and ".join(camera.key for camera in found)
+        raise UserError(f"--cameras {name} could be {keys} of {source}: give the full name.")
+    if not found:
+        names = [name for camera in everywhere for name in (camera.short, camera.key)]
+        there = ", ".join(camera.short for camera in cameras) or "none"
+        raise UserError(f"{source} has no camera {name}{closest(name, names)}: it has {there}.")
+    return found[0]
 
 
 def target_size(cameras: Sequence[Camera], image_size: Sequence[int]) -> tuple[int, int]:

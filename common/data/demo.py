@@ -4,9 +4,9 @@ Each hand moves from its start at the bottom of a table, past a round obstacle, 
 the top, which is visible in the images only. The demonstrator passes each obstacle left or right at random:
 demonstrations have 2 x 2 modes, and the average of two modes is a collision.
 
-Units: the table spans [-1.1, 1.1] in both directions (say, 1 = half a metre), one step is 1 / FPS seconds.
-State: hand positions (left x, left y, right x, right y). Action: where the hands shall be after the step.
-Cameras: `cam_head` sees the whole table, `cam_left` and `cam_right` move with their hand.
+The table spans [-1.1, 1.1] in both directions, one step is 1 / FPS seconds. State: hand positions (left x,
+left y, right x, right y). Action: where the hands shall be after the step. Cameras: `cam_head` sees the whole
+table, `cam_left` and `cam_right` move with their hand.
 
 The constants define the task's difficulty and must not change: success rates are compared across versions.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 from filelock import FileLock
+from gymnasium.spaces import Box, Dict
 
 OBSTACLES = np.array([[-0.5, 0.0], [0.5, 0.0]])  # centres, one per arm
 OBSTACLE_RADIUS = 0.28
@@ -52,26 +53,22 @@ class Simulator:
     """Many independent copies of the task, stepped together.
 
     Attributes:
-        hands: (E, 2, 2) positions of the left and right hand.
-        targets: (E, 2, 2) their targets.
-        steps: (E,) steps taken until the episode ended.
-        success: (E,) both hands were on their targets at the same time, without a collision before.
-        collided: (E,) a hand touched an obstacle before success.
-        sides: (E, 2) +1 or -1, the side on which a hand passed its obstacle; 0 while it has not.
+        hands, targets: (E, 2, 2), positions of the left and the right hand, and of their targets.
+        steps: (E,), steps taken until the episode ended.
+        success: (E,), both hands were on their targets at the same time, without a collision before.
+        collided: (E,), a hand touched an obstacle before success.
+        sides: (E, 2), +1 or -1, the side on which a hand passed its obstacle; 0 while it has not.
     """
 
     def __init__(self, num_envs: int, seed: int):
         """Environment i of seed s is the same whatever num_envs is: methods meet the same episodes."""
         draws = np.stack([np.random.default_rng((seed, i)).uniform(-1, 1, 6) for i in range(num_envs)])
-        centre_x = OBSTACLES[:, 0]
-        self.hands = np.stack([centre_x + START_X_SPREAD * draws[:, :2], np.full((num_envs, 2), START_Y)], -1)
-        self.targets = np.stack(
-            [centre_x + TARGET_X_SPREAD * draws[:, 2:4], TARGET_Y + TARGET_Y_SPREAD * draws[:, 4:]], -1
-        )
-        self.steps = np.zeros(num_envs, int)
-        self.success = np.zeros(num_envs, bool)
-        self.collided = np.zeros(num_envs, bool)
-        self.sides = np.zeros((num_envs, 2), int)
+        start_x = OBSTACLES[:, 0] + START_X_SPREAD * draws[:, :2]
+        target_x = OBSTACLES[:, 0] + TARGET_X_SPREAD * draws[:, 2:4]
+        self.hands = np.stack([start_x, np.full((num_envs, 2), START_Y)], -1)
+        self.targets = np.stack([target_x, TARGET_Y + TARGET_Y_SPREAD * draws[:, 4:]], -1)
+        self.success, self.collided = np.zeros((2, num_envs), bool)
+        self.steps, self.sides = np.zeros(num_envs, int), np.zeros((num_envs, 2), int)
 
     @property
     def state(self) -> np.ndarray:
@@ -111,10 +108,7 @@ class Simulator:
 
 
 def render(hands: np.ndarray, targets: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
-    """What the three cameras see: (E, 3, size, size, 3) uint8 in the order of CAMERAS, y up.
-
-    `hands` and `targets` are positions, (E, 2, 2).
-    """
+    """What the cameras see of hands and targets (E, 2, 2): (E, 3, size, size, 3) uint8, y up."""
     num_envs = len(hands)
     centres = np.concatenate([np.zeros((num_envs, 1, 2)), hands], 1).astype(np.float32)  # (E, 3 cameras, 2)
     extents = np.array([HEAD_EXTENT, HAND_EXTENT, HAND_EXTENT], np.float32)
@@ -137,14 +131,11 @@ def render(hands: np.ndarray, targets: np.ndarray, size: int = IMAGE_SIZE) -> np
 
 
 def expert_action(hands: np.ndarray, targets: np.ndarray, sides: np.ndarray) -> np.ndarray:
-    """Next commanded positions of the demonstrator, (E, 4), without noise.
+    """Next commanded positions of the demonstrator, (E, 4), without noise, for positions (E, 2, 2).
 
-    The shortest way to the target that keeps EXPERT_RADIUS from the obstacle's centre, passing on the given
-    side: straight to the circle's tangent point, along the circle, straight to the target.
-
-    Args:
-        hands, targets: (E, 2, 2) positions.
-        sides: (E, 2), +1 passes on the right (larger x), -1 on the left.
+    The shortest way to the target that keeps EXPERT_RADIUS from the obstacle's centre: straight to the
+    circle's tangent point, along the circle, straight to the target. `sides` (E, 2) are +1 to pass on the
+    right (larger x), -1 on the left.
     """
     # In polar coordinates about the obstacle, measured so that the hand travels towards growing angles:
     # counter-clockwise when it passes on the right, mirrored otherwise.
@@ -167,24 +158,17 @@ def expert_action(hands: np.ndarray, targets: np.ndarray, sides: np.ndarray) -> 
 
 
 class BimanualEnv(gymnasium.Env):
-    """One copy of the task behind the gymnasium interface.
-
-    Observations: {"images": {camera: (H, W, 3) uint8}, "state": (4,) float32}. Reward: 1 on success, else 0.
-    `info` holds `success`, `collided` and `sides`.
-    """
+    """One copy of the task behind the gymnasium interface; the reward is 1 on success, else 0."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}  # noqa: RUF012 (gymnasium's own convention)
+    action_space = Box(-HEAD_EXTENT, HEAD_EXTENT, (4,), np.float32)
+    observation_space = Dict(
+        images=Dict({camera: Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8) for camera in CAMERAS}),
+        state=Box(-np.inf, np.inf, (4,), np.float32),
+    )
 
     def __init__(self, render_mode: str = "rgb_array"):
         self.render_mode = render_mode
-        frame = gymnasium.spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        self.action_space = gymnasium.spaces.Box(-HEAD_EXTENT, HEAD_EXTENT, (4,), np.float32)
-        self.observation_space = gymnasium.spaces.Dict(
-            {
-                "images": gymnasium.spaces.Dict({camera: frame for camera in CAMERAS}),
-                "state": gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32),
-            }
-        )
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
@@ -219,16 +203,14 @@ def demonstrate(num_episodes: int, seed: int) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng((seed, num_episodes, 1))
     sides = rng.choice([-1, 1], (num_episodes, 2))
     hands, actions = [], []
-    resting = np.zeros(num_episodes, int)
-    length = np.zeros(num_episodes, int)
+    resting, length = np.zeros((2, num_episodes), int)
     while (resting < EXPERT_HOLD_STEPS).any():
         action = expert_action(simulator.hands, simulator.targets, sides)
         action = action + rng.normal(0, EXPERT_NOISE, action.shape)
         hands.append(simulator.hands.copy())
         actions.append(action)
         length[resting < EXPERT_HOLD_STEPS] = len(hands)
-        arrived = np.linalg.norm(simulator.hands - simulator.targets, axis=-1).max(-1) < 0.02
-        resting += arrived
+        resting += np.linalg.norm(simulator.hands - simulator.targets, axis=-1).max(-1) < 0.02
         simulator.success[:] = False  # a demonstration goes on to the target's centre and rests there
         simulator.step(action)
     hands, actions = np.stack(hands, 1), np.stack(actions, 1)  # (E, L, 2, 2), (E, L, 4)
@@ -241,16 +223,11 @@ def demonstrate(num_episodes: int, seed: int) -> list[dict[str, np.ndarray]]:
     return episodes
 
 
-def record(root: Path, num_episodes: int = NUM_DEMONSTRATIONS, seed: int = 0, progress: bool = True) -> Path:
-    """Record demonstrations as a LeRobot v3 dataset at `root`, which must not exist yet."""
-    return write_dataset(root, demonstrate(num_episodes, seed), progress)
-
-
 def write_dataset(root: Path, episodes: list[dict[str, np.ndarray]], progress: bool = True) -> Path:
-    """Write episodes, as `demonstrate` gives them, as a LeRobot v3 dataset at `root`.
+    """Write the episodes of `demonstrate` as a LeRobot v3 dataset at `root`.
 
-    Frames are stored as PNG images: video compression at 64x64 costs more time than it saves and would
-    give the policy other pixels than it meets in closed loop.
+    Frames are PNG images: video compression at 64x64 costs more time than it saves and would give the policy
+    other pixels than it meets in closed loop.
     """
     import datasets
     from tqdm import tqdm
@@ -283,6 +260,6 @@ def ensure_recorded(cache_dir: Path) -> Path:
         if not root.exists():
             unfinished = root.with_suffix(".recording")
             shutil.rmtree(unfinished, ignore_errors=True)
-            record(unfinished)
+            write_dataset(unfinished, demonstrate(NUM_DEMONSTRATIONS, seed=0))
             unfinished.rename(root)
     return root

@@ -1,17 +1,18 @@
 """Features of frozen networks, kept beside an episode store: computed once for every frame, read like frames.
 
-    <store>/features-<name>-<key>/frames-00000.bin    float16, a row for each row of that file of frames
-    <store>/features-<name>-<key>/frames-00000.json   what they were made from; with it the file is finished
+    <store>/features-<name>-<key>/rows.bin    float16, a row for each row of frames
+    <store>/features-<name>-<key>/done.bin    int64, two a row: one more than the checksum of its episode's
+                                              frames, and the checksum of its features; zeros: not computed
 
-The key is a hash of what the features follow from: weights, settings, cameras. Rows are appended to a file
-whose name holds the checksum of the frames, and which is renamed when it is complete: an interrupted process
-leaves its rows to the next one. Several processes share the files out among themselves.
+The key is a hash of what the features follow from: weights, settings, cameras. Several processes share them
+out block by block, and an interrupted one leaves what it has computed to the next.
 """
 
 import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +22,13 @@ import numpy as np
 from torch import Tensor
 
 from common.console import say
-from common.data.store import META, EpisodeStore, Extra
+from common.data.rows import RawRows
+from common.data.store import EpisodeStore, Extra
 from common.errors import UserError
-from common.files import checksum, read_json, require_space, sync_one, write_whole, writing_below
+from common.files import require_space, writing_below
 
-Compute = Callable[[Tensor], Tensor]
+ROWS, DONE = "rows.bin", "done.bin"
+BLOCK = 2048  # rows that one process computes while others compute other blocks
 
 
 def ensure_features(
@@ -33,7 +36,7 @@ def ensure_features(
     name: str,
     identity: dict[str, Any],
     shape: Sequence[int],
-    compute: Compute,
+    compute: Callable[[Tensor], Tensor],
     batch_size: int,
     remedy: str,
 ) -> EpisodeStore:
@@ -49,147 +52,145 @@ def ensure_features(
     Raises:
         UserError: if the disk is too small, or features are not finite.
     """
-    identity = {**identity, "shape": list(shape), "dtype": "float16"}
-    used = sorted({store.shard_files[s] for s in np.unique(store.episode_shard).tolist()})
-    files = {frames: _File.of(frames, name, identity) for frames in used}
-    pending = [file for file in files.values() if not file.finished()]
-    if pending:
-        _fill_all(pending, name, compute, batch_size, remedy)
-    paths = tuple(files[frames].path if frames in files else frames for frames in store.shard_files)
-    return replace(store, extras={**store.extras, name: Extra(paths, tuple(shape))})
+    from tqdm import tqdm
+
+    content = json.dumps({**identity, "shape": list(shape), "dtype": "float16"}, sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    files = tuple(frames.parent / f"features-{name}-{key}" / ROWS for frames in store.frame_files)
+    parts, folder = store.part_of(np.arange(store.num_steps)), store.frame_files[0].parent
+    features = [_Features(store, part, file, tuple(shape), compute) for part, file in enumerate(files)]
+    missing = [one.missing(np.flatnonzero(parts == one.part)) for one in features]
+    count, shown = sum(map(len, missing)), os.environ.get("RANK", "0") == "0"
+    if count:
+        needed = count * features[0].row_bytes
+        require_space(folder, needed, f"The {name} features need", remedy)
+        say(f"{name} features: {needed / 1e9:.2f} GB beside {folder}, computed once")
+        with (
+            writing_below(folder, remedy, f"another --cache-dir, or --{name}-cache off"),
+            tqdm(total=count, desc=f"{name} features", unit="step", disable=not shown) as bar,
+        ):
+            for one, steps in zip(features, missing, strict=True):
+                batch_size = one.fill(steps, batch_size, bar)
+    return replace(store, extras={**store.extras, name: Extra(files, tuple(shape))})
 
 
-@dataclass(frozen=True, eq=False)
-class _File:
-    """The features of one file of frames: `path` once they are finished, `part` until then."""
+@dataclass(frozen=True)
+class _Features:
+    """The features of one of the datasets in a store, `part`, whose rows are in `file`."""
 
-    frames: Path
-    path: Path
-    part: Path
-    made_from: dict[str, Any]  # the network's identity, and size and checksum of the frames
-
-    @classmethod
-    def of(cls, frames: Path, name: str, identity: dict[str, Any]) -> "_File":
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        shards = read_json(frames.parent / META)["shards"]
-        entry = next(entry for entry in shards if entry["file"] == frames.name)
-        path = frames.parent / f"features-{name}-{key}" / frames.name
-        source = {"crc32": entry["crc32"], "bytes": entry["bytes"]}
-        part = path.with_name(f"{path.stem}-{entry['crc32']:08x}.part")
-        return cls(frames, path, part, {"identity": identity, "source": source})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.made_from["identity"]["shape"])
+    store: EpisodeStore
+    part: int
+    file: Path
+    shape: tuple[int, ...]
+    compute: Callable[[Tensor], Tensor]
 
     @property
     def row_bytes(self) -> int:
         return 2 * math.prod(self.shape)
 
-    def finished(self) -> bool:
-        """Whether they are there, whole, and of these frames and this network."""
-        try:
-            note = read_json(self.path.with_suffix(".json"))
-            return note == {**note, **self.made_from} and self.path.stat().st_size == note["bytes"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+    def missing(self, steps: np.ndarray) -> np.ndarray:
+        """Those of the steps whose features are not there, or are of other frames."""
+        rows, done, marks = self.store.places[steps], np.zeros(len(steps), np.int64), _marks(self.file.parent)
+        there = rows < min(len(marks), _size(self.file) // self.row_bytes)
+        done[there] = marks[rows[there], 0]
+        return steps[done != self._frames_mark(steps)]
 
-    def finish(self) -> None:
-        """Make the complete part permanent."""
-        sync_one(self.part)
-        note = {**self.made_from, "bytes": self.part.stat().st_size, "crc32": checksum(self.part)}
-        self.part.replace(self.path)
-        write_whole(self.path.with_suffix(".json"), json.dumps(note).encode())
+    def _frames_mark(self, steps: np.ndarray) -> np.ndarray:
+        """What `done.bin` says of the frames of these steps once their features are there."""
+        return self.store.episode_checksums[self.store.episode_of(steps)] + 1
 
+    def fill(self, missing: np.ndarray, batch_size: int, bar: Any) -> int:
+        """Compute the features of steps, those that other processes work on left to them.
 
-def _fill_all(pending: list[_File], name: str, compute: Compute, batch_size: int, remedy: str) -> None:
-    """Compute all that are missing, those that other processes work on left to them."""
-    from filelock import FileLock, Timeout
-    from tqdm import tqdm
+        Returns the batch size that memory allows.
+        """
+        from filelock import FileLock, Timeout
 
-    folder = pending[0].frames.parent
-    stores = {path: EpisodeStore.open(path) for path in {file.frames.parent for file in pending}}
-    steps = {file: _steps_by_row(stores[file.frames.parent], file.frames) for file in pending}
-    begun = sum(p.stat().st_size for file in pending for p in (file.path, file.part) if p.exists())
-    needed = sum(len(rows) * file.row_bytes for file, rows in steps.items()) - begun
-    require_space(folder, needed, f"The {name} features need", remedy)
-    say(f"{name} features: {needed / 1e9:.2f} GB beside {folder}, computed once")
-    total, shown = sum(map(_count, steps.values())), os.environ.get("RANK", "0") == "0"
-    with (
-        writing_below(folder, remedy, f"another --cache-dir, or --{name}-cache off"),
-        tqdm(total=total, desc=f"{name} features", unit="step", disable=not shown) as bar,
-    ):
-        waiting = False  # first what nobody works on, then wait for what others do
-        while pending:
-            for file in list(pending):
-                file.path.parent.mkdir(exist_ok=True)
-                lock = FileLock(file.path.with_name(f".{file.path.stem}.lock"))
+        folder, rows = self.file.parent, len(self.store.frames[self.part])
+        folder.mkdir(exist_ok=True)
+        with (folder / DONE).open("ab") as done:  # rows that were cut off are not done
+            done.truncate(min(done.tell(), 16 * (_size(self.file) // self.row_bytes)))
+        RawRows.make_room(self.file, rows, self.shape, 2)
+        RawRows.make_room(folder / DONE, rows, (2,), 8)
+        numbers = self.store.places[missing] // BLOCK
+        blocks = {number: missing[numbers == number] for number in np.unique(numbers).tolist()}
+        for patient in (False, True):  # first what nobody works on, then wait for what others do
+            for number in list(blocks):
+                lock = FileLock(folder / f".{number}.lock")
                 try:
-                    held = lock.acquire(timeout=-1 if waiting else 0)
+                    held = lock.acquire(timeout=-1 if patient else 0)
                 except Timeout:
+                    bar.set_postfix_str("some are being computed by other processes")
                     continue
                 with held:
-                    if file.finished():
-                        bar.update(_count(steps[file]))
-                    else:
-                        images = stores[file.frames.parent].images
-                        batch_size = _fill(file, steps[file], images, compute, batch_size, bar)
-                pending.remove(file)
-            if pending and not waiting:
-                bar.set_postfix_str("the rest is being computed by other processes")
-            waiting = True
+                    steps = blocks.pop(number)
+                    left = self.missing(steps)
+                    bar.update(len(steps) - len(left))
+                    batch_size = self._fill_block(left, batch_size, bar)
+        return batch_size
 
+    def _fill_block(self, steps: np.ndarray, batch_size: int, bar: Any) -> int:
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-def _steps_by_row(store: EpisodeStore, frames: Path) -> np.ndarray:
-    """The step of the store in each row of a file of frames, -1 where no episode is: (R,) int64."""
-    number, lengths = store.shard_files.index(frames), np.diff(store.episode_starts)
-    here = np.flatnonzero(store.episode_shard == number)
-    steps = np.full((store.episode_row[here] + lengths[here]).max(), -1)
-    for e in here:
-        row = store.episode_row[e]
-        steps[row : row + lengths[e]] = np.arange(store.episode_starts[e], store.episode_starts[e + 1])
-    return steps
-
-
-def _count(steps: np.ndarray) -> int:
-    return int((steps >= 0).sum())
-
-
-def _fill(
-    file: _File,
-    steps: np.ndarray,
-    images: Callable[[np.ndarray], Tensor],
-    compute: Compute,
-    batch_size: int,
-    bar: Any,
-) -> int:
-    """Compute what a file lacks, zeros where no episode is; returns the batch size that memory allows."""
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-
-    for stale in set(file.path.parent.glob(f"{file.path.stem}-*.part")) - {file.part}:
-        stale.unlink()
-    with file.part.open("ab") as out:
-        done = out.tell() // file.row_bytes
-        out.truncate(done * file.row_bytes)
-        bar.update(_count(steps[:done]))
-        while done < len(steps):
-            here = steps[done : done + batch_size]
-            rows = np.zeros((len(here), *file.shape), np.float16)
+        while len(steps):
+            here = steps[:batch_size]
             try:
-                if _count(here):
-                    rows[here >= 0] = compute(images(here[here >= 0])).numpy()
+                features = self.compute(self.store.images(here)).numpy()
             except RuntimeError as error:
                 if len(here) == 1 or not should_reduce_batch_size(error):
                     raise
                 batch_size = len(here) // 2
                 clear_device_cache(garbage_collection=True)
                 continue
-            if not np.isfinite(rows).all():
-                raise UserError(f"The features of {file.frames} are not finite: the weights are broken.")
-            out.write(rows.data)
-            out.flush()
-            os.fsync(out.fileno())
-            done += len(here)
-            bar.update(_count(here))
-    file.finish()
-    return batch_size
+            if not np.isfinite(features).all():
+                raise UserError(
+                    f"The features of {self.store.source} are not finite: the weights are broken."
+                )
+            rows = self.store.places[here]
+            checksums = [zlib.crc32(np.ascontiguousarray(row)) for row in features]
+            _write(self.file, rows, features)  # first, so that nothing is marked that is not on the disk
+            _write(self.file.with_name(DONE), rows, np.stack([self._frames_mark(here), checksums], axis=1))
+            bar.update(len(here))
+            steps = steps[batch_size:]
+        return batch_size
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _marks(folder: Path) -> np.ndarray:
+    """The content of `done.bin`, (R, 2); no rows if it is not there."""
+    count = _size(folder / DONE) // 16
+    return (
+        np.fromfile(folder / DONE, np.int64, 2 * count).reshape(-1, 2)
+        if count
+        else np.empty((0, 2), np.int64)
+    )
+
+
+def _write(path: Path, rows: np.ndarray, values: np.ndarray) -> None:
+    """Write rows of a file to the disk."""
+    with path.open("r+b") as file:
+        for row, value in zip(rows.tolist(), values, strict=True):
+            file.seek(row * value.nbytes)
+            file.write(np.ascontiguousarray(value))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def damaged_rows(folder: Path) -> np.ndarray:
+    """Rows whose features in such a folder are not what was written."""
+    marks, size = _marks(folder), _size(folder / ROWS)
+    done = np.flatnonzero(marks[:, 0])
+    if len(done) == 0 or size == 0 or size % len(marks):  # nothing there, or it was cut off
+        return done
+    values = np.memmap(folder / ROWS, np.uint8, "r").reshape(len(marks), -1)
+    return np.array([row for row in done.tolist() if zlib.crc32(values[row]) != marks[row, 1]], np.int64)
+
+
+def forget(folder: Path, rows: np.ndarray) -> None:
+    """Have the features of these rows computed again."""
+    rows = rows[rows < len(_marks(folder))]
+    if len(rows):
+        _write(folder / DONE, rows, np.zeros((len(rows), 2), np.int64))

@@ -1,14 +1,8 @@
 """Episodic HDF5: a folder of files, one or several episodes in each, or one such file.
 
-Recognised layouts (others by `--state-keys`, `--action-keys`, `--camera-keys`):
-
-    ALOHA, ACT      /observations/qpos, /observations/images/<camera>, /action
-    grouped         /observation/joint_pos/left, ..., /action/joint_pos/left, ...: what both groups have,
-                    joints before hands before the rest, left before right
-    robomimic       /data/demo_0/obs/..., /data/demo_0/actions; likewise episode_0, traj_0, ...
-
 What was found in a file is remembered by its size and time, with a hash of its content: on a later start
-nothing is read. `common/data/hdf5_files.py` does the reading.
+nothing is read. `common/data/hdf5_files.py` does the reading,
+`hdf5_layouts.py` knows the layouts.
 """
 
 from __future__ import annotations
@@ -16,17 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from common.console import say
 from common.data.frames import as_rgb
-from common.data.hdf5_files import SCAN, natural, read_frames, read_numbers, scan_file
-from common.data.layout import Array, Known, Layout, choose_layout, listing, numbered
+from common.data.hdf5_files import SCAN, natural, no_scan, read_frames, read_numbers, scan_file
+from common.data.hdf5_layouts import aloha_names, recognise, short_names
+from common.data.layout import Array, Layout, choose_layout, listing
+from common.data.numbering import Name, explain, number_names, read_name
 from common.data.source import BadEpisode, Episode, Info, existing, reason, refuse_unusable
 from common.data.workers import Died, cores, guarded_map
 from common.errors import UserError
@@ -36,21 +34,14 @@ if TYPE_CHECKING:
     from common.data import DataConfig
 
 SUFFIXES = (".hdf5", ".h5")
+SAID = 100  # lines at most that say which numbers are which episodes
 TIMES = ("timestamp", "timestamps", "observations/timestamp", "observation/timestamp", "obs/timestamp")
-GROUPS = ("observations/", "observation/", "obs/", "actions/", "action/")
-QUANTITIES = ("joint_pos", "hand_joint_pos", "gripper_pos", "gripper")
-STATES = (  # of the robomimic family, under obs/; the first that is there
-    ("robot{}_eef_pos", "robot{}_eef_quat", "robot{}_gripper_qpos"),
-    ("ee_states", "gripper_states"),
-    ("agent/qpos",),
-)
-ARM = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
-ALOHA_JOINTS = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in ARM)
 
 
 class Place(NamedTuple):
     """Where an episode is: file below the root, its hash, group in it, and its arrays, or a problem."""
 
+    name: Name
     file: str
     sha256: str | None
     group: str
@@ -60,6 +51,21 @@ class Place(NamedTuple):
     def named(self, index: int) -> str:
         """What messages call the episode."""
         return f"Episode {index} ({self.file}{', ' + self.group.strip('/') if self.group else ''})"
+
+    def steps(self, key: str) -> int:
+        """How many rows of an array are steps.
+
+        ManiSkill's trajectories, traj_<number>, end with an observation that no action follows.
+        """
+        rows, actions = self.arrays[key].shape[0], self.arrays.get("actions")
+        if not re.match(r"(.*/)?traj_\d+/$", self.group) or actions is None or not actions.shape:
+            return rows
+        return rows - (rows == actions.shape[0] + 1)
+
+    def suits(self, keys: set[str]) -> tuple[bool, bool, bool]:
+        """How well an episode can show what the others are, where these keys are used."""
+        images = any(array.is_image for array in self.arrays.values())
+        return keys <= self.arrays.keys(), recognise(self.arrays) is not None, images
 
     def times(self) -> str | None:
         """The key of the recorded times, if there are any."""
@@ -98,18 +104,26 @@ class Hdf5Source:
 
     @cached_property
     def places(self) -> dict[int, Place]:
-        return number_episodes(self.scans)
+        """The episodes by number."""
+        found = find_episodes(self.scans)
+        numbers = number_names([place.name for place in found])
+        return dict(sorted(zip(numbers, found, strict=True), key=lambda item: item[0]))
 
     @cached_property
     def layout(self) -> Layout:
-        """What the first sound episode shows that the others shall be."""
-        first = next((place for place in self.places.values() if place.problem is None), None)
-        if first is None:
+        """What the first episode shows that the others shall be: sound, with a known layout and cameras."""
+        sound = [place for place in self.places.values() if place.problem is None]
+        if not sound:
             problem = next((place.problem for place in self.places.values()), "its files hold no episode")
             raise UserError(f"{self.name} has no usable episode: {problem}.")
+        options = (*self.config.state_keys, *self.config.action_keys, *self.config.camera_keys)
+        keys = {key.strip("/") for key in options}
+        first = next((place for place in sound if all(place.suits(keys))), None)
+        first = first or max(sound, key=lambda place: place.suits(keys))
         known = recognise(first.arrays)
         names_of = aloha_names if known and known.name == "ALOHA" else short_names
-        return choose_layout(first.arrays, known, self.config, self.name, first.file, names_of)
+        layout = choose_layout(first.arrays, known, self.config, self.name, first.file, names_of)
+        return replace(layout, unused=(*layout.unused, *self._left_out(first)))
 
     @cached_property
     def fps(self) -> float:
@@ -129,15 +143,42 @@ class Hdf5Source:
         layout, fps = self.layout, self.fps
         found = f"{len(self.scans)} files, {len(self.places)} episodes, {fps:g} Hz"
         layout.say(f"{self.name}: HDF5, {layout.name} layout, {found}")
+        lines = list(explain([place.name for place in self.places.values()], list(self.places)))
+        for line in lines[:SAID] + [f"... and {len(lines) - SAID} more"] * (len(lines) > SAID):
+            say(f"  {line}")
+        if layout.name == "LIBERO" and not self.config.action_offset:
+            say("  LIBERO's recorder stores what is seen after an action beside it: then, --action-offset 1")
         content = json.dumps([[file, scan["sha256"]] for file, scan in self.scans.items()])
         return layout.info(self.name, hashlib.sha256(content.encode()).hexdigest(), fps)
+
+    def _left_out(self, first: Place) -> Iterator[str]:
+        """Lines about what is not used and is not among the arrays of the first sound episode."""
+        if any(first.steps(key) < array.shape[0] for key, array in first.arrays.items() if array.shape):
+            yield "the observation after the last action of each episode"
+        more = {key for place in self.places.values() for key in place.arrays} - first.arrays.keys()
+        if more:
+            yield f"{', '.join(sorted(more))}: only some episodes have it"
+        masks, others = Counter(), {}
+        for scan in self.scans.values():
+            for key, array in as_arrays(scan["beside"]).items():
+                if key.startswith("mask/") and array.shape:
+                    masks[key] += array.shape[0]
+                else:
+                    others[f"{key} (a soft link)" if array.dtype == "link" else key] = None
+        if masks:
+            lists = ", ".join(f"{key} ({count})" for key, count in masks.items())
+            yield f"{lists}: lists of episodes; --episodes chooses, --val-fraction holds out"
+        if others:
+            yield f"{', '.join(others)}: outside the episodes"
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
         faults = {index: self._fault(index) for index in existing(wanted, self.places, self.name)}
         tasks, episodes = [], []
         for index in [index for index, fault in faults.items() if fault is None]:
             place = self.places[index]
-            tasks.append((index, self.root / place.file, place.group, place.times(), self.layout))
+            steps = place.steps(self.layout.keys["state"][0])
+            task = (index, self.root / place.file, place.group, steps, place.times(), self.layout)
+            tasks.append(task)
         for (index, *_), found in guarded_map(read_numbers, tasks, self._workers):
             try:
                 episodes.append(self._episode(index, found))
@@ -169,11 +210,13 @@ class Hdf5Source:
             array, what = found[key], "images" if wanted.is_image else "numbers"
             if array.is_image != wanted.is_image or array.kind == "other" or not array.shape:
                 return f"{name} holds {array.dtype} instead of {what} in {key}"
-            steps = array.shape[0] if steps is None else steps
-            if array.shape[0] != steps:
+            steps = place.steps(key) if steps is None else steps
+            if place.steps(key) != steps:
                 return f"{name} has {steps} steps in {first} and {array.shape[0]} in {key}"
             if not wanted.is_image and array.width != wanted.width:
                 return f"{name} has {array.width} numbers a step in {key} instead of {wanted.width}"
+            if array.is_image and (array.channels == 1) != (wanted.channels == 1):
+                return f"{name} has {array.dtype} images of {array.channels} colours in {key}"
             if array.size != wanted.size:
                 sizes = "{}x{} instead of {}x{}".format(*array.size, *wanted.size)
                 return f"{name} has images of another size in {key}, {sizes}"
@@ -206,9 +249,19 @@ def find_files(path: Path, source: str) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.")
 
-    folders = root.walk(on_error=refuse)  # links to folders are not followed
-    files = [folder / name for folder, _, names in folders for name in names if name.endswith(SUFFIXES)]
+    files, hidden = [], []
+    for folder, below, names in root.walk(on_error=refuse):  # links to folders are not followed
+        below[:] = [name for name in below if not name.startswith((".", "__MACOSX"))]
+        for name in names:
+            if name.lower().endswith(SUFFIXES):
+                (hidden if name.startswith(".") else files).append(folder / name)
+    if hidden:
+        more = f" and {len(hidden) - 1} more" * (len(hidden) > 1)
+        say(f"{source}: {hidden[0].name}{more} not read: hidden files are no episodes")
     if not files:
+        inside = [*(path.parent.parent for path in root.glob("*/meta/info.json")), *root.glob("*.zarr*")]
+        if inside:
+            raise UserError(f"{source} is no dataset but holds some: give one, such as {min(inside)}.")
         raise UserError(
             f"{source} holds no demonstrations: it has no meta/info.json, as a LeRobot dataset has, and no "
             f"*.hdf5 or *.h5 file."
@@ -241,7 +294,7 @@ def scan_all(root: Path, files: Sequence[Path], memory: Path, workers: int) -> d
         with tqdm(total=total, unit="B", unit_scale=True, desc=f"scan {root.name}") as bar:
             for (_, name), scan in results:
                 if isinstance(scan, Died):
-                    scan = {"sha256": None, "problem": str(scan), "fps": None, "episodes": []}
+                    scan = no_scan(str(scan))
                 # Where there is no hash, the fault may have been the machine's: the next start tries again.
                 known[name] = {"stamp": stamps[name] if scan["sha256"] else None, **scan}
                 bar.update(stamps[name][1])
@@ -252,63 +305,22 @@ def scan_all(root: Path, files: Sequence[Path], memory: Path, workers: int) -> d
     return {name: known[name] for name in stamps}
 
 
-def number_episodes(scans: dict[str, dict[str, Any]]) -> dict[int, Place]:
-    """Episodes in order; a file that is one episode and ends in a number of its own gives it that number."""
-    places = []
+def find_episodes(scans: dict[str, dict[str, Any]]) -> list[Place]:
+    """Where the episodes are; a file that cannot be read counts as one."""
+    found = []
     for file, scan in scans.items():
         if scan["problem"]:
-            places.append(Place(file, None, "", {}, scan["problem"]))
-        for group, found in scan["episodes"]:
-            arrays = {
-                key: Array(kind, tuple(shape), dtype, tuple(size))
-                for key, (kind, shape, dtype, size) in found.items()
-            }
-            places.append(Place(file, scan["sha256"], group, arrays, None))
-    ends = [re.search(r"(\d{1,9})$", Path(place.file).stem) for place in places]
-    numbers = [int(end[1]) for end in ends if end]
-    if len(scans) == len(places) == len(set(numbers)):
-        return dict(sorted(zip(numbers, places, strict=True)))
-    return dict(enumerate(places))
+            found.append(Place(read_name(file, "", True), file, None, "", {}, scan["problem"]))
+        for group, arrays in scan["episodes"]:
+            name = read_name(file, group, alone=len(scan["episodes"]) == 1)
+            found.append(Place(name, file, scan["sha256"], group, as_arrays(arrays), None))
+    return found
 
 
-def recognise(arrays: dict[str, Array]) -> Known | None:
-    """The layout of an episode with these arrays; None if it is none of those known."""
-    numbers = [key for key, array in arrays.items() if array.kind == "numbers"]
-    if {"observations/qpos", "action"} <= set(numbers):
-        return Known("ALOHA", ("observations/qpos",), ("action",))
-    if "actions" in numbers:
-        for names in STATES:
-            robots = range(10) if "{}" in names[0] else (0,)
-            keys = [f"obs/{name.format(robot)}" for robot in robots for name in names]
-            keys = tuple(key for key in keys if key in numbers)
-            if keys:
-                return Known("robomimic", keys, ("actions",))
-    shared = [key.partition("/")[2] for key in numbers if key.startswith("action/")]
-    shared = sorted((key for key in shared if f"observation/{key}" in numbers), key=_grouped_order)
-    if shared:
-        state, action = (tuple(f"{group}/{key}" for key in shared) for group in ("observation", "action"))
-        return Known("grouped", state, action)
-    return None
-
-
-def _grouped_order(key: str) -> tuple:
-    quantity, _, part = key.partition("/")
-    rank = QUANTITIES.index(quantity) if quantity in QUANTITIES else len(QUANTITIES)
-    side = {"left": 0, "right": 1}.get(part, 2)
-    return rank, quantity, side, natural(part)
-
-
-def short_names(key: str, width: int) -> Sequence[str]:
-    """Names of an array's dimensions; the same for state and action where they are the same thing."""
-    group = next((group for group in GROUPS if key.startswith(group)), "")
-    return numbered(key.removeprefix(group), width)
-
-
-def aloha_names(key: str, width: int) -> Sequence[str]:
-    if key not in ("observations/qpos", "action"):
-        return short_names(key, width)
-    return ALOHA_JOINTS if width == len(ALOHA_JOINTS) else [f"joint_{i}" for i in range(width)]
+def as_arrays(found: dict[str, Sequence[Any]]) -> dict[str, Array]:
+    """Arrays by key, as a scan remembers them."""
+    return {key: Array(a[0], tuple(a[1]), a[2], tuple(a[3])) for key, a in found.items()}
 
 
 def holds_hdf5(path: Path) -> bool:
-    return path.is_dir() or (path.is_file() and path.suffix in SUFFIXES)
+    return path.is_dir() or (path.is_file() and path.name.lower().endswith(SUFFIXES))

@@ -11,20 +11,21 @@ import io
 import json
 import re
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.data.frames import image_frame, pixel_frame
-from common.data.layout import Array, Layout, describe, rows_of
+from common.data.layout import Array, Layout, describe, exact_pixels, rows_of
 from common.data.source import BadEpisode, reason
 
 if TYPE_CHECKING:
     import h5py
 
-SCAN = 2  # what `scan_file` says; a change makes earlier scans void
-EPISODE_GROUP = re.compile(r"(demo|episode|ep|traj|trajectory)[_-]?\d+", re.IGNORECASE)
+SCAN = 3  # what `scan_file` says; a change makes earlier scans void
+EPISODE_GROUP = re.compile(r"(demo|episode|ep|traj|trajectory)([_-]?\d+)+", re.IGNORECASE)
 RATE_ATTRIBUTES = ("fps", "frequency", "hz", "control_freq", "control_frequency", "frame_rate")
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
@@ -37,13 +38,18 @@ def natural(path: str) -> list:
     ]
 
 
+def no_scan(problem: str | None = None) -> dict[str, Any]:
+    """What is known of a file that was not read."""
+    return {"sha256": None, "problem": problem, "fps": None, "episodes": [], "beside": {}}
+
+
 def scan_file(path: str, name: str) -> dict[str, Any]:
     """What a file holds, without reading it all: its `sha256`; `problem`, if it cannot be used; `fps`, if it
-    says; and `episodes`, the group of each, and its arrays by key.
+    says; `episodes`, the group of each, and its arrays by key; and `beside`, what is in none of them.
     """
     import h5py
 
-    scan: dict[str, Any] = {"sha256": None, "problem": None, "fps": None, "episodes": []}
+    scan = no_scan()
     try:
         with open(path, "rb") as file:
             scan["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -52,11 +58,15 @@ def scan_file(path: str, name: str) -> dict[str, Any]:
         if not h5py.is_hdf5(path):
             raise BadEpisode("is not an HDF5 file")
         with h5py.File(path, "r", locking="best-effort") as file:
-            found = {key: describe_dataset(item) for key, item in walk(file)}
+            items = dict(walk(file))
+            found = {key: describe_dataset(item) for key, item in items.items() if item is not None}
             scan["fps"] = _attribute_rate(file)
         for group in episode_groups(found):
             inside = {key[len(group) :]: array for key, array in found.items() if key.startswith(group)}
             scan["episodes"].append((group, inside))
+        groups = tuple(group for group, _ in scan["episodes"])
+        scan["beside"] = {key: array for key, array in found.items() if not key.startswith(groups)}
+        scan["beside"] |= {key: Array("other", (), "link") for key, item in items.items() if item is None}
         if not found:
             raise BadEpisode("holds no datasets")
     except BadEpisode as error:
@@ -66,8 +76,8 @@ def scan_file(path: str, name: str) -> dict[str, Any]:
     return scan
 
 
-def walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
-    """Every dataset by its path, in natural order. Soft links are left out.
+def walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset | None]]:
+    """Every dataset by its path, in natural order, and None for soft links, which are not followed.
 
     Raises:
         BadEpisode: for what reads other files, whose changes the hash of this one would not show.
@@ -84,6 +94,8 @@ def walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
             if item.is_virtual or item.external:
                 raise BadEpisode(f"keeps {key} in another file, and a dataset must not read other files")
             yield key, item
+        elif isinstance(links[key], h5py.SoftLink):
+            yield key, None
 
 
 def episode_groups(keys: Collection[str]) -> list[str]:
@@ -110,11 +122,11 @@ def episode_groups(keys: Collection[str]) -> list[str]:
 
 
 def describe_dataset(item: h5py.Dataset) -> Array:
-    array = describe(item.shape or (), item.dtype)
+    array = describe(item.shape or (), item.dtype, lambda: item[0])
     if array.kind != "pixels" and _may_hold_encoded(item) and len(item) > 0:
         first = _encoded(item[0])
         if first.startswith(MAGIC):
-            return array._replace(kind="encoded", size=_encoded_size(first))
+            return array._replace(**_encoded_image(first))
     return array
 
 
@@ -133,23 +145,37 @@ def _encoded(cell: Any) -> bytes:
     return cell.tobytes() if isinstance(cell, np.ndarray | np.void) else bytes(cell)
 
 
-def _encoded_size(encoded: bytes) -> tuple[int, int]:
-    from PIL import Image
+def _encoded_image(encoded: bytes) -> dict[str, Any]:
+    """Kind, dtype and size of an array of such images; those that are no 8-bit colour are of another kind."""
+    from PIL import Image, ImageOps
 
+    deep = encoded.startswith(MAGIC[1]) and encoded[24:25] > b"\x08"  # bits; Pillow drops half of 16
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            return image.height, image.width
+            upright = ImageOps.exif_transpose(image)
+            colour = image.mode in ("RGB", "RGBA", "P") and not deep
+            what = image.format if colour else f"{'16-bit ' if deep else ''}{image.mode} {image.format}"
+        return {"kind": "encoded" if colour else "other", "dtype": what, "size": upright.size[::-1]}
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return 0, 0  # the ingest says which frame cannot be decoded
+        return {"kind": "encoded", "size": (0, 0)}  # the ingest says which frame cannot be decoded
 
 
 def _attribute_rate(file: h5py.File) -> float | None:
     """Control steps per second, if the attributes of the file or of its `data` group say so."""
-    attributes = dict(file.attrs) | (dict(file["data"].attrs) if "data" in file else {})
+
+    def plain(value: Any) -> Any:
+        """A single value, as it is or in an array, text or bytes."""
+        value = value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
+        return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+    places = [file, *([file["data"]] if "data" in file else [])]
+    names = (*RATE_ATTRIBUTES, "env_args")
+    attributes = {name: plain(at.attrs[name]) for at in places for name in names if name in at.attrs}
     for name in RATE_ATTRIBUTES:
-        value = np.asarray(attributes.get(name, np.nan))
-        if value.dtype.kind in "fiu" and value.size == 1 and 0.01 <= value.item() <= 100_000:
-            return float(value.item())
+        with suppress(TypeError, ValueError):
+            rate = float(attributes.get(name, np.nan))
+            if 0.01 <= rate <= 100_000 and not isinstance(attributes[name], bool):
+                return rate
     try:
         return float(json.loads(attributes["env_args"])["env_kwargs"]["control_freq"])
     except (KeyError, TypeError, ValueError):
@@ -157,15 +183,15 @@ def _attribute_rate(file: h5py.File) -> float | None:
 
 
 def read_numbers(
-    index: int, path: Path, group: str, times: str | None, layout: Layout
+    index: int, path: Path, group: str, steps: int, times: str | None, layout: Layout
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | str:
-    """State (L, P), action (L, A) and times (L,), if recorded, of episode `index`; or what is wrong."""
+    """State (L, P), action (L, A) and times (L,), if recorded, of L `steps`, or what is wrong."""
     import h5py
 
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
-            state, action = layout.vectors(lambda key: file[group + key][:])
-            return state, action, file[group + times][:] if times else None
+            state, action = layout.vectors(lambda key: file[group + key][:steps])
+            return state, action, file[group + times][:steps] if times else None
     except Exception as error:  # see scan_file
         return f"its numbers cannot be read ({reason(error)})"
 
@@ -183,4 +209,4 @@ def read_frames(
             if encoded:
                 yield image_frame(_encoded(cell), recorded, size)
             else:
-                yield pixel_frame(cell, recorded, size)
+                yield pixel_frame(exact_pixels(cell), recorded, size)

@@ -1,8 +1,9 @@
 """Writing an episode store: episodes decoded in parallel, exactly once, whatever interrupts it.
 
-A shard is filled under a temporary name, flushed to the disk and renamed; a small JSON file beside it then
-says which episodes it holds. An interrupted ingest leaves its finished shards, and the next one decodes only
-what is missing. Where a dataset has grown, its earlier store moves to the new name and is completed there.
+`episodes.jsonl` gives every episode its rows before it is decoded, and its checksum once its frames are on
+the disk: an interrupted ingest decodes only what has no checksum. Rows are never given to another episode,
+since somebody may read them. Where a dataset has grown, its earlier store moves to the new name and is
+completed there.
 """
 
 from __future__ import annotations
@@ -10,31 +11,30 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from common.console import say
-from common.data.shards import SHARDS, Storage, as_jpeg, encode_jpeg, write_jpeg
+from common.data.features import forget
+from common.data.rows import ROWS, JpegRows, RawRows, Storage, as_jpeg, encode_jpeg
 from common.data.source import BadEpisode, Episode, Info, Source, existing
-from common.data.store import ARRAYS, FORMAT, META, EpisodeStore, defect
+from common.data.store import ARRAYS, FORMAT, FRAMES, META, OF_EPISODES, OF_STEPS, EpisodeStore, defect
 from common.data.workers import Died, cores, guarded_map, refuse_inside_worker
 from common.errors import UserError
-from common.files import checksum, read_json, require_space, sync_one, write_whole, writing_below
+from common.files import read_json, require_space, sync_one, write_whole, writing_below
 
-SHARD_BYTES = 2**30
+RECORDS = "episodes.jsonl"
 FRAMES_PER_WORKER = 2500  # a worker takes some seconds to start: fewer frames are not worth one more
 SECONDS_PER_FRAME = 0.5  # slower than any disk: reading that takes longer hangs
 JPEG_RATIO = 5  # raw bytes per JPEG byte, at least: for the free space to ask for
-Entry = dict[str, Any]  # what the JSON file beside a shard says
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,13 @@ class StoreRequest:
         """(N, 3, H, W): what one step's frames are."""
         return (len(self.info.cameras), 3, *self.info.image_size)
 
+    def rows(self, path: Path) -> RawRows:
+        """The frames of the store in the folder `path`."""
+        return ROWS[self.storage](path / FRAMES, self.row_shape)
+
     def found_below(self, root: Path) -> StoreRequest | None:
         """The request, with the storage of the store that is there or begun; None if there is none."""
-        storages = SHARDS if self.storage == "auto" else [self.storage]
+        storages = ROWS if self.storage == "auto" else [self.storage]
         requests = [replace(self, storage=storage) for storage in storages]
         return next((request for request in requests if request.folder(root).is_dir()), None)
 
@@ -100,21 +104,20 @@ def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
             if defect(path) is not None:  # nobody else has built it meanwhile
                 _build(path, request)
     store = EpisodeStore.open(path)
-    there = store.episode_indices.tolist()
     if not store.skipped:
-        existing(request.episodes, there, store.source)
-    missing = set(request.episodes or ()) - set(there)
-    left_out = len(store.skipped if request.episodes is None else missing)
+        existing(request.episodes, store.episode_indices.tolist(), store.source)
+    wanted = len(request.episodes or ()) or store.num_episodes + len(store.skipped)
+    chosen = store if request.episodes is None else store.select(request.episodes)
+    left_out = wanted - chosen.num_episodes
     if left_out and not request.skip_bad:
         raise _refusal(store.skipped)
-    if missing == set(request.episodes or (None,)):
+    if not chosen.num_episodes:
         raise _none_left(store.source, store.skipped)
     if left_out:
-        total = len(request.episodes or ()) or store.num_episodes + left_out
-        say(f"left out {left_out} of {total} episodes; what is unusable:")
+        say(f"left out {left_out} of {wanted} episodes; what is unusable:")
         for reason in store.skipped:
             say(f"  {reason}")
-    return store if request.episodes is None else store.select(request.episodes)
+    return chosen
 
 
 def _settle_storage(root: Path, request: StoreRequest) -> StoreRequest:
@@ -147,14 +150,12 @@ def _locked(path: Path) -> Iterator[None]:
     with writing_below(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             say(f"waiting for another process, which is building the episode store {path}")
-            lock.acquire()
-    try:
+            held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 def _refusal(reasons: Sequence[str]) -> UserError:
@@ -168,14 +169,34 @@ def _none_left(source: str, reasons: Sequence[str]) -> UserError:
     return UserError(f"{source} has no usable episode left ({reasons[0] if reasons else 'it is empty'}).")
 
 
-@dataclass
-class _Shard:
-    """A file of frames that is being filled, under the name `part`."""
+class Record(NamedTuple):
+    """Where an episode's frames lie, and the hash of all else in it: a line of `episodes.jsonl`."""
 
-    part: Path
-    places: list[tuple[Episode, int]] = field(default_factory=list)  # its episodes and their first rows
-    rows: int = 0
-    encoded: list[bytes | None] = field(default_factory=list)  # JPEG frames, camera by camera in a row
+    index: int
+    digest: str
+    row: int
+    length: int
+    crc32: int | None = None
+    """Of its rows; None until they are on the disk."""
+
+    @property
+    def end(self) -> int:
+        return self.row + self.length
+
+
+def read_records(path: Path) -> dict[int, Record]:
+    """The episodes that have rows in the store `path`, by number; the last line about one counts."""
+    records = {}
+    with suppress(FileNotFoundError):
+        for line in (path / RECORDS).read_text(errors="replace").splitlines():
+            with suppress(ValueError, TypeError):  # cut off by a kill
+                record = Record(**json.loads(line))
+                records[record.index] = record
+    return records
+
+
+def _lines(records: Iterable[Record]) -> str:
+    return "".join(f"{json.dumps(record._asdict())}\n" for record in records)
 
 
 def _build(path: Path, request: StoreRequest) -> None:
@@ -183,67 +204,95 @@ def _build(path: Path, request: StoreRequest) -> None:
     usable, bad = request.source.episodes(request.episodes)
     if bad and not request.skip_bad:
         raise _refusal(bad)
-    episodes = {episode.index: episode for episode in usable}
-    if not _finished_shards(path, episodes):
-        _take_over(path, request, episodes)
-    finished = _finished_shards(path, episodes)
-    kept = [entry for entry in finished if _same_frames(path, entry, request, episodes)]
-    have = {record["index"] for entry in kept for record in entry["episodes"]}
-    first_free = 1 + max((int(entry["file"][7:12]) for entry in kept), default=-1)
-    shards = _plan(path, [e for e in usable if e.index not in have], request, first_free)
-    needed = sum(shard.rows for shard in shards) * math.prod(request.row_shape)
+    if (path / META).exists():
+        _forget_damaged(path, request)
+    if all(record.crc32 is None for record in read_records(path).values()):
+        _take_over(path, request, usable)
+    records = read_records(path)
+    end = max((record.end for record in records.values()), default=0)
+    for episode in usable:
+        old, digest = records.get(episode.index), episode.digest()
+        if old is None or old.digest != digest:
+            records[episode.index] = Record(episode.index, digest, end, len(episode))
+            end += len(episode)
+    missing = [episode for episode in usable if records[episode.index].crc32 is None]
+    needed = sum(map(len, missing)) * math.prod(request.row_shape)
     needed = needed // JPEG_RATIO if request.storage == "jpeg" else needed
-    needed += sum(e.state.nbytes + e.action.nbytes + e.timestamps.nbytes for e in usable)
+    needed += sum(getattr(episode, name).nbytes for episode in usable for name in OF_STEPS)
     remedy = "a smaller --image-size" + " or --store jpeg" * (request.storage == "raw")
     require_space(path.parent, needed, "The episode store needs", remedy)
-    path.mkdir(parents=True, exist_ok=True)
     try:
         with writing_below(path.parent, remedy):
-            names = {name for entry in kept for name in (entry["file"], f"{entry['file'][:-4]}.json")}
-            for file in path.iterdir():
-                if file.is_file() and file.name not in names:  # features lie in folders
-                    file.unlink()
-            new, failed = _decode(shards, request)
-            _finish(path, request, episodes, kept + new, bad + failed)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "The processes that decode frames die at once, most often for want of memory: "
-            "start again with fewer --ingest-workers, what is finished is kept."
-        ) from error
+            path.mkdir(parents=True, exist_ok=True)
+            write_whole(path / RECORDS, _lines(records.values()).encode())
+            ROWS[request.storage].make_room(path / FRAMES, end, request.row_shape)
+            failed = _decode(path, request, missing, records)
+            _finish(path, request, usable, bad + failed)
     finally:
         for leftover in path.glob("*.part"):
             leftover.unlink(missing_ok=True)
-        if not any(path.iterdir()):
-            path.rmdir()
+        if all(record.crc32 is None for record in read_records(path).values()):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # What is there already
 
 
-def _finished_shards(path: Path, episodes: dict[int, Episode]) -> list[Entry]:
-    """The whole shards in a folder whose episodes are all wanted, and have the same numbers still."""
-    found = []
-    for file in sorted(path.glob("frames-*.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or an episode that is not wanted
-            entry = read_json(file)
-            same = all(episodes[record["index"]].digest() == record["digest"] for record in entry["episodes"])
-            if same and (path / entry["file"]).stat().st_size == entry["bytes"]:
-                found.append(entry)
-    return found
+def _forget_damaged(path: Path, request: StoreRequest) -> None:
+    """Have those episodes of a store that was finished decoded again that are not what was written."""
+    records, whole = read_records(path), set()
+    with suppress(OSError, ValueError):  # no frames at all
+        rows = request.rows(path)
+        whole = {r for r in records.values() if rows.checksum(r.row, r.length) == r.crc32}
+    kept = [r if r in whole else r._replace(crc32=None) for r in records.values()]
+    write_whole(path / RECORDS, _lines(kept).encode())
+    for record in set(records.values()) - whole:
+        for folder in path.glob("features-*"):
+            forget(folder, np.arange(record.row, record.end))
+    (path / META).unlink()
 
 
-def _same_frames(path: Path, entry: Entry, request: StoreRequest, episodes: dict[int, Episode]) -> bool:
-    """Whether every episode of a shard still begins with the same frames: equal numbers do not prove it."""
+def _take_over(path: Path, request: StoreRequest, episodes: list[Episode]) -> None:
+    """Move the store here of which the dataset has grown, of several the one that holds most episodes.
+
+    It has grown if all that was stored is there still, and more. The store loses `meta.json` first, so that
+    it is never taken for finished. Whoever reads it keeps its files.
+    """
+    from filelock import FileLock, Timeout
+
+    mine, by_index = request.choices(), {episode.index: episode for episode in episodes}
+    digests, found = {(episode.index, episode.digest()) for episode in episodes}, []
+    for file in path.parent.glob(f"*/{META}"):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged
+            meta = read_json(file)
+            theirs = meta["choices"] | ({"episodes": None} if request.episodes is None else {})
+            stored = [record for record in read_records(file.parent).values() if record.crc32 is not None]
+            fits = (meta["format"], meta["source"], theirs) == (FORMAT, request.info.source, mine)
+            if fits and stored and {(record.index, record.digest) for record in stored} < digests:
+                found.append((len(stored), file, stored))
+    _, file, stored = max(found, default=(0, None, []))
+    if file is None or not _same_frames(file.parent, stored, by_index, request):
+        return
+    with suppress(Timeout, FileNotFoundError), FileLock(lock_file(file.parent), timeout=0):
+        file.unlink()  # not found: another process has taken it
+        shutil.rmtree(path, ignore_errors=True)
+        file.parent.rename(path)
+
+
+def _same_frames(
+    path: Path, stored: list[Record], episodes: dict[int, Episode], request: StoreRequest
+) -> bool:
+    """Whether every stored episode begins with the same frames still: equal numbers do not prove it."""
     if request.source.isolated:
         return True  # the digests of its episodes hold a hash of their files
-    shard = SHARDS[request.storage](path / entry["file"], request.row_shape)
-    stored = np.empty((1, *request.row_shape), np.uint8)
+    frames = np.empty((1, *request.row_shape), np.uint8)
     try:
-        for record in entry["episodes"]:
-            shard.read(np.array([record["row"]]), stored, np.array([0]))
-            if another_frame(stored, episodes[record["index"]], request):
+        rows = request.rows(path)
+        for record in stored:
+            rows.read(np.array([record.row]), frames, np.array([0]))
+            if another_frame(frames, episodes[record.index], request):
                 return False
-    except (BadEpisode, OSError):
+    except (BadEpisode, OSError, ValueError):
         return False
     return True
 
@@ -261,189 +310,99 @@ def another_frame(stored: Iterable[np.ndarray], episode: Episode, request: Store
     return None
 
 
-def _take_over(path: Path, request: StoreRequest, episodes: dict[int, Episode]) -> None:
-    """Move the dataset's earlier store here, of several the one that holds most of the episodes.
-
-    It loses `meta.json` first, so that it is never taken for finished. Whoever reads it keeps its files.
-    """
-    from filelock import FileLock, Timeout
-
-    mine, found = request.choices(), []
-    for file in path.parent.glob(f"*/{META}"):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged
-            meta = read_json(file)
-            theirs = meta["choices"] | ({"episodes": None} if request.episodes is None else {})
-            if (meta["format"], meta["source"], theirs) == (FORMAT, request.info.source, mine):
-                shards = _finished_shards(file.parent, episodes)
-                found.append((sum(len(entry["episodes"]) for entry in shards), file))
-    count, file = max(found, default=(0, None))
-    if count in (0, len(episodes)):  # all of them in a dataset that is another: it has not grown, but changed
-        return
-    with suppress(Timeout, FileNotFoundError), FileLock(lock_file(file.parent), timeout=0):
-        file.unlink()  # not found: another process has taken it
-        shutil.rmtree(path, ignore_errors=True)
-        file.parent.rename(path)
-
-
 # What is missing
 
 
-def _plan(path: Path, episodes: list[Episode], request: StoreRequest, number: int) -> list[_Shard]:
-    """Consecutive whole episodes to shards of about SHARD_BYTES, numbered from `number` on."""
-    shards: list[_Shard] = []
-    most_rows = SHARD_BYTES // math.prod(request.row_shape)
-    for episode in episodes:
-        if not shards or shards[-1].rows + len(episode) > most_rows:
-            shards.append(_Shard(path / f"frames-{number + len(shards):05d}.bin.part"))
-        shards[-1].places.append((episode, shards[-1].rows))
-        shards[-1].rows += len(episode)
-    return shards
-
-
-class _Task(NamedTuple):
-    """One camera of one episode, whose frames go to the shard `part` from a row on."""
-
-    part: Path
-    episode: Episode
-    row: int
-    camera: int
-    request: StoreRequest
-
-
-def _decode(shards: list[_Shard], request: StoreRequest) -> tuple[list[Entry], list[str]]:
-    """Fill the shards and finish each one as its last episode arrives; also says what has failed."""
-    cameras, tasks = len(request.info.cameras), []
-    for shard in shards:
-        if request.storage == "raw":
-            with shard.part.open("wb") as file:
-                file.truncate(shard.rows * math.prod(request.row_shape))
-        else:
-            shard.encoded = [None] * (shard.rows * cameras)
-        tasks += [_Task(shard.part, e, row, c, request) for e, row in shard.places for c in range(cameras)]
-    by_part, left = {shard.part: shard for shard in shards}, Counter(task.part for task in tasks)
-    failed: dict[int, str] = {}
-    finished: list[Entry] = []
-    with closing(_run(tasks, request)) as results:
-        for task, fault, encoded in results:
-            shard, first = by_part[task.part], task.row * cameras + task.camera
-            shard.encoded[first : first + len(encoded) * cameras : cameras] = encoded
-            if fault:
-                failed.setdefault(task.episode.index, fault)
-                if not request.skip_bad:
-                    raise _refusal([fault])
-            left[task.part] -= 1
-            if left[task.part] == 0:
-                shard.places = [(e, row) for e, row in shard.places if e.index not in failed]
-                finished += _finish_shard(shard, request)
-    return finished, [failed[index] for index in sorted(failed)]
-
-
-def _finish_shard(shard: _Shard, request: StoreRequest) -> list[Entry]:
-    """Make a filled shard permanent; rows of failed episodes, which have no place, belong to nobody."""
-    part, file = shard.part, shard.part.with_suffix("")
-    if not shard.places:
-        part.unlink(missing_ok=True)
-        return []
-    if request.storage == "jpeg":
-        write_jpeg(shard.encoded, part)
-        shard.encoded = []
-    records = [
-        {"index": episode.index, "row": row, "length": len(episode), "digest": episode.digest()}
-        for episode, row in shard.places
-    ]
-    size = part.stat().st_size
-    entry = {"file": file.name, "bytes": size, "crc32": checksum(part), "episodes": records}
-    sync_one(part)
-    part.rename(file)
-    write_whole(file.with_suffix(".json"), json.dumps(entry).encode())
-    return [entry]
-
-
-def _finish(
-    path: Path, request: StoreRequest, episodes: dict[int, Episode], entries: list[Entry], bad: list[str]
-) -> None:
-    """Write the arrays, and with `meta.json` finish the store."""
-    from safetensors.numpy import save
-
-    entries = sorted(entries, key=lambda entry: entry["file"])
-    places = sorted(
-        (record["index"], shard, record["row"])
-        for shard, entry in enumerate(entries)
-        for record in entry["episodes"]
-    )
-    if not places:
-        raise _none_left(request.info.source, bad)
-    found = [episodes[index] for index, _, _ in places]
-    columns = zip(*places, strict=True)
-    names = ("episode_indices", "episode_shard", "episode_row")
-    arrays = {name: np.array(column, np.int64) for name, column in zip(names, columns, strict=True)}
-    arrays |= {
-        "state": np.concatenate([episode.state for episode in found]),
-        "action": np.concatenate([episode.action for episode in found]),
-        "timestamps": np.concatenate([episode.timestamps for episode in found]),
-        "episode_starts": np.cumsum([0, *map(len, found)], dtype=np.int64),
-    }
-    payload = save(arrays)
-    write_whole(path / ARRAYS, payload)
-    meta = {
-        "format": FORMAT,
-        **asdict(request.info),
-        "storage": request.storage,
-        "choices": request.choices(),
-        "skipped": bad,
-        "episode_tasks": [e.task for e in found],
-        "arrays": {"file": ARRAYS, "bytes": len(payload), "crc32": zlib.crc32(payload)},
-        "shards": entries,
-    }
-    write_whole(path / META, json.dumps(meta, indent=1).encode())
-
-
-# Frames
-
-
-def _read_frames(
-    part: Path, episode: Episode, row: int, camera: int, request: StoreRequest
-) -> tuple[str | None, list[bytes]]:
-    """What is wrong with the frames of a task, and the frames as JPEG; raw ones are written to `part`."""
-    name, steps = f"Episode {episode.index}", len(episode)
-    short, cameras = request.info.cameras[camera].short, len(request.info.cameras)
-    count, encoded = 0, []
-    try:
-        with part.open("r+b") if request.storage == "raw" else nullcontext() as file:
-            for frame in request.source.frames(episode, camera):
-                if count == steps:
-                    return f"{name} has more {short} frames than its {steps} steps", []
-                if file is None:
-                    encoded.append(encode_jpeg(frame))
-                else:
-                    file.seek(((row + count) * cameras + camera) * frame.nbytes)
-                    file.write(frame)
-                count += 1
-    except BadEpisode as error:
-        return str(error), []
-    return f"{name} has {count} {short} frames for its {steps} steps" if count < steps else None, encoded
-
-
-def _run(tasks: list[_Task], request: StoreRequest) -> Iterator[tuple[_Task, str | None, list[bytes]]]:
-    """Do the tasks, in this process or in several, under one progress bar."""
+def _decode(
+    path: Path, request: StoreRequest, missing: list[Episode], records: dict[int, Record]
+) -> list[str]:
+    """Decode episodes and record each of them; returns what is wrong with those that cannot be decoded."""
     from tqdm import tqdm
 
-    isolated, workers = request.source.isolated, request.workers
-    frames = sum(len(task.episode) for task in tasks)
+    tasks = [(episode, records[episode.index].row, path, request) for episode in missing]
+    isolated, workers, cameras = request.source.isolated, request.workers, len(request.info.cameras)
+    frames, failed = sum(map(len, missing)) * cameras, []
     if workers is None:  # isolated sources have started their processes already
         workers = cores() if isolated else min(cores(), frames // FRAMES_PER_WORKER)
     workers = max(1, min(workers, len(tasks)))
     if workers == 1 and not isolated:
         results = ((task, _read_frames(*task)) for task in tasks)
     else:
-        results = guarded_map(
-            _read_frames, tasks, workers, lambda task: SECONDS_PER_FRAME * len(task.episode)
-        )
+        seconds = SECONDS_PER_FRAME * cameras
+        results = guarded_map(_read_frames, tasks, workers, lambda task: seconds * len(task[0]))
     name = Path(request.info.source).name
     with tqdm(total=frames, unit="frame", desc=f"ingest {name}") as bar, closing(results):
-        for task, result in results:
-            if isinstance(result, Died):
-                short = request.info.cameras[task.camera].short
-                result = f"Episode {task.episode.index}, camera {short}: {result}", []
-            yield task, *result
-            bar.update(len(task.episode))
+        for (episode, *_), result in results:
+            if isinstance(result, list):
+                _keep(path, request, records[episode.index], result)
+            else:
+                fault = f"Episode {episode.index}: {result}" if isinstance(result, Died) else result
+                failed.append((episode.index, fault))
+                if not request.skip_bad:
+                    raise _refusal([fault])
+            bar.update(len(episode) * cameras)
+    return [fault for _, fault in sorted(failed)]
+
+
+def _read_frames(episode: Episode, row: int, path: Path, request: StoreRequest) -> list[list[bytes]] | str:
+    """Write an episode's frames to the store, or return them as JPEG by camera; or return what is wrong."""
+    cameras, raw = request.info.cameras, request.storage == "raw"
+    encoded: list[list[bytes]] = [[] for _ in cameras]
+    try:
+        with (path / FRAMES).open("r+b") as file:
+            for number, camera in enumerate(cameras):
+                count = 0
+                for frame in request.source.frames(episode, number):
+                    if count < len(episode) and raw:
+                        file.seek(((row + count) * len(cameras) + number) * frame.nbytes)
+                        file.write(frame)
+                    elif count < len(episode):
+                        encoded[number].append(encode_jpeg(frame))
+                    count += 1
+                if count != len(episode):
+                    frames = f"{count} {camera.short} frames for its {len(episode)} steps"
+                    return f"Episode {episode.index} has {frames}"
+    except BadEpisode as error:
+        return str(error)
+    return encoded
+
+
+def _keep(path: Path, request: StoreRequest, record: Record, views: list[list[bytes]]) -> None:
+    """Have an episode's frames on the disk, and only then its checksum in the records."""
+    if request.storage == "jpeg":
+        JpegRows.append(path / FRAMES, record.row, views)
+    for file in ROWS[request.storage].files(path / FRAMES):
+        sync_one(file)
+    crc32 = request.rows(path).checksum(record.row, record.length)
+    with (path / RECORDS).open("a") as file:
+        file.write(_lines([record._replace(crc32=crc32)]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _finish(path: Path, request: StoreRequest, usable: list[Episode], bad: list[str]) -> None:
+    """Write the arrays, and with `meta.json` finish the store."""
+    from safetensors.numpy import save
+
+    records = read_records(path)
+    found = [episode for episode in usable if records[episode.index].crc32 is not None]
+    if not found:
+        raise _none_left(request.info.source, bad)
+    places = zip(*((e.index, records[e.index].row, records[e.index].crc32) for e in found), strict=True)
+    arrays = {name: np.array(place, np.int64) for name, place in zip(OF_EPISODES, places, strict=True)}
+    arrays |= {name: np.concatenate([getattr(episode, name) for episode in found]) for name in OF_STEPS}
+    arrays["episode_starts"] = np.cumsum([0, *map(len, found)], dtype=np.int64)
+    payload = save(arrays)
+    write_whole(path / ARRAYS, payload)
+    files = [path / ARRAYS, *ROWS[request.storage].files(path / FRAMES)]
+    meta = {
+        "format": FORMAT,
+        **asdict(request.info),
+        "storage": request.storage,
+        "choices": request.choices(),
+        "skipped": bad,
+        "episode_tasks": [episode.task for episode in found],
+        "bytes": {file.name: file.stat().st_size for file in files},
+        "arrays_crc32": zlib.crc32(payload),
+    }
+    write_whole(path / META, json.dumps(meta, indent=1).encode())

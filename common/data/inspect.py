@@ -23,9 +23,11 @@ from pydantic import NonNegativeFloat
 
 from common.config import AbsolutePath, Flat, UserPath, cli, options
 from common.data import DataConfig, default_cache_dir, open_dataset, request_store, stores_folder
+from common.data.features import damaged_rows, forget
 from common.data.ingest import StoreRequest, another_frame, ensure_store, lock_file
+from common.data.motion import episode_of_steps, idle_dimensions, oddities
 from common.data.source import BadEpisode
-from common.data.store import ARRAYS, META, EpisodeStore, defect, wrong_size
+from common.data.store import ARRAYS, META, EpisodeStore, defect
 from common.errors import UserError
 from common.files import checksum, read_json
 
@@ -97,11 +99,11 @@ def describe(store: EpisodeStore) -> list[str]:
     lengths = np.diff(store.episode_starts)
     low, q25, median, q75, high = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1])
     shortest = [f"{store.episode_indices[e]} ({lengths[e]})" for e in np.argsort(lengths, kind="stable")[:5]]
-    gigabytes = sum(file.stat().st_size for file in store.shard_files) / 1e9
+    gigabytes = sum(file.stat().st_size for file in store.frame_files) / 1e9
     problems = [f"left out: {reason}" for reason in store.skipped]
     for camera, episodes in frozen_cameras(store).items():
         problems.append(f"camera {camera} does not change in episodes {_some(episodes)}")
-    problems += time_gaps(store)
+    problems += time_gaps(store) + oddities(store)
     return [
         f"{store.source}: {store.num_episodes} episodes, {store.num_steps} steps, "
         f"{store.num_steps / store.fps / 60:.1f} minutes at {store.fps:g} Hz",
@@ -111,14 +113,15 @@ def describe(store: EpisodeStore) -> list[str]:
         f"  shortest        episodes {', '.join(shortest)}",
         f"  cameras         {', '.join(store.cameras)} at {'x'.join(map(str, store.image_size))}",
         f"  store           {store.path} ({store.storage}, {gigabytes:.2f} GB)",
-        *dimension_table("state", store.state_names, store.state),
-        *dimension_table("action", store.action_names, store.action),
+        *dimension_table("state", store.state_names, store.state, episode_of_steps(store)),
+        *dimension_table("action", store.action_names, store.action, episode_of_steps(store)),
         *(f"  look at: {problem}" for problem in problems),
     ]
 
 
-def dimension_table(part: str, names: Sequence[str], values: np.ndarray) -> list[str]:
-    """Range of every dimension of `values`, (S, D), and whether it is constant or rests at an end of it."""
+def dimension_table(part: str, names: Sequence[str], values: np.ndarray, episodes: np.ndarray) -> list[str]:
+    """Range of every dimension of `values`, (S, D), and whether it is constant, idle, or rests at an end."""
+    idle = idle_dimensions(values, episodes)
     values, width = values.astype(np.float64), max(map(len, names))
     low, q01, q99, high = np.quantile(values, [0, 0.01, 0.99, 1], axis=0)
     columns = {"min": low, "q01": q01, "mean": values.mean(0), "q99": q99, "max": high}
@@ -129,7 +132,7 @@ def dimension_table(part: str, names: Sequence[str], values: np.ndarray) -> list
     for i, name in enumerate(names):
         numbers = " ".join(f"{column[i]:>10.4g}" for column in columns.values())
         notes = [f"rests at its {edge}" for edge, share in rests.items() if share[i] >= EDGE_SHARE]
-        notes = ["constant"] if constant[i] else notes
+        notes = ["constant"] if constant[i] else ["nothing but noise"] if idle[i] else notes
         lines.append(f"         {name:<{width}} {numbers}  {', '.join(notes)}".rstrip())
     return lines
 
@@ -175,48 +178,42 @@ def verify(config: Verify) -> None:
     if request is None:
         raise UserError(f"{config.name} has no store yet: it is made when the dataset is first used.")
     path = request.folder(root)
-    damaged = damaged_files(path)
+    damaged = "; ".join(damages(path))
     if damaged and not config.rebuild:
-        raise UserError(
-            f"{path} is damaged: {', '.join(f'{name} {fault}' for name, fault in damaged.items())}; "
-            f"give --rebuild to decode that part again."
-        )
+        raise UserError(f"{path} is damaged: {damaged}; give --rebuild to decode that part again.")
     if damaged:
-        for name in (*damaged, META):
-            (path / name).unlink(missing_ok=True)
-            (path / name).with_suffix(".json").unlink(missing_ok=True)
-        print(f"rebuilding {', '.join(damaged)}")
+        print(f"rebuilding: {damaged}")
+        for folder in path.glob("features-*"):
+            forget(folder, damaged_rows(folder))
+        (path / ARRAYS).unlink(missing_ok=True)  # then an ingest decodes whatever has another checksum
     store = ensure_store(root, request)
     try:
         steps = compare_with_source(store, request)
     except BadEpisode as error:
         raise UserError(f"{error}: the store was made when it could be; restore the dataset.") from None
     print(
-        f"{store.path} is whole: {len(store.shard_files)} files of frames have their checksum, and {steps} "
-        f"steps of {store.num_episodes} episodes equal {store.source}"
+        f"{store.path} is whole: its frames have their checksums, and {steps} steps of {store.num_episodes} "
+        f"episodes equal {store.source}"
     )
 
 
-def damaged_files(path: Path) -> dict[str, str]:
-    """Files of a store that are not what was written, and why."""
+def damages(path: Path) -> list[str]:
+    """What of a store is not what was written, in clauses."""
     from tqdm import tqdm
 
-    try:
-        meta = read_json(path / META)
-        entries = [*meta["shards"], meta["arrays"]]
-        for note in sorted(path.glob("features-*/frames-*.json")):
-            name = f"{note.parent.name}/{note.stem}.bin"
-            entries.append({**read_json(note), "file": name})
-    except (OSError, ValueError, KeyError, TypeError):
-        return {META: defect(path) or "is damaged"}
-    damaged = {}
-    for entry in tqdm(entries, unit="file", desc="checksums"):
-        fault = wrong_size(path, entry)
-        if not fault and checksum(path / entry["file"]) != entry["crc32"]:
-            fault = "has another checksum than was written"
-        if fault:
-            damaged[entry["file"]] = fault
-    return damaged
+    if problem := defect(path):
+        return [problem]
+    if checksum(path / ARRAYS) != read_json(path / META)["arrays_crc32"]:
+        return [f"{ARRAYS} has another checksum than was written"]
+    store, found = EpisodeStore.open(path), []
+    rows, lengths = store.episode_rows.tolist(), np.diff(store.episode_starts).tolist()
+    for e in tqdm(range(store.num_episodes), unit="episode", desc="checksums"):
+        if store.frames[0].checksum(rows[e], lengths[e]) != store.episode_checksums[e]:
+            found.append(f"episode {store.episode_indices[e]} has another checksum than was written")
+    for folder in sorted(path.glob("features-*")):
+        if count := len(damaged_rows(folder)):
+            found.append(f"{count} rows of {folder.name} have another checksum than was written")
+    return found
 
 
 def compare_with_source(store: EpisodeStore, request: StoreRequest) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -11,7 +12,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from common.console import say
-from common.data.cameras import closest, named_cameras, select_cameras, target_size
+from common.data.cameras import (
+    closest,
+    distinct,
+    last_part,
+    named_cameras,
+    select_cameras,
+    short_name,
+    target_size,
+)
 from common.data.frames import CHANNELS
 from common.data.source import Camera, Info
 from common.errors import UserError
@@ -20,6 +29,16 @@ if TYPE_CHECKING:
     from common.data import DataConfig
 
 READ_BYTES = 2**24  # images are read in blocks of about this size
+GROUPS = re.compile(r"^(observations?|obs|actions?)[/.]")  # what a dimension's name does not repeat
+
+FUTURE, OUTCOME, NO_COLOUR = "the future", "no observation", "no 8-bit colour image"
+ROLES = {  # what a part of a key must be for its array to be left out by default
+    FUTURE: r"(next|future|goal|subgoal)s?(_.*)?|.*_next",
+    OUTCOME: r"(rewards?|dones?|terminals?|terminat(ed|ions?)|truncat(ed|ions?)|timeouts?|success|fail|"
+    r"discounts?|is_(first|last|terminal)|infos?|(env|sim)_states?|datagen_info|sensor_param)",
+    NO_COLOUR: r".*(depth|dispari|segm|infra).*|(.*_)?(seg|mask|normal|semantic|instance|ir|flow)s?\d*(_.*)?",
+    "times": r".*timestamps?",
+}
 
 
 class Array(NamedTuple):
@@ -42,13 +61,59 @@ class Array(NamedTuple):
         """Numbers a step."""
         return math.prod(self.shape[1:])
 
+    @property
+    def channels(self) -> int:
+        """Colours of an image; one that is encoded is known to have three."""
+        if self.kind == "encoded" or len(self.shape) != 4:
+            return 3
+        return self.shape[3] if self.shape[3] in CHANNELS else self.shape[1]
 
-def describe(shape: Sequence[int], dtype: np.dtype) -> Array:
-    """An array of that shape: pixels if it is uint8 (L, H, W, C) or (L, C, H, W), numbers if it can be."""
+
+def describe(shape: Sequence[int], dtype: np.dtype, first: Callable[[], np.ndarray] | None = None) -> Array:
+    """An array of that shape and its `first` row: pixels if its rows are (H, W, C) or (C, H, W) of 8 bits.
+
+    Wider numbers are pixels, too, if those of the first row are whole ones from 0 to 255.
+    """
     shape = tuple(shape)
-    if len(shape) == 4 and dtype == np.uint8 and {shape[1], shape[3]} & set(CHANNELS) and 0 not in shape[1:]:
-        return Array("pixels", shape, str(dtype), shape[1:3] if shape[3] in CHANNELS else shape[2:])
-    return Array("numbers" if dtype.kind in "fiub" and 1 <= len(shape) <= 4 else "other", shape, str(dtype))
+    array = Array("numbers" if dtype.kind in "fiub" and 1 <= len(shape) <= 4 else "other", shape, str(dtype))
+    if len(shape) != 4 or 0 in shape[1:] or array.kind == "other":
+        return array
+    if (shape[1] in CHANNELS) == (shape[3] in CHANNELS):  # neither, or one cannot tell which
+        return array
+    if dtype != np.uint8:
+        try:
+            if exact_pixels(first()).max() == 0:  # what is black tells nothing
+                return array
+        except Exception:  # no image, or a damaged one, for which each library has errors of its own
+            return array
+    return array._replace(kind="pixels", size=shape[1:3] if shape[3] in CHANNELS else shape[2:])
+
+
+def exact_pixels(row: np.ndarray) -> np.ndarray:
+    """An image (H, W, C) or (C, H, W) as uint8 (H, W, 3), without a fourth channel.
+
+    Raises:
+        ValueError: if its numbers are not those of 8 bits.
+    """
+    pixels = row
+    if row.dtype != np.uint8:
+        with np.errstate(invalid="ignore"):
+            pixels = row.astype(np.uint8)
+        if not np.array_equal(pixels, row) or row.max() == 1:  # 1 may be white
+            raise ValueError(f"its pixels, {row.dtype}, are no whole numbers from 0 to 255")
+    if pixels.shape[2] not in CHANNELS:
+        pixels = pixels.transpose(1, 2, 0)
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[:, :, :3]
+
+
+def role(key: str) -> str | None:
+    """Why an array of that name is not taken by itself, if there is a reason."""
+    if re.match(r"states(/|$)", key):  # of the simulator, in robomimic's files
+        return OUTCOME
+    for reason, pattern in ROLES.items():
+        if any(re.fullmatch(pattern, part.lower()) for part in re.split(r"[/.]", key)):
+            return reason
+    return None
 
 
 def listing(arrays: Mapping[str, Array]) -> str:
@@ -78,6 +143,7 @@ class Layout:
         keys, names: of `state` and `action`, the arrays, one after the other, and the dimensions' names.
         arrays: those that are used, as an episode should have them.
         size: (H, W) of the frames.
+        unused: lines about the arrays that are not used, and why.
     """
 
     name: str
@@ -87,6 +153,7 @@ class Layout:
     cameras: tuple[Camera, ...]
     size: tuple[int, int]
     color_order: str
+    unused: tuple[str, ...] = ()
 
     def info(self, source: str, fingerprint: str, fps: float, **choices: Any) -> Info:
         """What the dataset is."""
@@ -106,7 +173,7 @@ class Layout:
         return state, action
 
     def say(self, head: str) -> None:
-        """Print which dimension is which array."""
+        """Print which dimension is which array, and what is not used."""
         say(head)
         for part, keys in self.keys.items():
             edges = accumulate((self.arrays[key].width for key in keys), initial=0)
@@ -114,8 +181,10 @@ class Layout:
                 say(f"  {part}[{first}:{last}]".ljust(18) + key)
         for key, short, (height, width) in self.cameras:
             array = self.arrays[key]
-            kind = "JPEG or PNG" if array.kind == "encoded" else array.dtype
-            say(f"  {short}".ljust(18) + f"{key}, {height}x{width}, {kind}")
+            kind = array.dtype + ", its fourth channel not used" * (array.channels == 4)
+            say(f"  {short} ".ljust(18) + f"{key}, {height}x{width}, {kind}")
+        for line in self.unused:
+            say("  not used".ljust(18) + line)
 
 
 def choose_layout(
@@ -133,41 +202,115 @@ def choose_layout(
         names_of: gives the names of an array's dimensions from its key and width.
     """
     there = f"{place} has {listing(arrays)}."
+    defaults = {"state": known and known.state_keys, "action": known and known.action_keys}
     keys: dict[str, tuple[str, ...]] = {}
-    for part, default in (
-        ("state", known and known.state_keys),
-        ("action", known and known.action_keys),
-        ("camera", [key for key, array in arrays.items() if array.is_image]),
-    ):
-        flag, is_image = f"--{part}-keys", part == "camera"
-        keys[part] = tuple(key.strip("/") for key in getattr(config, f"{part}_keys") or default or ())
-        if not keys[part] and is_image:
-            raise UserError(f"{source} has no colour camera, and a policy here needs one: {there}")
-        if not keys[part]:
-            unknown = f"The layout of {source} is not one of those known"
-            raise UserError(f"{unknown}: say with {flag} which arrays to use; {there}")
-        for key in keys[part]:
-            if key not in arrays:
-                raise UserError(f"{source} has no {flag} {key}{closest(key, arrays)}: {there}")
-            if arrays[key].is_image != is_image or arrays[key].kind == "other":
-                what = "images" if is_image else "numbers"
-                raise UserError(f"{flag} {key} holds no {what}: {there}")
-    cameras = named_cameras({key: arrays[key].size for key in keys.pop("camera")})
-    cameras = select_cameras(cameras, config.cameras, source)
-    names: dict[str, list[str]] = {"state": [], "action": []}
-    for part, found in names.items():
-        for key in keys[part]:
-            own = names_of(key, arrays[key].width)
-            found += [f"{key}.{name}" if name in found else name for name in own]
+    for part, default in defaults.items():
+        keys[part] = tuple(key.strip("/") for key in getattr(config, f"{part}_keys")) or tuple(default or ())
+        _check_keys(part, keys[part], arrays, source, there)
+    beside = (*keys["state"], *(defaults["state"] or ()))
+    cameras = choose_cameras(arrays, beside, config, source, there)
+    chosen = (*keys["state"], *keys["action"], *(camera.key for camera in cameras))
     return Layout(
         name=known.name if known else "given",
         keys=keys,
-        names={part: tuple(found) for part, found in names.items()},
-        arrays={key: arrays[key] for key in (*keys["state"], *keys["action"], *(c.key for c in cameras))},
+        names={part: dimension_names(keys[part], arrays, names_of) for part in keys},
+        arrays={key: arrays[key] for key in chosen},
         cameras=cameras,
         size=target_size(cameras, config.image_size),
         color_order=config.color_order,
+        unused=tuple(not_used(arrays, chosen, keys["action"])),
     )
+
+
+def choose_cameras(
+    arrays: Mapping[str, Array], state_keys: Sequence[str], config: DataConfig, source: str, there: str
+) -> tuple[Camera, ...]:
+    """The cameras to use: by default the colour images beside the state, if it is below obs/ or the like."""
+    images = {key: array for key, array in arrays.items() if array.is_image}
+    plain = [key for key, array in images.items() if not role(key) and array.channels > 1]
+    groups = [group[0] for key in state_keys if (group := re.match(r"(observations?|obs)/", key))]
+    plain = [key for key in plain if not groups or key.startswith(tuple(groups))]
+    given = [key.strip("/") for key in config.camera_keys]
+    keys = given or plain or (list(images) if config.cameras else [])
+    _check_keys("camera", keys, arrays, source, there)
+    for name in config.cameras:
+        called = [key for key in arrays if name.strip("/") in (key, last_part(key), short_name(key))]
+        if called and not any(key in images for key in called):
+            what = f"{called[0]}, which is {NO_COLOUR} but {arrays[called[0]].dtype}"
+            raise UserError(f"--cameras {name} names {what}: choose other cameras of {source}.")
+
+    def named(keys: Sequence[str], earlier: Sequence[Camera] = ()) -> list[Camera]:
+        sizes = {key: arrays[key].size for key in keys}
+        return named_cameras(sizes, [key for key in keys if not role(key)], earlier)
+
+    cameras = named(keys)
+    others = [] if given else named([key for key in images if key not in keys], cameras)
+    return select_cameras(cameras, config.cameras, source, others)
+
+
+def _check_keys(part: str, keys: Sequence[str], arrays: Mapping[str, Array], source: str, there: str) -> None:
+    """Refuse keys of the state, the action or the cameras that are not there or hold something else."""
+    flag = f"--{part}-keys"
+    if not keys and part == "camera":
+        rest = [key for key, array in arrays.items() if array.is_image and not role(key)]
+        way = f" (--cameras {' '.join(rest)} takes what is there)" if rest else ""
+        raise UserError(f"{source} has no colour camera, and a policy here needs one{way}: {there}")
+    if not keys:
+        unknown = f"The layout of {source} is not one of those known"
+        raise UserError(f"{unknown}: say with {flag} which arrays to use; {there}")
+    for key in keys:
+        if key not in arrays:
+            raise UserError(f"{source} has no {flag} {key}{closest(key, arrays)}: {there}")
+        array = arrays[key]
+        if array.is_image != (part == "camera") or array.kind == "other":
+            what = "images of 8 bits a colour" if part == "camera" else "numbers"
+            raise UserError(f"{flag} {key} holds no {what}: {there}")
+        if array.width == 0 and not array.is_image:
+            raise UserError(f"{flag} {key} has no numbers in a step: {there}")
+    if len(set(keys)) < len(keys):
+        raise UserError(f"{flag} {' '.join(keys)} names an array twice.")
+
+
+def dimension_names(
+    keys: Sequence[str], arrays: Mapping[str, Array], names_of: Callable[[str, int], Sequence[str]]
+) -> tuple[str, ...]:
+    """The names of the dimensions of these arrays, and no name twice."""
+    candidates = []
+    for key in keys:
+        for i, name in enumerate(names_of(key, arrays[key].width)):
+            candidates.append([name, f"{GROUPS.sub('', key)}.{name}", f"{key}.{name}", f"{key}[{i}]"])
+    return tuple(distinct(candidates))
+
+
+def not_used(arrays: Mapping[str, Array], used: Sequence[str], action: Sequence[str]) -> Iterator[str]:
+    """Lines about the arrays that are not `used`, by the reason why."""
+    reasons: dict[str, dict[str, None]] = {}
+    for key in [key for key in arrays if key not in used]:
+        array, reason, name = arrays[key], role(key), f"{key} ({arrays[key].width})"
+        if reason:  # a group is named once, not each array in it
+            parts = re.split(r"([/.])", key)
+            last = next(i for i in range(0, len(parts), 2) if role(parts[i]) == reason)
+            name = "".join(parts[: last + 2]) + "*" * (last + 1 < len(parts))
+        elif array.is_image and array.channels > 1:
+            reason, name = "cameras that are not chosen, or outside the observations", key
+        elif array.size or _is_picture(array):
+            reason, name = NO_COLOUR, f"{key} ({'grey' if array.is_image else array.dtype})"
+        elif array.kind == "other":
+            reason, name = "neither numbers nor images of a known kind", f"{key} ({array.dtype})"
+        elif abs(array.shape[0] - arrays[action[0]].shape[0]) > 1:
+            reason = "not one row a step"
+        elif re.search(r"(^|[/._])actions?($|[/._])", key):
+            reason = "take it with --action-keys"
+        else:
+            reason = "take it with --state-keys"
+        reasons.setdefault(reason, {})[name] = None
+    for reason, names in reasons.items():
+        yield f"{', '.join(names)}: {reason}"
+
+
+def _is_picture(array: Array) -> bool:
+    """Whether numbers are probably those of pictures, which cannot be cameras."""
+    return len(array.shape) > 2 and (array.dtype == "uint8" or sorted(array.shape[1:])[-2] >= 8)
 
 
 def rows_of(array: Any, first: int, last: int) -> Iterator[Any]:

@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -106,7 +106,10 @@ class LeRobotSource:
         for key, array in self.colorless.items():
             if {key, short_name(key)} & set(self.config.cameras):
                 raise UserError(f"{self.name}: {key} is {array.dtype}: choose other cameras with --cameras.")
-        return choose_layout(self.arrays, KNOWN, self.config, self.name, "meta/info.json", names_of)
+        layout = choose_layout(self.arrays, KNOWN, self.config, self.name, "meta/info.json", names_of)
+        unused = [line for line in layout.unused if line.partition(":")[0] not in self.colorless]
+        unused += [f"{key}: {array.dtype}" for key, array in self.colorless.items()]
+        return replace(layout, unused=tuple(unused))
 
     @cached_property
     def arrays(self) -> dict[str, Array]:
@@ -152,8 +155,6 @@ class LeRobotSource:
             raise UserError(f"{self.name} was recorded at {fps:g} Hz: leave out --fps {self.config.fps:g}.")
         task, rows = choose_task(self.rows, self.config.task, self.name)
         layout.say(f"{self.name}: LeRobot, {len(rows)} episodes, {fps:g} Hz")
-        for key, array in self.colorless.items():
-            say("  left out".ljust(18) + f"{key}, {array.dtype}")
         if self.meta.total_episodes not in (None, 0, len(self.rows)):
             say(f"  info.json counts {self.meta.total_episodes} episodes, meta/episodes {len(self.rows)}")
         files = {place.file for row in rows for key, place in row.videos.items() if key in layout.arrays}

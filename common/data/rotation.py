@@ -1,13 +1,12 @@
 """Rotations inside state and action, re-expressed so that a network meets no jumps.
 
 Quaternions q and -q are the same rotation; axis-angle and Euler angles jump by a turn. The first two columns
-of the rotation matrix are continuous (Zhou et al. 2019, "On the Continuity of Rotation Representations in
-Neural Networks"); Gram-Schmidt brings any six numbers back.
+of the rotation matrix are continuous; Gram-Schmidt brings any six numbers back (Zhou et al. 2019).
 """
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -56,8 +55,7 @@ class Rotations:
         """Names of the re-expressed dimensions."""
         names = list(self.recorded)
         for start in reversed(self.starts):
-            six = [f"{self.recorded[start]}:r{i}" for i in range(TARGET_DIM)]
-            names[start : start + SOURCES[self.kind]] = six
+            names[start : start + SOURCES[self.kind]] = [f"{names[start]}:r{i}" for i in range(TARGET_DIM)]
         return tuple(names)
 
     def zeros(self, values: np.ndarray) -> np.ndarray:
@@ -67,23 +65,26 @@ class Rotations:
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Recorded vectors (..., D) to re-expressed ones (..., D'), float32."""
-        parts, index = [], 0
-        for start in self.starts:
-            end = start + SOURCES[self.kind]
-            matrix = to_matrix(values[..., start:end].astype(np.float64), self.kind)
-            parts += [values[..., index:start], matrix[..., 0], matrix[..., 1]]
-            index = end
-        return np.concatenate([*parts, values[..., index:]], -1).astype(np.float32)
+
+        def two_columns(numbers: np.ndarray) -> np.ndarray:
+            return to_matrix(numbers, self.kind)[..., :2].mT.reshape(*numbers.shape[:-1], TARGET_DIM)
+
+        return _replaced(values, self.starts, SOURCES[self.kind], two_columns)
 
     def decode(self, values: np.ndarray) -> np.ndarray:
         """Re-expressed vectors (..., D') back to recorded ones (..., D), float32."""
-        parts, index = [], 0
-        for number, start in enumerate(self.starts):
-            here = start + (TARGET_DIM - SOURCES[self.kind]) * number
-            six = values[..., here : here + TARGET_DIM].astype(np.float64)
-            parts += [values[..., index:here], from_matrix(gram_schmidt(six), self.kind)]
-            index = here + TARGET_DIM
-        return np.concatenate([*parts, values[..., index:]], -1).astype(np.float32)
+        longer = TARGET_DIM - SOURCES[self.kind]
+        starts = [start + longer * number for number, start in enumerate(self.starts)]
+        return _replaced(values, starts, TARGET_DIM, lambda six: from_matrix(gram_schmidt(six), self.kind))
+
+
+def _replaced(values: np.ndarray, starts: Sequence[int], size: int, convert: Callable) -> np.ndarray:
+    """Vectors (..., D), float32, with the `size` numbers at each start converted."""
+    parts, done = [], 0
+    for start in starts:
+        parts += [values[..., done:start], convert(values[..., start : start + size].astype(np.float64))]
+        done = start + size
+    return np.concatenate([*parts, values[..., done:]], -1).astype(np.float32)
 
 
 def parse(option: str) -> tuple[str | None, str]:
@@ -133,7 +134,7 @@ def from_matrix(matrix: np.ndarray, kind: str) -> np.ndarray:
 def gram_schmidt(six: np.ndarray) -> np.ndarray:
     """The rotation (..., 3, 3) whose first two columns are nearest, in turn, to (..., 6) numbers.
 
-    Columns that are zero or parallel, from which none follows, are replaced.
+    Columns that are zero or parallel are replaced.
     """
 
     def unit(vector: np.ndarray, otherwise: np.ndarray) -> np.ndarray:

@@ -73,15 +73,10 @@ class _Recycler:
 class ChunkDataset(Dataset):
     """Every step of some episodes, as the start of an action chunk.
 
-    The chunk of step i is the actions i + offset to i + offset + T - 1; past the episode's end the last
-    action is repeated and marked in `is_pad`. History before the episode's start repeats its first state.
-    A step whose chunk would lie wholly past the end is no sample.
-
-    Args:
-        episodes: numbers of the episodes to draw from, counted in the store.
-        horizon: T, actions in a chunk.
-        proprio_history: K, states in a sample.
-        action_offset: control steps from an observation to the first action of its chunk.
+    The chunk of step i is the `horizon` actions from i + `action_offset` on; past the episode's end the last
+    action is repeated and marked in `is_pad`. The `proprio_history` states end with that of step i; before
+    the episode's start the first one is repeated. A step whose chunk lies wholly past the end is no sample.
+    `episodes` are counted in the store.
     """
 
     def __init__(

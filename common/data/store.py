@@ -2,25 +2,23 @@
 
 A store is a folder:
 
-    frames-00000.bin, ...   frames of whole episodes, about 1 GiB of pixels a file, see common/data/shards.py
-    frames-00000.json, ...  which episodes such a file holds, and where, and its checksum
+    frames.bin              frames of all episodes, raw or as JPEG, see common/data/rows.py
+    episodes.jsonl          where each episode's frames lie, and their checksum, see common/data/ingest.py
     arrays.safetensors      state, action, timestamps, and the place of every episode
     features-*/             features of frozen networks, see common/data/features.py
     meta.json               source, fingerprint, cameras, names, tasks; written last: then it is finished
 
-Reading copies out of memory-mapped files, or decodes JPEG. `python -m common.data.store` inspects, verifies
-and deletes stores.
+`python -m common.data.store` inspects, verifies and deletes stores.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,23 +27,23 @@ import torch
 from torch import Tensor
 
 from common.data.rotation import Rotations, parse
-from common.data.shards import SHARDS, RawShard, Storage
+from common.data.rows import ROWS, RawRows, Storage
 from common.errors import UserError
 from common.files import read_json
 
 # The package imports this module before `python -m common.data.store` runs it, which Python would remark on.
 warnings.filterwarnings("ignore", "'common.data.store' found in sys.modules")
 
-FORMAT = 3
-META, ARRAYS = "meta.json", "arrays.safetensors"
-MEMORY_SPEED = 2e9  # bytes a second: slower gathers have waited for a disk
-FETCH_AHEAD = 50  # so many gathers after one that has waited ask for their rows before they copy
+FORMAT = 4
+META, ARRAYS, FRAMES = "meta.json", "arrays.safetensors", "frames.bin"
+OF_STEPS = ("state", "action", "timestamps")
+OF_EPISODES = ("episode_indices", "episode_rows", "episode_checksums")
 
 
 class Extra(NamedTuple):
-    """What a cache keeps for every step beside the frames, float16: one file for each of `shard_files`.
+    """What a cache keeps for every step beside the frames, float16: rows in a file for each of `frame_files`.
 
-    Files of episodes that are not chosen need not exist. `shape` is that of one step's values.
+    `shape` is that of one step's values. Rows of episodes that are not chosen need not be filled.
     """
 
     files: tuple[Path, ...]
@@ -66,7 +64,9 @@ class EpisodeStore:
         timestamps: (S,) float64, seconds since the episode began.
         episode_starts: (E + 1,) int64; episode e is the steps episode_starts[e] to episode_starts[e + 1].
         episode_indices: (E,) int64, the episodes' numbers in their source.
-        episode_shard, episode_row: (E,) int64, the file in `shard_files` and the first row there.
+        episode_rows, episode_checksums: (E,) int64, the first row in the dataset's file of frames, and the
+            CRC-32 of all the episode's rows there.
+        frame_files: one for each dataset.
         part_episodes, part_weights: of each dataset, how many episodes it has, and how often its samples are
             drawn, relative to the others; None: as often as they are there.
         state_rotations, action_rotations: what `re_express` has changed in the recorded vectors.
@@ -91,9 +91,9 @@ class EpisodeStore:
     episode_starts: np.ndarray
     episode_indices: np.ndarray
     episode_tasks: tuple[str | None, ...]
-    episode_shard: np.ndarray
-    episode_row: np.ndarray
-    shard_files: tuple[Path, ...]
+    episode_rows: np.ndarray
+    episode_checksums: np.ndarray
+    frame_files: tuple[Path, ...]
     part_episodes: tuple[int, ...]
     part_weights: tuple[float, ...] | None = None
     state_rotations: Rotations | None = None
@@ -101,17 +101,17 @@ class EpisodeStore:
     extras: dict[str, Extra] = field(default_factory=dict)
 
     def __post_init__(self):
-        used = np.unique(self.episode_shard).tolist()
-        frames = {n: SHARDS[self.storage](self.shard_files[n], self.row_shape) for n in used}
+        shifts = np.repeat(self.episode_rows - self.episode_starts[:-1], np.diff(self.episode_starts))
+        places = np.arange(self.num_steps) + shifts  # (S,), row of each step in its dataset's file
+        frames = [ROWS[self.storage](file, self.row_shape) for file in self.frame_files]
         extras = {
-            name: {n: RawShard(extra.files[n], extra.shape, np.float16) for n in used}
+            name: [RawRows(file, extra.shape, np.float16) for file in extra.files]
             for name, extra in self.extras.items()
         }
-        # _ahead: gathers that shall ask for their rows first
-        self.__dict__.update(_frame_shards=frames, _extra_shards=extras, _ahead=0)
+        self.__dict__.update(places=places, frames=frames, _extras=extras)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_frame_shards", "_extra_shards")}
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -126,7 +126,7 @@ class EpisodeStore:
         problem = defect(path)
         if problem is None:
             meta, payload = read_json(path / META), (path / ARRAYS).read_bytes()
-            if zlib.crc32(payload) != meta["arrays"]["crc32"]:
+            if zlib.crc32(payload) != meta["arrays_crc32"]:
                 problem = f"{ARRAYS} is not what was written"
         if problem:
             raise UserError(f"The episode store {path} cannot be read ({problem}): delete it to rebuild it.")
@@ -140,23 +140,30 @@ class EpisodeStore:
             **{name: meta[name] for name in ("source", "fingerprint", "fps", "storage")},
             **{name: tuple(meta[name]) for name in names},
             **arrays,
-            shard_files=tuple(path / shard["file"] for shard in meta["shards"]),
+            frame_files=(path / FRAMES,),
             part_episodes=(len(arrays["episode_indices"]),),
         )
 
     def select(self, episodes: Sequence[int]) -> EpisodeStore:
-        """The store with these of its episodes only, numbered as in the source."""
+        """The store of one dataset with these of its episodes only, numbered as in the source."""
         kept = np.flatnonzero(np.isin(self.episode_indices, np.asarray(episodes, np.int64)))
-        starts, lengths = self.episode_starts[kept], np.diff(self.episode_starts)[kept]
-        rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
-        names = ("episode_indices", "episode_shard", "episode_row")
-        chosen = json.dumps([self.fingerprint, self.episode_indices[kept].tolist()])
+        return self.cut(kept, self.episode_starts[kept], self.episode_starts[kept + 1])
+
+    def cut(self, kept: np.ndarray, first: np.ndarray, last: np.ndarray) -> EpisodeStore:
+        """The store with the episodes `kept` only, and of each the steps from `first` on, before `last`."""
+        spans = [np.arange(*span) for span in zip(first, last, strict=True)]
+        steps = np.concatenate([np.empty(0, np.int64), *spans])
+        skipped = first - self.episode_starts[kept]  # steps of each episode
+        chosen = [self.fingerprint, self.episode_indices[kept].tolist()]
+        if skipped.any() or (last != self.episode_starts[kept + 1]).any():
+            chosen += [skipped.tolist(), (last - first).tolist()]
         return replace(
             self,
-            fingerprint=hashlib.sha256(chosen.encode()).hexdigest(),
-            **{name: getattr(self, name)[rows] for name in ("state", "action", "timestamps")},
-            **{name: getattr(self, name)[kept] for name in names},
-            episode_starts=np.cumsum([0, *lengths], dtype=np.int64),
+            fingerprint=hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
+            **{name: getattr(self, name)[steps] for name in OF_STEPS},
+            **{name: getattr(self, name)[kept] for name in OF_EPISODES if name != "episode_rows"},
+            episode_rows=self.episode_rows[kept] + skipped,
+            episode_starts=np.cumsum([0, *(last - first)], dtype=np.int64),
             episode_tasks=tuple(self.episode_tasks[e] for e in kept),
             part_episodes=(len(kept),),
         )
@@ -182,12 +189,9 @@ class EpisodeStore:
                         f"{first.source} and {other.source} have different {what}, {show(mine)} and "
                         f"{show(its)}: one run learns from datasets that agree in them."
                     )
-        names = ("state", "action", "timestamps", "episode_indices", "episode_row")
-        arrays = {name: np.concatenate([getattr(store, name) for store in stores]) for name in names}
-        names = ("episode_tasks", "shard_files", "skipped")
+        arrays = {n: np.concatenate([getattr(s, n) for s in stores]) for n in (*OF_STEPS, *OF_EPISODES)}
+        names = ("episode_tasks", "frame_files", "part_episodes", "skipped")
         tuples = {name: tuple(x for store in stores for x in getattr(store, name)) for name in names}
-        shards = np.cumsum([0, *(len(store.shard_files) for store in stores)])
-        shard = [store.episode_shard + n for store, n in zip(stores, shards, strict=False)]
         lengths = np.concatenate([np.diff(store.episode_starts) for store in stores])
         parts = json.dumps([store.fingerprint for store in stores])
         return replace(
@@ -197,9 +201,7 @@ class EpisodeStore:
             **arrays,
             **tuples,
             episode_starts=np.cumsum([0, *lengths], dtype=np.int64),
-            episode_shard=np.concatenate(shard),
             extras={},
-            part_episodes=tuple(store.num_episodes for store in stores),
             part_weights=None if weights is None else tuple(weights),
         )
 
@@ -259,39 +261,28 @@ class EpisodeStore:
     def images(self, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
         """Frames of all cameras at the steps `rows`, (B,) int64: (B, N, 3, H, W) uint8.
 
-        One thread copies: on a busy machine several threads wait for each other and are far slower. A gather
-        that had to wait for the disk makes the next ones ask for all their rows before they copy, which reads
-        many times faster than meeting missing pages one by one; where nothing is missing, asking would only
-        cost time. `out` is a tensor to fill, instead of a new one.
+        `out` is a tensor to fill, instead of a new one.
         """
         if out is None:
             out = torch.empty(len(rows), *self.row_shape, dtype=torch.uint8)
-        return self._gather(self._frame_shards, rows, out)
+        return self._gather(self.frames, rows, out)
 
     def extra(self, name: str, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
         """What the cache `name` has for the steps `rows`: (B, *shape) float16; `out` as for `images`."""
         if out is None:
             out = torch.empty(len(rows), *self.extras[name].shape, dtype=torch.float16)
-        return self._gather(self._extra_shards[name], rows, out)
+        return self._gather(self._extras[name], rows, out)
 
-    def _gather(self, shards: dict[int, Any], rows: np.ndarray, out: Tensor) -> Tensor:
-        """Copy the steps `rows` out of files by number."""
-        if len(rows) == 0:
-            return out
-        began = time.perf_counter()
-        episodes = self.episode_of(rows)
-        places = rows - self.episode_starts[episodes] + self.episode_row[episodes]
-        numbers = self.episode_shard[episodes]
-        order = np.lexsort((places, numbers)) if len(shards) > 1 else np.arange(len(rows))  # disk order
-        edges = np.flatnonzero(np.diff(numbers[order], prepend=-1)).tolist()
-        parts = [order[first:last] for first, last in zip(edges, [*edges[1:], len(order)], strict=True)]
-        if self._ahead:
-            for slots in parts:
-                shards[numbers[slots[0]]].fetch(places[slots])
-        for slots in parts:
-            shards[numbers[slots[0]]].read(places[slots], out.numpy(), slots)
-        waited = out.nbytes / (time.perf_counter() - began) < MEMORY_SPEED
-        self.__dict__["_ahead"] = FETCH_AHEAD if waited else max(self._ahead - 1, 0)
+    def part_of(self, rows: np.ndarray) -> np.ndarray:
+        """The dataset of each step: int64 of the same shape."""
+        return np.searchsorted(self.episode_starts[np.cumsum(self.part_episodes)], rows, side="right")
+
+    def _gather(self, files: Sequence[RawRows], rows: np.ndarray, out: Tensor) -> Tensor:
+        """Copy the steps `rows` out of the files of the datasets."""
+        places, parts = self.places[rows], self.part_of(rows)
+        for part in np.unique(parts).tolist():
+            slots = np.flatnonzero(parts == part)
+            files[part].read(places[slots], out.numpy(), slots)
         return out
 
 
@@ -306,21 +297,16 @@ def defect(path: Path) -> str | None:
         meta = read_json(path / META)
         if meta["format"] != FORMAT:
             return f"it has format {meta['format']}, this program reads {FORMAT}"
-        faults = ((entry["file"], wrong_size(path, entry)) for entry in [*meta["shards"], meta["arrays"]])
-        return next((f"{name} {fault}" for name, fault in faults if fault), None)
+        for name, size in meta["bytes"].items():
+            if not (path / name).exists():
+                return f"{name} is missing"
+            if (path / name).stat().st_size != size:
+                return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
     except FileNotFoundError:
         return f"{META} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{META} is damaged: {type(error).__name__}"
-
-
-def wrong_size(path: Path, entry: dict[str, Any]) -> str | None:
-    """What is wrong with a file of the store `path`, apart from its content, as a clause without its name."""
-    try:
-        size = (path / entry["file"]).stat().st_size
-    except FileNotFoundError:
-        return "is missing"
-    return f"has {size} bytes instead of {entry['bytes']}" if size != entry["bytes"] else None
+    return None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import TimeoutError, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +67,11 @@ def guarded_map(
                 task, limit = pending.pop(future)
                 try:
                     result = future.result()
+                except BrokenProcessPool as error:
+                    raise UserError(
+                        "The processes that read the dataset die at once, most often for want of memory: "
+                        "start again with fewer --ingest-workers, what is finished is kept."
+                    ) from error
                 except TimeoutError:
                     result = Died(f"reading did not end within {limit:.0f} s")
                 except ProcessExpired as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -23,18 +24,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from common.data.frames import as_rgb, pixel_frame
-from common.data.layout import Known, Layout, choose_layout, describe, rows_of
+from common.data.layout import Known, Layout, choose_layout, describe, exact_pixels, rows_of
 from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, reason, refuse_unusable
 from common.errors import UserError
 
 if TYPE_CHECKING:
     from common.data import DataConfig
 
+FOREIGN = re.compile(r"(^|/)(\.(?!z)[^/]*|Thumbs\.db|desktop\.ini|__MACOSX/.*)$")  # from file managers
 UMI = ("robot{}_eef_pos", "robot{}_eef_rot_axis_angle", "robot{}_gripper_width")
 
 
 def is_zarr(path: Path) -> bool:
-    return path.name.endswith(".zarr.zip") or (path / ".zgroup").is_file() or (path / "zarr.json").is_file()
+    marks = (path / ".zgroup", path / "zarr.json")
+    return path.name.lower().endswith(".zarr.zip") or any(mark.is_file() for mark in marks)
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,8 @@ class ZarrSource:
 
     @cached_property
     def layout(self) -> Layout:
-        arrays = {}
-        for key, array in sorted(open_group(self.path, self.name)["data"].arrays()):
-            is_image = array.ndim == 4 and array.dtype.kind in "fiu"  # as floats, too
-            found = describe(array.shape, np.dtype("uint8") if is_image else array.dtype)
-            arrays[key] = found._replace(dtype=str(array.dtype))
+        found = arrays_below(open_group(self.path, self.name)["data"])
+        arrays = {key: describe(a.shape, a.dtype, lambda a=a: a[0]) for key, a in found}
         umi = tuple(name.format(robot) for robot in range(10) for name in UMI if name.format(robot) in arrays)
         if umi and "action" not in arrays and not self.config.action_keys:
             raise UserError(
@@ -76,10 +76,9 @@ class ZarrSource:
         group, layout, episodes, bad = open_group(self.path, self.name), self.layout, [], []
         ends = group["meta/episode_ends"][:].tolist()
         for key, (_, (steps, *_), _, _) in layout.arrays.items():
-            if [steps] != ends[-1:]:
-                raise UserError(
-                    f"{self.name} has {steps} steps in data/{key}, and episodes end at {ends[-5:]}."
-                )
+            if [steps] != ends[-1:] or sorted({0, *ends}) != [0, *ends]:
+                ends = f"{ends[:5]} ... {ends[-5:]}" if len(ends) > 10 else ends
+                raise UserError(f"{self.name} has {steps} steps in data/{key}, and episodes end at {ends}.")
         spans = list(pairwise([0, *ends]))
         state, action = layout.vectors(lambda key: group[f"data/{key}"][:])
         for index in existing(wanted, range(len(spans)), self.name):
@@ -97,14 +96,11 @@ class ZarrSource:
         key, _, recorded = self.layout.cameras[camera]
         try:
             for cell in rows_of(open_group(self.path, self.name)[f"data/{key}"], *episode.origin):
-                pixels = cell.astype(np.uint8)
-                if not np.array_equal(pixels, cell):
-                    raise ValueError("its pixels are no whole numbers from 0 to 255")
-                yield as_rgb(pixel_frame(pixels, recorded, self.layout.size), self.layout.color_order)
+                frame = pixel_frame(exact_pixels(cell), recorded, self.layout.size)
+                yield as_rgb(frame, self.layout.color_order)
         except Exception as error:  # each codec has its own
-            raise BadEpisode(
-                f"Episode {episode.index} cannot be decoded from {key} ({reason(error)})"
-            ) from None
+            said = f"Episode {episode.index} cannot be decoded from {key} ({reason(error)})"
+            raise BadEpisode(said) from None
 
 
 def open_group(path: Path, name: str) -> Any:
@@ -119,7 +115,7 @@ def open_group(path: Path, name: str) -> Any:
         register_codecs(verbose=False)
     try:
         group = zarr.open_group(zarr.storage.ZipStore(path, mode="r") if path.is_file() else path, mode="r")
-        group["meta/episode_ends"], list(group["data"].arrays())
+        group["meta/episode_ends"], arrays_below(group["data"])
     except Exception as error:  # zarr and its stores have classes of their own
         if codec := re.search(r"codec '?([\w.-]+)'?.*not available", str(error)):
             raise UserError(f"{name} is compressed with {codec[1]}: pip install imagecodecs.") from None
@@ -127,12 +123,19 @@ def open_group(path: Path, name: str) -> Any:
     return group
 
 
+def arrays_below(group: Any) -> list[tuple[str, Any]]:
+    """The arrays in a group and the groups in it, by key."""
+    with warnings.catch_warnings(action="ignore"):  # of files that are none of zarr's
+        return sorted((key, item) for key, item in group.members(max_depth=None) if hasattr(item, "shape"))
+
+
 def fingerprint(path: Path) -> str:
     """Hash of the content: of a zip file the checksums in it, of a folder each file's size, head and tail."""
     if path.is_file():
         with zipfile.ZipFile(path) as file:
-            content = sorted((entry.filename, entry.file_size, entry.CRC) for entry in file.infolist())
+            found = [(entry.filename, entry.file_size, entry.CRC) for entry in file.infolist()]
     else:
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        content = [(file.relative_to(path).as_posix(), hash_ends(file)) for file in files]
+        files = [file for file in path.rglob("*") if file.is_file()]
+        found = [(file.relative_to(path).as_posix(), hash_ends(file)) for file in files]
+    content = sorted(entry for entry in found if not FOREIGN.search(entry[0]))
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

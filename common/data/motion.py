@@ -1,0 +1,184 @@
+"""What moves in a dataset: idle dimensions, idle ends of episodes, jumps, commands that are stuck."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.console import say
+from common.data.store import EpisodeStore
+from common.errors import UserError
+
+REST_SECONDS = 0.5  # a robot that rests for longer at an end of an episode is idle there
+STUCK_SECONDS = 2.0  # an action that stays exactly the same for longer is worth a look
+REST_SHARE = 1e-3  # of a dimension's range: changes below are no motion
+BLACK = 10  # a frame without a brighter pixel is black
+FEW = 8  # episodes or dimensions to name in a line
+
+
+def usual_spread(spread: np.ndarray) -> float:
+    """The median of those (D,) standard deviations that reach a hundredth of the largest."""
+    return float(np.median(spread[spread >= 1e-2 * spread.max()]))
+
+
+def idle_dimensions(values: np.ndarray, episodes: np.ndarray) -> np.ndarray:
+    """Which dimensions show nothing but sensor noise, judged by those that move: (D,) bool.
+
+    A dimension is idle if its standard deviation is
+
+    - below 1e-4 of the usual one: units as different as millimetres and radians differ by less, or
+    - below 1e-2 of it, and noise: it varies as much from step to step as over the whole dataset, or by less
+      than a thousandth of the value it rests at.
+
+    A gripper that seldom moves, or is recorded in other units, is not idle, nor is a constant dimension, for
+    which `common/normalize.py` has a rule of its own.
+
+    Args:
+        values: (S, D), recorded.
+        episodes: (S,), the episode of each step.
+    """
+    exact = values.astype(np.float64)
+    spread, usual = exact.std(0), usual_spread(exact.std(0))
+    steps = np.diff(exact, axis=0)[np.diff(episodes) == 0]
+    noise = np.sqrt((steps**2).sum(0) / max(len(steps), 1))
+    noisy = (noise > 0.5 * spread) | (spread < 1e-3 * np.abs(exact.mean(0)))
+    idle = (spread < 1e-4 * usual) | ((spread < 1e-2 * usual) & noisy)
+    return idle & (exact.max(0) > exact.min(0))
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Steps at the ends of each episode in which nothing happens, (E,) int64 each.
+
+    Attributes:
+        head, tail: all of them, but for one step of rest next to the motion.
+        blank_head, blank_tail: those without content, zeros or black frames, as files of fixed length have
+            them.
+    """
+
+    head: np.ndarray
+    tail: np.ndarray
+    blank_head: np.ndarray
+    blank_tail: np.ndarray
+
+
+def idle_ends(store: EpisodeStore) -> Ends:
+    """Find the idle ends of all episodes; frames are read only where an episode ends in black."""
+    values, episodes = np.concatenate([store.state, store.action], axis=1), episode_of_steps(store)
+    idle = np.concatenate([idle_dimensions(part, episodes) for part in (store.state, store.action)])
+    tolerance = np.where(idle, np.inf, REST_SHARE * np.ptp(values, axis=0))
+    least = max(2, round(REST_SECONDS * store.fps))
+    found = []
+    for first, last in zip(store.episode_starts[:-1], store.episode_starts[1:], strict=True):
+        forward = np.arange(first, last)
+        tail, blank_tail = _idle_from(forward[::-1], store, values, tolerance, least)
+        head, blank_head = _idle_from(forward[: len(forward) - tail], store, values, tolerance, least)
+        found.append((head, tail, blank_head, blank_tail))
+    return Ends(*np.array(found, np.int64).reshape(-1, 4).T)
+
+
+def episode_of_steps(store: EpisodeStore) -> np.ndarray:
+    """The episode of every step, (S,) int64."""
+    return np.repeat(np.arange(store.num_episodes), np.diff(store.episode_starts))
+
+
+def _idle_from(
+    rows: np.ndarray, store: EpisodeStore, values: np.ndarray, tolerance: np.ndarray, least: int
+) -> tuple[int, int]:
+    """Idle steps, and blank ones, at the beginning of `rows`, which run inwards from an end."""
+    blank = 0
+    while blank < len(rows) and (not values[rows[blank]].any() or _is_black(store, rows[blank])):
+        blank += 1
+    inner = values[rows[blank:]]
+    if not len(inner):
+        return len(rows), blank
+    moved = (np.abs(inner - inner[0]) > tolerance).any(1)
+    rest = int(moved.argmax()) if moved.any() else len(inner)
+    return blank + (rest - 1 if rest >= least else 0), blank
+
+
+def _is_black(store: EpisodeStore, row: int) -> bool:
+    return int(store.images(np.array([row])).max()) <= BLACK
+
+
+def trim_idle(store: EpisodeStore) -> EpisodeStore:
+    """The store without the idle ends of its episodes, and without those that are nothing else; says so."""
+    ends = idle_ends(store)
+    first, last = store.episode_starts[:-1] + ends.head, store.episode_starts[1:] - ends.tail
+    kept = np.flatnonzero(last - first >= 2)
+    if not len(kept):
+        raise UserError(f"--trim-idle: nothing moves in {store.source}: leave the flag out.")
+    trimmed = store.cut(kept, first[kept], last[kept])
+    left_out = store.num_episodes - len(kept)
+    share = f"{store.num_steps - trimmed.num_steps} of {store.num_steps} steps"
+    whole = f" and {left_out} episodes, in which nothing moves," * bool(left_out)
+    say(f"--trim-idle: {share}{whole} of {store.source} are left out")
+    return trimmed
+
+
+def oddities(store: EpisodeStore) -> list[str]:
+    """What about the motion deserves a look, in lines for people."""
+    ends, lines = idle_ends(store), []
+    for where, idle, blank in (("begin", ends.head, ends.blank_head), ("end", ends.tail, ends.blank_tail)):
+        for count, what in ((blank, "blank steps (zeros, or black frames)"), (idle - blank, "steps of rest")):
+            episodes = np.flatnonzero(count >= 2)
+            if len(episodes):
+                least, most = count[episodes].min(), count[episodes].max()
+                many = f"{most}" if least == most else f"{least} to {most}"
+                verb = where if len(episodes) > 1 else f"{where}s"
+                lines.append(f"{_named(store, episodes)} {verb} with {many} {what}: see --trim-idle")
+    stuck = longest_constant(store)
+    episodes = np.flatnonzero(stuck > STUCK_SECONDS * store.fps)
+    if len(episodes):
+        longest = stuck[episodes].max() / store.fps
+        lines.append(f"the action does not change for up to {longest:.1f} s in {_named(store, episodes)}")
+    return lines + jumps(store)
+
+
+def longest_constant(store: EpisodeStore) -> np.ndarray:
+    """Of each episode, the most steps in a row with exactly the same action, idle ends apart: (E,) int64."""
+    ends, longest = idle_ends(store), []
+    for e in range(store.num_episodes):
+        first, last = store.episode_starts[e] + ends.head[e], store.episode_starts[e + 1] - ends.tail[e]
+        changes = np.flatnonzero((np.diff(store.action[first:last], axis=0) != 0).any(1)) + 1
+        longest.append(np.diff([0, *changes, max(last - first, 0)]).max())
+    return np.array(longest, np.int64)
+
+
+def jumps(store: EpisodeStore) -> list[str]:
+    """Dimensions of the state that leap from one step to the next, in lines for people.
+
+    A leap is more than half of the dimension's range, or more than 15 % of it and undone in the next step,
+    and twenty times its usual change; so a binary gripper does not leap.
+    """
+    change = np.diff(store.state.astype(np.float64), axis=0)
+    change[store.episode_starts[1:-1] - 1] = 0  # from one episode to the next
+    found: dict[tuple[int, ...], list[str]] = {}  # dimensions by the episodes in which they leap
+    for name, delta, values in zip(store.state_names, change.T, store.state.T, strict=True):
+        size, extent = np.abs(delta), float(np.ptp(values))
+        moving = size[size > 0]
+        if extent == 0 or not len(moving):
+            continue
+        back = (np.sign(delta[:-1]) == -np.sign(delta[1:])) & (size[1:] > 0.5 * size[:-1])
+        undone = np.append(back, False) | np.append(False, back)  # there and back
+        far = (size > 0.5 * extent) | ((size > 0.15 * extent) & undone)
+        rows = np.flatnonzero(far & (size > 20 * np.median(moving)))
+        if len(rows):
+            episodes = tuple(np.unique(store.episode_of(rows)).tolist())
+            found.setdefault(episodes, []).append(f"{name} by {size[rows].max():.3g}")
+    return [
+        f"the state leaps between two steps in {_named(store, episodes)}: {_some(names)}"
+        for episodes, names in found.items()
+    ]
+
+
+def _named(store: EpisodeStore, episodes: Sequence[int]) -> str:
+    numbers = store.episode_indices[np.asarray(episodes)].tolist()
+    return f"episode{'s' * (len(numbers) > 1)} {_some(numbers)}"
+
+
+def _some(items: Sequence[object]) -> str:
+    more = f" and {len(items) - FEW} more" if len(items) > FEW else ""
+    return ", ".join(map(str, items[:FEW])) + more
