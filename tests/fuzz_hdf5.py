@@ -226,21 +226,25 @@ class FuzzLayouts:
 
 def fuzz_layouts(folder: Path, seconds: float, first_seed: int = 0, examples: int = 200) -> FuzzLayouts:
     """Fuzz for so long, or for so many examples; raises what one raises, after printing it."""
-    target, end = FuzzLayouts(folder), time.monotonic() + seconds
+    target, end, begun = FuzzLayouts(folder), time.monotonic() + seconds, 0
     with workers.kept_pool():
+        while (
+            begun < examples and time.monotonic() < end
+        ):  # a few at a time: a run cannot be ended by the clock
+            count = min(20, examples - begun)
 
-        @seed(first_seed)
-        @settings(
-            max_examples=examples,
-            deadline=None,
-            database=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(arrangement)
-        def run(case):
-            if time.monotonic() < end:
+            @seed(first_seed + begun)
+            @settings(
+                max_examples=count,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(arrangement)
+            def run(case):
                 target(case)
 
-        run()
+            run()
+            begun += count
     return target
