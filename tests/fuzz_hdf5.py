@@ -230,7 +230,7 @@ def fuzz_layouts(folder: Path, seconds: float, first_seed: int = 0, examples: in
     with workers.kept_pool():
         while (
             begun < examples and time.monotonic() < end
-        ):  # a few at a time: a run cannot be ended by the clock
+        ):  # a run cannot be ended by the clock
             count = min(20, examples - begun)
 
             @seed(first_seed + begun)
