@@ -32,14 +32,9 @@ def patience(hang_timeout: float) -> timedelta:
 
 
 class StopRequests:
-    """Asks a run to stop: on SIGTERM, SIGINT or SIGUSR1, or when its time is over.
+    """Asks a run to stop: on SIGTERM, SIGINT or SIGUSR1, or after `max_time` hours.
 
     The first signal lets the step finish; all processes agree on the step. A second one exits at once.
-
-    Args:
-        rank, world: this process and how many there are; all of them make one.
-        max_time: hours that the process may take, if there is a limit.
-        hang_timeout: see `patience`.
     """
 
     def __init__(self, rank: int, world: int, max_time: float | None, hang_timeout: float):
@@ -47,26 +42,18 @@ class StopRequests:
         """Why this process was asked to stop; None if it was not."""
         self._rank = rank
         self._deadline = None if max_time is None else _started + 3600 * max_time
-        # On the CPU, so that nothing waits for the device.
-        self._group = (
-            distributed.new_group(backend="gloo", timeout=patience(hang_timeout)) if world > 1 else None
-        )
-        self._pending = None
+        self._group = self._pending = None
+        if world > 1:  # on the CPU, so that nothing waits for the device
+            self._group = distributed.new_group(backend="gloo", timeout=patience(hang_timeout))
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._listen()
-
-    def _listen(self) -> None:
-        """Take over signals.
-
-        Their numbers are also written to a socket, at once: Python's own handlers wait until the main thread
-        is back from C, where it may hang.
-        """
-        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
-        receiving, self._sending = socket.socketpair()
-        self._sending.setblocking(False)
-        signal.set_wakeup_fd(self._sending.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=_exit_on_second, args=(receiving,), name="signals", daemon=True).start()
+            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # Python's own handlers wait until the main thread is back from C, where it may hang; the numbers
+            # of signals are written to this socket at once.
+            receiving, self._sending = socket.socketpair()
+            self._sending.setblocking(False)
+            signal.set_wakeup_fd(self._sending.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=_exit_on_second, args=(receiving,), name="signals", daemon=True).start()
 
     def _note(self, number: int, frame) -> None:
         if self.reason is None:
@@ -97,11 +84,7 @@ class StopRequests:
         return bool(flag.item())
 
     def close(self, leaving: bool) -> None:
-        """Give signals back.
-
-        Args:
-            leaving: the process is about to exit: a signal that others have had already must not end it.
-        """
+        """Give signals back; if `leaving`, about to exit, ignore those that others have had already."""
         if self._group is not None:
             self._answer()
             distributed.barrier(self._group)  # a launcher ends the others as soon as the first has left
