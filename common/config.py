@@ -43,6 +43,7 @@ MAY_CHANGE = "may change on resume"
 MayChange = Annotated[T, MAY_CHANGE]
 """An option that may differ when a run is resumed; any other would make it a different experiment."""
 Share = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["no", "bf16", "fp16"]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 """A path; a leading ~ is the home folder, which the shell leaves alone in `--flag=~/folder`."""
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
@@ -125,8 +126,9 @@ class RunConfig:
     when a line of metrics is written."""
     deterministic: MayChange[bool] = False
     """Only algorithms whose result is always the same, bit for bit; slower on CUDA."""
-    mixed_precision: MayChange[Literal["no", "bf16", "fp16"] | None] = None
-    """Precision of forward and backward (default: what `accelerate launch` says, else no)."""
+    mixed_precision: MayChange[Precision | None] = None
+    """Precision of forward and backward (default: what `accelerate launch` says, else that of the run that is
+    resumed, else no)."""
     compile: MayChange[bool] = False
     """Compile the policy with torch.compile: a slow first step, then faster ones."""
     tracker: MayChange[Literal["none", "wandb", "tensorboard"]] = "none"

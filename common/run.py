@@ -18,11 +18,9 @@ Nothing here calls a script back or knows a method's options; the option groups 
 those that every script has.
 """
 
-import logging
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
@@ -33,13 +31,14 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from common import checkpoint
+from common.accelerator import make_accelerator
 from common.checkpoint import PolicySpec
-from common.config import RunConfig, to_dict
+from common.config import to_dict
 from common.console import say
 from common.data import (
     Batch,
@@ -63,7 +62,7 @@ from common.optim import (
     resolve_steps,
 )
 from common.tracking import Tracker
-from common.watch import HangWatch, StopRequests, patience
+from common.watch import HangWatch, StopRequests
 
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "lerobot", "safetensors", "numpy", "av")
 
@@ -93,29 +92,6 @@ def start_run(config: Any, script: str) -> "Run":
     Works alone, under `accelerate launch` and under `torchrun`.
     """
     return Run(config, Path(script), make_accelerator(config.run, config.optim.grad_accumulation))
-
-
-def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerator:
-    """Accelerate, set up as every script needs it; without a GPU on the CPU, with several processes too."""
-    # The launcher's own hints about defaults say nothing that a user of these scripts can act on.
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
-    accelerator = Accelerator(
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience(config.hang_timeout))],
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=grad_accumulation,
-        cpu=not torch.accelerator.is_available(),
-        step_scheduler_with_optimizer=False,  # scripts step the scheduler themselves
-    )
-    if accelerator.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True  # image sizes do not change during a run
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise sums depend on the streams
-        torch.backends.cudnn.benchmark = False  # it may choose another algorithm in the next run
-        torch.use_deterministic_algorithms(True)
-    return accelerator
 
 
 class Run:
