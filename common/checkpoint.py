@@ -49,10 +49,7 @@ class PolicySpec:
 
     Attributes:
         cameras: short names, in the order of the images; the first is the head camera.
-        image_size: height and width that the policy works on.
-        state_names, action_names: meaning of each dimension.
         fps: control steps per second.
-        task: what the demonstrations show, if the dataset says so.
         proprio_history: K, states in an observation.
         action_offset: control steps from an observation to the first action of its chunk.
         state_rotations, action_rotations: rotations that were re-expressed, see `common/data/rotation.py`.

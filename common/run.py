@@ -35,7 +35,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from common import checkpoint
+from common import checkpoint, optim
 from common.accelerator import make_accelerator
 from common.checkpoint import PolicySpec
 from common.config import to_dict
@@ -52,17 +52,8 @@ from common.data import (
 from common.errors import EXIT_STOPPED, UserError
 from common.files import read_json, write_json, write_whole
 from common.normalize import Normalization, Normalizer
-from common.optim import (
-    AveragedPolicy,
-    GradientClipper,
-    build_optimizer,
-    build_scheduler,
-    learning_rates,
-    or_nan,
-    resolve_steps,
-)
 from common.tracking import Tracker
-from common.watch import HangWatch, StopRequests
+from common.watch import PREPARING, HangWatch, StopRequests, meeting
 
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "lerobot", "safetensors", "numpy", "av")
 
@@ -91,7 +82,9 @@ def start_run(config: Any, script: str) -> "Run":
 
     Works alone, under `accelerate launch` and under `torchrun`.
     """
-    return Run(config, Path(script), make_accelerator(config.run, config.optim.grad_accumulation))
+    with meeting(config.run.hang_timeout):
+        accelerator = make_accelerator(config.run, config.optim.grad_accumulation)
+    return Run(config, Path(script), accelerator)
 
 
 class Run:
@@ -123,7 +116,8 @@ class Run:
         self.global_batch = config.optim.batch_size * config.optim.grad_accumulation * self.world
         self.step = self.samples = self.total_steps = 0
         self.stopping = False
-        self.progress_mark = 0, "starting"
+        self.progress_mark = 0, PREPARING
+        self._watch = HangWatch(self, self.rank, self.world, config.run.hang_timeout)
         set_seed(config.run.seed)  # weights are initialised alike on all processes
 
     @property
@@ -172,7 +166,9 @@ class Run:
         else:
             checkpoint.initialise(policy, self.config.run.init_from)
 
-    def prepare(self, policy: nn.Module, data: Data) -> tuple[AcceleratedOptimizer, LambdaLR, AveragedPolicy]:
+    def prepare(
+        self, policy: nn.Module, data: Data
+    ) -> tuple[AcceleratedOptimizer, LambdaLR, optim.AveragedPolicy]:
         """Make a policy ready to train; the one order that works.
 
         1. `--init-from` and `--freeze`: the optimizer takes what is trainable, the average what was loaded.
@@ -182,12 +178,13 @@ class Run:
         5. Random numbers that differ from process to process; a resumed run restores its own over them.
         6. Steps, schedule and data order, which follow from where the run stands.
         7. The run folder: a run that cannot start leaves none.
-        8. Signals and watch: until here, a signal ends the process at once.
+        8. Signals: until here, one ends the process at once.
 
         Returns:
             Optimizer, scheduler, and the weights to evaluate and export.
         """
         config, accelerator = self.config, self.accelerator
+        self._at("setting up the policy")
         if not self.resuming:
             self.load_weights(policy)
         checkpoint.freeze(policy, config.run.freeze)
@@ -196,11 +193,12 @@ class Run:
             policy = nn.SyncBatchNorm.convert_sync_batchnorm(policy)  # pretrained backbones can have it
         policy.to(self.device)
 
-        raw_optimizer = build_optimizer(policy, config.optim)
-        self.average = AveragedPolicy(policy, raw_optimizer, config.optim.ema_decay)
+        raw_optimizer = optim.build_optimizer(policy, config.optim)
+        self.average = optim.AveragedPolicy(policy, raw_optimizer, config.optim.ema_decay)
 
         if config.run.compile:
             policy.compile()
+        self._at("joining the processes' policies")
         self.model, optimizer = accelerator.prepare(policy, raw_optimizer)
         self.model.train()
         for name in config.run.freeze:
@@ -208,25 +206,27 @@ class Run:
 
         set_seed(config.run.seed, device_specific=True)
         if self.resuming:
+            self._at("restoring the checkpoint")
             self.step, self.samples = checkpoint.restore(accelerator, config.run.run_dir, self.average)
 
         done = self.step, self.samples
-        self.total_steps = resolve_steps(config.optim, len(data.train), self.global_batch, *done)
-        scheduler = build_scheduler(raw_optimizer, policy, config.optim, self.total_steps, self.step)
+        self.total_steps = optim.resolve_steps(config.optim, len(data.train), self.global_batch, *done)
+        scheduler = optim.build_scheduler(raw_optimizer, policy, config.optim, self.total_steps, self.step)
         options = (config.optim.batch_size, config.run.seed, config.data.num_workers, self.rank, self.world)
         pin = self.device.type == "cuda"
         self._loader = make_loader(data.train, *options, start=self.samples, pin_memory=pin)
         self._batches = iter(self._loader)
 
+        self._at("opening the run folder")
         self.folder = self._open_folder(data.store)
         self.data = data._replace(spec=data.spec.with_backbone(policy))
+        self._at("starting the tracker")
         self.tracker = Tracker(accelerator, self.folder, config, self.total_steps, *done)
         self._saved_step = self.step
         self._optimizer = raw_optimizer
-        self._clipper = GradientClipper(policy, raw_optimizer, config.optim.grad_clip)
+        self._clipper = optim.GradientClipper(policy, raw_optimizer, config.optim.grad_clip)
 
         self._requests = StopRequests(self.rank, self.world, config.run.max_time, config.run.hang_timeout)
-        self._watch = HangWatch(self, self.rank, self.world, config.run.hang_timeout)
         return optimizer, scheduler, self.average
 
     def _open_folder(self, store: EpisodeStore) -> Path:
@@ -291,7 +291,7 @@ class Run:
         """Add the loss's gradient to those of the step's other batches, whose mean is the step's; log it."""
         self.tracker.add({"loss": loss})
         self._at("the backward pass")
-        self.accelerator.backward(or_nan(loss))
+        self.accelerator.backward(optim.or_nan(loss))
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
         """Collect scalars, whose means are written every `--log-every` steps; no wait for the device."""
@@ -309,7 +309,7 @@ class Run:
         """
         self._at("the optimizer's step")
         self.accelerator.unscale_gradients()  # fp16 scales them
-        self._rates = learning_rates(self._optimizer)
+        self._rates = optim.learning_rates(self._optimizer)
         norms = self._clipper()
         self.tracker.count_skipped(self._clipper.bad.float())
         return norms
@@ -403,6 +403,7 @@ class Run:
             UserError: if the last checkpoint could not be written.
         """
         leaving = self.stopping and self.step < self.total_steps
+        self._at("closing the tracker")
         self.tracker.close()
         self._watch.close()
         self._requests.close(leaving)

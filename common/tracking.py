@@ -11,8 +11,10 @@ import math
 import os
 import resource
 import sys
+import threading
 import time
 import uuid
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,6 +28,12 @@ from common.console import say
 from common.errors import UserError
 from common.files import read_json, write_whole
 from common.plots import draw_curves, read_lines
+
+SERVICE_SECONDS = 30.0
+"""How long the start of a run waits for a tracker's server."""
+FINISH_SECONDS = 300.0
+"""How long the end of a run waits for a tracker's server to take the last metrics; they stay on disk."""
+OFFLINE = {"mode": "offline", "resume": None, "settings": {"silent": True}}
 
 
 class Tracker:
@@ -45,9 +53,9 @@ class Tracker:
         self._steps_seen = self._start_step = start_step
         self._last = (start_step, start_samples)
         self._waited = self._elapsed_before = 0.0
-        self._since = self._started = self._paused = time.perf_counter()
         if config.run.tracker != "none":
             start_tracker(accelerator, run_dir, config, start_step)
+        self._since = self._started = self._paused = time.perf_counter()
         if accelerator.is_main_process:
             kept = keep_lines_up_to(run_dir / "metrics.jsonl", start_step)
             self._elapsed_before = max((line.get("elapsed_s", 0.0) for line in kept), default=0.0)
@@ -269,8 +277,7 @@ def start_tracker(accelerator: Accelerator, run_dir: Path, config, start_step: i
     accelerator.project_configuration.logging_dir = str(run_dir)
     try:
         if name == "wandb":
-            options = _wandb_options(run_dir, start_step) if accelerator.is_main_process else {}
-            accelerator.init_trackers(config.run.project, config=settings, init_kwargs={"wandb": options})
+            _start_wandb(accelerator, run_dir, config.run.project, settings, start_step)
         else:
             # Points of later steps, written before an interruption, are hidden: those steps come again.
             options = {"purge_step": start_step + 1} if start_step else {}
@@ -283,6 +290,37 @@ def start_tracker(accelerator: Accelerator, run_dir: Path, config, start_step: i
         raise UserError(f"--tracker {name} does not start ({reason}): use --tracker none.") from None
 
 
+def _start_wandb(accelerator: Accelerator, run_dir: Path, project: str, settings: dict, start_step: int):
+    """Start wandb, offline if its server has not answered after `SERVICE_SECONDS`.
+
+    wandb's own `init_timeout` does not end the wait for a server that cannot be reached.
+    """
+    options = _wandb_options(run_dir, start_step) if accelerator.is_main_process else {}
+    attempt: Future[None] = Future()
+
+    def start(more: dict) -> None:
+        accelerator.init_trackers(project, config=settings, init_kwargs={"wandb": options | more})
+
+    def try_to_start() -> None:
+        try:
+            attempt.set_result(start({}))
+        except Exception as error:
+            attempt.set_exception(error)
+
+    threading.Thread(target=try_to_start, name="wandb", daemon=True).start()
+    try:
+        attempt.result(SERVICE_SECONDS)
+    except TimeoutError:
+        import wandb
+
+        # It makes the attempt fail, and then waits itself for the server.
+        threading.Thread(target=wandb.teardown, name="wandb", daemon=True).start()
+        wait([attempt], timeout=SERVICE_SECONDS)
+        _say_offline(f"no answer from the server for {SERVICE_SECONDS:.0f} s", run_dir)
+        accelerator.trackers.clear()  # or Accelerate would start the first one again
+        start(OFFLINE)
+
+
 def _wandb_options(run_dir: Path, start_step: int) -> dict:
     """Options of `wandb.init`. A resumed run continues the same wandb run; without a key it stays offline."""
     import wandb
@@ -293,6 +331,10 @@ def _wandb_options(run_dir: Path, start_step: int) -> dict:
         identity.write_text(uuid.uuid4().hex[:12])
     options = {"name": run_dir.name, "id": identity.read_text(), "dir": str(run_dir)}
     if wandb.setup().settings.mode in ("offline", "disabled") or wandb.api.api_key:
-        return options | {"resume": "allow"}
-    say(f"wandb: not logged in, so kept offline; send it with `wandb sync {run_dir}/wandb/*run-*`")
-    return options | {"mode": "offline", "settings": {"silent": True}}
+        return options | {"resume": "allow", "settings": {"finish_timeout": FINISH_SECONDS}}
+    _say_offline("not logged in", run_dir)
+    return options | OFFLINE
+
+
+def _say_offline(why: str, run_dir: Path) -> None:
+    say(f"wandb: {why}, so kept offline; send it with `wandb sync {run_dir}/wandb/offline-run-*`")

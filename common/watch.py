@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +23,11 @@ from common.errors import EXIT_HUNG
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 SAME_REQUEST_SECONDS = 2.0  # a terminal's Ctrl-C reaches a process directly and once more by its launcher
 POLL_SECONDS = 5.0
+PREPARING = "preparing the data"
+"""What a process does that may take hours: no watch ends it, nor those that wait for it."""
+
+Told = dict[int, tuple[int, int, str]]
+"""Of each process: ticks of its watch, count of what it has done, what it does now."""
 
 _started = time.monotonic()  # of the process: --max-time counts from here
 
@@ -29,6 +35,31 @@ _started = time.monotonic()  # of the process: --max-time counts from here
 def patience(hang_timeout: float) -> timedelta:
     """How long collectives wait: longer than `HangWatch`, which can say what hangs."""
     return timedelta(seconds=2 * hang_timeout or 10**7)
+
+
+@contextmanager
+def meeting(hang_timeout: float) -> Iterator[None]:
+    """Within, processes look for each other: one that waits longer than `hang_timeout` exits with code 70.
+
+    Which one is missing is not known before they have met.
+    """
+    me, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+
+    def give_up() -> None:
+        _write_raw(
+            f"error: process {me} of {world} has waited {hang_timeout:.0f} s for the others to start "
+            f"(--hang-timeout): look at their logs, and at the address and port that all were given.\n"
+        )
+        os._exit(EXIT_HUNG)
+
+    timer = threading.Timer(hang_timeout, give_up)
+    timer.daemon = True
+    if hang_timeout:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class StopRequests:
@@ -115,6 +146,10 @@ class HangWatch:
     its thread lives. All wait for the one that is behind. Time that the whole process was stopped for
     (Ctrl-Z, a laptop's lid) does not count.
 
+    It sees a run from the moment its processes have met (before: `meeting`) to its end. Between, it does not
+    end what a script does before `Run.prepare`: reading or decoding data, computing features and downloading
+    models take as long as they take, and downloads have time limits of their own.
+
     Args:
         run: its `progress_mark` is (count of what was done, what is being done now). Held weakly: a run that
             ended by an exception is not watched any more.
@@ -150,17 +185,23 @@ class HangWatch:
                 return
             self.progress = run.progress_mark
             del run
-            count, _ = self.progress
+            count, where = self.progress
             # Not more than two intervals at once: this thread may have been stopped along with the rest.
             stalled += min(time.monotonic() - before, 2 * self.interval)
-            if count != seen:
+            if count != seen or where == PREPARING:
                 stalled, seen, earlier = 0.0, count, None
             ticks += 1
             self._tell(ticks)
             if earlier is None and stalled > self.timeout / 2:
                 earlier = self._others()
             if stalled > self.timeout:
-                self._end(stalled, earlier or {})
+                now = self._others()
+                others = (rank for rank in range(self.world) if rank != self.rank)
+                silent = [r for r in others if r not in now or now[r][0] == earlier.get(r, (-1,))[0]]
+                if any(at == PREPARING for rank, (_, _, at) in now.items() if rank not in silent):
+                    stalled, earlier = 0.0, None
+                else:
+                    self._end(stalled, silent, now)
 
     def _tell(self, ticks: int) -> None:
         if self.store is not None:
@@ -168,7 +209,7 @@ class HangWatch:
             with suppress(RuntimeError):  # who keeps the store may be gone or stopped: `_others` will tell
                 self.store.set(f"watch/{self.rank}", f"{ticks} {count} {where}")
 
-    def _others(self) -> dict[int, tuple[int, int, str]]:
+    def _others(self) -> Told:
         """Ticks of its thread, progress, and whereabouts of each process that can be asked about."""
         if self.store is None:
             return {0: (0, *self.progress)}
@@ -180,11 +221,8 @@ class HangWatch:
                     found[rank] = int(ticks), int(count), where
         return found
 
-    def _end(self, stalled: float, earlier: dict[int, tuple[int, int, str]]) -> None:
+    def _end(self, stalled: float, silent: list[int], now: Told) -> None:
         """Say who is silent or behind, and exit."""
-        now = self._others()
-        others = [rank for rank in range(self.world) if rank != self.rank]
-        silent = [r for r in others if r not in now or now[r][0] == earlier.get(r, (-1,))[0]]
         least = min((count for _, count, _ in now.values()), default=0)
         behind = [rank for rank, (_, count, _) in now.items() if count == least]
         if silent:
@@ -192,17 +230,24 @@ class HangWatch:
         else:
             where = now[behind[0]][2] if behind else "starting"
             what = f"process {_listed(behind)} of {self.world} has not come further than {where!r}"
-        speaker = min(set(range(self.world)) - set(silent))
-        if self.rank == speaker:
+        first = self._is_first()
+        if first:
             _write_raw(
                 f"error: {what}; nothing has moved for {stalled:.0f} s (--hang-timeout): the job ends here, "
                 f"continue from the last checkpoint with --resume.\n"
             )
-        if self.rank == speaker or self.rank in behind:
+        if first or self.rank in behind:
             _write_raw(f"where process {self.rank} stands:\n")
             faulthandler.dump_traceback(sys.__stderr__.fileno())
         time.sleep(self.interval)  # the others speak as well before a launcher ends them
         os._exit(EXIT_HUNG)
+
+    def _is_first(self) -> bool:
+        """Whether no other process has ended the job: one sentence is enough."""
+        if self.store is not None:
+            with suppress(RuntimeError):
+                return self.store.add("watch/ended", 1) == 1
+        return True
 
 
 def _listed(ranks: list[int]) -> str:
