@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train_vfp
 import train_vfp_depth
+from common.accelerator import make_accelerator
 from common.checkpoint import PolicySpec
 from common.config import Flat, cli, options
 from common.data import ChunkDataset, EpisodeStore, make_loader, open_dataset
@@ -31,7 +32,6 @@ from common.data.demo import demonstrate, write_dataset
 from common.depth import DepthBackbone, DepthConfig, cached
 from common.normalize import Normalizer
 from common.optim import AveragedPolicy, GradientClipper, build_optimizer
-from common.run import make_accelerator
 from common.transformer import InfoEmbedder, Size
 
 

@@ -8,17 +8,19 @@
         checksums.json  size and CRC-32 of every file
     checkpoints/last -> the newest complete checkpoint
 
-A checkpoint is written under a temporary name and renamed when it is complete and on disk, so that no
-interruption can leave half of one under a name that anything reads. Damage that comes later is found by the
-checksums. Nothing that is loaded can run code: weights are safetensors, settings JSON, and Accelerate's own
-state is read with `weights_only`.
+A checkpoint is written under a temporary name and renamed when it is complete and on disk: no interruption
+leaves half of one. Damage that comes later is found by the checksums. Nothing that is loaded can run code:
+weights are safetensors, settings JSON, and Accelerate's own state is read with `weights_only`.
 """
+
+from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -33,13 +35,12 @@ from common.console import say
 from common.data import ChunkDataset
 from common.data.rotation import Rotations
 from common.errors import UserError
-from common.files import checksum, read_json, sync, sync_one, write_json
-from common.normalize import Normalizer
+from common.files import CHECKSUMS, checksum, completed_checkpoints, read_json, sync, sync_one, write_json
 from common.optim import AveragedPolicy
-from common.tracking import Tracker
 from common.vision import Backbone
 
-CHECKSUMS = "checksums.json"
+if TYPE_CHECKING:
+    from common.run import Run
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,7 @@ class PolicySpec:
 
     Attributes:
         cameras: short names, in the order of the images; the first is the head camera.
-        image_size: height and width that the policy works on.
-        state_names, action_names: meaning of each dimension.
         fps: control steps per second.
-        task: what the demonstrations show, if the dataset says so.
         proprio_history: K, states in an observation.
         action_offset: control steps from an observation to the first action of its chunk.
         state_rotations, action_rotations: rotations that were re-expressed, see `common/data/rotation.py`.
@@ -79,100 +77,78 @@ class PolicySpec:
         return len(self.action_names)
 
     @classmethod
-    def of(cls, dataset: ChunkDataset, backbone_config: dict | None = None) -> "PolicySpec":
+    def of(cls, dataset: ChunkDataset, backbone_config: dict | None = None) -> PolicySpec:
         """The spec of policies for a dataset."""
         store = dataset.store
-        return cls(
-            cameras=store.cameras,
-            image_size=store.image_size,
-            state_names=store.state_names,
-            action_names=store.action_names,
-            fps=store.fps,
-            task=store.task,
-            proprio_history=dataset.proprio_history,
-            action_offset=dataset.action_offset,
-            state_rotations=store.state_rotations,
-            action_rotations=store.action_rotations,
-            backbone_config=backbone_config,
-        )
+        shared = {f.name: getattr(store, f.name) for f in fields(cls) if hasattr(store, f.name)}
+        history, offset = dataset.proprio_history, dataset.action_offset
+        return cls(**shared, proprio_history=history, action_offset=offset, backbone_config=backbone_config)
 
-    def with_backbone(self, policy: nn.Module) -> "PolicySpec":
+    def with_backbone(self, policy: nn.Module) -> PolicySpec:
         """The spec with the architecture of the policy's backbones; cameras that have their own share it."""
         backbone = next((m for m in policy.modules() if isinstance(m, Backbone)), None)
         return replace(self, backbone_config=backbone and backbone.hf_config)
 
     @classmethod
-    def from_json(cls, values: dict) -> "PolicySpec":
+    def from_json(cls, values: dict) -> PolicySpec:
         return TypeAdapter(cls).validate_python(values)
 
 
-def save(
-    accelerator: Accelerator,
-    run_dir: Path,
-    script: str,
-    config,
-    step: int,
-    samples: int,
-    average: AveragedPolicy,
-    normalizer: Normalizer,
-    spec: PolicySpec,
-    tracker: Tracker,
-) -> Path | None:
-    """Write the checkpoint of a step; called by every process, since each has a random state of its own.
+def save(run: Run) -> Path | None:
+    """Write the checkpoint of a run's step; every process calls it and writes its own random state.
 
     A full disk costs this checkpoint, not the run: it says so, and those before stay.
-
-    Args:
-        script: name of the training script.
-        config: its configuration; `config.run.keep` newest checkpoints stay.
-        samples: training samples that all processes have drawn so far: the position in the data order.
-        average: its `model` is exported.
-        tracker: has metrics that wait for their line.
 
     Returns:
         Its folder; None if it could not be written.
     """
-    folder = run_dir / "checkpoints"
-    final, unfinished = folder / f"step_{step:07d}", folder / f".step_{step:07d}.unfinished"
+    accelerator, average, folder = run.accelerator, run.average, run.folder / "checkpoints"
+    final, unfinished = folder / f"step_{run.step:07d}", folder / f".step_{run.step:07d}.unfinished"
+    policy, state = unfinished / "policy", unfinished / "state"
 
     def begin() -> None:
-        if accelerator.is_main_process:
+        if run.is_main:
             for leftover in folder.glob(".*.unfinished"):
                 shutil.rmtree(leftover)
-            (unfinished / "policy").mkdir(parents=True)
-            (unfinished / "state").mkdir()
+            policy.mkdir(parents=True)
+            state.mkdir()
 
     def write_state() -> None:
-        accelerator.save_state(str(unfinished / "state"))
-        tracker.save(unfinished / "state")
+        accelerator.save_state(str(state))
+        run.tracker.save(state)
 
     def complete() -> None:
-        if not accelerator.is_main_process:
+        if not run.is_main:
             return
         for name, component in average.model.named_children():
             tensors = {key: value.cpu().contiguous() for key, value in component.state_dict().items()}
-            save_file(tensors, unfinished / "policy" / f"{name}.safetensors")
-        normalizer.save(unfinished / "policy" / "stats.safetensors")
-        settings = {"script": script, "step": step, "spec": asdict(spec), "config": to_dict(config)}
-        write_json(unfinished / "policy" / "policy.json", settings)
-        trainer = {"step": step, "samples": samples, "updates": average.updates}
-        trainer |= {"processes": accelerator.num_processes, "optimizer": type(average.optimizer).__name__}
-        write_json(unfinished / "state" / "trainer.json", trainer)
+            save_file(tensors, policy / f"{name}.safetensors")
+        run.data.normalizer.save(policy / "stats.safetensors")
+        settings = {"script": run.script.name, "step": run.step}
+        settings |= {"spec": asdict(run.data.spec), "config": to_dict(run.config)}
+        write_json(policy / "policy.json", settings)
+        trainer = {"step": run.step, "samples": run.samples, "updates": average.updates}
+        trainer |= {"processes": run.world, "optimizer": type(average.optimizer).__name__}
+        write_json(state / "trainer.json", trainer)
         seal(unfinished)
         sync(unfinished)
         if final.exists():  # the run was resumed from an older checkpoint and has come here again
             shutil.rmtree(final)
         unfinished.rename(final)
-        _point_last_at(final)
+        # Re-pointed in one step: `last` never dangles, whenever the process is killed.
+        link = folder / ".last.new"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        link.replace(folder / "last")
         sync_one(folder)
 
     trouble = next((told for part in (begin, write_state, complete) if (told := _agreed(part))), None)
-    if accelerator.is_main_process:
+    if run.is_main:
         if trouble:
             shutil.rmtree(unfinished, ignore_errors=True)
-            say(f"warning: step {step} is not saved ({trouble}): training continues; free disk space")
+            say(f"warning: step {run.step} is not saved ({trouble}): training continues; free disk space")
         else:
-            _prune(final, config.run.keep, config.run.keep_every)
+            _prune(final, run.config.run.keep, run.config.run.keep_every)
     accelerator.wait_for_everyone()
     return None if trouble else final
 
@@ -190,11 +166,11 @@ def _agreed(action: Callable[[], None]) -> str | None:
     try:
         action()
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = _reason(error)
         # torch reports a failed write as an error of its archive; others it has are not about files
         if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|inline_container", reason):
             raise
-        trouble = reason[:200]
+        trouble = reason
     return next(filter(None, gather_object([trouble])), None)
 
 
@@ -208,46 +184,26 @@ def _prune(newest: Path, keep: int, keep_every: int | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _point_last_at(checkpoint: Path) -> None:
-    """Re-point `last` in one step: it never dangles, whenever the process is killed."""
-    link = checkpoint.parent / ".last.new"
-    link.unlink(missing_ok=True)
-    link.symlink_to(checkpoint.name)
-    link.replace(checkpoint.parent / "last")
-
-
 def find(run_dir: Path, name: str = "last") -> Path:
-    """Folder of a checkpoint of a run.
-
-    Args:
-        run_dir: run folder.
-        name: `last`, a step folder's name, or a step's number.
+    """Folder of a run's checkpoint: `last`, a step folder's name, or a step's number.
 
     Raises:
         UserError: if the run or the checkpoint is not there; lists those that are.
     """
-    folder = Path(run_dir).expanduser() / "checkpoints"
-    there = completed(run_dir)
+    there = completed_checkpoints(run_dir)
     if not there:
         raise UserError(
             f"{run_dir} holds no finished checkpoint: give the folder of a run that has saved one."
         )
     if name == "last":
         # Where there is none, someone deleted newer step folders and left `last` dangling.
-        last = (folder / "last").resolve()
+        last = (there[0].parent / "last").resolve()
         return last if last in there else there[-1]
     name = f"step_{int(name):07d}" if re.fullmatch(r"\d{1,12}", name) else name
-    path = next((path for path in there if path.name == name), None)
-    if path is None:
-        names = ", ".join(path.name for path in there)
-        raise UserError(f"{run_dir} holds no checkpoint {name}: choose one of {names}.")
-    return path
-
-
-def completed(run_dir: Path) -> list[Path]:
-    """Folders of a run's checkpoints that were written to their end, by step; one may be damaged since."""
-    folder = (Path(run_dir).expanduser() / "checkpoints").resolve()
-    return sorted(path for path in folder.glob("step_*") if (path / CHECKSUMS).is_file())
+    by_name = {path.name: path for path in there}
+    if name not in by_name:
+        raise UserError(f"{run_dir} holds no checkpoint {name}: choose one of {', '.join(by_name)}.")
+    return by_name[name]
 
 
 def damage(checkpoint: Path, part: str = "") -> str | None:
@@ -270,18 +226,13 @@ def damage(checkpoint: Path, part: str = "") -> str | None:
             if checksum(path) != crc:
                 return f"{name} has changed since it was written"
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"{CHECKSUMS} cannot be read ({' '.join(str(error).split())[:100]})"
+        return f"{CHECKSUMS} cannot be read ({_reason(error)})"
     return None
 
 
 def refuse_damaged(checkpoint: Path, part: str = "") -> None:
-    """Refuse a checkpoint whose files are not as they were written.
-
-    Raises:
-        UserError: names the file.
-    """
-    what = damage(checkpoint, part)
-    if what:
+    """Raise a UserError that names the file if one is not as it was written."""
+    if what := damage(checkpoint, part):
         raise UserError(f"{checkpoint} is damaged ({what}): use another checkpoint.")
 
 
@@ -294,7 +245,7 @@ def newest_undamaged(run_dir: Path, part: str = "", tell: bool = False) -> Path:
     """
     last = find(run_dir)
     found = []
-    for path in reversed([path for path in completed(run_dir) if path.name <= last.name]):
+    for path in reversed([path for path in completed_checkpoints(run_dir) if path.name <= last.name]):
         what = damage(path, part)
         if what is None:
             return path
@@ -308,11 +259,7 @@ def newest_undamaged(run_dir: Path, part: str = "", tell: bool = False) -> Path:
 
 
 def read_settings(checkpoint: Path) -> dict:
-    """The content of a checkpoint's `policy.json`: script, spec, config and step.
-
-    Raises:
-        UserError: if it is damaged.
-    """
+    """The content of a checkpoint's `policy.json`: script, spec, config and step; a UserError if damaged."""
     path = checkpoint / "policy" / "policy.json"
     try:
         settings = read_json(path)
@@ -332,7 +279,7 @@ def restore(accelerator: Accelerator, run_dir: Path, average: AveragedPolicy) ->
     noise, and says so.
 
     Returns:
-        step and samples, as given to `save`.
+        The run's step and samples when it was saved.
 
     Raises:
         UserError: if there is no checkpoint that is whole, or it is of another policy or optimizer.
@@ -384,6 +331,7 @@ def _refuse_other_optimizer(path: Path, trainer: dict, optimizer: torch.optim.Op
 
 
 def _reason(error: Exception) -> str:
+    """An error's text, short and on one line."""
     return " ".join(str(error).split())[:300]
 
 
@@ -401,12 +349,11 @@ def _check_random_state(path: Path) -> None:
 
 def _read_components(folder: Path, policy: nn.Module) -> dict[str, Tensor]:
     """State dict of the policy whose components are stored in a folder."""
-    weights = {}
-    for name, _ in policy.named_children():
-        weights |= {
-            f"{name}.{key}": value for key, value in load_file(folder / f"{name}.safetensors").items()
-        }
-    return weights
+    return {
+        f"{name}.{key}": value
+        for name, _ in policy.named_children()
+        for key, value in load_file(folder / f"{name}.safetensors").items()
+    }
 
 
 def load_components(policy: nn.Module, folder: Path) -> None:
@@ -436,19 +383,27 @@ def initialise(policy: nn.Module, sources: tuple[str, ...]) -> None:
     """
     components = dict(policy.named_children())
     for source in sources:
-        name, equals, where = source.partition("=")
-        if not equals or (name not in components and Path(source).expanduser().exists()):
-            name, where = "", source  # a run, whose path may have a "=" in it
-        elif name not in components:
-            raise UserError(
-                f"--init-from {source}: there is no component {name!r}; there are {', '.join(components)}."
-            )
-        for component, file in _weights_in(Path(where).expanduser(), name, components, source).items():
-            _load_file_into(components[component], component, file)
+        for name, file in _files_of(source, components).items():
+            pickled = file.suffix in (".pt", ".pth")
+            try:
+                weights = torch.load(file, "cpu", weights_only=True) if pickled else load_file(file)
+                components[name].load_state_dict(weights)
+            except Exception as error:
+                raise UserError(
+                    f"--init-from: {file} does not fit the component {name} ({_reason(error)})."
+                ) from None
 
 
-def _weights_in(path: Path, name: str, components: Iterable[str], source: str) -> dict[str, Path]:
-    """Files of weights in a run or file, by component; `name` asks for one of them."""
+def _files_of(source: str, components: dict[str, nn.Module]) -> dict[str, Path]:
+    """Files of weights that an `--init-from` names, by component."""
+    name, equals, where = source.partition("=")
+    if not equals or (name not in components and Path(source).expanduser().exists()):
+        name, where = "", source  # a run, whose path may have a "=" in it
+    elif name not in components:
+        raise UserError(
+            f"--init-from {source}: there is no component {name!r}; there are {', '.join(components)}."
+        )
+    path = Path(where).expanduser()
     if not path.exists():
         raise UserError(
             f"--init-from {source}: {path} does not exist; give a run folder or a file of weights."
@@ -459,9 +414,9 @@ def _weights_in(path: Path, name: str, components: Iterable[str], source: str) -
                 f"--init-from {source}: write component=FILE to say which component the file is for."
             )
         return {name: path}
-    folder = find(path) / "policy"
-    refuse_damaged(folder.parent, "policy/")
-    there = {file.stem: file for file in sorted(folder.glob("*.safetensors")) if file.stem != "stats"}
+    last = find(path)
+    refuse_damaged(last, "policy/")
+    there = {file.stem: file for file in sorted(last.glob("policy/*.safetensors")) if file.stem != "stats"}
     found = {n: there[n] for n in ([name] if name else components) if n in there}
     if not found:
         raise UserError(
@@ -470,25 +425,8 @@ def _weights_in(path: Path, name: str, components: Iterable[str], source: str) -
     return found
 
 
-def _load_file_into(component: nn.Module, name: str, file: Path) -> None:
-    try:
-        if file.suffix in (".pt", ".pth"):
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            weights = load_file(file)
-        component.load_state_dict(weights)
-    except Exception as error:
-        raise UserError(
-            f"--init-from: {file} does not fit the component {name} ({_reason(error)})."
-        ) from None
-
-
 def freeze(policy: nn.Module, names: tuple[str, ...]) -> None:
-    """Keep components as they are (`--freeze`): no gradients, no weight decay.
-
-    Raises:
-        UserError: for a component that the policy does not have.
-    """
+    """Keep components as they are (`--freeze`): no gradients, no weight decay."""
     components = dict(policy.named_children())
     for name in names:
         if name not in components:

@@ -34,7 +34,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as validated_dataclass
 
 from common.errors import UserError, explain
-from common.files import read_json
+from common.files import completed_checkpoints, read_json
 
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.OmitArgPrefixes]
@@ -43,6 +43,7 @@ MAY_CHANGE = "may change on resume"
 MayChange = Annotated[T, MAY_CHANGE]
 """An option that may differ when a run is resumed; any other would make it a different experiment."""
 Share = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["no", "bf16", "fp16"]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 """A path; a leading ~ is the home folder, which the shell leaves alone in `--flag=~/folder`."""
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
@@ -53,8 +54,7 @@ AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().abs
 def options[T](cls: type[T]) -> type[T]:
     """Make a class of options: a frozen dataclass whose values are checked against their annotations.
 
-    A value that does not fit raises a UserError that names the flag. Docstrings below the fields become the
-    help, on one line each, without `(default: None)`, since the text says what happens by default.
+    Docstrings below the fields become the help, without `(default: None)`: the text says what happens then.
     """
     with suppress(OSError, TypeError):  # a class whose source is nowhere, as in a notebook, has no help
         for doc in parse_from_object(cls).params:
@@ -126,8 +126,9 @@ class RunConfig:
     when a line of metrics is written."""
     deterministic: MayChange[bool] = False
     """Only algorithms whose result is always the same, bit for bit; slower on CUDA."""
-    mixed_precision: MayChange[Literal["no", "bf16", "fp16"] | None] = None
-    """Precision of forward and backward (default: what `accelerate launch` says, else no)."""
+    mixed_precision: MayChange[Precision | None] = None
+    """Precision of forward and backward (default: what `accelerate launch` says, else that of the run that is
+    resumed, else no)."""
     compile: MayChange[bool] = False
     """Compile the policy with torch.compile: a slow first step, then faster ones."""
     tracker: MayChange[Literal["none", "wandb", "tensorboard"]] = "none"
@@ -137,10 +138,7 @@ class RunConfig:
 
 
 def cli[T](main: Callable[[Any], None], config_type: type[T], argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and run a script: what its last line calls.
-
-    Errors that a user can put right are printed as one sentence. Exit codes: see README.
-    """
+    """Parse the command line and run a script: what its last line calls. Exit codes: see README."""
     script = Path(sys.modules[config_type.__module__].__file__)
     try:
         main(parse(config_type, list(sys.argv[1:] if argv is None else argv), script.name))
@@ -151,19 +149,16 @@ def cli[T](main: Callable[[Any], None], config_type: type[T], argv: Sequence[str
         if explained is None:
             raise
         rank = os.environ.get("RANK", "0")
-        if rank != "0":  # most errors are those of all processes: the launcher ends this one after rank 0
+        if rank == "0":
+            print(f"error: {explained[0]}", file=sys.stderr)
+        else:  # most errors are those of all processes: the launcher ends this one after rank 0
             time.sleep(3)
-        print(f"error{f' in process {rank}' * (rank != '0')}: {explained[0]}", file=sys.stderr)
+            print(f"error in process {rank}: {explained[0]}", file=sys.stderr)
         sys.exit(explained[1])
 
 
 def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
-    """A script's configuration from its command line; see the module's docstring for what wins.
-
-    Raises:
-        UserError: for a value out of range, a file that does not fit, a run folder that is in use, or a
-            change that would make a resumed run another experiment.
-    """
+    """A script's configuration from its command line; see the module's docstring for what wins."""
 
     def from_flags(default: T | None) -> T:
         markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
@@ -210,7 +205,7 @@ def _resumed_run(run: RunConfig) -> Path | None:
     if run.resume == "auto":
         if run.run_dir is None:
             raise UserError("--resume auto needs --run-dir, to know which run to continue.")
-        if not _has_checkpoint(run.run_dir):
+        if not completed_checkpoints(run.run_dir):
             return None
         if not (run.run_dir / "config.json").is_file():
             raise UserError(
@@ -226,7 +221,7 @@ def _resumed_run(run: RunConfig) -> Path | None:
             )
     if not (folder / "config.json").is_file():
         raise UserError(f"--resume {run.resume}: {folder} holds no config.json; give the folder of a run.")
-    if not _has_checkpoint(folder):
+    if not completed_checkpoints(folder):
         raise UserError(
             f"--resume {run.resume}: {folder} holds no checkpoint yet; start anew with another --run-dir, or "
             f"with --run-dir {folder} --resume auto."
@@ -234,16 +229,10 @@ def _resumed_run(run: RunConfig) -> Path | None:
     return folder
 
 
-def _has_checkpoint(folder: Path) -> bool:
-    """Whether a checkpoint was written to its end there."""
-    return any((folder / "checkpoints").glob("step_*/checksums.json"))
-
-
 def _refuse_used(run_dir: Path | None, restart: bool) -> None:
     """Refuse to start a run in a folder that holds something.
 
-    Args:
-        restart: accept a run that died before its first checkpoint; nothing of it is worth keeping.
+    With `restart` it may be a run that died before its first checkpoint: nothing of it is worth keeping.
     """
     if run_dir is None or not run_dir.exists():
         return
@@ -299,8 +288,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict[T](config_type: type[T], values: Any) -> T:
     """The configuration that `to_dict` was given; absent options take their default.
 
-    Raises:
-        UserError: for an option that does not exist, or a value of the wrong type or out of range; names it.
+    A UserError names an option that does not exist, or whose value has the wrong type or is out of range.
     """
     try:
         return TypeAdapter(config_type).validate_json(json.dumps(values), strict=True)
@@ -309,11 +297,7 @@ def from_dict[T](config_type: type[T], values: Any) -> T:
 
 
 def read_config[T](config_type: type[T], path: Path, script: str) -> T:
-    """The configuration in a JSON file: a run's `config.json`, or the options alone.
-
-    Raises:
-        UserError: if the file is missing, damaged, or another script's.
-    """
+    """The configuration in a script's JSON file: a run's `config.json`, or the options alone."""
     try:
         values = read_json(path)
     except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.errors import UserError
 
+CHECKSUMS = "checksums.json"  # of a checkpoint: is there once all its files are
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -42,6 +43,12 @@ def read_json(path: Path) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def completed_checkpoints(run_dir: Path) -> list[Path]:
+    """Folders of a run's checkpoints that were written to their end, by step; one may be damaged since."""
+    folder = (Path(run_dir).expanduser() / "checkpoints").resolve()
+    return sorted(path for path in folder.glob("step_*") if (path / CHECKSUMS).is_file())
+
+
 def checksum(path: Path) -> int:
     """CRC-32 of a file: finds damage, at several GB/s."""
     value = 0
@@ -69,8 +76,7 @@ def sync_one(path: Path) -> None:
 def require_space(folder: Path, needed: int, what: str, remedy: str) -> None:
     """Refuse to fill the disk of a folder: `what`, as in "The store needs", is so many bytes.
 
-    Raises:
-        UserError: if they are not free; says that `remedy` makes them fewer.
+    A UserError says that `remedy` makes them fewer.
     """
     free = shutil.disk_usage(folder).free
     if needed * 1.01 > free:

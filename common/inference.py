@@ -34,9 +34,6 @@ def load_policy(
         checkpoint: `last`, or the number of a saved step.
         device: where to compute; the accelerator if there is one, else the CPU.
         seed: makes sampled actions repeatable; None draws new noise on every start.
-
-    Raises:
-        UserError: if the run or checkpoint is missing, damaged, or of a script that is not here.
     """
     path = find(Path(run), checkpoint)
     refuse_damaged(path, "policy/")
@@ -57,10 +54,7 @@ def load_policy(
 
 
 def load_script(name: str):
-    """Import a training script by the name that a checkpoint, which may come from anywhere, gives.
-
-    Only a `train_*.py` that lies beside `common/` is imported.
-    """
+    """Import a script by the name in a checkpoint; only a `train_*.py` that lies beside `common/`."""
     scripts = sorted(path.name for path in ROOT.glob("train_*.py"))
     if name not in scripts:
         raise UserError(
@@ -73,8 +67,7 @@ class RobotPolicy:
     """Samples action chunks from observations as a robot delivers them.
 
     Attributes:
-        spec: what the policy knows of its data: `cameras`, `image_size`, `state_names`, `action_names`,
-            `fps` (a chunk's actions are 1 / fps seconds apart).
+        spec: what it knows of its data; a chunk's actions are 1 / `spec.fps` seconds apart.
         horizon: T, actions in a chunk.
         checkpoint, trained_steps: where the weights come from.
     """

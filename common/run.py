@@ -18,12 +18,11 @@ Nothing here calls a script back or knows a method's options; the option groups 
 those that every script has.
 """
 
-import logging
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -32,13 +31,14 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from common import checkpoint
+from common import checkpoint, optim
+from common.accelerator import make_accelerator
 from common.checkpoint import PolicySpec
-from common.config import RunConfig, to_dict
+from common.config import to_dict
 from common.console import say
 from common.data import (
     Batch,
@@ -52,17 +52,8 @@ from common.data import (
 from common.errors import EXIT_STOPPED, UserError
 from common.files import read_json, write_json, write_whole
 from common.normalize import Normalization, Normalizer
-from common.optim import (
-    AveragedPolicy,
-    GradientClipper,
-    build_optimizer,
-    build_scheduler,
-    learning_rates,
-    or_nan,
-    resolve_steps,
-)
 from common.tracking import Tracker
-from common.watch import HangWatch, StopRequests, patience
+from common.watch import PREPARING, HangWatch, StopRequests, meeting
 
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "lerobot", "safetensors", "numpy", "av")
 
@@ -87,56 +78,33 @@ class Data(NamedTuple):
 
 
 def start_run(config: Any, script: str) -> "Run":
-    """Start the processes of a run; works alone, under `accelerate launch` and under `torchrun`.
+    """Start the processes of a run of a script, given as its `__file__`, with the script's configuration.
 
-    Args:
-        config: the script's configuration, with the groups `data`, `optim` and `run`.
-        script: the script's `__file__`.
+    Works alone, under `accelerate launch` and under `torchrun`.
     """
-    return Run(config, Path(script), make_accelerator(config.run, config.optim.grad_accumulation))
-
-
-def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerator:
-    """Accelerate, set up as every script needs it.
-
-    Without a GPU or similar it runs on the CPU, with several processes too (gloo).
-    """
-    # The launcher's own hints about defaults say nothing that a user of these scripts can act on.
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
-    accelerator = Accelerator(
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience(config.hang_timeout))],
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=grad_accumulation,
-        cpu=not torch.accelerator.is_available(),
-        step_scheduler_with_optimizer=False,  # scripts step the scheduler themselves
-    )
-    if accelerator.device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True  # image sizes do not change during a run
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise sums depend on the streams
-        torch.backends.cudnn.benchmark = False  # it may choose another algorithm in the next run
-        torch.use_deterministic_algorithms(True)
-    return accelerator
+    with meeting(config.run.hang_timeout):
+        accelerator = make_accelerator(config.run, config.optim.grad_accumulation)
+    return Run(config, Path(script), accelerator)
 
 
 class Run:
     """A training run, as one of its processes sees it.
 
     Attributes:
-        folder: the run folder, the same on all processes; set by `prepare`.
-        device: where this process computes.
         rank, world: this process and how many there are.
         is_main: whether this process writes and prints.
         resuming: whether an earlier run is continued.
         step: the current optimizer step, from 1; between steps the last finished one, 0 at first.
+        samples: that all processes have drawn so far: the position in the data order.
         total_steps: of the whole run.
         stopping: whether all processes have agreed to stop after the current step.
-        model: the policy to call in training, wrapped for several processes.
-        real_actions: what losses divide by, see `micro_batches`.
         progress_mark: count of what this process has done, and what it does now; for `HangWatch`.
+
+    Set by `prepare`:
+        folder: the run folder, the same on all processes.
+        model: the policy to call in training, wrapped for several processes.
+        average: the weights to evaluate and export.
+        data, tracker: what is learned from, and where metrics go.
     """
 
     def __init__(self, config: Any, script: Path, accelerator: Accelerator):
@@ -148,7 +116,8 @@ class Run:
         self.global_batch = config.optim.batch_size * config.optim.grad_accumulation * self.world
         self.step = self.samples = self.total_steps = 0
         self.stopping = False
-        self.progress_mark = 0, "starting"
+        self.progress_mark = 0, PREPARING
+        self._watch = HangWatch(self, self.rank, self.world, config.run.hang_timeout)
         set_seed(config.run.seed)  # weights are initialised alike on all processes
 
     @property
@@ -159,11 +128,7 @@ class Run:
     # What there is to learn from
 
     def load_data(self, horizon: int, normalization: Normalization) -> Data:
-        """Open the dataset, hold episodes out, compute statistics.
-
-        Args:
-            horizon: T, actions in a chunk.
-            normalization: how state and action are scaled.
+        """Open the dataset, hold episodes out, compute statistics; chunks have `horizon` actions.
 
         Raises:
             UserError: if a dataset cannot be used, or a resumed run was trained on other data.
@@ -171,9 +136,15 @@ class Run:
         options, seed = self.config.data, self.config.run.seed
         store, backbone_config = open_dataset(options), None
         if self.resuming:
-            self._check_same_data(store)
+            folder = self.config.run.run_dir
+            saved = read_json(folder / "config.json")
+            if saved.get("fingerprint") != store.fingerprint:  # where the data lie does not count
+                raise UserError(
+                    f"{folder} was trained on data that have changed since ({saved.get('dataset')}): resume "
+                    f"with the data as they were, or start a new run with --init-from {folder}."
+                )
             # The checkpoint has the backbone's architecture: its original model, on the hub, is not needed.
-            last = checkpoint.newest_undamaged(self.config.run.run_dir, "policy/policy.json")
+            last = checkpoint.newest_undamaged(folder, "policy/policy.json")
             backbone_config = checkpoint.read_settings(last)["spec"]["backbone_config"]
         train_episodes, held_out = split_episodes(store, options.val_fraction, seed)
         shape = (horizon, options.proprio_history, options.action_offset)
@@ -183,23 +154,12 @@ class Run:
         normalizer = Normalizer.fit(train, normalization, relative, floor).to(self.device)
         return Data(train, val, normalizer, PolicySpec.of(train, backbone_config))
 
-    def _check_same_data(self, store: EpisodeStore) -> None:
-        """Refuse to resume on other data; their content counts, where they lie does not."""
-        folder = self.config.run.run_dir
-        saved = read_json(folder / "config.json")
-        if saved.get("fingerprint") != store.fingerprint:
-            raise UserError(
-                f"{folder} was trained on data that have changed since ({saved.get('dataset')}): resume with "
-                f"the data as they were, or start a new run with --init-from {folder}."
-            )
-
     # Start
 
     def load_weights(self, policy: nn.Module) -> None:
         """Load `--init-from`, or, of a resumed run, the weights that its last checkpoint exported.
 
-        `prepare` does this for a new run, and restores a resumed one completely. Call it before `prepare`
-        where something is computed from the weights.
+        Call it only where something is computed from the weights before `prepare`, which loads them, too.
         """
         if self.resuming:
             last = checkpoint.newest_undamaged(self.config.run.run_dir, "policy/")
@@ -207,7 +167,9 @@ class Run:
         else:
             checkpoint.initialise(policy, self.config.run.init_from)
 
-    def prepare(self, policy: nn.Module, data: Data) -> tuple[AcceleratedOptimizer, LambdaLR, AveragedPolicy]:
+    def prepare(
+        self, policy: nn.Module, data: Data
+    ) -> tuple[AcceleratedOptimizer, LambdaLR, optim.AveragedPolicy]:
         """Make a policy ready to train; the one order that works.
 
         1. `--init-from` and `--freeze`: the optimizer takes what is trainable, the average what was loaded.
@@ -217,12 +179,13 @@ class Run:
         5. Random numbers that differ from process to process; a resumed run restores its own over them.
         6. Steps, schedule and data order, which follow from where the run stands.
         7. The run folder: a run that cannot start leaves none.
-        8. Signals and watch: until here, a signal ends the process at once.
+        8. Signals: until here, one ends the process at once.
 
         Returns:
             Optimizer, scheduler, and the weights to evaluate and export.
         """
         config, accelerator = self.config, self.accelerator
+        self._at("setting up the policy")
         if not self.resuming:
             self.load_weights(policy)
         checkpoint.freeze(policy, config.run.freeze)
@@ -231,11 +194,12 @@ class Run:
             policy = nn.SyncBatchNorm.convert_sync_batchnorm(policy)  # pretrained backbones can have it
         policy.to(self.device)
 
-        raw_optimizer = build_optimizer(policy, config.optim)
-        self.average = AveragedPolicy(policy, raw_optimizer, config.optim.ema_decay)
+        raw_optimizer = optim.build_optimizer(policy, config.optim)
+        self.average = optim.AveragedPolicy(policy, raw_optimizer, config.optim.ema_decay)
 
         if config.run.compile:
             policy.compile()
+        self._at("joining the processes' policies")
         self.model, optimizer = accelerator.prepare(policy, raw_optimizer)
         self.model.train()
         for name in config.run.freeze:
@@ -243,32 +207,27 @@ class Run:
 
         set_seed(config.run.seed, device_specific=True)
         if self.resuming:
+            self._at("restoring the checkpoint")
             self.step, self.samples = checkpoint.restore(accelerator, config.run.run_dir, self.average)
 
         done = self.step, self.samples
-        self.total_steps = resolve_steps(config.optim, len(data.train), self.global_batch, *done)
-        scheduler = build_scheduler(raw_optimizer, policy, config.optim, self.total_steps, self.step)
-        self._loader = make_loader(
-            data.train,
-            config.optim.batch_size,
-            config.run.seed,
-            config.data.num_workers,
-            self.rank,
-            self.world,
-            start=self.samples,
-            pin_memory=self.device.type == "cuda",
-        )
+        self.total_steps = optim.resolve_steps(config.optim, len(data.train), self.global_batch, *done)
+        scheduler = optim.build_scheduler(raw_optimizer, policy, config.optim, self.total_steps, self.step)
+        options = (config.optim.batch_size, config.run.seed, config.data.num_workers, self.rank, self.world)
+        pin = self.device.type == "cuda"
+        self._loader = make_loader(data.train, *options, start=self.samples, pin_memory=pin)
         self._batches = iter(self._loader)
 
+        self._at("opening the run folder")
         self.folder = self._open_folder(data.store)
-        self._data = data._replace(spec=data.spec.with_backbone(policy))
-        self._tracker = Tracker(accelerator, self.folder, config, self.total_steps, *done)
+        self.data = data._replace(spec=data.spec.with_backbone(policy))
+        self._at("starting the tracker")
+        self.tracker = Tracker(accelerator, self.folder, config, self.total_steps, *done)
         self._saved_step = self.step
         self._optimizer = raw_optimizer
-        self._clipper = GradientClipper(policy, raw_optimizer, config.optim.grad_clip)
+        self._clipper = optim.GradientClipper(policy, raw_optimizer, config.optim.grad_clip)
 
         self._requests = StopRequests(self.rank, self.world, config.run.max_time, config.run.hang_timeout)
-        self._watch = HangWatch(self, self.rank, self.world, config.run.hang_timeout)
         return optimizer, scheduler, self.average
 
     def _open_folder(self, store: EpisodeStore) -> Path:
@@ -293,10 +252,14 @@ class Run:
     def _write_config(self, folder: Path, store: EpisodeStore) -> None:
         """Write `config.json` and `changes.patch`: what is needed to repeat the run."""
         commit, changes = _git()
-        device = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
-        values = {"script": self.script.name, "config": to_dict(self.config), "versions": _versions()}
-        values |= commit | {"fingerprint": store.fingerprint, "dataset": store.source}
-        values |= {"processes": self.world, "device": device}
+        values = {
+            "script": self.script.name,
+            "config": to_dict(self.config),
+            "versions": _versions(),
+            **commit,
+        }
+        values |= {"fingerprint": store.fingerprint, "dataset": store.source, "processes": self.world}
+        values["device"] = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         values["mixed_precision"] = self.accelerator.mixed_precision
         write_json(folder / "config.json", values)
         if changes:
@@ -307,15 +270,15 @@ class Run:
     def micro_batches(self) -> Iterator[Batch]:
         """Start the next optimizer step; yields its `--grad-accumulation` batches, on the device.
 
-        Meanwhile `real_actions` is the mean number of actions that exist, over all these batches of all
-        processes. A loss that divides by it gives, accumulated and averaged over processes, the gradient of
-        the mean over all real actions, whatever share of padding each batch has.
+        Sets `real_actions`: the mean number of actions that exist, over these batches of all processes. A
+        loss that divides by it gives, accumulated and averaged over processes, the gradient of the mean over
+        all real actions, whatever share of padding each batch has.
         """
-        self._tracker.resume_clock()
+        self.tracker.resume_clock()
         self.step += 1
         self._clipper.begin_step()
         self._at("loading data")
-        with self._tracker.waiting():  # all of them at once: the count is needed before the first loss
+        with self.tracker.waiting():  # all of them at once: the count is needed before the first loss
             batches = [next(self._batches) for _ in range(self.accelerator.gradient_accumulation_steps)]
             count = sum((~batch.is_pad).sum() for batch in batches).float() / len(batches)
         self.real_actions = self.mean(count.to(self.device))
@@ -326,18 +289,15 @@ class Run:
                 yield batch.to(self.device)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the loss's gradient to those of the step's other batches; logs the loss as `loss`.
-
-        It is divided by the number of batches: the step's gradient is their mean.
-        """
-        self._tracker.add({"loss": loss})
+        """Add the loss's gradient to those of the step's other batches, whose mean is the step's; log it."""
+        self.tracker.add({"loss": loss})
         self._at("the backward pass")
-        self.accelerator.backward(or_nan(loss))
+        self.accelerator.backward(optim.or_nan(loss))
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
         """Collect scalars, whose means are written every `--log-every` steps; no wait for the device."""
         if metrics:
-            self._tracker.add(metrics)
+            self.tracker.add(metrics)
 
     def clip_gradients(self) -> dict[str, Tensor]:
         """Scale the gradients to `--grad-clip`.
@@ -350,16 +310,13 @@ class Run:
         """
         self._at("the optimizer's step")
         self.accelerator.unscale_gradients()  # fp16 scales them
-        self._rates = learning_rates(self._optimizer)
+        self._rates = optim.learning_rates(self._optimizer)
         norms = self._clipper()
-        self._tracker.count_skipped(self._clipper.bad.float())
+        self.tracker.count_skipped(self._clipper.bad.float())
         return norms
 
     def end_step(self) -> dict[str, float]:
-        """Write a line of metrics if one is due; agree with the other processes whether to stop.
-
-        Returns:
-            What was written, averaged over steps and processes; empty if no line was due.
+        """Write a line of metrics if one is due, and return it; agree with the others whether to stop.
 
         Raises:
             UserError: if too many steps in a row had to be skipped.
@@ -367,11 +324,11 @@ class Run:
         self.samples += self.global_batch
         logged: dict[str, float] = {}
         if self.due(self.config.run.log_every):
-            logged, skipped, last = self._tracker.log(self.step, self.samples, self._rates)
+            logged, skipped, last = self.tracker.log(self.step, self.samples, self._rates)
             if skipped >= self.config.run.max_bad_steps:
                 self._refuse_bad_steps(skipped, last)
         self.stopping = self._requests.agreed()
-        self._tracker.pause_clock()
+        self.tracker.pause_clock()
         self._at("evaluating and saving")
         return logged
 
@@ -384,20 +341,20 @@ class Run:
 
     def _refuse_bad_steps(self, num: int, last: int) -> None:
         """Stop a run that does not learn any more, and name the samples of the steps that were skipped."""
-        dataset = self._loader.dataset
-        store, path = dataset.store, self.folder / "bad_steps.json"
+        dataset, path = self.data.train, self.folder / "bad_steps.json"
         first = max(self.samples - (self.step - last + num) * self.global_batch, 0)
         rows = dataset.rows[self._loader.batch_sampler.samples(first, num * self.global_batch)]
-        episodes = store.episode_of(rows)
-        numbers, frames = store.episode_indices[episodes], rows - store.episode_starts[episodes]
-        places = zip(numbers.tolist(), frames.tolist(), rows.tolist(), strict=True)
+        episodes = dataset.store.episode_of(rows)
+        numbers = dataset.store.episode_indices[episodes]
+        frames = rows - dataset.store.episode_starts[episodes]
+        places = enumerate(zip(numbers.tolist(), frames.tolist(), rows.tolist(), strict=True))
         listed = [
             {"step": last - num + 1 + n // self.global_batch, "episode": e, "frame": f, "row": r}
-            for n, (e, f, r) in enumerate(places)
+            for n, (e, f, r) in places
         ]
         if self.is_main:
             write_json(path, {"samples": listed})
-        self._tracker.close()
+        self.tracker.close()
         raise UserError(
             f"In {num} steps in a row, {last - num + 1} to {last}, loss or gradient were not finite, and the "
             f"weights were left unchanged; their samples are listed in {path}, from episode {numbers[0]}, "
@@ -430,26 +387,14 @@ class Run:
 
     def log_validation(self, metrics: dict[str, float]) -> None:
         """Write metrics of held-out episodes and redraw the curves."""
-        self._tracker.log_validation(self.step, metrics)
+        self.tracker.log_validation(self.step, metrics)
 
     def save(self) -> None:
         """Write a checkpoint; all processes call this at the same step.
 
         If the disk is full, this checkpoint is lost and training continues.
         """
-        written = checkpoint.save(
-            self.accelerator,
-            self.folder,
-            self.script.name,
-            self.config,
-            self.step,
-            self.samples,
-            self.average,
-            self._data.normalizer,
-            self._data.spec,
-            self._tracker,
-        )
-        if written:
+        if checkpoint.save(self):
             self._saved_step = self.step
 
     def close(self) -> None:
@@ -459,7 +404,8 @@ class Run:
             UserError: if the last checkpoint could not be written.
         """
         leaving = self.stopping and self.step < self.total_steps
-        self._tracker.close()
+        self._at("closing the tracker")
+        self.tracker.close()
         self._watch.close()
         self._requests.close(leaving)
         if self._saved_step != self.step:
@@ -492,10 +438,8 @@ def _new_folder(path: Path) -> Path:
 def _versions() -> dict[str, str]:
     versions = {"python": sys.version.split()[0]}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 

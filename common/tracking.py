@@ -11,8 +11,10 @@ import math
 import os
 import resource
 import sys
+import threading
 import time
 import uuid
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,30 +26,25 @@ from tqdm import tqdm
 from common.config import flat_options
 from common.console import say
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, write_whole
 from common.plots import draw_curves, read_lines
+
+SERVICE_SECONDS = 30.0
+"""How long the start of a run waits for a tracker's server."""
+FINISH_SECONDS = 300.0
+"""How long the end of a run waits for a tracker's server to take the last metrics; they stay on disk."""
+OFFLINE = {"mode": "offline", "resume": None, "settings": {"silent": True}}
 
 
 class Tracker:
     """Collects metrics without making the device wait, and writes them down now and then.
 
-    Args:
-        accelerator: processes and device; only the main process writes.
-        run_dir: run folder.
-        config: the script's configuration, told to the tracker; `config.run` names the tracker.
-        total_steps: optimizer steps of the whole run.
-        start_step, start_samples: where the run stands when it is resumed. Lines of later steps, written
-            before an interruption, are removed: those steps are trained again.
+    Only the main process writes. A resumed run stands at `start_step`, `start_samples`: lines of later steps,
+    written before an interruption, are removed, since those steps are trained again.
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        run_dir: Path,
-        config,
-        total_steps: int,
-        start_step: int = 0,
-        start_samples: int = 0,
+        self, accelerator: Accelerator, run_dir: Path, config, total_steps: int, start_step=0, start_samples=0
     ):
         self.accelerator, self.run_dir, self.total_steps = accelerator, run_dir, total_steps
         self._sums: dict[tuple[str, ...], Tensor] = {}  # of metrics added together: (2, n), sums and counts
@@ -56,28 +53,22 @@ class Tracker:
         self._steps_seen = self._start_step = start_step
         self._last = (start_step, start_samples)
         self._waited = self._elapsed_before = 0.0
-        self._since = self._started = self._paused = time.perf_counter()
         if config.run.tracker != "none":
             start_tracker(accelerator, run_dir, config, start_step)
+        self._since = self._started = self._paused = time.perf_counter()
         if accelerator.is_main_process:
             kept = keep_lines_up_to(run_dir / "metrics.jsonl", start_step)
             self._elapsed_before = max((line.get("elapsed_s", 0.0) for line in kept), default=0.0)
             self._lines = Lines(run_dir / "metrics.jsonl")
-            self._bar = tqdm(
-                total=total_steps,
-                initial=start_step,
-                unit="step",
-                desc=run_dir.name,
-                disable=not sys.stderr.isatty(),
-            )
+            quiet = not sys.stderr.isatty()
+            self._bar = tqdm(None, run_dir.name, total_steps, initial=start_step, unit="step", disable=quiet)
         if start_step:
             self._restore(run_dir / "checkpoints" / f"step_{start_step:07d}" / "state")
 
     def save(self, folder: Path) -> None:
-        """Write what has been collected since the last line; each process a file of its own.
+        """Write what has been collected since the last line, each process a file of its own.
 
-        A checkpoint can lie between two lines: those of a resumed run are then the same as if it had never
-        been interrupted.
+        So a run that is resumed between two lines writes the same lines as one that was left alone.
         """
         sums = [[list(names), values.tolist()] for names, values in self._sums.items()]
         content = {"sums": sums, "skipped": self._skipped.tolist()}
@@ -89,13 +80,12 @@ class Tracker:
     def _restore(self, folder: Path) -> None:
         """Take up what `save` wrote, if as many processes wrote it."""
         files = [folder / f"metrics_{n}.json" for n in range(self.accelerator.num_processes + 1)]
-        if not files[-2].is_file() or files[-1].is_file():
-            return
-        device = self.accelerator.device
-        content = read_json(files[self.accelerator.process_index])
-        self._sums = {tuple(names): torch.tensor(values, device=device) for names, values in content["sums"]}
-        in_row, _, last = content["skipped"]
-        self._skipped = torch.tensor([in_row, in_row, last], device=device)
+        if files[-2].is_file() and not files[-1].is_file():
+            device = self.accelerator.device
+            content = read_json(files[self.accelerator.process_index])
+            self._sums = {tuple(names): torch.tensor(x, device=device) for names, x in content["sums"]}
+            in_row, _, last = content["skipped"]
+            self._skipped = torch.tensor([in_row, in_row, last], device=device)
 
     @contextmanager
     def waiting(self):
@@ -135,11 +125,7 @@ class Tracker:
         self.add({"bad_step": bad})
 
     def log(self, step: int, samples: int, rates: dict[str, float]) -> tuple[dict[str, float], int, int]:
-        """Write the means since the last call, with speed and memory; all processes call this.
-
-        Args:
-            step, samples: optimizer steps done and samples drawn by all processes.
-            rates: learning rate of each component.
+        """Write the means since the last call, with speed, memory and rates; all processes call this.
 
         Returns:
             What was written, how many steps in a row were skipped, and which was the last of them.
@@ -147,9 +133,8 @@ class Tracker:
         means, waited, most, last = self._take_means()
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
-        metrics = {
-            **means,
-            **{f"lr/{component}": rate for component, rate in rates.items()},
+        metrics = means | {f"lr/{component}": rate for component, rate in rates.items()}
+        metrics |= {
             "samples_per_s": (samples - self._last[1]) / seconds,
             "steps_per_s": (step - self._last[0]) / seconds,
             "data_wait_share": waited / seconds,
@@ -162,16 +147,13 @@ class Tracker:
         self._since, self._last = now, (step, samples)
         self._write(step, "train", metrics)
         if self.accelerator.is_main_process:
-            self._show(step, metrics, max(rates.values(), default=math.nan))
+            self._show(step, metrics)
         if num := means.get("bad_steps"):
             say(f"step {step}  skipped {num} step{'s' * (num > 1)} whose loss or gradient was not finite")
         return metrics, most, last
 
     def _take_means(self) -> tuple[dict[str, float], float, int, int]:
-        """Means of what was added and seconds waited for data, over all processes; steps skipped in a row.
-
-        Begins anew.
-        """
+        """Means over all processes, seconds waited for data, steps skipped in a row; then begins anew."""
         sums = torch.cat([torch.zeros(2, 0, device=self.accelerator.device), *self._sums.values()], dim=1)
         waited = torch.tensor([self._waited], device=self.accelerator.device)
         # One copy from the device and one exchange between processes, whatever the number of metrics.
@@ -190,9 +172,10 @@ class Tracker:
         self._sums, self._waited = {}, 0.0
         return means, waited, round(most), round(last)
 
-    def _show(self, step: int, metrics: dict[str, float], rate: float) -> None:
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
         """Refresh the progress bar or, where there is no terminal, print a line that suits a log file."""
         loss = f"{metrics.get('loss', math.nan):.4f}"
+        rate = max((x for name, x in metrics.items() if name.startswith("lr/")), default=math.nan)
         self._bar.n = step
         self._bar.set_postfix(loss=loss, lr=f"{rate:.1e}", refresh=True)
         if self._bar.disable:
@@ -219,7 +202,6 @@ class Tracker:
             say(f"warning: the tracker cannot write ({error.strerror or error})")
 
     def close(self) -> None:
-        """Draw the curves a last time and release the file."""
         if self.accelerator.is_main_process:
             self._bar.close()
             self._lines.close()
@@ -269,17 +251,14 @@ class Lines:
 
 
 def keep_lines_up_to(path: Path, step: int) -> list[dict]:
-    """Drop the lines of later steps, and a last line that was cut off; replaces the file in one step.
+    """Drop the lines of later steps, and a last line that was cut off; the lines that are left.
 
-    Returns:
-        The lines that are left, none for step 0: a run that starts has no past.
+    None is left for step 0: a run that starts has no past.
     """
     if not path.exists():
         return []
     kept = [line for line in read_lines(path) if line["step"] <= step] if step else []
-    temporary = path.with_suffix(".new")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return kept
 
 
@@ -298,8 +277,7 @@ def start_tracker(accelerator: Accelerator, run_dir: Path, config, start_step: i
     accelerator.project_configuration.logging_dir = str(run_dir)
     try:
         if name == "wandb":
-            options = _wandb_options(run_dir, start_step) if accelerator.is_main_process else {}
-            accelerator.init_trackers(config.run.project, config=settings, init_kwargs={"wandb": options})
+            _start_wandb(accelerator, run_dir, config.run.project, settings, start_step)
         else:
             # Points of later steps, written before an interruption, are hidden: those steps come again.
             options = {"purge_step": start_step + 1} if start_step else {}
@@ -312,6 +290,37 @@ def start_tracker(accelerator: Accelerator, run_dir: Path, config, start_step: i
         raise UserError(f"--tracker {name} does not start ({reason}): use --tracker none.") from None
 
 
+def _start_wandb(accelerator: Accelerator, run_dir: Path, project: str, settings: dict, start_step: int):
+    """Start wandb, offline if its server has not answered after `SERVICE_SECONDS`.
+
+    wandb's own `init_timeout` does not end the wait for a server that cannot be reached.
+    """
+    options = _wandb_options(run_dir, start_step) if accelerator.is_main_process else {}
+    attempt: Future[None] = Future()
+
+    def start(more: dict) -> None:
+        accelerator.init_trackers(project, config=settings, init_kwargs={"wandb": options | more})
+
+    def try_to_start() -> None:
+        try:
+            attempt.set_result(start({}))
+        except Exception as error:
+            attempt.set_exception(error)
+
+    threading.Thread(target=try_to_start, name="wandb", daemon=True).start()
+    try:
+        attempt.result(SERVICE_SECONDS)
+    except TimeoutError:
+        import wandb
+
+        # It makes the attempt fail, and then waits itself for the server.
+        threading.Thread(target=wandb.teardown, name="wandb", daemon=True).start()
+        wait([attempt], timeout=SERVICE_SECONDS)
+        _say_offline(f"no answer from the server for {SERVICE_SECONDS:.0f} s", run_dir)
+        accelerator.trackers.clear()  # or Accelerate would start the first one again
+        start(OFFLINE)
+
+
 def _wandb_options(run_dir: Path, start_step: int) -> dict:
     """Options of `wandb.init`. A resumed run continues the same wandb run; without a key it stays offline."""
     import wandb
@@ -322,6 +331,10 @@ def _wandb_options(run_dir: Path, start_step: int) -> dict:
         identity.write_text(uuid.uuid4().hex[:12])
     options = {"name": run_dir.name, "id": identity.read_text(), "dir": str(run_dir)}
     if wandb.setup().settings.mode in ("offline", "disabled") or wandb.api.api_key:
-        return options | {"resume": "allow"}
-    say(f"wandb: not logged in, so kept offline; send it with `wandb sync {run_dir}/wandb/*run-*`")
-    return options | {"mode": "offline", "settings": {"silent": True}}
+        return options | {"resume": "allow", "settings": {"finish_timeout": FINISH_SECONDS}}
+    _say_offline("not logged in", run_dir)
+    return options | OFFLINE
+
+
+def _say_offline(why: str, run_dir: Path) -> None:
+    say(f"wandb: {why}, so kept offline; send it with `wandb sync {run_dir}/wandb/offline-run-*`")

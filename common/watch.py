@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +23,11 @@ from common.errors import EXIT_HUNG
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 SAME_REQUEST_SECONDS = 2.0  # a terminal's Ctrl-C reaches a process directly and once more by its launcher
 POLL_SECONDS = 5.0
+PREPARING = "preparing the data"
+"""What a process does that may take hours: no watch ends it, nor those that wait for it."""
+
+Told = dict[int, tuple[int, int, str]]
+"""Of each process: ticks of its watch, count of what it has done, what it does now."""
 
 _started = time.monotonic()  # of the process: --max-time counts from here
 
@@ -31,15 +37,35 @@ def patience(hang_timeout: float) -> timedelta:
     return timedelta(seconds=2 * hang_timeout or 10**7)
 
 
+@contextmanager
+def meeting(hang_timeout: float) -> Iterator[None]:
+    """Within, processes look for each other: one that waits longer than `hang_timeout` exits with code 70.
+
+    Which one is missing is not known before they have met.
+    """
+    me, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+
+    def give_up() -> None:
+        _write_raw(
+            f"error: process {me} of {world} has waited {hang_timeout:.0f} s for the others to start "
+            f"(--hang-timeout): look at their logs, and at the address and port that all were given.\n"
+        )
+        os._exit(EXIT_HUNG)
+
+    timer = threading.Timer(hang_timeout, give_up)
+    timer.daemon = True
+    if hang_timeout:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class StopRequests:
-    """Asks a run to stop: on SIGTERM, SIGINT or SIGUSR1, or when its time is over.
+    """Asks a run to stop: on SIGTERM, SIGINT or SIGUSR1, or after `max_time` hours.
 
     The first signal lets the step finish; all processes agree on the step. A second one exits at once.
-
-    Args:
-        rank, world: this process and how many there are; all of them make one.
-        max_time: hours that the process may take, if there is a limit.
-        hang_timeout: see `patience`.
     """
 
     def __init__(self, rank: int, world: int, max_time: float | None, hang_timeout: float):
@@ -47,26 +73,18 @@ class StopRequests:
         """Why this process was asked to stop; None if it was not."""
         self._rank = rank
         self._deadline = None if max_time is None else _started + 3600 * max_time
-        # On the CPU, so that nothing waits for the device.
-        self._group = (
-            distributed.new_group(backend="gloo", timeout=patience(hang_timeout)) if world > 1 else None
-        )
-        self._pending = None
+        self._group = self._pending = None
+        if world > 1:  # on the CPU, so that nothing waits for the device
+            self._group = distributed.new_group(backend="gloo", timeout=patience(hang_timeout))
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._listen()
-
-    def _listen(self) -> None:
-        """Take over signals.
-
-        Their numbers are also written to a socket, at once: Python's own handlers wait until the main thread
-        is back from C, where it may hang.
-        """
-        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
-        receiving, self._sending = socket.socketpair()
-        self._sending.setblocking(False)
-        signal.set_wakeup_fd(self._sending.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=_exit_on_second, args=(receiving,), name="signals", daemon=True).start()
+            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # Python's own handlers wait until the main thread is back from C, where it may hang; the numbers
+            # of signals are written to this socket at once.
+            receiving, self._sending = socket.socketpair()
+            self._sending.setblocking(False)
+            signal.set_wakeup_fd(self._sending.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=_exit_on_second, args=(receiving,), name="signals", daemon=True).start()
 
     def _note(self, number: int, frame) -> None:
         if self.reason is None:
@@ -97,11 +115,7 @@ class StopRequests:
         return bool(flag.item())
 
     def close(self, leaving: bool) -> None:
-        """Give signals back.
-
-        Args:
-            leaving: the process is about to exit: a signal that others have had already must not end it.
-        """
+        """Give signals back; if `leaving`, about to exit, ignore those that others have had already."""
         if self._group is not None:
             self._answer()
             distributed.barrier(self._group)  # a launcher ends the others as soon as the first has left
@@ -131,6 +145,10 @@ class HangWatch:
     Each process tells the others, through the store by which they found each other, how far it is and that
     its thread lives. All wait for the one that is behind. Time that the whole process was stopped for
     (Ctrl-Z, a laptop's lid) does not count.
+
+    It sees a run from the moment its processes have met (before: `meeting`) to its end. Between, it does not
+    end what a script does before `Run.prepare`: reading or decoding data, computing features and downloading
+    models take as long as they take, and downloads have time limits of their own.
 
     Args:
         run: its `progress_mark` is (count of what was done, what is being done now). Held weakly: a run that
@@ -167,17 +185,23 @@ class HangWatch:
                 return
             self.progress = run.progress_mark
             del run
-            count, _ = self.progress
+            count, where = self.progress
             # Not more than two intervals at once: this thread may have been stopped along with the rest.
             stalled += min(time.monotonic() - before, 2 * self.interval)
-            if count != seen:
+            if count != seen or where == PREPARING:
                 stalled, seen, earlier = 0.0, count, None
             ticks += 1
             self._tell(ticks)
             if earlier is None and stalled > self.timeout / 2:
                 earlier = self._others()
             if stalled > self.timeout:
-                self._end(stalled, earlier or {})
+                now = self._others()
+                others = (rank for rank in range(self.world) if rank != self.rank)
+                silent = [r for r in others if r not in now or now[r][0] == earlier.get(r, (-1,))[0]]
+                if any(at == PREPARING for rank, (_, _, at) in now.items() if rank not in silent):
+                    stalled, earlier = 0.0, None
+                else:
+                    self._end(stalled, silent, now)
 
     def _tell(self, ticks: int) -> None:
         if self.store is not None:
@@ -185,7 +209,7 @@ class HangWatch:
             with suppress(RuntimeError):  # who keeps the store may be gone or stopped: `_others` will tell
                 self.store.set(f"watch/{self.rank}", f"{ticks} {count} {where}")
 
-    def _others(self) -> dict[int, tuple[int, int, str]]:
+    def _others(self) -> Told:
         """Ticks of its thread, progress, and whereabouts of each process that can be asked about."""
         if self.store is None:
             return {0: (0, *self.progress)}
@@ -197,11 +221,8 @@ class HangWatch:
                     found[rank] = int(ticks), int(count), where
         return found
 
-    def _end(self, stalled: float, earlier: dict[int, tuple[int, int, str]]) -> None:
+    def _end(self, stalled: float, silent: list[int], now: Told) -> None:
         """Say who is silent or behind, and exit."""
-        now = self._others()
-        others = [rank for rank in range(self.world) if rank != self.rank]
-        silent = [r for r in others if r not in now or now[r][0] == earlier.get(r, (-1,))[0]]
         least = min((count for _, count, _ in now.values()), default=0)
         behind = [rank for rank, (_, count, _) in now.items() if count == least]
         if silent:
@@ -209,17 +230,24 @@ class HangWatch:
         else:
             where = now[behind[0]][2] if behind else "starting"
             what = f"process {_listed(behind)} of {self.world} has not come further than {where!r}"
-        speaker = min(set(range(self.world)) - set(silent))
-        if self.rank == speaker:
+        first = self._is_first()
+        if first:
             _write_raw(
                 f"error: {what}; nothing has moved for {stalled:.0f} s (--hang-timeout): the job ends here, "
                 f"continue from the last checkpoint with --resume.\n"
             )
-        if self.rank == speaker or self.rank in behind:
+        if first or self.rank in behind:
             _write_raw(f"where process {self.rank} stands:\n")
             faulthandler.dump_traceback(sys.__stderr__.fileno())
         time.sleep(self.interval)  # the others speak as well before a launcher ends them
         os._exit(EXIT_HUNG)
+
+    def _is_first(self) -> bool:
+        """Whether no other process has ended the job: one sentence is enough."""
+        if self.store is not None:
+            with suppress(RuntimeError):
+                return self.store.add("watch/ended", 1) == 1
+        return True
 
 
 def _listed(ranks: list[int]) -> str:

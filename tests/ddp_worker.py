@@ -15,10 +15,10 @@ import train_naive_fm
 import train_vfp
 import train_vfp_depth
 from common import checkpoint, depth
+from common.accelerator import make_accelerator
 from common.config import RunConfig, parse
 from common.data import ChunkDataset, open_dataset
 from common.normalize import Normalizer
-from common.run import make_accelerator
 
 
 def main(dataset: str, cache_dir: str, out: str) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -335,7 +336,7 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["stopped", "asleep", "killed"])
 def test_a_process_that_hangs_or_dies_ends_the_job_and_is_named(how, tiny, tmp_path):
-    flags = [*tiny, "--run-dir", tmp_path / "run", "--steps", 100_000, "--hang-timeout", 8, "--log-every", 5]
+    flags = [*tiny, "--run-dir", tmp_path / "run", "--steps", 100_000, "--hang-timeout", 20, "--log-every", 5]
     started = time.monotonic()
     process = start(*TORCHRUN, "tests/ddp_hang.py", how, *flags)
     printed, _ = process.communicate(timeout=150)
@@ -348,6 +349,46 @@ def test_a_process_that_hangs_or_dies_ends_the_job_and_is_named(how, tiny, tmp_p
     else:
         assert "error: process 1 of 2" in printed, printed[-3000:]
         assert "--hang-timeout" in printed
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_before_the_first_step_is_named(tiny, tmp_path):
+    flags = [*tiny, "--run-dir", tmp_path / "run", "--steps", 2, "--hang-timeout", 20]
+    process = start(*TORCHRUN, "tests/ddp_hang.py", "starting", *flags)
+    printed, _ = process.communicate(timeout=150)
+    assert process.returncode != 0
+    assert "process 1 of 2 has not come further than 'setting up the policy'" in printed, printed[-3000:]
+    assert "in build_optimizer" in printed
+
+
+@pytest.mark.slow
+def test_a_process_may_take_long_over_its_data(tiny, tmp_path):
+    flags = [*tiny, "--run-dir", tmp_path / "run", "--steps", 2, "--hang-timeout", 20]
+    process = start(*TORCHRUN, "tests/ddp_hang.py", "reading", *flags)
+    printed, _ = process.communicate(timeout=150)
+    assert process.returncode == 0, printed[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_whose_others_never_start_says_so(rank, tiny, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    flags = [*tiny, "--run-dir", tmp_path / "run", "--steps", 2, "--hang-timeout", 5]
+    environment = [f"{name}={value}" for name, value in place.items()]
+    process = start("env", *environment, sys.executable, "train_vfp.py", *flags)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_HUNG
+    assert f"error: process {rank} of 2 has waited 5 s for the others to start (--hang-timeout)" in printed
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import math
 import os
 import pty
 import select
+import socket
 import subprocess
 import sys
 from dataclasses import field, replace
@@ -267,6 +268,38 @@ def test_wandb_without_a_login_stays_offline_and_never_asks(run_dir, tmp_path):
     assert not (tmp_path / ".netrc").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["silent", "refused"])
+def test_wandb_whose_server_does_not_answer_stays_offline(how, run_dir, tmp_path):
+    """With a key, so that it tries to connect."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
+    env |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_API_KEY": "k" * 40}
+    shorter = "from common import tracking\ntracking.SERVICE_SECONDS = 5.0\n"
+    program = WANDB.replace("for start in", f"{shorter}for start in")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if how == "silent":
+            server.listen(100)  # connections are made, and nobody reads what comes
+        env["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(run_dir)],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [line for line in done.stdout.splitlines() if "no answer from the server for 5 s" in line]
+    assert len(told) == 2  # one line each start
+    assert f"wandb sync {run_dir}/wandb/offline-run-*" in told[0]
+    assert done.stdout.endswith("done\n")
+    assert [line["step"] for line in read(run_dir)] == [1, 2]
+    runs = list((run_dir / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert all(file.stat().st_size > 100 for run in runs for file in run.glob("*.wandb"))
+
+
 @pytest.mark.parametrize(
     ("environment", "files", "may"),
     [
@@ -294,7 +327,9 @@ def test_a_wandb_login_is_recognised(monkeypatch, tmp_path, environment, files, 
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     wandb.teardown()
-    assert (tracking._wandb_options(tmp_path, 0).get("mode") != "offline") is may
+    options = tracking._wandb_options(tmp_path, 0)
+    assert (options.get("mode") != "offline") is may
+    assert ("finish_timeout" in options["settings"]) is may
     wandb.teardown()
 
 
