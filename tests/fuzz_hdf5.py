@@ -228,9 +228,7 @@ def fuzz_layouts(folder: Path, seconds: float, first_seed: int = 0, examples: in
     """Fuzz for so long, or for so many examples; raises what one raises, after printing it."""
     target, end, begun = FuzzLayouts(folder), time.monotonic() + seconds, 0
     with workers.kept_pool():
-        while (
-            begun < examples and time.monotonic() < end
-        ):  # a run cannot be ended by the clock
+        while begun < examples and time.monotonic() < end:  # a run cannot be ended by the clock
             count = min(20, examples - begun)
 
             @seed(first_seed + begun)
