@@ -85,7 +85,7 @@ def make_dataset(config: Config) -> list[str]:
     random = np.random.default_rng(config.seed)
     ways = ["good"] * len(episodes)
     bad = random.permutation(len(episodes))[: len(episodes) // 3]
-    actions = [episode["action"].copy() for episode in episodes]
+    actions = [episode.action.copy() for episode in episodes]
     for n, e in enumerate(bad):
         ways[e] = WAYS[n % 3]
         action, length = actions[e], len(actions[e])
@@ -96,13 +96,13 @@ def make_dataset(config: Config) -> list[str]:
         else:
             other = actions[(e + 1 + random.integers(len(episodes) - 1)) % len(episodes)]
             changed = other[np.minimum(np.arange(length), len(other) - 1)]
-        episodes[e]["action"] = changed.astype(np.float32)
+        episodes[e] = episodes[e]._replace(action=changed.astype(np.float32))
     root, labels = config.runs / "dataset", config.runs / "labels.json"
     made = {name: getattr(config, name) for name in ("episodes", "noise", "delay", "seed")} | {"ways": ways}
     if not root.exists():
         shutil.rmtree(root.with_suffix(".part"), ignore_errors=True)
         config.runs.mkdir(parents=True, exist_ok=True)
-        demo.write_dataset(root.with_suffix(".part"), episodes)
+        demo.record(root.with_suffix(".part"), episodes)
         labels.write_text(json.dumps(made))
         root.with_suffix(".part").rename(root)
     if json.loads(labels.read_text()) != made:
@@ -173,13 +173,14 @@ def compare_policies(config: Config, run: Path, scores: dict[int, float]) -> Non
 def success(folder: Path, rollouts: int) -> float:
     """Success rate of a policy with ten sampling steps, found once."""
     import evaluate
+    from common.envs import EnvConfig
     from common.inference import load_policy
+    from common.rollout import rates
 
     file = folder / "success.json"
     if not file.is_file():
-        settings = evaluate.Config(folder, episodes=rollouts)
-        simulator, _ = evaluate.roll_out(load_policy(folder, seed=0), settings, 10)
-        write_json(file, evaluate.summarize(simulator)["success"])
+        settings = evaluate.Config(folder, EnvConfig(env="demo"), episodes=rollouts)
+        write_json(file, rates(evaluate.act(load_policy(folder, seed=0), settings, 10))["success"])
     return read_json(file)
 
 

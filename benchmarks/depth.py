@@ -28,7 +28,7 @@ from common.accelerator import make_accelerator
 from common.checkpoint import PolicySpec
 from common.config import Flat, cli, options
 from common.data import ChunkDataset, EpisodeStore, make_loader, open_dataset
-from common.data.demo import demonstrate, write_dataset
+from common.data.demo import demonstrate, record
 from common.depth import DepthBackbone, DepthConfig, cached
 from common.normalize import Normalizer
 from common.optim import AveragedPolicy, GradientClipper, build_optimizer
@@ -54,7 +54,7 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:  # the cache is built anew
         data = replace(config.script.data, cache_dir=Path(folder))
         if data.dataset == ("demo",):  # a few episodes of it
-            data = replace(data, dataset=(str(write_dataset(Path(folder) / "demo", demonstrate(5, seed=0))),))
+            data = replace(data, dataset=(str(record(Path(folder) / "demo", demonstrate(5, seed=0))),))
         compare(replace(config, script=replace(config.script, data=data)))
 
 

@@ -80,7 +80,7 @@ def main(config: Config) -> None:
     random.seed(config.seed)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         folder = Path(folder)
-        demo.write_dataset(folder / "data", demo.demonstrate(10, seed=1))
+        demo.record(folder / "data", demo.demonstrate(10, seed=1))
         flags = ["--dataset", folder / "data", "--cache-dir", folder / "cache", *SMALL, *RHYTHM]
         flags += ["--steps", config.steps]
         table = [

@@ -150,20 +150,20 @@ def test_demonstrations_show_all_modes_and_come_to_rest():
     episodes = demo.demonstrate(60, seed=0)
     sides = []
     for episode in episodes:
-        assert episode["state"].shape == episode["action"].shape == (len(episode["images"]), 4)
-        crossing = np.abs(episode["state"][:, [1, 3]]).argmin(0)
-        sides.append(tuple(np.sign(episode["state"][crossing, [0, 2]] - [-0.5, 0.5])))
-        assert np.abs(episode["state"][-1] - episode["state"][-3]).max() < 0.03
-        moved = np.abs(np.diff(episode["state"], axis=0))
+        assert episode.state.shape == episode.action.shape == (len(episode.images["cam_head"]), 4)
+        crossing = np.abs(episode.state[:, [1, 3]]).argmin(0)
+        sides.append(tuple(np.sign(episode.state[crossing, [0, 2]] - [-0.5, 0.5])))
+        assert np.abs(episode.state[-1] - episode.state[-3]).max() < 0.03
+        moved = np.abs(np.diff(episode.state, axis=0))
         # the action is where the hand is one step later
-        np.testing.assert_allclose(episode["action"][:-1], episode["state"][1:], atol=1e-6)
+        np.testing.assert_allclose(episode.action[:-1], episode.state[1:], atol=1e-6)
         assert moved.max() <= demo.SPEED_LIMIT
     assert {sides.count(mode) > 5 for mode in set(sides)} == {True}
     assert len(set(sides)) == 4
 
 
 def test_the_recording_is_a_lerobot_dataset(tmp_path):
-    root = demo.write_dataset(tmp_path / "demo", demo.demonstrate(2, seed=0), progress=False)
+    root = demo.record(tmp_path / "demo", demo.demonstrate(2, seed=0))
     info = json.loads((root / "meta" / "info.json").read_text())
     assert info["codebase_version"].startswith("v3")
     assert info["total_episodes"] == 2
@@ -172,7 +172,7 @@ def test_the_recording_is_a_lerobot_dataset(tmp_path):
     dataset = LeRobotDataset("demo/bimanual", root=root)
     episode = demo.demonstrate(2, seed=0)[0]
     item = dataset[5]
-    np.testing.assert_allclose(item["observation.state"], episode["state"][5])
-    np.testing.assert_allclose(item["action"], episode["action"][5])
+    np.testing.assert_allclose(item["observation.state"], episode.state[5])
+    np.testing.assert_allclose(item["action"], episode.action[5])
     pixels = (item["observation.images.cam_left"].permute(1, 2, 0).numpy() * 255).round()
-    assert (pixels == episode["images"][5, 1]).all()
+    assert (pixels == episode.images["cam_left"][5]).all()

@@ -11,7 +11,6 @@ table, `cam_left` and `cam_right` move with their hand.
 The constants define the task's difficulty and must not change: success rates are compared across versions.
 """
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -19,6 +18,9 @@ import gymnasium
 import numpy as np
 from filelock import FileLock
 from gymnasium.spaces import Box, Dict
+from tqdm import tqdm
+
+from common.data.recording import Demonstration, write_dataset
 
 OBSTACLES = np.array([[-0.5, 0.0], [0.5, 0.0]])  # centres, one per arm
 OBSTACLE_RADIUS = 0.28
@@ -60,9 +62,10 @@ class Simulator:
         sides: (E, 2), +1 or -1, the side on which a hand passed its obstacle; 0 while it has not.
     """
 
-    def __init__(self, num_envs: int, seed: int):
-        """Environment i of seed s is the same whatever num_envs is: methods meet the same episodes."""
-        draws = np.stack([np.random.default_rng((seed, i)).uniform(-1, 1, 6) for i in range(num_envs)])
+    def __init__(self, num_envs: int, seed: int, first: int = 0):
+        """Episodes `first`, ... of a seed are the same whatever num_envs is: methods meet the same ones."""
+        numbers = range(first, first + num_envs)
+        draws = np.stack([np.random.default_rng((seed, i)).uniform(-1, 1, 6) for i in numbers])
         start_x = OBSTACLES[:, 0] + START_X_SPREAD * draws[:, :2]
         target_x = OBSTACLES[:, 0] + TARGET_X_SPREAD * draws[:, 2:4]
         self.hands = np.stack([start_x, np.full((num_envs, 2), START_Y)], -1)
@@ -194,11 +197,8 @@ class BimanualEnv(gymnasium.Env):
         return {"success": bool(success[0]), "collided": bool(collided[0]), "sides": sides[0].copy()}
 
 
-def demonstrate(num_episodes: int, seed: int) -> list[dict[str, np.ndarray]]:
-    """Demonstrations by the expert, each passing its obstacles on random sides.
-
-    One dict an episode: `state` and `action` (L, 4) float32, `images` (L, 3, H, W, 3) uint8.
-    """
+def demonstrate(num_episodes: int, seed: int) -> list[Demonstration]:
+    """Demonstrations by the expert, each passing its obstacles on random sides."""
     simulator = Simulator(num_episodes, seed)
     rng = np.random.default_rng((seed, num_episodes, 1))
     sides = rng.choice([-1, 1], (num_episodes, 2))
@@ -219,35 +219,15 @@ def demonstrate(num_episodes: int, seed: int) -> list[dict[str, np.ndarray]]:
         targets = np.broadcast_to(simulator.targets[i], (n, 2, 2))
         state = hands[i, :n].reshape(n, 4).astype(np.float32)
         action = actions[i, :n].astype(np.float32)
-        episodes.append({"state": state, "action": action, "images": render(hands[i, :n], targets)})
+        images = dict(zip(CAMERAS, render(hands[i, :n], targets).swapaxes(0, 1), strict=True))
+        episodes.append(Demonstration(state, action, images))
     return episodes
 
 
-def write_dataset(root: Path, episodes: list[dict[str, np.ndarray]], progress: bool = True) -> Path:
-    """Write the episodes of `demonstrate` as a LeRobot v3 dataset at `root`.
-
-    Frames are PNG images: video compression at 64x64 costs more time than it saves and would give the policy
-    other pixels than it meets in closed loop.
-    """
-    import datasets
-    from tqdm import tqdm
-
-    logging.getLogger("lerobot").setLevel(logging.ERROR)  # it reports at length that it found no FFmpeg
-    datasets.disable_progress_bars()
-    from lerobot.datasets import LeRobotDataset
-
-    vector = {"dtype": "float32", "shape": (4,), "names": list(NAMES)}
-    image = {"dtype": "image", "shape": (IMAGE_SIZE, IMAGE_SIZE, 3), "names": ["height", "width", "channels"]}
-    keys = [f"observation.images.{camera}" for camera in CAMERAS]
-    features = {"observation.state": vector, "action": vector, **dict.fromkeys(keys, image)}
-    dataset = LeRobotDataset.create("demo/bimanual", FPS, features, root=root, use_videos=False)
-    for episode in tqdm(episodes, desc="recording demonstrations", unit="episode", disable=not progress):
-        for state, action, images in zip(episode["state"], episode["action"], episode["images"], strict=True):
-            numbers = {"observation.state": state, "action": action, "task": TASK}
-            dataset.add_frame(numbers | dict(zip(keys, images, strict=True)))
-        dataset.save_episode()
-    dataset.finalize()
-    return root
+def record(root: Path, demonstrations: list[Demonstration]) -> Path:
+    """Write demonstrations as a LeRobot v3 dataset at `root`, which must not exist yet."""
+    shown = tqdm(demonstrations, desc="recording demonstrations", unit="episode")
+    return write_dataset(root, shown, fps=FPS, task=TASK, state_names=NAMES, action_names=NAMES)
 
 
 def ensure_recorded(cache_dir: Path) -> Path:
@@ -260,6 +240,6 @@ def ensure_recorded(cache_dir: Path) -> Path:
         if not root.exists():
             unfinished = root.with_suffix(".recording")
             shutil.rmtree(unfinished, ignore_errors=True)
-            write_dataset(unfinished, demonstrate(NUM_DEMONSTRATIONS, seed=0))
+            record(unfinished, demonstrate(NUM_DEMONSTRATIONS, seed=0))
             unfinished.rename(root)
     return root
