@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from common.config import to_dict
 from common.console import say
 from common.data import ChunkDataset
+from common.data.cameras import known_name
 from common.data.rotation import Rotations
 from common.errors import UserError
 from common.files import CHECKSUMS, checksum, completed_checkpoints, read_json, sync, sync_one, write_json
@@ -48,7 +49,8 @@ class PolicySpec:
     """What a policy must know of the data it was made for; kept in `policy.json`.
 
     Attributes:
-        cameras: short names, in the order of the images; the first is the head camera.
+        cameras, camera_keys: short names, and full ones in the dataset, in the order of the images; the first
+            is the head camera.
         fps: control steps per second.
         proprio_history: K, states in an observation.
         action_offset: control steps from an observation to the first action of its chunk.
@@ -61,12 +63,18 @@ class PolicySpec:
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     fps: float
+    camera_keys: tuple[str, ...] = ()
     task: str | None = None
     proprio_history: int = 1
     action_offset: int = 0
     state_rotations: Rotations | None = None
     action_rotations: Rotations | None = None
     backbone_config: dict | None = None
+
+    def camera(self, name: str) -> str:
+        """What a camera is called in `cameras`, given its full name, or a short one."""
+        by_key = dict(zip(self.camera_keys, self.cameras, strict=False))
+        return by_key.get(name) or known_name(name, self.cameras)
 
     @property
     def state_dim(self) -> int:

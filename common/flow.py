@@ -1,6 +1,6 @@
 """Flow matching: times t from 0 (noise x_0) to 1 (data x_1), the path between, guidance, integration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -8,6 +8,15 @@ from torch import Tensor
 
 TimeDistribution = Literal["beta", "uniform", "logit-normal"]
 Integrator = Literal["euler", "midpoint", "heun"]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""Source of noise: one for a whole batch, or one for each of its samples."""
+
+
+def noise(shape: Sequence[int], device: torch.device | str, generator: Generators = None) -> Tensor:
+    """Standard normal noise; with a generator for each sample, independent of what else is in the batch."""
+    if not isinstance(generator, Sequence):
+        return torch.randn(*shape, device=device, generator=generator)
+    return torch.stack([torch.randn(*shape[1:], device=device, generator=one) for one in generator])
 
 
 def sample_time(

@@ -332,9 +332,9 @@ class Run:
         self._at("evaluating and saving")
         return logged
 
-    def due(self, every: int) -> bool:
-        """Whether this is every `every`-th step, or the last."""
-        return self.step % every == 0 or self.step == self.total_steps
+    def due(self, every: int | None) -> bool:
+        """Whether this is every `every`-th step, or the last; never, if there is no number."""
+        return every is not None and (self.step % every == 0 or self.step == self.total_steps)
 
     def _at(self, phase: str) -> None:
         self.progress_mark = self.progress_mark[0] + 1, phase

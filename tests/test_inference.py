@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -69,10 +70,12 @@ def test_a_camera_that_goes_by_its_full_name_is_found_by_its_key(policy):
     assert policy._images(frames).shape == (3, 3, 32, 32)
 
 
-def test_a_seed_repeats_the_noise_and_reset_restarts_it(policy):
+def test_a_seed_gives_each_episode_noise_of_its_own_that_can_be_repeated(policy):
     first, second = policy.act(observation(policy)), policy.act(observation(policy))
     assert not np.array_equal(first, second)
     policy.reset()
+    assert not np.array_equal(policy.act(observation(policy)), first)
+    policy.reset(0)
     assert np.array_equal(policy.act(observation(policy)), first)
 
 
@@ -83,7 +86,7 @@ def test_full_camera_names_and_frames_of_another_size_are_accepted(policy):
     full = {"images": {f"observation.images.cam_{c}": flat for c in policy.spec.cameras}, "state": state}
     short = {"images": dict.fromkeys(policy.spec.cameras, small), "state": state}
     chunk = policy.act(full)
-    policy.reset()
+    policy.reset(0)
     assert np.array_equal(policy.act(short), chunk)
 
 
@@ -108,17 +111,61 @@ def test_observations_that_would_move_a_robot_by_mistake_are_refused(policy, cha
 def test_stepping_executes_part_of_each_chunk(policy):
     seen = observation(policy)
     chunks = [policy.act(seen) for _ in range(2)]
-    policy.reset()
+    policy.reset(0)
     actions = [policy.next_action(seen, execute_steps=3) for _ in range(6)]
     np.testing.assert_array_equal(actions, np.concatenate([chunks[0][:3], chunks[1][:3]]))
     with pytest.raises(ValueError, match="execute_steps"):
         policy.next_action(seen, execute_steps=policy.horizon + 1)
 
 
+def test_a_state_far_from_what_was_recorded_is_said_once_an_episode(policy):
+    seen = observation(policy)
+    statistics = policy.normalizer.statistics["state"]
+    high, std = statistics["max"][1].item(), statistics["std"][1].item()
+    near, far = seen["state"].copy(), seen["state"].copy()
+    near[1], far[1] = high + 2.9 * std, high + 7 * std
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy.act({**seen, "state": near})
+    for _ in range(2):
+        policy.reset()
+        with pytest.warns(
+            UserWarning, match=rf"{policy.spec.state_names[1]} is 7 standard deviations outside"
+        ):
+            policy.act({**seen, "state": far})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            policy.act({**seen, "state": far})
+
+
+def test_pictures_are_taken_only_when_a_chunk_is_due(policy):
+    seen, taken = observation(policy), []
+    expected = [policy.next_action(seen, execute_steps=3) for _ in range(7)]
+    policy.reset(0)
+    for step in range(7):
+        images = lambda step=step: taken.append(step) or seen["images"]  # noqa: E731
+        action = policy.next_action({"images": images, "state": seen["state"]}, execute_steps=3)
+        np.testing.assert_array_equal(action, expected[step])
+    assert taken == [0, 3, 6]
+
+
+def test_a_batch_of_observations_gives_the_chunks_of_each(policy):
+    rng = np.random.default_rng(0)
+    several = []
+    for _ in range(3):
+        images = {camera: rng.integers(0, 255, (32, 32, 3), np.uint8) for camera in policy.spec.cameras}
+        several.append({"images": images, "state": rng.normal(size=policy.spec.state_dim)})
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    together = policy.act_batch(several, generators=generators)
+    for chunk, one, seed in zip(together, several, (5, 6, 7), strict=True):
+        alone = policy.act_batch([one], generators=[torch.Generator().manual_seed(seed)])[0]
+        np.testing.assert_allclose(chunk, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_temporal_ensembling_averages_what_chunks_say_about_now(policy):
     seen = observation(policy)
     chunks = [policy.act(seen) for _ in range(3)]
-    policy.reset()
+    policy.reset(0)
     actions = [policy.next_action(seen, ensemble=0.1) for _ in range(3)]
     weights = np.exp(-0.1 * np.arange(3))
     expected = sum(w * c[2 - i] for i, (w, c) in enumerate(zip(weights, chunks, strict=True))) / weights.sum()
@@ -130,7 +177,7 @@ def test_the_number_of_sampling_steps_can_be_chosen(policy):
     seen = observation(policy)
     chunks = []
     for steps in (1, 4):
-        policy.reset()
+        policy.reset(0)
         chunks.append(policy.act(seen, sample_steps=steps))
     assert not np.array_equal(*chunks)
 
@@ -218,7 +265,7 @@ def test_relative_actions_come_out_absolute(relative_policy):
     states = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
     chunk = policy.act({**seen, "state": states})
     proprio = torch.from_numpy(states)[None]
-    policy.reset()
+    policy.reset(0)
     images = policy._images(seen["images"])[None]
     normalized = train_vfp.sample_actions(
         policy.model, images, policy.normalizer.proprio(proprio), policy.config, None, policy._generator
@@ -240,12 +287,13 @@ def test_a_policy_with_a_memory_asks_for_it(relative_policy):
 def test_next_action_remembers_states_and_waits_for_the_first_action(relative_policy, monkeypatch):
     policy, asked = relative_policy, []
 
-    def act(seen, sample_steps, clip):
+    def act_batch(observations, sample_steps, clip, generators):
+        (seen,) = observations
         asked.append(seen["state"].copy())
         start = seen["state"][-1, 0] + 2  # the state counts steps, and chunks begin two steps ahead
-        return np.repeat(np.arange(start, start + 8, dtype=np.float32)[:, None], 3, axis=1)
+        return np.repeat(np.arange(start, start + 8, dtype=np.float32)[None, :, None], 3, axis=2)
 
-    monkeypatch.setattr(policy, "act", act)
+    monkeypatch.setattr(policy, "act_batch", act_batch)
     frames = observation(policy)["images"]
     given = []
     for step in range(20):
@@ -255,13 +303,13 @@ def test_next_action_remembers_states_and_waits_for_the_first_action(relative_po
     assert [seen[:, 0].tolist() for seen in asked] == [[0, 0, 0], [4, 5, 6], [10, 11, 12], [16, 17, 18]]
     with pytest.raises(ValueError, match=r"execute_steps must lie in 1..6, got 7"):
         policy.next_action({"images": frames, "state": state}, execute_steps=7)
-    policy.reset()
+    policy.reset(0)
     ensembled = [
         policy.next_action({"images": frames, "state": np.full(3, step)}, ensemble=0.1)[0]
         for step in range(12)
     ]
     np.testing.assert_allclose(ensembled, [2, 2, *range(2, 12)], rtol=1e-6)
-    policy.reset()
+    policy.reset(0)
     asked.clear()
     policy.next_action({"images": frames, "state": np.full(3, 7)})
     assert asked[0][:, 0].tolist() == [7, 7, 7]  # an episode before is forgotten
@@ -291,7 +339,7 @@ def test_rotations_are_taken_and_given_as_recorded(tiny, tmp_path, accelerate_re
     frames = observation(policy)["images"]
     state = np.array([1, 2, 3, 0.1, 0.2, 0.3, 0.9], np.float32)
     chunk = policy.act({"images": frames, "state": state})
-    policy.reset()
+    policy.reset(0)
     negative = np.concatenate([state[:3], -state[3:]])  # the same rotation
     np.testing.assert_allclose(policy.act({"images": frames, "state": negative}), chunk, atol=1e-5)
     with pytest.raises(ValueError, match=r"state must have shape \(7,\), got \(9,\)"):
