@@ -1,5 +1,6 @@
 # make demo       set up, record demonstrations, train train_vfp.py on them, evaluate (about ten minutes on two cores)
 # make test       set up, lint, test
+# make sim        install simulators for `evaluate.py --env`, and try them
 # make test-all   the same, and the slow tests: several processes, processes that hang, files mutated at random
 
 RUN ?= runs/demo
@@ -8,7 +9,7 @@ CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 PYTHON = $(shell for p in python3 /usr/bin/python3 python $(HOME)/.pyenv/versions/3*/bin/python; do \
 	"$$p" -c 'f""' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: setup tools demo test test-all lint format
+.PHONY: setup tools sim demo test test-all lint format
 
 setup: .venv/.installed
 
@@ -18,8 +19,16 @@ setup: .venv/.installed
 
 tools: .venv/.installed-tools
 
-.venv/.installed-tools: .venv/.installed requirements-test.txt requirements-zarr.txt
+.venv/.installed-tools: .venv/.installed requirements-test.txt requirements-zarr.txt requirements-sim.txt
 	@$(or $(PYTHON),$(error no Python 3 starts here: install one)) tools/setup.py requirements-test.txt
+	@touch $@
+
+# Simulators to act in, see docs/simulators.md; draws a picture of each to see whether that works here.
+sim: .venv/.installed-sim
+
+.venv/.installed-sim: .venv/.installed requirements-sim.txt
+	@$(or $(PYTHON),$(error no Python 3 starts here: install one)) tools/setup.py requirements-sim.txt
+	.venv/bin/python -m common.envs
 	@touch $@
 
 # An interrupted demo resumes, a finished one is only evaluated again; make demo RUN=runs/other

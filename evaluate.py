@@ -14,7 +14,7 @@ for the built-in task `rollouts.png` and `rollouts.gif`, for a policy with codes
 import json
 import math
 import time
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,23 +26,32 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import plots
-from common.config import UserPath, cli, options
+from common.config import Flat, UserPath, cli, options
 from common.data import ChunkDataset, open_dataset, split_episodes
+from common.envs import EnvConfig
 from common.errors import UserError
 from common.files import read_json
+from common.film import side_by_side, write_gif, write_mp4
 from common.inference import RobotPolicy, load_policy
+from common.rollout import Episode, Eyes, make_environments, rates, roll_out
+
+FILMED = 16  # episodes to choose the films from
+UNDRAWN = ("mae", "low", "high", "steps")  # in results, beside shares of episodes
 
 
 @options
 class Config:
-    """Evaluate a trained policy: held-out error, closed-loop success on the built-in task, latency."""
+    """Evaluate a trained policy: held-out error, closed-loop success, latency."""
 
     run: Annotated[UserPath, tyro.conf.Positional]
     """Run folder."""
     checkpoint: str = "last"
     """`last`, or the number of a saved step."""
+    simulator: Flat[EnvConfig] = field(default_factory=EnvConfig)
     episodes: PositiveInt = 200
-    """Closed-loop episodes; only for runs on the built-in task."""
+    """Episodes to act in, with each number of sampling steps."""
+    parallel: PositiveInt = 20
+    """Episodes at once, in one forward pass."""
     sample_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (10, 2, 1)
     """Numbers of integration steps to evaluate; the first is used for held-out error and pictures."""
     guidance: tuple[float, ...] = ()
@@ -50,7 +59,8 @@ class Config:
     execute_steps: PositiveInt | None = None
     """Actions of a chunk that are executed before the next is sampled (default: half of it)."""
     seed: NonNegativeInt = 1_000_000
-    """Seed of episodes and noise. The same seed gives every policy the same episodes."""
+    """Seed of episodes and noise. The same seed gives every policy the same episodes, far from those that
+    `common/envs/record.py` records."""
     heldout_samples: PositiveInt = 2000
     """At most this many held-out steps, evenly spaced, are compared."""
     batch_size: PositiveInt = 64
@@ -65,7 +75,7 @@ def main(config: Config) -> None:
     policy = load_policy(config.run, config.checkpoint, seed=config.seed)
     if config.guidance and not hasattr(policy.config, "guidance"):
         raise UserError(f"{policy.script.__name__} trains no guidance: leave --guidance out.")
-    is_demo = policy.config.data.dataset == ("demo",)
+    config = replace(config, simulator=config.simulator.in_place_of_demo(policy.config.data.dataset))
     moved = {"dataset": config.dataset or None, "cache_dir": config.cache_dir}
     data = replace(policy.config.data, **{name: value for name, value in moved.items() if value is not None})
     policy.config = replace(policy.config, data=data)
@@ -76,7 +86,8 @@ def main(config: Config) -> None:
     print(f"{config.run}, {policy.checkpoint.name}, on {policy.device}")
 
     results["heldout"] = evaluate_heldout(policy, config, folder)
-    if is_demo:
+    if config.simulator.env:
+        results["env"] = config.simulator.env
         results["closed_loop"] = evaluate_closed_loop(policy, config, folder)
     results["latency_ms"] = measure_latency(policy, config)
     if config.guidance:
@@ -228,131 +239,70 @@ def draw_heldout(policy: RobotPolicy, store, episode: int, config: Config, path:
     plots.save_figure(figure, path, f"held-out episode {episode}, {config.sample_steps[0]} sampling steps")
 
 
-# Closed loop, built-in task
+# Closed loop
 
 
 def evaluate_closed_loop(policy: RobotPolicy, config: Config, folder: Path) -> dict[str, dict]:
-    """Success over fresh episodes of the built-in task for each number of sampling steps."""
+    """Success over fresh episodes for each number of sampling steps, and without eyes.
+
+    - grey: the policy sees grey pictures. A task that is solved so is no test of seeing.
+    - mismatched: it sees the pictures of another episode.
+    """
     results = {}
     for index, steps in enumerate(config.sample_steps):
-        simulator, trace = roll_out(policy, config, steps)
-        results[str(steps)] = summarize(simulator)
+        episodes = act(policy, config, steps, film=0 if index else FILMED)
+        results[str(steps)] = rates(episodes)
         if index == 0:
-            draw_rollouts(simulator, trace, results[str(steps)], folder / "rollouts.png")
-            save_gif(simulator, trace, folder / "rollouts.gif")
-    simulator, _ = roll_out(policy, config, config.sample_steps[0], mismatched=True)
-    results["mismatched"] = summarize(simulator)
+            film(episodes, config, folder)
+            if config.simulator.env == "demo":
+                draw_rollouts(episodes, results[str(steps)], config.seed, folder / "rollouts.png")
+    for name, eyes in (("grey", "grey"), ("mismatched", "other")):
+        results[name] = rates(act(policy, config, config.sample_steps[0], eyes))
     return results
 
 
-def roll_out(policy: RobotPolicy, config: Config, sample_steps: int, mismatched: bool = False):
-    """Roll out all episodes together.
-
-    Args:
-        mismatched: show the policy the images of another episode: what it achieves without its eyes.
-
-    Returns:
-        The simulator at the end, and the hands' positions (steps + 1, E, 2, 2).
-    """
-    from common.data.demo import MAX_STEPS, Simulator
-
-    simulator = Simulator(config.episodes, config.seed)
-    policy.reset()
-    history, offset = policy.spec.proprio_history, policy.spec.action_offset
-    execute = config.execute_steps or max(policy.horizon // 2, 1)
-    execute = max(min(execute, policy.horizon - offset), 1)
-    trace, states = [simulator.hands.copy()], [simulator.state] * history
-    latest: np.ndarray | None = None  # the chunks being executed (E, T, A)
-    with tqdm(
-        total=MAX_STEPS, desc=f"rollouts, {sample_steps} sampling steps", unit="step", leave=False
-    ) as bar:
-        while not simulator.done.all():
-            images = torch.from_numpy(simulator.images()).permute(0, 1, 4, 2, 3)  # (E, 3, 3, H, W)
-            images = images.roll(1, dims=0) if mismatched else images
-            proprio = torch.from_numpy(np.stack(states[-history:], axis=1))  # (E, K, P)
-            parts = zip(images.split(config.batch_size), proprio.split(config.batch_size), strict=True)
-            chunks = torch.cat([policy.sample(i, p, sample_steps).cpu() for i, p in parts]).numpy()
-            # A chunk begins `offset` steps from now; until then the one before it is still due.
-            before = chunks[:, :1].repeat(offset, 1) if latest is None else latest[:, execute:][:, :offset]
-            latest = chunks
-            for actions in np.concatenate([before, chunks], axis=1).swapaxes(0, 1)[:execute]:
-                simulator.step(actions)
-                trace.append(simulator.hands.copy())
-                states.append(simulator.state)
-                bar.update()
-    return simulator, np.stack(trace)
+def act(
+    policy: RobotPolicy, config: Config, sample_steps: int, eyes: Eyes = "own", film: int = 0
+) -> list[Episode]:
+    """Roll out all episodes; see `common/rollout.py`."""
+    num = min(config.parallel, config.episodes)
+    environments = make_environments(config.simulator, policy.spec.image_size, num)
+    seen = {"own": f"{sample_steps} sampling steps", "grey": "grey pictures", "other": "pictures of another"}
+    with tqdm(total=config.episodes, desc=f"episodes, {seen[eyes]}", unit="episode", leave=False) as bar:
+        options = (range(config.episodes), config.seed, sample_steps, config.execute_steps, eyes, film)
+        return roll_out(policy, environments, *options, progress=lambda done: bar.update(done - bar.n))
 
 
-def summarize(simulator) -> dict:
-    """Rates over episodes; `modes` are the shares of the four ways past the obstacles among successes."""
-    episodes, success = len(simulator.success), float(simulator.success.mean())
-    low, high = wilson_interval(int(simulator.success.sum()), episodes)
-    sides = simulator.sides[simulator.success]
-    modes = {
-        f"{left}-{right}": float(((sides[:, 0] == a) & (sides[:, 1] == b)).mean()) if len(sides) else 0.0
-        for left, a in (("left", -1), ("right", 1))
-        for right, b in (("left", -1), ("right", 1))
-    }
-    timeouts = ~simulator.success & ~simulator.collided
-    return {
-        "success": success,
-        "low": low,
-        "high": high,
-        "collisions": float(simulator.collided.mean()),
-        "timeouts": float(timeouts.mean()),
-        "modes": modes,
-        "episodes": episodes,
-    }
+def film(episodes: list[Episode], config: Config, folder: Path) -> None:
+    """Some episodes side by side, failures first."""
+    shown = sorted((e for e in episodes if e.frames), key=lambda episode: episode.success)[:8]
+    frames, fps = side_by_side([e.frames for e in shown], [e.success for e in shown]), shown[0].fps
+    write_mp4(folder / "rollouts.mp4", frames, fps)
+    write_gif(folder / "rollouts.gif", frames, fps)
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a success rate (Wilson 1927): right for small numbers and near 0 and 1."""
-    rate = successes / trials
-    centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
-def draw_rollouts(simulator, trace: np.ndarray, summary: dict, path: Path) -> None:
-    """The ways of all hands, coloured by outcome."""
+def draw_rollouts(episodes: list[Episode], summary: dict, seed: int, path: Path) -> None:
+    """The ways of all hands in the built-in task, coloured by outcome."""
     from matplotlib.patches import Circle
 
-    from common.data.demo import OBSTACLE_RADIUS, OBSTACLES
+    from common.data.demo import OBSTACLE_RADIUS, OBSTACLES, Simulator
 
+    targets = Simulator(len(episodes), seed).targets
     figure, axes = plots.grid(2, 2, (5.5, 5.2))
     drawn = {
-        f"{summary['success']:.1%} of {summary['episodes']} episodes succeed": simulator.success,
-        f"{summary['collisions']:.1%} collide, {summary['timeouts']:.1%} time out": ~simulator.success,
+        f"{summary['success']:.1%} of {summary['episodes']} episodes succeed": True,
+        f"{summary['collisions']:.1%} collide, {summary['timeouts']:.1%} time out": False,
     }
-    for axis, (title, wanted) in zip(axes.flat, drawn.items(), strict=True):
+    for axis, (title, success) in zip(axes.flat, drawn.items(), strict=True):
         for centre in OBSTACLES:
             axis.add_patch(Circle(centre, OBSTACLE_RADIUS, color="0.35"))
-        for episode in np.flatnonzero(wanted):
+        for episode in (episode for episode in episodes if episode.success == success):
+            ways = np.stack(episode.states).reshape(-1, 2, 2)  # (steps + 1, arm, xy)
             for arm, color in enumerate(("tab:red", "tab:blue")):
-                way = trace[: simulator.steps[episode] + 1, episode, arm]
-                axis.plot(*way.T, color=color, lw=0.6, alpha=0.6)
-                axis.plot(*simulator.targets[episode, arm], "x", color=color, ms=4)
+                axis.plot(*ways[:, arm].T, color=color, lw=0.6, alpha=0.6)
+                axis.plot(*targets[episode.number, arm], "x", color=color, ms=4)
         axis.set(xlim=(-1.1, 1.1), ylim=(-1, 1), aspect="equal", title=title)
     plots.save_figure(figure, path)
-
-
-def save_gif(
-    simulator, trace: np.ndarray, path: Path, columns: int = 4, rows: int = 2, size: int = 144
-) -> None:
-    """The first episodes as the head camera sees them, side by side; ended ones stand still."""
-    from PIL import Image
-
-    from common.data.demo import FPS, render
-
-    num = min(columns * rows, trace.shape[1])
-    length = min(int(simulator.steps[:num].max()) + 8, len(trace))
-    frames = []
-    for hands in trace[:length]:
-        views = render(hands[:num], simulator.targets[:num], size)[:, 0]
-        views = np.pad(views, ((0, columns * rows - num), (2, 2), (2, 2), (0, 0)), constant_values=255)
-        grid = views.reshape(rows, columns, *views.shape[1:]).swapaxes(1, 2)
-        frames.append(Image.fromarray(grid.reshape(rows * (size + 4), columns * (size + 4), 3)).quantize(32))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // FPS, loop=0)
 
 
 # Guidance
@@ -368,8 +318,8 @@ def sweep_guidance(policy: RobotPolicy, config: Config, folder: Path) -> dict[st
             _, _, val_set, chosen = data
             chunks = sample_chunks(policy, val_set, chosen, config)
             result["mae"] = chunk_error(chunks, val_set, val_set.rows[chosen], policy)[0]
-        if trained.data.dataset == ("demo",):
-            result |= summarize(roll_out(policy, config, config.sample_steps[0])[0])
+        if config.simulator.env:
+            result |= rates(act(policy, config, config.sample_steps[0]))
         results[f"{scale:g}"] = result
     policy.config = trained
     draw_guidance(results, folder / "guidance.png")
@@ -380,14 +330,13 @@ def draw_guidance(results: dict[str, dict], path: Path) -> None:
     """What grows and falls with the guidance scale: error, success, collisions, shares of the modes."""
     scales = [float(scale) for scale in results]
     panels = {"held-out error": {"mae": [result.get("mae", math.nan) for result in results.values()]}}
-    if all("success" in result for result in results.values()):
-        panels["episodes"] = {
-            name: [result[name] for result in results.values()]
-            for name in ("success", "collisions", "timeouts")
-        }
-        panels["modes among successes"] = {
-            mode: [result["modes"][mode] for result in results.values()]
-            for mode in next(iter(results.values()))["modes"]
+    first = next(iter(results.values()))
+    shares = [name for name, value in first.items() if isinstance(value, float) and name not in UNDRAWN]
+    if shares:
+        panels["episodes"] = {name: [result[name] for result in results.values()] for name in shares}
+    for words in (name for name, value in first.items() if isinstance(value, dict)):
+        panels[f"{words} among successes"] = {
+            word: [result[words].get(word, 0.0) for result in results.values()] for word in first[words]
         }
     figure, axes = plots.grid(len(panels), len(panels), (4.5, 3.6))
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
@@ -425,6 +374,19 @@ def measure_latency(policy: RobotPolicy, config: Config, repeats: int = 20) -> d
     return results
 
 
+def in_words(found: dict) -> str:
+    """Rates of `common.rollout.rates` in a line."""
+    parts = [
+        f"{found['success']:.1%} [{found['low']:.1%}, {found['high']:.1%}] of {found['episodes']} episodes"
+    ]
+    for name, value in found.items():
+        if isinstance(value, dict):
+            parts.append(f"{name} " + ", ".join(f"{word} {share:.0%}" for word, share in value.items()))
+        elif isinstance(value, float) and name not in UNDRAWN and name != "success":
+            parts.append(f"{name} {value:.1%}")
+    return ", ".join(parts)
+
+
 def report(results: dict, folder: Path) -> None:
     """Print what a person wants to know."""
     heldout = results["heldout"]
@@ -437,22 +399,13 @@ def report(results: dict, folder: Path) -> None:
         print(
             f"latency, {steps:>2} sampling steps: {latency['median']:.1f} ms (95 %: {latency['p95']:.1f} ms)"
         )
-    for steps, rates in results.get("closed_loop", {}).items():
-        name = "images of another episode" if steps == "mismatched" else f"{steps:>2} sampling steps"
-        modes = ", ".join(f"{100 * share:.0f}" for share in rates["modes"].values())
-        print(
-            f"success, {name}: {rates['success']:.1%} [{rates['low']:.1%}, {rates['high']:.1%}] of "
-            f"{rates['episodes']} episodes, collisions {rates['collisions']:.1%}, modes {modes} %"
-        )
-    for scale, rates in results.get("guidance", {}).items():
-        error = f"held-out error {rates['mae']:.4f}  " if "mae" in rates else ""
-        success = (
-            f"success {rates['success']:.1%}, collisions {rates['collisions']:.1%}"
-            if "success" in rates
-            else ""
-        )
-        print(f"guidance {scale:>4}: {error}{success}")
-    for path in sorted([*folder.glob("*.png"), *folder.glob("*.gif"), *folder.parent.glob("*.png")]):
+    blind = {"grey": "grey pictures", "mismatched": "pictures of another episode"}
+    for steps, found in results.get("closed_loop", {}).items():
+        print(f"success, {blind.get(steps, f'{steps:>2} sampling steps')}: {in_words(found)}")
+    for scale, found in results.get("guidance", {}).items():
+        error = f"held-out error {found['mae']:.4f}  " if "mae" in found else ""
+        print(f"guidance {scale:>4}: {error}{in_words(found) if 'success' in found else ''}")
+    for path in sorted([*folder.glob("*.png"), *folder.glob("rollouts.[gm]*"), *folder.parent.glob("*.png")]):
         print(f"picture: {path}")
     print(f"numbers: {folder / 'results.json'}")
 

@@ -40,6 +40,7 @@ from common.data import Batch, ChunkDataset, DataConfig
 from common.latent import CodebookLatent, Inferred
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
+from common.rollout import RolloutConfig, success_rate
 from common.run import Run, start_run
 from common.transformer import (
     ActionDecoder,
@@ -60,6 +61,7 @@ class Config:
     vision: Flat[VisionConfig] = field(default_factory=VisionConfig)
     optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
     run: Flat[RunConfig] = field(default_factory=RunConfig)
+    rollout: Flat[RolloutConfig] = field(default_factory=RolloutConfig)
 
     horizon: PositiveInt = 16
     """Actions predicted per chunk, in control steps."""
@@ -255,7 +257,7 @@ def sample_actions(
     proprio: Tensor,
     config: Config,
     steps: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: flow.Generators = None,
     x_0: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
@@ -265,7 +267,7 @@ def sample_actions(
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
         steps: integration steps, instead of the configured number.
-        generator: source of the noise, on the device of the images.
+        generator: source of the noise, on the device of the images, or one for each of them.
         x_0: the noise itself, (B, T, A).
         noise: that of the latent, (B, latent_dim).
 
@@ -275,9 +277,9 @@ def sample_actions(
     _, observation = policy.encode(vision.to_float(images), proprio)
     if x_0 is None:
         shape = (len(images), config.horizon, policy.action_decoder.action_in.in_features)
-        x_0 = torch.randn(shape, device=images.device, generator=generator)
+        x_0 = flow.noise(shape, images.device, generator)
     if noise is None:
-        noise = torch.randn(len(images), config.latent_dim, device=images.device, generator=generator)
+        noise = flow.noise((len(images), config.latent_dim), images.device, generator)
     z = policy.latent.draw(policy.prior(observation), noise)
     return integrate(policy, observation, z, x_0, config, steps)
 
@@ -383,6 +385,8 @@ def main(config: Config) -> None:
             run.log_validation(evaluate(model, data.val, data.normalizer, config, run))
             if run.is_main:
                 draw_alternatives(model, data.val, data.normalizer, config, run.folder / "alternatives.png")
+        if run.due(config.rollout.rollout_every):
+            run.log_validation(success_rate(average.model, sample_actions, data, config, run))
         if run.due(config.run.save_every) or run.stopping:
             run.save()
     run.close()

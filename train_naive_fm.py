@@ -28,6 +28,7 @@ from common.config import Flat, MayChange, RunConfig, cli, options
 from common.data import Batch, ChunkDataset, DataConfig
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
+from common.rollout import RolloutConfig, success_rate
 from common.run import Run, start_run
 from common.transformer import ActionDecoder, Context, InfoEmbedder, Size
 from common.vision import VisionConfig
@@ -41,6 +42,7 @@ class Config:
     vision: Flat[VisionConfig] = field(default_factory=VisionConfig)
     optim: Flat[OptimConfig] = field(default_factory=lambda: OptimConfig(schedule="schedule-free"))
     run: Flat[RunConfig] = field(default_factory=RunConfig)
+    rollout: Flat[RolloutConfig] = field(default_factory=RolloutConfig)
 
     horizon: PositiveInt = 16
     """Actions predicted per chunk, in control steps."""
@@ -151,7 +153,7 @@ def sample_actions(
     proprio: Tensor,
     config: Config,
     steps: int | None = None,
-    generator: torch.Generator | None = None,
+    generator: flow.Generators = None,
     x_0: Tensor | None = None,
 ) -> Tensor:
     """Sample one normalized action chunk per observation.
@@ -160,7 +162,7 @@ def sample_actions(
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
         steps: integration steps, instead of the configured number.
-        generator: source of the noise, on the device of the images.
+        generator: source of the noise, on the device of the images, or one for each of them.
         x_0: the noise itself, (B, T, A).
 
     Returns:
@@ -170,7 +172,7 @@ def sample_actions(
     context = policy.observe(vision.to_float(images), proprio)
     shape = (len(images), config.horizon, decoder.action_in.in_features)
     if x_0 is None:
-        x_0 = torch.randn(shape, device=images.device, generator=generator)
+        x_0 = flow.noise(shape, images.device, generator)
     return flow.integrate(
         lambda x, t: decoder(x, t, context).float(), x_0, steps or config.sample_steps, config.sample_method
     )
@@ -226,6 +228,8 @@ def main(config: Config) -> None:
 
         if data.val is not None and run.due(config.run.eval_every):
             run.log_validation(evaluate(average.model, data.val, data.normalizer, config, run))
+        if run.due(config.rollout.rollout_every):
+            run.log_validation(success_rate(average.model, sample_actions, data, config, run))
         if run.due(config.run.save_every) or run.stopping:
             run.save()
     run.close()

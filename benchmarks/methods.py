@@ -31,6 +31,7 @@ from common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 STEPS = ("10", "2", "1")  # sampling steps
+MODES = ("left-left", "left-right", "right-left", "right-right")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -251,7 +252,7 @@ def table(results: dict[str, list[dict]], seconds: dict[str, float], seeds: tupl
     ]
     for method, runs in results.items():
         rarest = [
-            min(100 * share for run in runs for share in run["closed_loop"][steps]["modes"].values())
+            min(100 * run["closed_loop"][steps]["modes"].get(mode, 0.0) for run in runs for mode in MODES)
             for steps in STEPS
         ]
         step = seconds[method]
@@ -282,7 +283,7 @@ def ablation_table(results: dict[str, list[dict]], ablations: dict[str, list[dic
     for method, runs in [*((m, results[m]) for m in whole if m in results), *ablations.items()]:
         closed_loop = runs[0]["closed_loop"]
         cells = [f"{100 * closed_loop[steps]['success']:.1f}" for steps in STEPS]
-        cells.append(f"{100 * min(closed_loop['1']['modes'].values()):.0f} %")
+        cells.append(f"{100 * min(closed_loop['1']['modes'].get(mode, 0.0) for mode in MODES):.0f} %")
         lines.append(f"| {label(method)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -325,9 +326,9 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
     for s, steps in enumerate(STEPS):
         bottom = np.zeros(len(labels))
         x = np.arange(len(labels)) + (s - 1) * width
-        for m, mode in enumerate(results[labels[0]][0]["closed_loop"][steps]["modes"]):
+        for m, mode in enumerate(MODES):
             share = [
-                100 * np.mean([run["closed_loop"][steps]["modes"][mode] for run in results[method]])
+                100 * np.mean([run["closed_loop"][steps]["modes"].get(mode, 0.0) for run in results[method]])
                 for method in labels
             ]
             axes[2].bar(

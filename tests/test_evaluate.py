@@ -1,7 +1,7 @@
 import json
 import math
-from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -9,30 +9,11 @@ from lerobot_factory import make_dataset
 
 import evaluate
 import train_vfp
+from common.checkpoint import PolicySpec
 from common.config import parse
+from common.data import demo
 from common.data.demo import Simulator
 from common.errors import UserError
-
-
-def test_wilson_interval():
-    low, high = evaluate.wilson_interval(9, 10)
-    for bound in (low, high):  # the bounds solve (p - 0.9)^2 = z^2 p (1 - p) / n
-        assert (bound - 0.9) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / 10)
-    assert low < 0.9 < high
-    assert evaluate.wilson_interval(0, 20)[0] == 0
-    assert evaluate.wilson_interval(20, 20)[1] == pytest.approx(1)
-
-
-def test_rates_of_rollouts():
-    simulator = Simulator(4, seed=0)
-    simulator.success[:] = [True, True, False, True]
-    simulator.collided[:] = [False, False, True, False]
-    simulator.sides[:] = [[-1, -1], [1, -1], [1, 1], [1, -1]]
-    summary = evaluate.summarize(simulator)
-    assert (summary["success"], summary["collisions"], summary["timeouts"]) == (0.75, 0.25, 0)
-    assert summary["modes"] == pytest.approx(
-        {"left-left": 1 / 3, "left-right": 0, "right-left": 2 / 3, "right-right": 0}
-    )
 
 
 @pytest.mark.usefixtures("accelerate_reset")
@@ -83,51 +64,48 @@ def test_a_run_on_recorded_data_is_evaluated(tiny, tmp_path, capsys):
 
 
 class Expert:
-    """Stands for a policy: knows the targets from the simulator, so that rollouts can be checked."""
+    """Acts like the demonstrator who passes on the right; it knows the targets by the episode's number."""
 
-    horizon = 8
+    horizon, state_dim, device = 8, 4, torch.device("cpu")
 
-    def __init__(self, simulator_seed, num, history, offset):
-        from common.data import demo
+    def __init__(self, history, offset):
+        cameras = ("cam_head", "cam_left", "cam_right")
+        self.spec = PolicySpec(
+            cameras, (64, 64), demo.NAMES, demo.NAMES, 10.0, proprio_history=history, action_offset=offset
+        )
 
-        self.spec = SimpleNamespace(proprio_history=history, action_offset=offset)
-
-        self.demo, self.targets = demo, demo.Simulator(num, simulator_seed).targets
-        self.device = torch.device("cpu")
-
-    def reset(self):
-        self.first = 0
-
-    def sample(self, images, proprio, steps):
-        assert proprio.shape[1] == self.spec.proprio_history
-        hands = proprio[:, -1].numpy().reshape(-1, 2, 2).astype(float)
-        targets = self.targets[self.first : self.first + len(hands)]
-        self.first = (self.first + len(hands)) % len(self.targets)
-        chunk = []
-        for _ in range(self.spec.action_offset + self.horizon):
-            action = self.demo.expert_action(hands, targets, np.ones((len(hands), 2), int))
-            hands = action.reshape(-1, 2, 2)
-            chunk.append(action)
-        return torch.from_numpy(np.stack(chunk[-self.horizon :], 1))
+    def act_batch(self, observations, sample_steps, clip, generators):
+        chunks = []
+        for observation, generator in zip(observations, generators, strict=True):
+            assert observation["state"].shape == (self.spec.proprio_history, 4)
+            targets = Simulator(1, 3, first=generator.initial_seed() - 3).targets
+            hands, chunk = observation["state"][-1].reshape(1, 2, 2).astype(float), []
+            for _ in range(self.spec.action_offset + self.horizon):
+                action = demo.expert_action(hands, targets, np.ones((1, 2), int))
+                hands = action.reshape(1, 2, 2)
+                chunk.append(action[0])
+            chunks.append(chunk[-self.horizon :])
+        return np.array(chunks, np.float32)
 
 
 @pytest.mark.parametrize(("history", "offset"), [(1, 0), (3, 2)])
 def test_rollouts_execute_chunks_in_closed_loop(tmp_path, history, offset):
-    config = evaluate.Config(run=tmp_path, episodes=30, batch_size=7, seed=3)
-    simulator, trace = evaluate.roll_out(Expert(3, 30, history, offset), config, sample_steps=1)
-    summary = evaluate.summarize(simulator)
-    assert summary["success"] == 1
-    assert summary["modes"]["right-right"] == 1
-    assert len(trace) % 4 == 1  # half of each chunk of 8 is executed
-    assert np.abs(trace[-1] - simulator.targets).max() < 0.1
-    evaluate.draw_rollouts(simulator, trace, summary, tmp_path / "rollouts.png")
-    evaluate.save_gif(simulator, trace, tmp_path / "rollouts.gif")
+    settings = ["--env", "demo", "--episodes", "6", "--parallel", "4", "--seed", "3"]
+    config = parse(evaluate.Config, [str(tmp_path), *settings], "evaluate.py")
+    results = evaluate.evaluate_closed_loop(Expert(history, offset), config, tmp_path)
+    summary = results["10"]
+    assert (summary["success"], summary["collisions"], summary["timeouts"]) == (1, 0, 0)
+    assert summary["modes"] == {"right-right": 1}
+    assert set(results) == {"10", "2", "1", "grey", "mismatched"}
     from PIL import Image
 
     with Image.open(tmp_path / "rollouts.gif") as gif:
         assert gif.n_frames > 20
-        assert gif.size == (4 * 148, 2 * 148)
+        assert gif.size == (4 * 152, 2 * 152)
     assert math.isclose(Image.open(tmp_path / "rollouts.png").width, 1100, abs_tol=2)
+    with av.open(str(tmp_path / "rollouts.mp4")) as film:
+        assert len(list(film.decode(video=0))) > 20
+    assert "right-right 100%" in evaluate.in_words(summary)
 
 
 @pytest.mark.usefixtures("accelerate_reset")

@@ -1,0 +1,178 @@
+"""Closed-loop tasks: the built-in one, public simulators, and any gymnasium environment."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+from pydantic import PositiveInt
+
+from common.config import MayChange, options
+from common.data.cameras import closest
+from common.errors import UserError
+
+# MuJoCo looks at this when it is imported, and crashes later if it finds no display.
+if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+SIMULATORS = ("demo", "metaworld:TASK", "aloha:TASK", "pusht", "gymnasium:ID", "module:factory")
+
+
+class Environment(Protocol):
+    """One copy of a task.
+
+    Attributes:
+        name: what messages call it.
+        fps: control steps per second, for videos; a policy acts at the rate it was trained at.
+        max_steps: an episode is over after so many.
+        state_names, action_names: meaning of the dimensions; empty where the simulator does not say.
+        task: the instruction.
+    """
+
+    name: str
+    fps: float
+    max_steps: int
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    task: str
+
+    def reset(self, seed: int, episode: int) -> None:
+        """Start an episode; the same numbers give the same one."""
+
+    def state(self) -> np.ndarray:
+        """(P,) float32."""
+
+    def images(self) -> dict[str, np.ndarray]:
+        """What each camera sees now, (H, W, 3) uint8; drawn only when it is asked for."""
+
+    def picture(self) -> np.ndarray:
+        """(H, W, 3) uint8, a view for people."""
+
+    def step(self, action: np.ndarray) -> bool:
+        """Take one control step; whether the episode is over, apart from `max_steps`."""
+
+    def success(self) -> bool:
+        """Whether the task is done, now or, where the simulator says so, earlier in the episode."""
+
+    def facts(self) -> dict[str, bool | str]:
+        """What else there is to say of an episode that is over, for instance how it failed."""
+
+    def expert(self) -> Callable[[], np.ndarray] | None:
+        """A demonstrator of the episode that has just been reset, which gives the next action; or None."""
+
+
+@options
+class EnvConfig:
+    """Where to act."""
+
+    env: MayChange[str | None] = None
+    """Environment to act in: `demo`, `metaworld:pick-place-v3`, `aloha:transfer-cube`, `pusht`,
+    `gymnasium:ID`, or `module:factory`, a function of yours that returns a gymnasium environment. Default:
+    the built-in task for a run that was trained on it, else none."""
+    env_map: MayChange[tuple[str, ...]] = ()
+    """Which observations of the environment are the policy's cameras and state, as in
+    `head=pixels/top state=agent_pos`; `head=render` is what the environment draws for people. Several make up
+    the state as `state=agent_pos+object`. Default: by their names."""
+    max_steps: MayChange[PositiveInt | None] = None
+    """Steps after which an episode has failed. Default: what the environment says."""
+    success_reward: MayChange[float | None] = None
+    """An episode succeeds when a step's reward reaches this, in environments that do not report success."""
+
+    def in_place_of_demo(self, dataset: tuple[str, ...]) -> "EnvConfig":
+        """The built-in task where nothing else is asked for and the dataset is its own."""
+        return replace(self, env="demo") if self.env is None and dataset == ("demo",) else self
+
+
+def make_environment(config: EnvConfig, image_size: tuple[int, int]) -> "Environment":
+    """The environment that is asked for; `image_size` (H, W) is for simulators that can draw any size.
+
+    Raises:
+        UserError: if it does not exist, is not installed, or cannot be made.
+    """
+    environment = _make(config, image_size)
+    names = {name: key for name, _, key in (entry.partition("=") for entry in config.env_map)}
+    return environment if not names or hasattr(environment, "env_map") else Renamed(environment, names)
+
+
+class Renamed:
+    """An environment whose cameras have other names, by (new name, its name)."""
+
+    def __init__(self, environment: Environment, names: dict[str, str]):
+        self._environment, self._names = environment, names
+        if "state" in names:
+            raise UserError(
+                f"--env-map state: the state of {environment.name} is what it is; map its cameras."
+            )
+
+    def __getattr__(self, name: str):
+        return getattr(self._environment, name)
+
+    def images(self) -> dict[str, np.ndarray]:
+        images = self._environment.images()
+        for key in self._names.values():
+            if key not in images:
+                raise UserError(
+                    f"--env-map {key}: {self.name} has no such camera, it has {', '.join(images)}."
+                )
+        return {name: images[key] for name, key in self._names.items()}
+
+
+def _make(config: EnvConfig, image_size: tuple[int, int]) -> Environment:
+    """The environment, before anything is renamed."""
+    kind, _, rest = config.env.partition(":")
+    try:
+        if config.env == "demo":
+            from common.envs.demo import DemoEnvironment
+
+            return DemoEnvironment(config.max_steps)
+        if kind == "metaworld":
+            from common.envs.metaworld import MetaworldEnvironment
+
+            return MetaworldEnvironment(rest, image_size, config.max_steps)
+        if kind == "aloha":
+            from common.envs.aloha import AlohaEnvironment
+
+            return AlohaEnvironment(rest, image_size, config.max_steps)
+        from common.envs.gym import GymEnvironment, factory
+
+        return GymEnvironment(config, factory(config.env, image_size))
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] in INSTALLED_BY:
+            raise UserError(
+                f"--env {config.env} needs {error.name}: pip install -r requirements-sim.txt, or `make sim`."
+            ) from None
+        raise
+
+
+INSTALLED_BY = ("metaworld", "gym_aloha", "gym_pusht", "mujoco", "dm_control", "pymunk", "pygame", "cv2")
+
+
+def one_of(name: str, known: list[str], what: str) -> str:
+    """The name, if it is known; a UserError with the closest one otherwise."""
+    if name in known:
+        return name
+    there = ", ".join(known[:60])
+    raise UserError(f"{what} has no task {name or 'without a name'}{closest(name, known)}: it has {there}.")
+
+
+def import_factory(place: str) -> Callable:
+    """The function `module:factory`, from the working directory or installed."""
+    module, _, name = place.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0] and error.name != module:
+            raise
+        raise UserError(
+            f"--env {place} is none of {', '.join(SIMULATORS)}, and there is no module {module} here or "
+            f"installed."
+        ) from None
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise UserError(f"--env {place}: {module} has no function {name or 'without a name'}.")
+    return found

@@ -1,0 +1,38 @@
+"""Try the simulators: `python -m common.envs` draws a picture in each and says what failed."""
+
+import time
+
+from common.config import cli, options
+from common.envs import EnvConfig, make_environment
+from common.errors import UserError
+
+ONE_OF_EACH = ("demo", "metaworld:pick-place-v3", "aloha:transfer-cube", "aloha:insertion", "pusht")
+
+
+@options
+class Config:
+    """Draw a picture in every simulator."""
+
+
+def main(config: Config) -> None:
+    broken = []
+    for name in ONE_OF_EACH:
+        try:
+            environment = make_environment(EnvConfig(env=name), (96, 96))
+            environment.reset(0, 0)
+            environment.images()
+            began = time.perf_counter()
+            images = environment.images()
+            milliseconds = 1000 * (time.perf_counter() - began)
+            print(
+                f"{name:<24} {len(environment.state())} numbers, {', '.join(images)}: {milliseconds:.0f} ms"
+            )
+        except UserError as error:
+            print(f"{name:<24} {error}")
+            broken.append(name)
+    if broken:
+        raise UserError(f"{', '.join(broken)} cannot be used here: see above.")
+
+
+if __name__ == "__main__":
+    cli(main, Config)

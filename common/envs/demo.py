@@ -1,0 +1,48 @@
+"""The built-in task as an environment to act in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from common.data.demo import CAMERAS, FPS, MAX_STEPS, NAMES, TASK, Simulator, render
+
+SIDES = {-1: "left", 1: "right"}
+
+
+class DemoEnvironment:
+    """One episode of `common/data/demo.py`; see `common.envs.Environment`."""
+
+    name, fps, task, state_names, action_names = "demo", FPS, TASK, NAMES, NAMES
+
+    def __init__(self, max_steps: int | None = None):
+        self.max_steps = min(max_steps or MAX_STEPS, MAX_STEPS)
+
+    def reset(self, seed: int, episode: int) -> None:
+        self.simulator = Simulator(1, seed, first=episode)
+
+    def state(self) -> np.ndarray:
+        return self.simulator.state[0]
+
+    def images(self) -> dict[str, np.ndarray]:
+        return dict(zip(CAMERAS, self.simulator.images()[0], strict=True))
+
+    def picture(self) -> np.ndarray:
+        return render(self.simulator.hands, self.simulator.targets, 144)[0, 0]
+
+    def step(self, action: np.ndarray) -> bool:
+        self.simulator.step(action[None])
+        return bool(self.simulator.done[0])
+
+    def success(self) -> bool:
+        return bool(self.simulator.success[0])
+
+    def facts(self) -> dict[str, bool | str]:
+        collided = bool(self.simulator.collided[0])
+        facts = {"collision": collided, "timeout": not collided and not self.success()}
+        sides = self.simulator.sides[0].tolist()
+        return facts if 0 in sides else {**facts, "mode": "-".join(SIDES[side] for side in sides)}
+
+    def expert(self) -> Callable[[], np.ndarray] | None:
+        return None  # `common/data/demo.py` records its own demonstrations

@@ -1,0 +1,157 @@
+"""Any gymnasium environment as one to act in."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from common.data.cameras import closest
+from common.data.source import reason
+from common.envs import EnvConfig, import_factory
+from common.errors import UserError
+
+STATES = ("state", "agent_pos", "observation.state", "qpos", "proprio")
+SUCCESS = ("is_success", "success")
+
+
+def factory(name: str, image_size: tuple[int, int]) -> Callable[[], gymnasium.Env]:
+    """What makes the environment `pusht`, `gymnasium:ID` or `module:factory`."""
+    kind, _, rest = name.partition(":")
+    if name == "pusht":
+        importlib.import_module("gym_pusht")
+        height, width = image_size
+        size = {"observation_height": height, "observation_width": width}
+        return lambda: gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos", **size)
+    if kind != "gymnasium":
+        return import_factory(name)
+    if ":" in rest:  # module:ID, which gymnasium imports itself
+        return lambda: gymnasium.make(rest, render_mode="rgb_array")
+    if rest not in gymnasium.registry:
+        raise UserError(
+            f"gymnasium knows no environment {rest or 'without a name'}{closest(rest, gymnasium.registry)}: "
+            f"give `gymnasium:module:ID` for one that a package registers when it is imported."
+        )
+    return lambda: gymnasium.make(rest, render_mode="rgb_array")
+
+
+class GymEnvironment:
+    """An environment whose observations are mapped to cameras and state; see `common.envs.Environment`."""
+
+    state_names: tuple[str, ...] = ()
+    action_names: tuple[str, ...] = ()
+
+    def __init__(self, config: EnvConfig, make: Callable[[], gymnasium.Env]):
+        self.name, self._reward = config.env, config.success_reward
+        self.env_map = dict(self._entry(entry) for entry in config.env_map)
+        try:
+            self._env = make()
+        except (ModuleNotFoundError, UserError):
+            raise
+        except Exception as error:
+            raise UserError(f"--env {self.name} cannot be made ({reason(error)}).") from error
+        self.fps = float(self._env.metadata.get("render_fps") or 30)
+        limit = getattr(self._env.spec, "max_episode_steps", None)
+        if not (limit or config.max_steps):
+            raise UserError(f"--env {self.name} does not say when an episode is over: give --max-steps.")
+        self.max_steps = config.max_steps or limit
+        self.task = self.name
+
+    @staticmethod
+    def _entry(entry: str) -> tuple[str, str]:
+        name, equals, key = entry.partition("=")
+        if not (name and equals and key):
+            raise UserError(f"--env-map {entry}: write NAME=KEY, as in head=pixels/top or state=agent_pos.")
+        return name, key
+
+    def reset(self, seed: int, episode: int) -> None:
+        self._see(*self._env.reset(seed=seed + episode))
+        self._won = False
+
+    def step(self, action: np.ndarray) -> bool:
+        space = self._env.action_space
+        if isinstance(space, gymnasium.spaces.Box):
+            if space.shape != action.shape:
+                raise UserError(
+                    f"--env {self.name} takes actions of shape {space.shape}, and the policy gives "
+                    f"{action.shape}: it was trained for another robot."
+                )
+            action = action.astype(space.dtype)
+        observation, reward, terminated, truncated, info = self._env.step(action)
+        self._see(observation, info)
+        if self._reward is not None:
+            self._won |= float(reward) >= self._reward
+        else:
+            self._won |= self._reported(info)
+        return self._won or terminated or truncated
+
+    def _reported(self, info: dict[str, Any]) -> bool:
+        key = next((key for key in SUCCESS if key in info), None)
+        if key is None:
+            raise UserError(
+                f"--env {self.name} does not report success (info has {', '.join(info) or 'nothing'}): give "
+                f"--success-reward, the reward from which on an episode counts as one."
+            )
+        return bool(info[key])
+
+    def _see(self, observation: Any, info: dict[str, Any]) -> None:
+        """Take an observation apart: arrays by their path in it."""
+        self._seen = dict(_flat(observation))
+
+    def state(self) -> np.ndarray:
+        vectors = [key for key, value in self._seen.items() if value.ndim == 1 and value.dtype.kind in "fiub"]
+        keys = self.env_map.get("state")
+        if keys is None:
+            named = [key for key in vectors if key.rpartition("/")[2] in STATES]
+            if len(named) != 1 and len(vectors) != 1:
+                raise UserError(
+                    f"--env {self.name} has several vectors ({self._listed()}): say with --env-map state=KEY "
+                    f"which one is the policy's state."
+                )
+            keys = (named if len(named) == 1 else vectors)[0]
+        return np.concatenate([self._get(key).reshape(-1) for key in keys.split("+")]).astype(np.float32)
+
+    def images(self) -> dict[str, np.ndarray]:
+        named = {name: key for name, key in self.env_map.items() if name != "state"}
+        if not named:
+            pictures = [k for k, v in self._seen.items() if v.ndim == 3 and v.dtype == np.uint8]
+            named = {key: key for key in pictures} or {"render": "render"}
+        return {
+            name: self._env.render() if key == "render" else self._get(key) for name, key in named.items()
+        }
+
+    def picture(self) -> np.ndarray:
+        drawn = self._env.render()
+        return next(iter(self.images().values())) if drawn is None else drawn
+
+    def _get(self, key: str) -> np.ndarray:
+        if key not in self._seen:
+            raise UserError(
+                f"--env-map {key}: --env {self.name} has no such observation"
+                f"{closest(key, self._seen)}, it has {self._listed()}."
+            )
+        return self._seen[key]
+
+    def _listed(self) -> str:
+        return ", ".join(f"{key} {'x'.join(map(str, value.shape))}" for key, value in self._seen.items())
+
+    def success(self) -> bool:
+        return self._won
+
+    def facts(self) -> dict[str, bool | str]:
+        return {}
+
+    def expert(self) -> None:
+        return None
+
+
+def _flat(observation: Any, place: str = ""):
+    """(path, array) of everything in nested dictionaries."""
+    if isinstance(observation, dict):
+        for key, value in observation.items():
+            yield from _flat(value, f"{place}/{key}" if place else str(key))
+    else:
+        yield place or "observation", np.asarray(observation)

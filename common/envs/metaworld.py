@@ -1,0 +1,79 @@
+"""Meta-World's tasks (Yu et al. 2020); state, cameras and success are as in LeRobot's environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from common.envs import one_of
+from common.envs.mujoco import Renderer
+
+
+class MetaworldEnvironment:
+    """A task such as `pick-place-v3`; see `common.envs.Environment`.
+
+    The state is the gripper's position and opening, the first four numbers of what Meta-World observes: where
+    the object and the goal are can only be seen. Cameras are `corner2`, moved and turned as LeRobot does it,
+    and `gripper`.
+    """
+
+    fps = 80.0
+    state_names = ("x", "y", "z", "gripper")
+    action_names = ("dx", "dy", "dz", "gripper")
+
+    def __init__(self, task: str, image_size: tuple[int, int], max_steps: int | None = None):
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+        one_of(task, sorted(ALL_V3_ENVIRONMENTS), "metaworld")
+        self.name, self.image_size = f"metaworld:{task}", image_size
+        self.task = task.removesuffix("-v3").replace("-", " ")
+        self._task, self._env, self._renderer = task, None, None
+        self.max_steps = max_steps or 500
+
+    def _make(self) -> None:
+        import metaworld
+
+        tasks = metaworld.MT1(self._task, seed=42)
+        self._env = tasks.train_classes[self._task]()
+        self._env.set_task(tasks.train_tasks[0])
+        self._env.reset()
+        self._env._freeze_rand_vec = False  # every episode has an object and a goal of its own,
+        self._env.seeded_rand_vec = True  # which its seed decides
+        self._env.model.camera("corner2").pos[:] = (0.75, 0.075, 0.7)
+        self._renderer = Renderer(self._env.model, self._env.data, self.image_size)
+
+    def reset(self, seed: int, episode: int) -> None:
+        if self._env is None:
+            self._make()
+        self._env.seed(seed + episode)
+        self._raw, _ = self._env.reset(seed=seed + episode)
+        self._success = False
+
+    def state(self) -> np.ndarray:
+        return self._raw[:4].astype(np.float32)
+
+    def images(self) -> dict[str, np.ndarray]:
+        upright = self._renderer("corner2")[::-1, ::-1]  # that camera hangs upside down
+        return {"corner2": np.ascontiguousarray(upright), "gripper": self._renderer("gripperPOV")}
+
+    def picture(self) -> np.ndarray:
+        return next(iter(self.images().values()))
+
+    def step(self, action: np.ndarray) -> bool:
+        self._raw, _, terminated, truncated, info = self._env.step(np.clip(action, -1, 1))
+        self._success |= bool(info["success"])
+        return self._success or terminated or truncated
+
+    def success(self) -> bool:
+        return self._success
+
+    def facts(self) -> dict[str, bool | str]:
+        return {}
+
+    def expert(self) -> Callable[[], np.ndarray]:
+        """Meta-World's own scripted policy of the task."""
+        from metaworld.policies import ENV_POLICY_MAP
+
+        policy = ENV_POLICY_MAP[self._task]()
+        return lambda: np.clip(policy.get_action(self._raw), -1, 1).astype(np.float32)

@@ -1,0 +1,108 @@
+"""Demonstrations of a simulator's expert, as a LeRobot v3 dataset.
+
+    python -m common.envs.record metaworld:pick-place-v3 data/pick-place --episodes 50 --seed 0
+
+The dataset is a function of the seed. Episodes in which the expert fails are left out, and counted.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Annotated
+
+import numpy as np
+import tyro
+from pydantic import Field, NonNegativeInt, PositiveInt
+from tqdm import tqdm
+
+from common.config import UserPath, cli, options
+from common.console import say
+from common.data.recording import Demonstration, write_dataset
+from common.envs import EnvConfig, Environment, make_environment
+from common.errors import UserError
+from common.rollout import answering
+
+MOST_FAILURES = 3  # for each wanted episode: an expert that fails more often is none
+
+
+@options
+class Config:
+    """Record demonstrations of a simulator's own expert."""
+
+    env: Annotated[str, tyro.conf.Positional]
+    """Environment, such as `metaworld:pick-place-v3` or `aloha:transfer-cube`."""
+    out: Annotated[UserPath, tyro.conf.Positional]
+    """Folder of the new dataset."""
+    episodes: PositiveInt = 50
+    """Successful episodes to record."""
+    seed: NonNegativeInt = 0
+    """Seed of the episodes; `evaluate.py` acts in those from 1,000,000 on."""
+    image_size: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)] = (96,)
+    """Size of the pictures in pixels: one number for a square, or height and width."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of noise on the executed actions, in their units. What the expert wanted is
+    recorded, so that a policy learns to come back."""
+
+
+def main(config: Config) -> None:
+    if config.out.exists():
+        raise UserError(f"{config.out} is there already: give the new dataset another folder.")
+    size = (config.image_size[0], config.image_size[-1])
+    environment = make_environment(EnvConfig(env=config.env), size)
+    unfinished = config.out.with_name(f"{config.out.name}.recording")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write_dataset(
+        unfinished,
+        demonstrate(environment, config.episodes, config.seed, config.noise),
+        fps=round(environment.fps),
+        task=environment.task,
+        state_names=environment.state_names,
+        action_names=environment.action_names,
+    )
+    unfinished.rename(config.out)
+    say(f"recorded: {config.out}")
+
+
+def demonstrate(
+    environment: Environment, episodes: int, seed: int, noise: float = 0.0
+) -> Iterator[Demonstration]:
+    """Successful episodes of an environment's expert; says how many were not."""
+    number = found = 0
+    with tqdm(total=episodes, desc=f"expert of {environment.name}", unit="episode") as bar:
+        while found < episodes:
+            with answering(environment, f"episode {number} of its expert"):
+                demonstration = attempt(environment, seed, number, noise)
+            number += 1
+            if demonstration is not None:
+                yield demonstration
+                found += 1
+                bar.update()
+            elif number - found > MOST_FAILURES * episodes:
+                raise UserError(
+                    f"The expert of {environment.name} succeeded in {found} of {number} episodes."
+                )
+    say(f"{environment.name}: the expert succeeded in {found} of {number} episodes, the others are left out")
+
+
+def attempt(environment: Environment, seed: int, episode: int, noise: float) -> Demonstration | None:
+    """What the expert does in an episode, or None if it fails."""
+    environment.reset(seed, episode)
+    act, rng = environment.expert(), np.random.default_rng((seed, episode))
+    if act is None:
+        raise UserError(f"{environment.name} has no expert: record it with LeRobot's tools.")
+    states, actions, views = [], [], []
+    for _ in range(environment.max_steps):
+        states.append(environment.state())
+        views.append(environment.images())
+        actions.append(act())
+        if environment.step(actions[-1] + noise * rng.normal(size=actions[-1].shape).astype(np.float32)):
+            break
+    if not environment.success():
+        return None
+    images = {camera: np.stack([view[camera] for view in views]) for camera in views[0]}
+    return Demonstration(np.stack(states), np.stack(actions), images)
+
+
+if __name__ == "__main__":
+    cli(main, Config)

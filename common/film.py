@@ -1,0 +1,59 @@
+"""Films of episodes, side by side: MP4 to look at closely, GIF to paste anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+GREEN, RED, WHITE = (46, 160, 67), (207, 34, 46), (255, 255, 255)
+RIM = 4  # pixels around each episode; coloured once it is over
+
+
+def side_by_side(
+    films: Sequence[Sequence[np.ndarray]], outcomes: Sequence[bool], columns: int = 4, linger: int = 10
+) -> np.ndarray:
+    """Episodes in a grid, (F, H, W, 3) uint8; those that are over stand still, framed green or red.
+
+    Args:
+        films: pictures (h, w, 3) uint8 of each episode, all of one size.
+        outcomes: which of them succeeded.
+        linger: frames to add after the last has ended.
+    """
+    height, width, _ = films[0][0].shape
+    rows = -(-len(films) // columns)
+    length = max(map(len, films)) + linger
+    cell = (height + 2 * RIM, width + 2 * RIM)
+    sheet = np.full((length, rows, columns, *cell, 3), WHITE, np.uint8)
+    for n, (film, success) in enumerate(zip(films, outcomes, strict=True)):
+        place = sheet[:, n // columns, n % columns]
+        place[len(film) :] = GREEN if success else RED
+        inner = place[:, RIM:-RIM, RIM:-RIM]
+        inner[: len(film)] = film
+        inner[len(film) :] = film[-1]
+    return sheet.swapaxes(2, 3).reshape(length, rows * cell[0], columns * cell[1], 3)
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Write frames (F, H, W, 3) uint8 as H.264 that browsers and slides play."""
+    import av
+
+    height, width = (side - side % 2 for side in frames.shape[1:3])  # the codec wants even sides
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=max(round(fps), 1), options={"crf": "20"})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for frame in frames[:, :height, :width]:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            file.mux(stream.encode(picture))
+        file.mux(stream.encode())
+
+
+def write_gif(path: Path, frames: np.ndarray, fps: float, colors: int = 64) -> None:
+    """Write frames (F, H, W, 3) uint8 as a GIF, at most 20 frames a second of them."""
+    from PIL import Image
+
+    stride = max(1, round(fps / 20))
+    images = [Image.fromarray(frame).quantize(colors) for frame in frames[::stride]]
+    duration = round(1000 * stride / fps)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)

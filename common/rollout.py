@@ -1,0 +1,256 @@
+"""Acting in closed loop: several episodes at once, one forward pass for all of them."""
+
+import faulthandler
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import PositiveInt
+from torch import nn
+
+from common.config import Flat, MayChange, options
+from common.data.source import reason
+from common.envs import EnvConfig, Environment, make_environment
+from common.errors import EXIT_HUNG, UserError
+from common.inference import Controller, RobotPolicy
+
+if TYPE_CHECKING:
+    from common.run import Data, Run
+
+HANG_SECONDS = 120.0
+AT_ONCE = 10  # episodes that act together while training
+ROLLOUT_SEED = 2_000_000  # `evaluate.py` takes 1,000,000, and experts record from 0 on
+GREY = 128
+Eyes = Literal["own", "grey", "other"]
+"""What a policy sees: its own pictures, or, to know how much it owes to its eyes, grey ones, or those of
+another episode."""
+
+
+@options
+class RolloutConfig:
+    """Acting in closed loop while training."""
+
+    rollout_every: MayChange[PositiveInt | None] = None
+    """Steps between rollouts, whose success rate goes to metrics.jsonl; default: none. Their episodes are not
+    those of `evaluate.py`."""
+    rollout_episodes: MayChange[PositiveInt] = 20
+    """Episodes of a rollout, divided among the processes."""
+    simulator: MayChange[Flat[EnvConfig]] = field(default_factory=EnvConfig)
+
+
+@dataclass
+class Episode:
+    """What happened in an episode.
+
+    Attributes:
+        number: by which, with the seed, it can be repeated.
+        fps: control steps per second.
+        steps: control steps until it was over.
+        states: (steps + 1, P), recorded units.
+        facts: what the environment says besides.
+        frames: pictures for people, (H, W, 3) uint8, one a step, if they were asked for.
+    """
+
+    number: int
+    fps: float
+    success: bool = False
+    steps: int = 0
+    states: list[np.ndarray] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    frames: list[np.ndarray] = field(default_factory=list)
+
+
+def roll_out(
+    policy: RobotPolicy,
+    environments: Sequence[Environment],
+    numbers: Sequence[int],
+    seed: int,
+    sample_steps: int | None = None,
+    execute_steps: int | None = None,
+    eyes: Eyes = "own",
+    film: int = 0,
+    progress: Callable[[int], None] = lambda finished: None,
+) -> list[Episode]:
+    """Act in episodes of a seed, by number, as many at once as there are environments.
+
+    Each episode has its own noise: it ends the same however many run beside it.
+
+    Args:
+        execute_steps: actions of a chunk that are executed before the next is sampled.
+        film: keep the pictures of the episodes below this number.
+        progress: called with the number of episodes that are over.
+
+    Raises:
+        UserError: if an environment fails, gives a state that is not finite, or ends every episode at once.
+    """
+    groups, done = math.ceil(len(numbers) / len(environments)), []
+    for together in np.array_split(np.asarray(numbers), max(groups, 1)):
+        group = [Episode(int(number), environments[0].fps) for number in together]
+        _roll_out_together(policy, environments, group, seed, sample_steps, execute_steps, eyes, film)
+        done += group
+        progress(len(done))
+    if done and all(episode.steps <= 1 and not episode.success for episode in done):
+        raise UserError(f"--env {environments[0].name} ends every episode after its first step.")
+    return done
+
+
+@cache
+def make_environments(config: EnvConfig, image_size: tuple[int, int], num: int) -> list[Environment]:
+    """Environments that act at once; making them takes seconds, so they are kept."""
+    return [make_environment(config, image_size) for _ in range(num)]
+
+
+def success_rate(
+    model: nn.Module, sample_actions: Callable, data: "Data", config: Any, run: "Run"
+) -> dict[str, float]:
+    """Success in `--rollout-episodes`, to log; a script calls it in its loop, on all processes.
+
+    Training noise is left alone, and so are the episodes of `evaluate.py`: whoever chooses a checkpoint by
+    these may still trust those.
+
+    Args:
+        model: with the weights to try, in eval mode.
+        sample_actions: of the script.
+        config: the script's, with the groups `rollout` and `data`.
+    """
+    options = config.rollout
+    simulator = options.simulator.in_place_of_demo(config.data.dataset)
+    if simulator.env is None:
+        raise UserError("--rollout-every needs --env, the environment to act in.")
+    numbers = range(options.rollout_episodes)[run.rank :: run.world]
+    script = SimpleNamespace(sample_actions=sample_actions)
+    policy = RobotPolicy(model, data.normalizer, config, data.spec, script, run.device)
+    environments = make_environments(simulator, data.spec.image_size, max(min(len(numbers), AT_ONCE), 1))
+    with run.autocast():
+        episodes = roll_out(policy, environments, numbers, ROLLOUT_SEED)
+    sums = [len(episodes), *(sum(getattr(e, name) for e in episodes) for name in ("success", "steps"))]
+    count, wins, steps = run.sum(torch.tensor(sums, device=run.device)).tolist()
+    return {"rollout/success": wins / count, "rollout/steps": steps / count}
+
+
+def _roll_out_together(
+    policy: RobotPolicy,
+    environments: Sequence[Environment],
+    group: list[Episode],
+    seed: int,
+    sample_steps: int | None,
+    execute_steps: int | None,
+    eyes: Eyes,
+    film: int,
+) -> None:
+    first = environments[0]
+    seeds = [seed + episode.number for episode in group]
+    controller = Controller(policy, seeds, execute_steps, sample_steps=sample_steps)
+    for environment, episode in zip(environments, group, strict=False):
+        with answering(first, f"the reset of episode {episode.number}"):
+            environment.reset(seed, episode.number)
+        episode.states.append(_state(environment, episode))
+    running, cameras = np.arange(len(group)), _fitting_cameras(policy, first)
+
+    def look(which: np.ndarray) -> list[dict[str, np.ndarray]]:
+        with answering(first, "drawing"):
+            shown = (which + 1) % len(group) if eyes == "other" else which
+            views = [environments[e].images() for e in shown]
+        views = [{camera: view[camera] for camera in cameras} for view in views]
+        if eyes == "grey":
+            views = [{camera: np.full_like(x, GREY) for camera, x in view.items()} for view in views]
+        return views
+
+    for step in range(first.max_steps):
+        states = np.stack([group[e].states[-1] for e in running])
+        actions = controller.next_actions(running, states, look)
+        over = np.zeros(len(running), bool)
+        for i, e in enumerate(running):
+            environment, episode = environments[e], group[e]
+            with answering(first, f"step {step} of episode {episode.number}"):
+                over[i] = environment.step(actions[i])
+                if episode.number < film:
+                    episode.frames.append(environment.picture())
+            episode.states.append(_state(environment, episode))
+            episode.steps = step + 1
+        for e in running[over] if step + 1 < first.max_steps else running:
+            group[e].success, group[e].facts = environments[e].success(), environments[e].facts()
+        running = running[~over]
+        if not len(running):
+            break
+
+
+def _fitting_cameras(policy: RobotPolicy, environment: Environment) -> list[str]:
+    """The environment's cameras that the policy sees; a UserError if one is missing, or the state differs."""
+    spec, images, state = policy.spec, environment.images(), environment.state()
+    names = {spec.camera(name): name for name in images}
+    if not set(spec.cameras) <= names.keys():
+        raise UserError(
+            f"--env {environment.name} has the cameras {', '.join(images)}, and the policy sees "
+            f"{', '.join(spec.cameras)}: say which is which, as in "
+            f"--env-map {spec.cameras[0]}={next(iter(images))}."
+        )
+    if len(state) != policy.state_dim:
+        there = ", ".join(environment.state_names) or f"{len(state)} numbers"
+        raise UserError(
+            f"--env {environment.name} has the state {there}, and the policy was trained on "
+            f"{', '.join(spec.state_names)}: choose others with --env-map state=KEY."
+        )
+    return [names[camera] for camera in spec.cameras]
+
+
+def _state(environment: Environment, episode: Episode) -> np.ndarray:
+    state = environment.state()
+    if not np.isfinite(state).all():
+        raise UserError(
+            f"--env {environment.name} gave a state that is not finite, at step {episode.steps} of episode "
+            f"{episode.number}: its simulation has become unstable."
+        )
+    return state
+
+
+@contextmanager
+def answering(environment: Environment, what: str) -> Iterator[None]:
+    """Within, an environment that raises is a UserError, and one that hangs ends the program with code 70."""
+
+    def give_up() -> None:
+        os.write(2, f"error: --env {environment.name} hangs in {what}, for {HANG_SECONDS:g} s.\n".encode())
+        faulthandler.dump_traceback(sys.__stderr__.fileno())
+        os._exit(EXIT_HUNG)
+
+    timer = threading.Timer(HANG_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # an environment can raise anything
+        raise UserError(f"--env {environment.name} failed in {what} ({reason(error)}).") from error
+    finally:
+        timer.cancel()
+
+
+def rates(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Success with its 95 % interval; the share of episodes for which each fact holds, or, where a fact is a
+    word, the share of each word among the successful ones.
+    """
+    from scipy.stats import binomtest
+
+    count, wins = len(episodes), [episode for episode in episodes if episode.success]
+    interval = binomtest(len(wins), count).proportion_ci(method="exact")
+    found: dict[str, Any] = {"success": len(wins) / count, "low": interval.low, "high": interval.high}
+    found["episodes"] = count
+    found["steps"] = float(np.mean([episode.steps for episode in episodes]))
+    for name in dict.fromkeys(name for episode in episodes for name in episode.facts):
+        values = [episode.facts[name] for episode in episodes if name in episode.facts]
+        if all(isinstance(value, bool) for value in values):
+            found[f"{name}s"] = sum(values) / count
+        else:
+            won = [episode.facts[name] for episode in wins if name in episode.facts]
+            found[f"{name}s"] = {word: won.count(word) / max(len(won), 1) for word in sorted(set(values))}
+    return found

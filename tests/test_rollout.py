@@ -1,0 +1,334 @@
+"""Acting in closed loop: episodes side by side, what a policy is shown, and environments that misbehave."""
+
+import importlib
+import time
+from dataclasses import replace
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from running import lines, train, weights
+
+import train_naive_fm
+from common import rollout
+from common.checkpoint import PolicySpec
+from common.config import parse
+from common.data.demo import Simulator
+from common.envs import EnvConfig, make_environment
+from common.envs.demo import DemoEnvironment
+from common.envs.gym import GymEnvironment
+from common.errors import UserError
+from common.rollout import rates, roll_out
+
+HORIZON = 4
+
+
+class Policy:
+    """Gives chunks made of what it is shown, and remembers what that was."""
+
+    horizon, state_dim, device = HORIZON, 1, torch.device("cpu")
+    spec = PolicySpec(("top",), (4, 4), ("x",), ("dx",), fps=10.0)
+
+    def __init__(self):
+        self.shown = []
+
+    def act_batch(self, observations, sample_steps, clip, generators):
+        self.shown.append([int(o["images"]["top"][0, 0, 0]) for o in observations])
+        noise = [torch.rand((), generator=g).item() for g in generators]
+        states = np.array([o["state"][0, 0] for o in observations])
+        return np.tile((states + noise)[:, None, None], (1, HORIZON, 1)).astype(np.float32)
+
+
+class Counter:
+    """Ends after `length` steps; its picture is its episode's number, its state the sum of all actions."""
+
+    name, fps, task, state_names, action_names = "counter", 10.0, "count", ("x",), ("dx",)
+
+    def __init__(self, length=6, max_steps=20):
+        self.length, self.max_steps, self.drawn = length, max_steps, 0
+
+    def reset(self, seed, episode):
+        self.number, self.steps, self.x = episode, 0, np.float32(seed)
+
+    def state(self):
+        return np.array([self.x], np.float32)
+
+    def images(self):
+        self.drawn += 1
+        return {"top": np.full((4, 4, 3), self.number, np.uint8), "unused": np.zeros((2, 2, 3), np.uint8)}
+
+    def picture(self):
+        return self.images()["top"]
+
+    def step(self, action):
+        self.x += action[0]
+        self.steps += 1
+        return self.steps >= self.length + self.number
+
+    def success(self):
+        return self.number % 2 == 0
+
+    def facts(self):
+        return {"late": self.number > 2, "way": "left" if self.number < 4 else "right"}
+
+
+def test_episodes_end_the_same_however_many_run_beside_them():
+    alone = roll_out(Policy(), [Counter()], range(5), seed=7)
+    together = roll_out(Policy(), [Counter() for _ in range(3)], range(5), seed=7)
+    assert [episode.number for episode in together] == list(range(5))
+    assert [episode.steps for episode in together] == [6, 7, 8, 9, 10]
+    assert [episode.success for episode in together] == [True, False, True, False, True]
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.states, other.states)
+    other_seed = roll_out(Policy(), [Counter()], range(1), seed=8)
+    assert not np.array_equal(other_seed[0].states, alone[0].states)
+
+
+def test_pictures_are_drawn_only_when_a_chunk_is_due():
+    environment, policy = Counter(length=8), Policy()
+    roll_out(policy, [environment], range(1), seed=0, execute_steps=4)
+    assert len(policy.shown) == 2
+    assert environment.drawn == 3  # once more to see which cameras there are
+
+
+def test_what_a_policy_is_shown():
+    for eyes, shown in (("own", [0, 1, 2]), ("other", [1, 2, 0]), ("grey", [128] * 3)):
+        policy = Policy()
+        roll_out(policy, [Counter(), Counter(), Counter()], range(3), seed=0, eyes=eyes)
+        assert policy.shown[0] == shown
+
+
+def test_the_first_episodes_are_filmed():
+    episodes = roll_out(Policy(), [Counter(), Counter()], range(3), seed=0, film=2)
+    assert [len(episode.frames) for episode in episodes] == [6, 7, 0]
+    assert episodes[1].frames[0].max() == 1
+
+
+def test_rates_of_episodes():
+    found = rates(roll_out(Policy(), [Counter()], range(6), seed=0))
+    assert found["success"] == 0.5
+    assert found["lates"] == 0.5
+    assert found["ways"] == {"left": pytest.approx(2 / 3), "right": pytest.approx(1 / 3)}
+    # the bounds of Clopper and Pearson (1934): that few or that many successes have a chance of 2.5 %
+    from math import comb
+
+    low, high = found["low"], found["high"]
+    assert sum(comb(6, k) * low**k * (1 - low) ** (6 - k) for k in range(3, 7)) == pytest.approx(0.025)
+    assert sum(comb(6, k) * high**k * (1 - high) ** (6 - k) for k in range(4)) == pytest.approx(0.025)
+
+
+def failing(what):
+    class Failing(Counter):
+        def step(self, action):
+            if what == "raises" and self.steps == 2:
+                raise RuntimeError("the motor burned")
+            if what == "hangs":
+                time.sleep(30)
+            return super().step(action) or what == "ends"
+
+        def state(self):
+            return np.array([np.nan if what == "nan" and self.steps == 3 else 0.0], np.float32)
+
+        def success(self):
+            return False
+
+    return Failing()
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("raises", "--env counter failed in step 2 of episode 0 .*the motor burned"),
+        ("nan", "a state that is not finite, at step 2 of episode 0"),
+        ("ends", "ends every episode after its first step"),
+    ],
+)
+def test_environments_that_misbehave_are_named(what, sentence):
+    with pytest.raises(UserError, match=sentence):
+        roll_out(Policy(), [failing(what)], range(2), seed=0)
+
+
+def test_an_environment_that_hangs_ends_the_program(monkeypatch, capfd):
+    monkeypatch.setattr(rollout, "HANG_SECONDS", 0.2)
+    codes = []
+
+    def leave(code):
+        codes.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(rollout.os, "_exit", leave)
+    monkeypatch.setattr(time, "sleep", lambda seconds, wait=time.sleep: wait(min(seconds, 0.6)))
+    monkeypatch.setattr(rollout.threading, "excepthook", lambda args: None)
+    roll_out(Policy(), [failing("hangs")], range(1), seed=0)
+    assert codes[0] == 70
+    assert "--env counter hangs in step 0 of episode 0" in capfd.readouterr().err
+
+
+def test_cameras_and_states_that_do_not_fit_are_both_listed():
+    policy = Policy()
+    policy.spec = replace(policy.spec, cameras=("head",))
+    with pytest.raises(
+        UserError, match=r"cameras top, unused, and the policy sees head: .*--env-map head=top"
+    ):
+        roll_out(policy, [Counter()], range(1), seed=0)
+    policy = Policy()
+    policy.state_dim = 3
+    with pytest.raises(UserError, match="has the state x, and the policy was trained on x"):
+        roll_out(policy, [Counter()], range(1), seed=0)
+
+
+# The built-in task
+
+
+def test_an_episode_of_the_built_in_task_is_that_of_the_simulator():
+    together = Simulator(5, seed=3)
+    environment = make_environment(EnvConfig(env="demo"), (64, 64))
+    environment.reset(3, 4)
+    for step in range(30):
+        np.testing.assert_array_equal(environment.state(), together.state[4])
+        for camera, image in zip(("cam_head", "cam_left", "cam_right"), together.images()[4], strict=True):
+            np.testing.assert_array_equal(environment.images()[camera], image)
+        action = together.state + np.float32(0.02 * (step % 3))
+        together.step(action)
+        environment.step(action[4])
+    assert isinstance(environment, DemoEnvironment)
+
+
+# gymnasium
+
+
+class Arm(gymnasium.Env):
+    """One joint and two pictures, as many environments nest them."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.joint = 0, self.np_random.normal(size=2)
+        return self._see(), {}
+
+    def _see(self):
+        frame = np.full((6, 8, 3), self.steps, np.uint8)
+        return {"pixels": {"top": frame, "wrist": frame + 1}, "agent_pos": self.joint, "object": np.ones(3)}
+
+    def step(self, action):
+        self.steps += 1
+        self.joint = self.joint + action
+        return self._see(), float(self.steps), False, False, {"is_success": self.steps == 3}
+
+    def render(self):
+        return np.full((5, 5, 3), 77, np.uint8)
+
+
+class Silent(Arm):
+    def step(self, action):
+        return (*super().step(action)[:4], {})
+
+
+def gym(env_map=(), make=Arm, **options):
+    return GymEnvironment(EnvConfig(env="arm", env_map=env_map, **{"max_steps": 9, **options}), make)
+
+
+def test_observations_are_found_by_their_names():
+    environment = gym()
+    environment.reset(5, 2)
+    joint = environment.state()
+    environment.reset(7, 0)
+    np.testing.assert_array_equal(environment.state(), joint)  # seed 7
+    assert environment.state().dtype == np.float32
+    assert {name: x.shape for name, x in environment.images().items()} == {
+        "pixels/top": (6, 8, 3),
+        "pixels/wrist": (6, 8, 3),
+    }
+    assert environment.fps == 25
+    ends = [environment.step(np.zeros(2, np.float32)) for _ in range(3)]
+    assert ends == [False, False, True]
+    assert environment.success()
+
+
+def test_observations_are_mapped():
+    environment = gym(("head=pixels/wrist", "side=render", "state=agent_pos+object"))
+    environment.reset(0, 0)
+    assert len(environment.state()) == 5
+    images = environment.images()
+    assert (images["head"][0, 0, 0], images["side"][0, 0, 0]) == (1, 77)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"env_map": ("head=pixels/topp",)}, r"no such observation \(did you mean pixels/top\?\)"),
+        ({"env_map": ("head",)}, "--env-map head: write NAME=KEY"),
+        ({"max_steps": None}, "give --max-steps"),
+        ({"make": Silent}, "does not report success .*--success-reward"),
+    ],
+)
+def test_mappings_and_environments_that_cannot_be_used(options, sentence):
+    def use():
+        environment = gym(**options)
+        environment.reset(0, 0)
+        environment.images()
+        environment.step(np.zeros(2, np.float32))
+
+    with pytest.raises(UserError, match=sentence):
+        use()
+
+
+def test_success_can_be_read_from_the_reward():
+    environment = gym(make=Silent, success_reward=2.0)
+    environment.reset(0, 0)
+    assert [environment.step(np.zeros(2, np.float32)) for _ in range(2)] == [False, True]
+
+
+def test_actions_for_another_robot_are_refused():
+    environment = gym()
+    environment.reset(0, 0)
+    with pytest.raises(UserError, match=r"takes actions of shape \(2,\), and the policy gives \(7,\)"):
+        environment.step(np.zeros(7, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("env", "sentence"),
+    [
+        ("gymnasium:CartPole-v9", r"knows no environment CartPole-v9 \(did you mean CartPole"),
+        ("no_such_module:make", "there is no module no_such_module"),
+        ("math:cosinus", "math has no function cosinus"),
+    ],
+)
+def test_environments_that_do_not_exist(env, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_environment(parse(EnvConfig, ["--env", env], "evaluate.py"), (8, 8))
+
+
+def test_a_simulator_that_is_not_installed_says_how(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "metaworld", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-sim.txt"):
+        make_environment(EnvConfig(env="metaworld:push-v3"), (8, 8))
+
+
+# While training
+
+
+@pytest.mark.usefixtures("accelerate_reset")
+@pytest.mark.parametrize("script", ["train_naive_fm", "train_vfp_moe"])
+def test_rollouts_while_training_are_logged_and_change_nothing(script, tiny, tmp_path):
+    script = importlib.import_module(script)
+    plain = train(script, tiny, tmp_path / "plain", "--steps", "4")
+    flags = ("--rollout-every", "2", "--rollout-episodes", "3", "--env", "arm_env:make", "--max-steps", "8")
+    acting = train(script, tiny, tmp_path / "acting", "--steps", "4", *flags)
+    rows = [row for row in lines(acting, "val") if "rollout/success" in row]
+    assert [(row["step"], row["rollout/success"], row["rollout/steps"]) for row in rows] == [
+        (2, 1, 6),
+        (4, 1, 6),
+    ]
+    one, other = weights(plain, 4), weights(acting, 4)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.usefixtures("accelerate_reset")
+def test_rollouts_need_an_environment(tiny, tmp_path):
+    with pytest.raises(UserError, match="--rollout-every needs --env"):
+        train(train_naive_fm, tiny, tmp_path / "run", "--steps", "1", "--rollout-every", "1")
