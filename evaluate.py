@@ -175,7 +175,7 @@ def sample_chunks(
     policy: RobotPolicy, dataset: ChunkDataset, chosen: np.ndarray, config: Config, images_from=None
 ) -> Tensor:
     """Chunks (len(chosen), T, A) in recorded units; `images_from` takes the images from other steps."""
-    policy.reset()
+    policy.reset(0)
     chunks = []
     images_from = chosen if images_from is None else images_from
     splits = range(0, len(chosen), config.batch_size)
