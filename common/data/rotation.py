@@ -65,7 +65,7 @@ class Rotations:
         return np.flatnonzero(np.any([~values[:, start : start + 4].any(1) for start in starts], axis=0))
 
     def turns(self, values: np.ndarray) -> np.ndarray:
-        """Rows of recorded vectors (S, D) with an angle of more than a turn, which would come back as another."""
+        """Rows of recorded vectors (S, D) with an angle above a turn, which would come back as another."""
         if self.kind.startswith("quaternion"):
             return np.empty(0, np.int64)
         columns = [start + i for start in self.starts for i in range(SOURCES[self.kind])]
