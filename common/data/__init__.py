@@ -76,7 +76,7 @@ class DataConfig:
     quaternion-wxyz, axis-angle, or euler. Dimensions are recognised by name, or named: `eef_quat:KIND->6d`.
     A trained policy still takes and gives them as recorded."""
     task: str | None = None
-    """Instruction whose episodes to use, for a LeRobot dataset that has several."""
+    """Instruction whose episodes to use, where a dataset has several."""
     episodes: tuple[str, ...] = ()
     """Episodes to use, by number: `0 3 10-19`. Default: all."""
     episodes_file: MayChange[AbsolutePath | None] = None
