@@ -269,3 +269,10 @@ def test_chunks_that_are_not_there_are_named(tmp_path, open_, capsys):
     store = open_(root)
     assert "data/img: 1 of 8 chunks are not there and read as 0: copy the buffer" in capsys.readouterr().out
     assert store.images(np.arange(10, 15)).max() == 0
+
+
+def test_a_zip_of_the_folder_instead_of_its_content_is_named(tmp_path, open_):
+    make_zarr(tmp_path / "replay.zarr")
+    shutil.make_archive(str(tmp_path / "d.zarr"), "zip", tmp_path, "replay.zarr")
+    with pytest.raises(UserError, match=r"d.zarr.zip holds the buffer in a folder, replay.zarr/: zip what"):
+        open_(tmp_path / "d.zarr.zip")

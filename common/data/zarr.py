@@ -122,8 +122,19 @@ def open_group(path: Path, name: str) -> Any:
     except Exception as error:  # zarr and its stores have classes of their own
         if codec := re.search(r"codec '?([\w.-]+)'?.*not available", str(error)):
             raise UserError(f"{name} is compressed with {codec[1]}: pip install imagecodecs.") from None
+        if inside := _folder_inside(path):
+            said = f"{name} holds the buffer in a folder, {inside}/: zip what is in it, not the folder."
+            raise UserError(said) from None
         raise UserError(f"{name} is no replay buffer that can be read ({reason(error)}).") from None
     return group
+
+
+def _folder_inside(path: Path) -> str | None:
+    """The folder of a zip file that everything lies in, if there is one."""
+    with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+        names = {name.partition("/")[0] for name in file.namelist() if not FOREIGN.search(name)}
+        return names.pop() if len(names) == 1 else None
+    return None
 
 
 def absent_chunks(group: Any, keys: Iterable[str]) -> Iterator[str]:
