@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common.console import say
 from common.data import ChunkDataset
-from common.data.motion import idle_dimensions, usual_spread
+from common.data.motion import cautions, idle_dimensions, usual_spread, without_extremes
 from common.errors import UserError
 
 Normalization = Literal["mean-std", "min-max", "quantile"]
@@ -112,11 +112,18 @@ class Normalizer(nn.Module):
 
         A dimension that shows nothing but sensor noise would magnify it: an idle joint with a jitter of 1e-5
         that is 0.01 off on the robot would be 1000 deviations away. Its scale is at least `idle_floor` times
-        the spread that is usual for the others, and a line says so; see `idle_dimensions`.
+        the spread that is usual for the others, and a line says so; see `idle_dimensions`. Lines say, too,
+        what makes statistics useless.
+
+        Raises:
+            UserError: if the action never changes, so that there is nothing to learn.
         """
         store, rows = dataset.store, dataset.rows
         recorded = {"state": store.state[rows], "action": store.action[rows + dataset.action_offset]}
+        if (recorded["action"] == recorded["action"][:1]).all():
+            raise UserError(f"The action of {store.source} never changes: choose another with --action-keys.")
         statistics = {part: fit_statistics(values) for part, values in recorded.items()}
+        spread = {part: without_extremes(values).std(0) for part, values in recorded.items()}
         action, pairs = statistics["action"], None
         action_range = torch.stack([action["min"], action["max"]])
         if relative:
@@ -127,15 +134,23 @@ class Normalizer(nn.Module):
                 differences = (chunks - store.state[rows, pairs[dim]][:, None])[~is_pad]
                 for name, value in fit_statistics(differences[:, None]).items():
                     action[name][dim] = value[0]
+                spread["action"][dim] = without_extremes(differences[:, None]).std()
             pairs = torch.from_numpy(pairs)
+        for line in cautions(store, dataset.action_offset, relative):
+            say(line)
         episodes = store.episode_of(rows)
         for part, names in (("state", store.state_names), ("action", store.action_names)):
             idle = idle_dimensions(recorded[part], episodes)
-            floor = idle_floor * usual_spread(statistics[part]["std"].numpy())
+            floor = idle_floor * usual_spread(spread[part])
             statistics[part]["floor"] = torch.where(torch.from_numpy(idle), floor, 0.0)
             if floor and idle.any():
                 found = ", ".join(names[i] for i in np.flatnonzero(idle))
                 say(f"{part}: nothing but noise in {found}; scaled by at least {floor:.2g} (--idle-floor)")
+            std = statistics[part]["std"].numpy()
+            if mode != "quantile" and (far := (std > 5 * spread[part]) & (spread[part] > 0)).any():
+                found = ", ".join(names[i] for i in np.flatnonzero(far))
+                way = "leave their episodes out, or give --normalization quantile"
+                say(f"{part}: a few extreme steps set the scale of {found}: {way}")
         return cls(*statistics.values(), action_range, mode, pairs)
 
     def proprio(self, proprio: Tensor) -> Tensor:

@@ -257,14 +257,103 @@ def test_the_frame_rate(tmp_path, open_, refused):
     assert open_(robomimic).fps == 15
 
 
-def test_recorded_times_are_kept_if_they_are_seconds(tmp_path, open_):
-    root = make_hdf5(tmp_path / "d", (4, 4))
-    times = 1e9 + np.array([0, 0.1, 0.35, 0.45])
-    for episode, values in enumerate((times, times * 1e9)):
-        with h5py.File(root / f"day_{episode}/episode_{episode}.hdf5", "a") as file:
+def write_times(root, *times):
+    """Recorded times for the episodes, (L,) each."""
+    for episode, values in enumerate(times):
+        with h5py.File(root / f"day_{episode % 2}/episode_{episode}.hdf5", "a") as file:
             file["timestamps"] = values
+
+
+def test_recorded_times_are_kept_in_whatever_unit_they_are(tmp_path, open_):
+    root = make_hdf5(tmp_path / "d", (4, 4, 4, 4))
+    times = 1.7e9 + np.array([0, 0.1, 0.35, 0.45])
+    write_times(root, times, (times * 1e9).astype(np.int64), times * 1e3, np.arange(4))
+    uneven, even = [0, 0.1, 0.35, 0.45], [0, 0.1, 0.2, 0.3]  # a count of steps is no time
+    np.testing.assert_allclose(open_(root).timestamps, uneven * 3 + even, atol=1e-6)
+
+
+def test_times_that_contradict_the_rate_are_refused_unless_it_is_given(tmp_path, open_, refused, capsys):
+    root = make_hdf5(tmp_path / "d", (4, 4), fps=50.0)
+    write_times(root, np.arange(4) * 0.1, np.arange(4) * 0.02)
+    refused(
+        root, r"Episode 0 .* has 10 steps a second by its timestamps, and its files say 50 \(--fps decides"
+    )
+    assert open_(root, fps=10.0).timestamps.tolist() == pytest.approx([0, 0.1, 0.2, 0.3] * 2)
+    assert "--fps 10 overrules 50 Hz in the files" in capsys.readouterr().out
+
+
+def test_steps_that_were_never_written_are_no_zeros(tmp_path, open_, refused):
+    root = make_hdf5(tmp_path / "d", (12, 9))
+    with h5py.File(root / "day_0/episode_0.hdf5", "a") as file:
+        action = file["action"][:]
+        del file["action"]
+        item = file.create_dataset("action", action.shape, chunks=(4, 2))
+        item[:4] = action[:4]
+        item[8:10] = action[8:10]
+        item[4:8, :2] = action[4:8, :2]
+    refused(root, r"Episode 0 .* steps 4 to 7 of action were never written")
+    with h5py.File(root / "day_0/episode_0.hdf5", "a") as file:
+        file["action"][4:8] = action[4:8]  # the end of what was allocated may stay empty, see --trim-idle
+    assert (open_(root).action[10:12] == 0).all()
+
+
+def test_a_camera_may_begin_with_empty_images(tmp_path, refused, open_):
+    root = make_hdf5(tmp_path / "d", (4, 3), ("high", "left"), images="variable")
+    with h5py.File(root / "day_0/episode_0.hdf5", "a") as file:
+        file["observations/images/cam_left"][0] = np.empty(0, np.uint8)
+    refused(root, r"Episode 0 .* cannot be decoded: observations/images/cam_left, step 0")
+    assert open_(root, skip_bad_episodes=True).cameras == ("high", "left")
+
+
+def test_tasks_are_said_and_chosen(tmp_path, open_, refused, capsys):
+    root = make_hdf5(tmp_path / "d", (4, 3, 5))
+    with h5py.File(root / "day_0/episode_0.hdf5", "a") as file:
+        file.create_group("data").attrs["problem_info"] = json.dumps({"language_instruction": ["open it"]})
+        file.attrs["language_instruction"] = "open it"
+    with h5py.File(root / "day_1/episode_1.hdf5", "a") as file:
+        file.attrs["task"] = np.bytes_("close\n it")
     store = open_(root)
-    np.testing.assert_allclose(store.timestamps, [0, 0.1, 0.35, 0.45, 0, 0.1, 0.2, 0.3], atol=1e-6)
+    assert store.episode_tasks == ("open it", "close it", None)
+    assert '2 tasks ("open it", "close it"), and a policy is not told which' in capsys.readouterr().out
+    chosen = open_(root, task="close it")
+    assert chosen.episode_indices.tolist() == [1]
+    assert chosen.task == "close it"
+    refused(root, r'has no task "close" .*it has "open it", "close it"', task="close")
+
+
+def test_tasks_of_liberos_files_belong_to_all_of_their_episodes(tmp_path, open_):
+    root = make_hdf5(tmp_path / "d", (4, 3), layout="robomimic")
+    with h5py.File(root / "demos.hdf5", "a") as file:
+        file["data"].attrs["problem_info"] = json.dumps({"language_instruction": ["open it"]})
+        file["data/demo_1"].attrs["task"] = "close it"
+    assert open_(root).episode_tasks == ("open it", "close it")
+
+
+def test_a_compression_that_is_not_there_is_named(tmp_path, refused):
+    root = make_hdf5(tmp_path / "d", (4, 3))
+    with h5py.File(root / "day_0/episode_0.hdf5", "a") as file:
+        del file["action"]
+        how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        how.set_chunk((4, 3))
+        how.set_filter(32001, h5py.h5z.FLAG_OPTIONAL)  # Blosc
+        space = h5py.h5s.create_simple((4, 3))
+        item = h5py.h5d.create(file.id, b"action", h5py.h5t.IEEE_F32LE, space, how)
+        item.write_direct_chunk((0, 0), bytes(48))
+    refused(root, r"Episode 0 .* numbers cannot be read .*`pip install hdf5plugin`")
+
+
+def test_pointers_of_git_lfs_are_named(tmp_path, refused):
+    root = make_hdf5(tmp_path / "d", (4, 3))
+    (root / "day_0/episode_0.hdf5").write_text("version https://git-lfs.github.com/spec/v1\nsize 146946961\n")
+    refused(root, r"episode_0.hdf5 is a pointer of git-lfs, not the file itself \(`git lfs pull`")
+
+
+def test_encoded_images_may_have_been_written_as_bgr(tmp_path, open_, capsys):
+    root = make_hdf5(tmp_path / "d", (4, 3), images="padded")
+    open_(root)
+    assert "if red is blue in the pictures of inspect, give --color-order bgr" in capsys.readouterr().out
+    open_(root, color_order="bgr")
+    assert "red is blue" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32, ">f4"])

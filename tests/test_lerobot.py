@@ -1090,3 +1090,26 @@ def test_metadata_without_what_older_tools_left_out(tmp_path, open_):
         table = pq.read_table(file, partitioning=None)
         pq.write_table(table.drop_columns(["index", "task_index"]), file)
     check_aligned(open_(root))
+
+
+@pytest.mark.parametrize("part", ["data", "videos"])
+def test_pointers_of_git_lfs_are_named(tmp_path, part):
+    root = make_dataset(tmp_path / "d")
+    file = next(path for path in sorted((root / part).rglob("file-000.*")) if path.is_file())
+    file.write_text("version https://git-lfs.github.com/spec/v1\nsize 146946961\n")
+    with pytest.raises(UserError, match=r"is a pointer of git-lfs, not the file itself \(`git lfs pull`"):
+        open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
+
+
+def test_episodes_of_several_tasks_are_said(tmp_path, capsys):
+    root = make_dataset(tmp_path / "d")
+
+    def both(rows):
+        rows[1]["tasks"] = ["pick", "place"]
+
+    edit_rows(root, both)
+    store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache", task="pick"))
+    assert store.episode_indices.tolist() == [1]
+    assert (
+        "1 episodes, 1 for one, have other tasks, too: all of their steps are used" in capsys.readouterr().out
+    )

@@ -1,5 +1,7 @@
 """What moves: idle dimensions and their scale, idle ends of episodes, jumps, stuck commands."""
 
+from dataclasses import replace
+
 import h5py
 import numpy as np
 import pytest
@@ -91,8 +93,8 @@ def test_the_scale_of_an_idle_joint_has_a_floor_and_is_said(record, capsys, mode
     rng = np.random.default_rng(3)
     values = reach(rng)
     values[:, 2] = 0.3 + rng.normal(0, 1e-5, STEPS)
-    dataset = ChunkDataset(record(values), [0], 4)
-    usual = np.median(values[:, :2].std(0))
+    dataset = ChunkDataset(record(values), [0], 4, action_offset=1)
+    usual = np.median(values[:-1, :2].std(0))
     capsys.readouterr()
 
     fitted = Normalizer.fit(dataset, mode)
@@ -191,6 +193,55 @@ def test_leaps_and_stuck_commands_are_said(record):
     wrapped = np.abs(np.diff(turning[:, 2])).max()
     assert oddities(record(leaping, turning, stuck)) == [
         "the action does not change for up to 3.0 s in episode 2",
+        "the action is the state of the same step: with --action-offset 1 it is that of the next",
         f"the state leaps between two steps in episode 0: joint_1 by {lost:.3g}",
         f"the state leaps between two steps in episode 1: joint_2 by {wrapped:.3g}",
+        f"the action leaps between two steps in episode 0: joint_1 by {lost:.3g}",
+        f"the action leaps between two steps in episode 1: joint_2 by {wrapped:.3g}",
     ]
+
+
+def test_a_sensor_that_fails_for_a_step_makes_no_other_dimension_idle(record, capsys):
+    values = reach(np.random.default_rng(11))
+    values[60, 1] = 6.5e8
+    dataset = ChunkDataset(record(values), [0], 4, action_offset=1)
+    capsys.readouterr()
+    fitted = Normalizer.fit(dataset)
+    said = capsys.readouterr().out
+    assert "nothing but noise" not in said
+    assert "state: a few extreme steps set the scale of joint_1: leave their episodes out" in said
+    usual = torch.from_numpy(values[:-1].std(0, dtype=np.float64)).float()
+    torch.testing.assert_close(fitted.state_scale, usual)
+    Normalizer.fit(dataset, "quantile")
+    assert capsys.readouterr().out == ""
+
+
+def test_relative_actions_of_an_angle_that_wraps_are_said(record, capsys):
+    values = reach(np.random.default_rng(12))
+    values[:, 2] = (np.linspace(0, 5, STEPS) + np.pi) % (2 * np.pi) - np.pi
+    dataset = ChunkDataset(record(values), [0], 4, action_offset=1)
+    capsys.readouterr()
+    Normalizer.fit(dataset)
+    assert capsys.readouterr().out == ""
+    Normalizer.fit(dataset, relative=True)
+    said = capsys.readouterr().out
+    assert "the state leaps between two steps in episode 0: joint_2 by 6.24: so do relative actions" in said
+    assert "the action leaps" in said
+
+
+def test_an_action_that_repeats_the_state_or_never_changes_is_said(record, capsys):
+    values = reach(np.random.default_rng(13))
+    store = record(values)
+    Normalizer.fit(ChunkDataset(store, [0], 4))
+    assert "the action is the state of the same step: with --action-offset 1" in capsys.readouterr().out
+    still = replace(store, action=np.zeros_like(store.action))
+    with pytest.raises(UserError, match=r"The action of .* never changes: choose another with --action-keys"):
+        Normalizer.fit(ChunkDataset(still, [0], 4))
+
+
+def test_copies_of_episodes_are_named(record, capsys):
+    one, two = (reach(np.random.default_rng(seed)) for seed in (14, 15))
+    record(one, two, one)
+    assert "episodes 0, 2 are the same in every step" in capsys.readouterr().out
+    record(one, two, two[:-1])
+    assert "the same in every step" not in capsys.readouterr().out

@@ -1,3 +1,4 @@
+import h5py
 import numpy as np
 import pytest
 from hdf5_factory import make_hdf5
@@ -131,7 +132,6 @@ def test_options_that_are_not_understood():
 
 
 def test_a_dataset_is_re_expressed_and_its_store_shared(tmp_path):
-    import h5py
 
     root = make_hdf5(tmp_path / "d", (6, 5), layout="robomimic", dims=(3, 3))
     quaternions = np.random.default_rng(4).normal(size=(11, 4))
@@ -156,3 +156,16 @@ def test_a_dataset_is_re_expressed_and_its_store_shared(tmp_path):
         file["data/demo_1/obs/robot0_eef_quat"][2] = 0
     with pytest.raises(UserError, match=r"episode 1 of .* a quaternion of four zeros"):
         open_(rotation="quaternion->6d")
+
+
+@pytest.mark.parametrize("largest", [180.0, 2.5 * np.pi])
+def test_angles_in_degrees_or_with_turns_are_no_rotations(tmp_path, largest):
+    root = make_hdf5(tmp_path / "d", (6, 5))
+    with h5py.File(root / "day_1/episode_1.hdf5", "a") as file:
+        file["observations/qpos"][...] = 0.1
+        file["observations/qpos"][3, 2] = -largest
+    with h5py.File(root / "day_0/episode_0.hdf5", "a") as file:
+        file["observations/qpos"][...] = 3.14
+    config = DataConfig((str(root),), cache_dir=tmp_path / "cache", rotation="joint:euler->6d")
+    with pytest.raises(UserError, match=r"episode 1 of .* holds angles of more than 2 pi: convert"):
+        open_dataset(config)

@@ -33,7 +33,7 @@ def make_zarr(path, lengths=LENGTHS, cameras=("img",), images="array", zarr_form
 
 
 def umi_arrays(robots=1):
-    state, parts = state_of(np.arange(sum(LENGTHS)), 7 * robots), {}
+    state, parts = state_of(np.arange(sum(LENGTHS)), 7 * robots) / 10, {}  # angles of less than a turn
     for robot in range(robots):
         pieces = np.split(state[:, 7 * robot : 7 * robot + 7], (3, 6), axis=1)
         for name, values in zip(("eef_pos", "eef_rot_axis_angle", "gripper_width"), pieces, strict=True):
@@ -102,7 +102,7 @@ def test_umi_learns_where_the_robot_went_if_told_so(tmp_path, open_, robots):
     assert len(keys) == 3 * robots
     store = open_(root, action_keys=keys)
     assert store.cameras == ("camera0",)
-    assert (store.state == state_of(np.arange(36), 7 * robots)).all()
+    assert (store.state == state_of(np.arange(36), 7 * robots) / 10).all()
     assert (store.action == store.state).all()
     assert store.state_names[3] == "robot0_eef_rot_axis_angle.0"
     turned = open_(root, action_keys=keys, rotation="axis-angle->6d")
@@ -259,3 +259,20 @@ def test_images_in_jpeg_xl_are_read(tmp_path, open_):
     group["data/img"][:] = pictures
     images = open_(root).images(np.arange(36))[:, 0].numpy()
     assert [read(frame)[0] for frame in images] == list(range(36))
+
+
+def test_chunks_that_are_not_there_are_named(tmp_path, open_, capsys):
+    root = make_zarr(tmp_path / "d.zarr")
+    open_(root)
+    assert "not there" not in capsys.readouterr().out
+    (root / "data/img/2.0.0.0").unlink()
+    store = open_(root)
+    assert "data/img: 1 of 8 chunks are not there and read as 0: copy the buffer" in capsys.readouterr().out
+    assert store.images(np.arange(10, 15)).max() == 0
+
+
+def test_a_zip_of_the_folder_instead_of_its_content_is_named(tmp_path, open_):
+    make_zarr(tmp_path / "replay.zarr")
+    shutil.make_archive(str(tmp_path / "d.zarr"), "zip", tmp_path, "replay.zarr")
+    with pytest.raises(UserError, match=r"d.zarr.zip holds the buffer in a folder, replay.zarr/: zip what"):
+        open_(tmp_path / "d.zarr.zip")

@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from common.config import AbsolutePath, MayChange, Share, options
+from common.console import say
 from common.data.ingest import StoreRequest, ensure_store
-from common.data.motion import trim_idle
+from common.data.motion import copies, trim_idle
 from common.data.samples import Batch, ChunkDataset, SampleStream, evenly_spaced, make_loader, split_episodes
 from common.data.source import Info, Source
 from common.data.store import EpisodeStore
@@ -75,7 +76,7 @@ class DataConfig:
     quaternion-wxyz, axis-angle, or euler. Dimensions are recognised by name, or named: `eef_quat:KIND->6d`.
     A trained policy still takes and gives them as recorded."""
     task: str | None = None
-    """Instruction whose episodes to use, for a LeRobot dataset that has several."""
+    """Instruction whose episodes to use, where a dataset has several."""
     episodes: tuple[str, ...] = ()
     """Episodes to use, by number: `0 3 10-19`. Default: all."""
     episodes_file: MayChange[AbsolutePath | None] = None
@@ -133,6 +134,8 @@ def open_dataset(config: DataConfig) -> EpisodeStore:
     if config.trim_idle:
         stores = [trim_idle(store) for store in stores]
     store = stores[0] if len(stores) == 1 else EpisodeStore.concatenate(stores, config.weights or None)
+    for line in copies(store):
+        say(line)
     return store.re_express(config.rotation) if config.rotation else store
 
 

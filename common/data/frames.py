@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.data.source import POINTER, is_pointer
+
 if TYPE_CHECKING:
     import av
     from av.video.reformatter import VideoReformatter
@@ -113,6 +115,8 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
             yield container, stream
     except (av.FFmpegError, ValueError, ArithmeticError) as error:  # damaged headers give all of these
+        if is_pointer(path):
+            raise FrameError(f"it {POINTER}") from None
         raise FrameError(getattr(error, "strerror", None) or str(error)) from error
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from common.console import say
+from common.data.cameras import closest
 from common.data.frames import as_rgb
-from common.data.hdf5_files import SCAN, natural, no_scan, read_frames, read_numbers, scan_file
+from common.data.hdf5_files import SCAN, explained, natural, no_scan, read_frames, read_numbers, scan_file
 from common.data.hdf5_layouts import aloha_names, recognise, short_names
 from common.data.layout import Array, Layout, choose_layout, listing
 from common.data.numbering import Name, explain, number_names, read_name
-from common.data.source import BadEpisode, Episode, Info, existing, reason, refuse_unusable
+from common.data.source import BadEpisode, Episode, Info, existing, refuse_unusable
 from common.data.workers import Died, cores, guarded_map
 from common.errors import UserError
 from common.files import write_whole, writing_below
@@ -39,7 +40,7 @@ TIMES = ("timestamp", "timestamps", "observations/timestamp", "observation/times
 
 
 class Place(NamedTuple):
-    """Where an episode is: file below the root, its hash, group in it, and its arrays, or a problem."""
+    """Where an episode is: file below the root, its hash, group in it, its arrays or a problem, its task."""
 
     name: Name
     file: str
@@ -47,6 +48,7 @@ class Place(NamedTuple):
     group: str
     arrays: dict[str, Array]
     problem: str | None
+    task: str | None = None
 
     def named(self, index: int) -> str:
         """What messages call the episode."""
@@ -104,10 +106,17 @@ class Hdf5Source:
 
     @cached_property
     def places(self) -> dict[int, Place]:
-        """The episodes by number."""
+        """The episodes by number; of the chosen task, if there is one."""
         found = find_episodes(self.scans)
         numbers = number_names([place.name for place in found])
-        return dict(sorted(zip(numbers, found, strict=True), key=lambda item: item[0]))
+        places = dict(sorted(zip(numbers, found, strict=True), key=lambda item: item[0]))
+        wanted = self.config.task
+        chosen = {number: p for number, p in places.items() if wanted in (None, p.task)}
+        if not chosen:
+            tasks = tasks_of(places.values())
+            there = ", ".join(f'"{task}"' for task in tasks) or "none"
+            raise UserError(f'{self.name} has no task "{wanted}"{closest(wanted, tasks)}: it has {there}.')
+        return chosen
 
     @cached_property
     def layout(self) -> Layout:
@@ -146,10 +155,26 @@ class Hdf5Source:
         lines = list(explain([place.name for place in self.places.values()], list(self.places)))
         for line in lines[:SAID] + [f"... and {len(lines) - SAID} more"] * (len(lines) > SAID):
             say(f"  {line}")
+        self._say_doubts()
         if layout.name == "LIBERO" and not self.config.action_offset:
             say("  LIBERO's recorder stores what is seen after an action beside it: then, --action-offset 1")
         content = json.dumps([[file, scan["sha256"]] for file, scan in self.scans.items()])
-        return layout.info(self.name, hashlib.sha256(content.encode()).hexdigest(), fps)
+        chosen = {"task": self.config.task} if self.config.task else {}
+        return layout.info(self.name, hashlib.sha256(content.encode()).hexdigest(), fps, **chosen)
+
+    def _say_doubts(self) -> None:
+        """Print what a dataset leaves open and nobody has decided."""
+        tasks = tasks_of(self.places.values())
+        if len(tasks) > 1:
+            some = ", ".join(f'"{task}"' for task in tasks[:5]) + ", ..." * (len(tasks) > 5)
+            say(f"  {len(tasks)} tasks ({some}), and a policy is not told which: --task chooses one")
+        stated = {scan["fps"] for scan in self.scans.values()} - {None, self.fps}
+        if stated:
+            rates = ", ".join(f"{rate:g}" for rate in sorted(stated))
+            say(f"  --fps {self.fps:g} overrules {rates} Hz in the files")
+        encoded = any(array.kind == "encoded" for array in self.layout.arrays.values())
+        if encoded and self.config.color_order == "rgb":
+            say("  images are read as RGB: if red is blue in the pictures of inspect, give --color-order bgr")
 
     def _left_out(self, first: Place) -> Iterator[str]:
         """Lines about what is not used and is not among the arrays of the first sound episode."""
@@ -193,9 +218,8 @@ class Hdf5Source:
                 yield as_rgb(frame, self.layout.color_order)
                 count += 1
         except Exception as error:  # of a damaged file, h5py raises a dozen classes
-            raise BadEpisode(
-                f"Episode {episode.index} ({file}) cannot be decoded: {key}, step {count} ({reason(error)})"
-            ) from None
+            where = f"{key}, step {count} ({explained(error)})"
+            raise BadEpisode(f"Episode {episode.index} ({file}) cannot be decoded: {where}") from None
 
     def _fault(self, index: int) -> str | None:
         """What the scan already shows to be wrong with an episode."""
@@ -230,14 +254,33 @@ class Hdf5Source:
             raise BadEpisode(f"{name}: {found}")
         state, action, recorded = found
         times = np.arange(len(state)) / fps
-        if recorded is not None and len(recorded) == len(times) > 1 and np.isfinite(recorded).all():
-            recorded = recorded.astype(np.float64) - float(recorded[0])
-            step = np.median(np.diff(recorded))
-            if (np.diff(recorded) > 0).all() and 0.5 < step * fps < 2:  # seconds, then
-                times = recorded
-        episode = Episode(index, state, action, times, [place.file, place.sha256, place.group])
+        if recorded is not None and len(recorded) == len(times) > 1:
+            measured = in_seconds(recorded)
+            pace = 0 if measured is None else 1 / np.median(np.diff(measured))
+            if 0.5 < pace / fps < 2:
+                times = measured
+            elif pace and self.config.fps is None:
+                said = f"{pace:.4g} steps a second by its timestamps, and its files say {fps:g}"
+                raise BadEpisode(f"{name} has {said} (--fps decides)")
+        origin = [place.file, place.sha256, place.group]
+        episode = Episode(index, state, action, times, origin, place.task)
         refuse_unusable(name, episode, self.layout.names)
         return episode
+
+
+def in_seconds(recorded: np.ndarray) -> np.ndarray | None:
+    """Recorded times, (L,) in s, ms, us or ns since whenever, in s since the first; None if they are none."""
+    times = (recorded - recorded[0]).astype(np.float64)
+    steps = np.diff(times)
+    if not np.isfinite(times).all() or (steps <= 0).any() or (steps == 1).all():  # a count of steps
+        return None
+    units = [unit for unit in (1, 1e3, 1e6, 1e9) if 0.5 <= unit / np.median(steps) < 500]
+    return times / units[0] if units else None
+
+
+def tasks_of(places: Iterable[Place]) -> list[str]:
+    """The instructions of these episodes, each once."""
+    return list(dict.fromkeys(place.task for place in places if place.task))
 
 
 def find_files(path: Path, source: str) -> list[Path]:
@@ -313,7 +356,9 @@ def find_episodes(scans: dict[str, dict[str, Any]]) -> list[Place]:
             found.append(Place(read_name(file, "", True), file, None, "", {}, scan["problem"]))
         for group, arrays in scan["episodes"]:
             name = read_name(file, group, alone=len(scan["episodes"]) == 1)
-            found.append(Place(name, file, scan["sha256"], group, as_arrays(arrays), None))
+            stated = [task for at, task in sorted(scan["tasks"].items()) if group.startswith(at)]
+            task = stated[-1] if stated else None
+            found.append(Place(name, file, scan["sha256"], group, as_arrays(arrays), None, task))
     return found
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,15 +21,26 @@ import numpy as np
 
 from common.data.frames import image_frame, pixel_frame
 from common.data.layout import Array, Layout, describe, exact_pixels, rows_of
-from common.data.source import BadEpisode, reason
+from common.data.source import POINTER, BadEpisode, is_pointer, reason
 
 if TYPE_CHECKING:
     import h5py
 
-SCAN = 3  # what `scan_file` says; a change makes earlier scans void
+SCAN = 4  # what `scan_file` says; a change makes earlier scans void
 EPISODE_GROUP = re.compile(r"(demo|episode|ep|traj|trajectory)([_-]?\d+)+", re.IGNORECASE)
 RATE_ATTRIBUTES = ("fps", "frequency", "hz", "control_freq", "control_frequency", "frame_rate")
+TASK_ATTRIBUTES = ("language_instruction", "instruction", "task_description", "task", "problem_info")
+UNREGISTERED = re.compile(r"/plugin|not registered")  # in what HDF5 says of a compression that it lacks
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+
+
+def open_file(path: Path | str) -> h5py.File:
+    """An HDF5 file to read; without a lock where the file system has none."""
+    import h5py
+
+    with suppress(ImportError):
+        import hdf5plugin  # noqa: F401  registers Blosc and others
+    return h5py.File(path, "r", locking="best-effort")
 
 
 def natural(path: str) -> list:
@@ -40,12 +53,13 @@ def natural(path: str) -> list:
 
 def no_scan(problem: str | None = None) -> dict[str, Any]:
     """What is known of a file that was not read."""
-    return {"sha256": None, "problem": problem, "fps": None, "episodes": [], "beside": {}}
+    return {"sha256": None, "problem": problem, "fps": None, "tasks": {}, "episodes": [], "beside": {}}
 
 
 def scan_file(path: str, name: str) -> dict[str, Any]:
     """What a file holds, without reading it all: its `sha256`; `problem`, if it cannot be used; `fps`, if it
-    says; `episodes`, the group of each, and its arrays by key; and `beside`, what is in none of them.
+    says; `tasks`, instructions by the group that has them; `episodes`, the group of each, and its arrays by
+    key; and `beside`, what is in none of them.
     """
     import h5py
 
@@ -55,12 +69,14 @@ def scan_file(path: str, name: str) -> dict[str, Any]:
             scan["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             if file.tell() == 0:
                 raise BadEpisode("is empty")
+            if is_pointer(path):
+                raise BadEpisode(POINTER)
         if not h5py.is_hdf5(path):
             raise BadEpisode("is not an HDF5 file")
-        with h5py.File(path, "r", locking="best-effort") as file:
+        with open_file(path) as file:
             items = dict(walk(file))
             found = {key: describe_dataset(item) for key, item in items.items() if item is not None}
-            scan["fps"] = _attribute_rate(file)
+            scan["fps"], scan["tasks"] = _attribute_rate(file), _tasks(file)
         for group in episode_groups(found):
             inside = {key[len(group) :]: array for key, array in found.items() if key.startswith(group)}
             scan["episodes"].append((group, inside))
@@ -124,7 +140,8 @@ def episode_groups(keys: Collection[str]) -> list[str]:
 def describe_dataset(item: h5py.Dataset) -> Array:
     array = describe(item.shape or (), item.dtype, lambda: item[0])
     if array.kind != "pixels" and _may_hold_encoded(item) and len(item) > 0:
-        first = _encoded(item[0])
+        cells = (_encoded(item[i]) for i in range(min(len(item), 30)))
+        first = next((cell for cell in cells if cell.strip(b"\0")), b"")  # a camera may begin late
         if first.startswith(MAGIC):
             return array._replace(**_encoded_image(first))
     return array
@@ -163,14 +180,9 @@ def _encoded_image(encoded: bytes) -> dict[str, Any]:
 def _attribute_rate(file: h5py.File) -> float | None:
     """Control steps per second, if the attributes of the file or of its `data` group say so."""
 
-    def plain(value: Any) -> Any:
-        """A single value, as it is or in an array, text or bytes."""
-        value = value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
-        return value.decode(errors="replace") if isinstance(value, bytes) else value
-
     places = [file, *([file["data"]] if "data" in file else [])]
     names = (*RATE_ATTRIBUTES, "env_args")
-    attributes = {name: plain(at.attrs[name]) for at in places for name in names if name in at.attrs}
+    attributes = {name: _plain(at.attrs[name]) for at in places for name in names if name in at.attrs}
     for name in RATE_ATTRIBUTES:
         with suppress(TypeError, ValueError):
             rate = float(attributes.get(name, np.nan))
@@ -182,27 +194,75 @@ def _attribute_rate(file: h5py.File) -> float | None:
         return None
 
 
+def _plain(value: Any) -> Any:
+    """A single value, as it is or in an array, text or bytes."""
+    value = value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+def _tasks(file: h5py.File) -> dict[str, str]:
+    """Instructions that attributes of the file and of its groups state, by group: "", data/demo_0/, ..."""
+    import h5py
+
+    found: dict[str, str] = {}
+
+    def look(group: h5py.Group) -> None:
+        for name in (name for name in TASK_ATTRIBUTES if name in group.attrs):
+            said = _plain(group.attrs[name])
+            if name == "problem_info":  # LIBERO's
+                with suppress(ValueError, TypeError, KeyError):
+                    said = json.loads(said)["language_instruction"]
+                    said = said[0] if isinstance(said, list) and len(said) == 1 else said
+            if isinstance(said, str) and said.strip() and not said.lstrip().startswith("{"):
+                found[f"{group.name.strip('/')}/".lstrip("/")] = " ".join(said.strip().strip('"').split())
+                return
+
+    look(file)
+    file.visititems(lambda _, item: look(item) if isinstance(item, h5py.Group) else None)
+    return found
+
+
+def hole(item: h5py.Dataset) -> range | None:
+    """The first rows that were never written although later ones were; HDF5 reads them as zeros."""
+    if item.chunks is None:
+        return None
+    bands, *others = (-(-side // part) for side, part in zip(item.shape, item.chunks, strict=True))
+    if item.id.get_num_chunks() == bands * math.prod(others):
+        return None
+    written: Counter[int] = Counter()
+    item.id.chunk_iter(lambda chunk: written.update([chunk.chunk_offset[0] // item.chunks[0]]))
+    missing = [band for band in range(max(written, default=0)) if written[band] < math.prod(others)]
+    return range(missing[0] * item.chunks[0], (missing[0] + 1) * item.chunks[0]) if missing else None
+
+
 def read_numbers(
     index: int, path: Path, group: str, steps: int, times: str | None, layout: Layout
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | str:
     """State (L, P), action (L, A) and times (L,), if recorded, of L `steps`, or what is wrong."""
-    import h5py
 
     try:
-        with h5py.File(path, "r", locking="best-effort") as file:
+        with open_file(path) as file:
+            for key in layout.arrays:
+                if rows := hole(file[group + key]):
+                    return f"steps {rows[0]} to {rows[-1]} of {key} were never written"
             state, action = layout.vectors(lambda key: file[group + key][:steps])
             return state, action, file[group + times][:steps] if times else None
     except Exception as error:  # see scan_file
-        return f"its numbers cannot be read ({reason(error)})"
+        return f"its numbers cannot be read ({explained(error)})"
+
+
+def explained(error: Exception) -> str:
+    """What an error of h5py says, and how to install a compression that is not there."""
+    said = reason(error)
+    return f"{said}; `pip install hdf5plugin` reads Blosc and others" if UNREGISTERED.search(said) else said
 
 
 def read_frames(
     path: Path, key: str, steps: int, recorded: tuple[int, int], size: tuple[int, int]
 ) -> Iterator[np.ndarray]:
     """The frames of a dataset, each (3, H, W) uint8 of `size`; raises whatever h5py does."""
-    import h5py
 
-    with h5py.File(path, "r", locking="best-effort") as file:
+    with open_file(path) as file:
         item = file[key]
         encoded = _may_hold_encoded(item)
         for cell in rows_of(item, 0, steps):

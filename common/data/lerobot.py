@@ -155,6 +155,10 @@ class LeRobotSource:
             raise UserError(f"{self.name} was recorded at {fps:g} Hz: leave out --fps {self.config.fps:g}.")
         task, rows = choose_task(self.rows, self.config.task, self.name)
         layout.say(f"{self.name}: LeRobot, {len(rows)} episodes, {fps:g} Hz")
+        mixed = [row.index for row in rows if len(row.tasks) > 1]
+        if mixed:
+            many = f"{len(mixed)} episodes, {mixed[0]} for one, have"
+            say(f"  {many} other tasks, too: all of their steps are used, whichever task they are of")
         if self.meta.total_episodes not in (None, 0, len(self.rows)):
             say(f"  info.json counts {self.meta.total_episodes} episodes, meta/episodes {len(self.rows)}")
         files = {place.file for row in rows for key, place in row.videos.items() if key in layout.arrays}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
 from common.data.layout import Array
-from common.data.source import reason
+from common.data.source import POINTER, is_pointer, reason
 from common.errors import UserError
 from common.files import read_json
 
@@ -207,6 +207,8 @@ def read_parquet(file: Path, columns: Sequence[str], optional: Sequence[str] = (
                 table.validate(full=True)  # damaged files can hold texts and lists that are none
                 return table
     except (pa.ArrowException, OSError, ValueError) as error:
+        if is_pointer(file):
+            raise UserError(f"{file} {POINTER}.") from None
         raise UserError(
             f"{file} cannot be read ({reason(error)}): download the dataset again, or, if you recorded it, "
             f"make sure that the recorder called finalize()."

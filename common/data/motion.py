@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,8 +16,20 @@ from common.errors import UserError
 REST_SECONDS = 0.5  # a robot that rests for longer at an end of an episode is idle there
 STUCK_SECONDS = 2.0  # an action that stays exactly the same for longer is worth a look
 REST_SHARE = 1e-3  # of a dimension's range: changes below are no motion
+EXTREME_SHARE = 1e-3  # of the steps, at either end of a dimension: these may be failures of a sensor
 BLACK = 10  # a frame without a brighter pixel is black
 FEW = 8  # episodes or dimensions to name in a line
+
+
+def without_extremes(values: np.ndarray) -> np.ndarray:
+    """(S, D) as float64 with the lowest and the highest 0.1 % of each dimension, at least one, cut off.
+
+    A sensor that fails for a step reports thousands of times what is usual; motion lasts longer than that.
+    """
+    exact = values.astype(np.float64)
+    low = np.quantile(exact, EXTREME_SHARE, axis=0, method="higher")
+    high = np.quantile(exact, 1 - EXTREME_SHARE, axis=0, method="lower")
+    return np.clip(exact, np.minimum(low, high), np.maximum(low, high))
 
 
 def usual_spread(spread: np.ndarray) -> float:
@@ -39,7 +53,7 @@ def idle_dimensions(values: np.ndarray, episodes: np.ndarray) -> np.ndarray:
         values: (S, D), recorded.
         episodes: (S,), the episode of each step.
     """
-    exact = values.astype(np.float64)
+    exact = without_extremes(values)
     spread, usual = exact.std(0), usual_spread(exact.std(0))
     steps = np.diff(exact, axis=0)[np.diff(episodes) == 0]
     noise = np.sqrt((steps**2).sum(0) / max(len(steps), 1))
@@ -134,7 +148,33 @@ def oddities(store: EpisodeStore) -> list[str]:
     if len(episodes):
         longest = stuck[episodes].max() / store.fps
         lines.append(f"the action does not change for up to {longest:.1f} s in {_named(store, episodes)}")
-    return lines + jumps(store)
+    lines += cautions(store)
+    return lines + jumps("state", store.state, store) + jumps("action", store.action, store)
+
+
+def copies(store: EpisodeStore) -> list[str]:
+    """Episodes with the same numbers as an earlier one, in lines for people."""
+    found: dict[bytes, list[int]] = {}
+    for e, (first, last) in enumerate(pairwise(store.episode_starts)):
+        numbers = store.state[first:last].tobytes() + store.action[first:last].tobytes()
+        found.setdefault(hashlib.sha256(numbers).digest(), []).append(e)
+    groups = [_named(store, group) for group in found.values() if len(group) > 1]
+    more = f", and {len(groups) - FEW} more such groups" * (len(groups) > FEW)
+    what = "are the same in every step: such copies weigh more, and can be held out and trained on at once"
+    return [f"{'; '.join(groups[:FEW])}{more} {what}"] if groups else []
+
+
+def cautions(store: EpisodeStore, action_offset: int = 0, relative: bool = False) -> list[str]:
+    """What about the actions makes a policy that learns them useless, in lines for people."""
+    lines = []
+    if action_offset == 0 and np.array_equal(store.state, store.action):
+        lines.append(
+            "the action is the state of the same step: with --action-offset 1 it is that of the next"
+        )
+    if relative:
+        found = jumps("state", store.state, store) + jumps("action", store.action, store)
+        lines += [f"{line}: so do relative actions; angles must not wrap for them" for line in found]
+    return lines
 
 
 def longest_constant(store: EpisodeStore) -> np.ndarray:
@@ -147,16 +187,17 @@ def longest_constant(store: EpisodeStore) -> np.ndarray:
     return np.array(longest, np.int64)
 
 
-def jumps(store: EpisodeStore) -> list[str]:
-    """Dimensions of the state that leap from one step to the next, in lines for people.
+def jumps(part: str, recorded: np.ndarray, store: EpisodeStore) -> list[str]:
+    """Dimensions of a `part`, (S, D), that leap from one step to the next, in lines for people.
 
     A leap is more than half of the dimension's range, or more than 15 % of it and undone in the next step,
     and twenty times its usual change; so a binary gripper does not leap.
     """
-    change = np.diff(store.state.astype(np.float64), axis=0)
+    change = np.diff(recorded.astype(np.float64), axis=0)
     change[store.episode_starts[1:-1] - 1] = 0  # from one episode to the next
     found: dict[tuple[int, ...], list[str]] = {}  # dimensions by the episodes in which they leap
-    for name, delta, values in zip(store.state_names, change.T, store.state.T, strict=True):
+    names = getattr(store, f"{part}_names")
+    for name, delta, values in zip(names, change.T, recorded.T, strict=True):
         size, extent = np.abs(delta), float(np.ptp(values))
         moving = size[size > 0]
         if extent == 0 or not len(moving):
@@ -169,8 +210,8 @@ def jumps(store: EpisodeStore) -> list[str]:
             episodes = tuple(np.unique(store.episode_of(rows)).tolist())
             found.setdefault(episodes, []).append(f"{name} by {size[rows].max():.3g}")
     return [
-        f"the state leaps between two steps in {_named(store, episodes)}: {_some(names)}"
-        for episodes, names in found.items()
+        f"the {part} leaps between two steps in {_named(store, episodes)}: {_some(leaps)}"
+        for episodes, leaps in found.items()
     ]
 
 

@@ -18,6 +18,7 @@ TARGET, TARGET_DIM = "6d", 6
 SOURCES = {"quaternion": 4, "quaternion-wxyz": 4, "axis-angle": 3, "euler": 3}
 """What can be re-expressed, and in how many numbers. A `quaternion` is (x, y, z, w), `euler` roll, pitch, yaw
 about the fixed axes x, y, z; angles are in radians."""
+LARGEST_ANGLE = 2 * np.pi + 1e-3  # as recorders round it
 QUATERNION_NAMES = r"(quat|rot|orn|orientation)|(^|[_./])q[xyzw]$"
 USUAL_NAMES = {
     "quaternion": QUATERNION_NAMES,
@@ -62,6 +63,13 @@ class Rotations:
         """Rows of recorded vectors (S, D) with a quaternion of four zeros, which is no rotation."""
         starts = self.starts if self.kind.startswith("quaternion") else ()
         return np.flatnonzero(np.any([~values[:, start : start + 4].any(1) for start in starts], axis=0))
+
+    def turns(self, values: np.ndarray) -> np.ndarray:
+        """Rows of recorded vectors (S, D) with an angle above a turn, which would come back as another."""
+        if self.kind.startswith("quaternion"):
+            return np.empty(0, np.int64)
+        columns = [start + i for start in self.starts for i in range(SOURCES[self.kind])]
+        return np.flatnonzero((np.abs(values[:, columns]) > LARGEST_ANGLE).any(1))
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Recorded vectors (..., D) to re-expressed ones (..., D'), float32."""

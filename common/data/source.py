@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from common.errors import UserError
+
+POINTER = "is a pointer of git-lfs, not the file itself (`git lfs pull` fetches it)"
 
 
 class BadEpisode(Exception):
@@ -126,6 +129,13 @@ def hash_ends(path: Path, count: int = 64 * 1024) -> str:
             return hashlib.sha256(size.to_bytes(8, "little") + head + file.read(count)).hexdigest()
     except OSError:
         return "unreadable"  # the ingest says which episode lacks it
+
+
+def is_pointer(path: Path | str) -> bool:
+    """Whether a file is what git puts in the place of a large one that was not fetched."""
+    with suppress(OSError), open(path, "rb") as file:
+        return file.read(20) == b"version https://git-"
+    return False
 
 
 def existing(wanted: Sequence[int] | None, there: Collection[int], source: str) -> list[int]:

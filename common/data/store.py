@@ -206,7 +206,7 @@ class EpisodeStore:
         )
 
     def re_express(self, option: str) -> EpisodeStore:
-        """The store with rotations as `--rotation` says; a UserError if it has none, or one of four zeros."""
+        """The store with rotations as `--rotation` says; a UserError if it has none or bad ones."""
         pattern, kind = parse(option)
         state = Rotations.find(self.state_names, kind, pattern)
         action = Rotations.find(self.action_names, kind, pattern)
@@ -220,6 +220,13 @@ class EpisodeStore:
             raise UserError(
                 f"--rotation {option}: episode {self.episode_indices[self.episode_of(zeros[0])]} of "
                 f"{self.source} holds a quaternion of four zeros: choose others with --episodes."
+            )
+        large = np.concatenate([state.turns(self.state), action.turns(self.action)])
+        if len(large):
+            raise UserError(
+                f"--rotation {option}: episode {self.episode_indices[self.episode_of(large[0])]} of "
+                f"{self.source} holds angles of more than 2 pi: convert what is in degrees, or counts turns, "
+                f"to radians from -pi to pi."
             )
         return replace(
             self,

@@ -13,7 +13,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from common.console import say
 from common.data.frames import as_rgb, pixel_frame
 from common.data.layout import Known, Layout, choose_layout, describe, exact_pixels, rows_of
 from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, reason, refuse_unusable
@@ -70,6 +71,8 @@ class ZarrSource:
         if fps is None:
             raise UserError(f"{self.name} does not say how many control steps a second it has: give --fps.")
         layout.say(f"{self.name}: zarr, {layout.name} layout, {fps:g} Hz")
+        for line in absent_chunks(open_group(self.path, self.name), layout.arrays):
+            say(f"  {line}")
         return layout.info(self.name, fingerprint(self.path), fps)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
@@ -119,8 +122,32 @@ def open_group(path: Path, name: str) -> Any:
     except Exception as error:  # zarr and its stores have classes of their own
         if codec := re.search(r"codec '?([\w.-]+)'?.*not available", str(error)):
             raise UserError(f"{name} is compressed with {codec[1]}: pip install imagecodecs.") from None
+        if inside := _folder_inside(path):
+            said = f"{name} holds the buffer in a folder, {inside}/: zip what is in it, not the folder."
+            raise UserError(said) from None
         raise UserError(f"{name} is no replay buffer that can be read ({reason(error)}).") from None
     return group
+
+
+def _folder_inside(path: Path) -> str | None:
+    """The folder of a zip file that everything lies in, if there is one."""
+    with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+        names = {name.partition("/")[0] for name in file.namelist() if not FOREIGN.search(name)}
+        return names.pop() if len(names) == 1 else None
+    return None
+
+
+def absent_chunks(group: Any, keys: Iterable[str]) -> Iterator[str]:
+    """Lines about arrays of which zarr makes up a part: a chunk that is not there is read as its fill value.
+
+    Nothing may be wrong, since a chunk of nothing but that value need not be written.
+    """
+    for key in keys:
+        array = group[f"data/{key}"]
+        absent = array.nchunks - array.nchunks_initialized
+        if absent:
+            share = f"{absent} of {array.nchunks} chunks are not there and read as {array.fill_value:g}"
+            yield f"data/{key}: {share}: copy the buffer again unless that was recorded"
 
 
 def arrays_below(group: Any) -> list[tuple[str, Any]]:
