@@ -256,7 +256,8 @@ def evaluate_closed_loop(policy: RobotPolicy, config: Config, folder: Path) -> d
             film(episodes, config, folder)
             if config.simulator.env == "demo":
                 draw_rollouts(episodes, results[str(steps)], config.seed, folder / "rollouts.png")
-    for name, eyes in (("grey", "grey"), ("mismatched", "other")):
+    blind = {"grey": "grey"} | ({"mismatched": "other"} if config.episodes > 1 else {})
+    for name, eyes in blind.items():
         results[name] = rates(act(policy, config, config.sample_steps[0], eyes))
     return results
 
@@ -265,7 +266,8 @@ def act(
     policy: RobotPolicy, config: Config, sample_steps: int, eyes: Eyes = "own", film: int = 0
 ) -> list[Episode]:
     """Roll out all episodes; see `common/rollout.py`."""
-    num = min(config.parallel, config.episodes)
+    at_once = max(config.parallel, 3) if eyes == "other" else config.parallel  # no episode may be alone
+    num = min(at_once, config.episodes)
     environments = make_environments(config.simulator, policy.spec.image_size, num)
     seen = {"own": f"{sample_steps} sampling steps", "grey": "grey pictures", "other": "pictures of another"}
     with tqdm(total=config.episodes, desc=f"episodes, {seen[eyes]}", unit="episode", leave=False) as bar:

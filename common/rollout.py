@@ -95,6 +95,10 @@ def roll_out(
     groups, done = math.ceil(len(numbers) / len(environments)), []
     for together in np.array_split(np.asarray(numbers), max(groups, 1)):
         group = [Episode(int(number), environments[0].fps) for number in together]
+        if eyes == "other" and len(group) == 1:
+            raise ValueError(
+                "pictures of another episode need another one beside it: three environments, or all"
+            )
         _roll_out_together(policy, environments, group, seed, sample_steps, execute_steps, eyes, film)
         done += group
         progress(len(done))

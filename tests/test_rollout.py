@@ -99,6 +99,21 @@ def test_what_a_policy_is_shown():
         assert policy.shown[0] == shown
 
 
+@pytest.mark.parametrize(("episodes", "environments"), [(2, 2), (3, 3), (4, 3), (5, 3), (7, 3), (21, 20)])
+def test_nobody_is_alone_where_pictures_are_those_of_another(episodes, environments):
+    policy = Policy()
+    counters = [Counter(length=40, max_steps=2) for _ in range(environments)]
+    roll_out(policy, counters, range(episodes), seed=0, eyes="other")
+    shown = [number for numbers in policy.shown for number in numbers]
+    assert sorted(shown) == list(range(episodes))
+    assert all(seen != number for number, seen in enumerate(shown))
+
+
+def test_an_episode_that_is_alone_is_not_shown_its_own_pictures_as_anothers():
+    with pytest.raises(ValueError, match="pictures of another episode"):
+        roll_out(Policy(), [Counter()], range(2), seed=0, eyes="other")
+
+
 def test_the_first_episodes_are_filmed():
     episodes = roll_out(Policy(), [Counter(), Counter()], range(3), seed=0, film=2)
     assert [len(episode.frames) for episode in episodes] == [6, 7, 0]
