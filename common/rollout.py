@@ -46,6 +46,12 @@ class RolloutConfig:
     """Episodes of a rollout, divided among the processes."""
     simulator: MayChange[Flat[EnvConfig]] = field(default_factory=EnvConfig)
 
+    def __post_init__(self):
+        if self.rollout_every is not None and self.simulator.env is None:
+            raise UserError(
+                "--rollout-every needs --env, the environment to act in, for instance --env demo."
+            )
+
 
 @dataclass
 class Episode:
@@ -92,8 +98,10 @@ def roll_out(
     Raises:
         UserError: if an environment fails, gives a state that is not finite, or ends every episode at once.
     """
+    if not len(numbers):  # a process without a share
+        return []
     groups, done = math.ceil(len(numbers) / len(environments)), []
-    for together in np.array_split(np.asarray(numbers), max(groups, 1)):
+    for together in np.array_split(np.asarray(numbers), groups):
         group = [Episode(int(number), environments[0].fps) for number in together]
         if eyes == "other" and len(group) == 1:
             raise ValueError(
@@ -102,7 +110,7 @@ def roll_out(
         _roll_out_together(policy, environments, group, seed, sample_steps, execute_steps, eyes, film)
         done += group
         progress(len(done))
-    if done and all(episode.steps <= 1 and not episode.success for episode in done):
+    if all(episode.steps <= 1 and not episode.success for episode in done):
         raise UserError(f"--env {environments[0].name} ends every episode after its first step.")
     return done
 
@@ -127,13 +135,10 @@ def success_rate(
         config: the script's, with the groups `rollout` and `data`.
     """
     options = config.rollout
-    simulator = options.simulator.in_place_of_demo(config.data.dataset)
-    if simulator.env is None:
-        raise UserError("--rollout-every needs --env, the environment to act in.")
     numbers = range(options.rollout_episodes)[run.rank :: run.world]
     script = SimpleNamespace(sample_actions=sample_actions)
     policy = RobotPolicy(model, data.normalizer, config, data.spec, script, run.device)
-    environments = make_environments(simulator, data.spec.image_size, max(min(len(numbers), AT_ONCE), 1))
+    environments = make_environments(options.simulator, data.spec.image_size, min(len(numbers), AT_ONCE))
     with run.autocast():
         episodes = roll_out(policy, environments, numbers, ROLLOUT_SEED)
     sums = [len(episodes), *(sum(getattr(e, name) for e in episodes) for name in ("success", "steps"))]

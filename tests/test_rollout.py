@@ -114,6 +114,10 @@ def test_an_episode_that_is_alone_is_not_shown_its_own_pictures_as_anothers():
         roll_out(Policy(), [Counter()], range(2), seed=0, eyes="other")
 
 
+def test_a_process_without_a_share_has_no_episodes():
+    assert roll_out(Policy(), [], range(0), seed=0) == []
+
+
 def test_the_first_episodes_are_filmed():
     episodes = roll_out(Policy(), [Counter(), Counter()], range(3), seed=0, film=2)
     assert [len(episode.frames) for episode in episodes] == [6, 7, 0]
