@@ -239,7 +239,7 @@ class HangWatch:
         if first or self.rank in behind:
             _write_raw(f"where process {self.rank} stands:\n")
             faulthandler.dump_traceback(sys.__stderr__.fileno())
-        time.sleep(self.interval)  # the others speak as well before a launcher ends them
+        time.sleep(2 * self.interval)  # others, whose patience began later, speak as well
         os._exit(EXIT_HUNG)
 
     def _is_first(self) -> bool:

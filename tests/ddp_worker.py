@@ -24,7 +24,7 @@ from common.normalize import Normalizer
 def main(dataset: str, cache_dir: str, out: str) -> None:
     accelerator = make_accelerator(RunConfig())
     grads = {}
-    depth.ARCHITECTURES["small"] = depth.Architecture("da3-small", 32, 4, 2, (1, 3), 2)
+    depth.ARCHITECTURES["small"] = depth.Architecture("da3-small", 32, 4, 2, 2)
     for script, flags in (
         (train_vfp, "--camera-dropout 0"),
         (train_vfp_depth, "--camera-dropout 0 --depth-weights random"),
