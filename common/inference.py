@@ -256,13 +256,12 @@ class Controller:
         clip: bool = False,
     ):
         self.policy, self.generators = policy, None
-        num = seeds if isinstance(seeds, int) else len(seeds)
+        self.num = seeds if isinstance(seeds, int) else len(seeds)
         if not isinstance(seeds, int):
             self.generators = [torch.Generator(policy.device).manual_seed(seed) for seed in seeds]
         self.step = 0
         self.states: list[np.ndarray] = []  # the last K, each (E, P)
         self.chunks: list[tuple[int, np.ndarray]] = []  # (step of its first action, (E, T, A))
-        self.num = num
         self.configure(execute_steps, ensemble, sample_steps, clip)
 
     def configure(

@@ -18,6 +18,7 @@ from pydantic import PositiveInt
 from torch import nn
 
 from common.config import Flat, MayChange, options
+from common.console import say
 from common.data.source import reason
 from common.envs import EnvConfig, Environment, make_environment
 from common.errors import EXIT_HUNG, UserError
@@ -100,6 +101,11 @@ def roll_out(
     """
     if not len(numbers):  # a process without a share
         return []
+    ours, its = policy.spec.fps, environments[0].fps
+    if abs(its / ours - 1) > 0.01:
+        say(
+            f"warning: --env {environments[0].name} runs at {its:g} Hz, the policy was trained at {ours:g} Hz"
+        )
     groups, done = math.ceil(len(numbers) / len(environments)), []
     for together in np.array_split(np.asarray(numbers), groups):
         group = [Episode(int(number), environments[0].fps) for number in together]
@@ -194,7 +200,7 @@ def _roll_out_together(
 
 
 def _fitting_cameras(policy: RobotPolicy, environment: Environment) -> list[str]:
-    """The environment's cameras that the policy sees; a UserError if one is missing, or the state differs."""
+    """The environment's cameras that the policy sees; a UserError if pictures, state or action do not fit."""
     spec, images, state = policy.spec, environment.images(), environment.state()
     names = {spec.camera(name): name for name in images}
     if not set(spec.cameras) <= names.keys():
@@ -209,6 +215,20 @@ def _fitting_cameras(policy: RobotPolicy, environment: Environment) -> list[str]
             f"--env {environment.name} has the state {there}, and the policy was trained on "
             f"{', '.join(spec.state_names)}: choose others with --env-map state=KEY."
         )
+    actions = spec.action_rotations.recorded if spec.action_rotations else spec.action_names
+    there = environment.action_names  # empty where the environment does not say
+    if there and len(there) != len(actions):
+        raise UserError(
+            f"--env {environment.name} takes the actions {', '.join(there)}, and the policy gives "
+            f"{', '.join(actions)}: it was trained for another robot."
+        )
+    for name in (names[camera] for camera in spec.cameras):
+        image = images[name]
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise UserError(
+                f"--env {environment.name}: the pictures of {name} are {image.dtype} {image.shape}, and a "
+                f"policy sees (H, W, 3) uint8: convert them in the environment."
+            )
     return [names[camera] for camera in spec.cameras]
 
 

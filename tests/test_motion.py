@@ -182,22 +182,22 @@ def test_a_dataset_in_which_nothing_moves_cannot_be_trimmed(record):
         record(np.full((30, 3), 0.5), trim_idle=True)
 
 
-def test_leaps_and_stuck_commands_are_said(record):
+def test_jumps_and_stuck_commands_are_said(record):
     rng = np.random.default_rng(10)
-    gripper = np.arange(STEPS)[:, None] // 15 % 2  # opens and closes at once: no leap
-    leaping, turning, stuck = (np.hstack([reach(rng), gripper]).astype(np.float32) for _ in range(3))
-    leaping[50, 1] = 0.0  # one reading is lost
+    gripper = np.arange(STEPS)[:, None] // 15 % 2  # opens and closes at once: no jump
+    jumping, turning, stuck = (np.hstack([reach(rng), gripper]).astype(np.float32) for _ in range(3))
+    jumping[50, 1] = 0.0  # one reading is lost
     turning[:, 2] = (np.linspace(0, 5, STEPS) + np.pi) % (2 * np.pi) - np.pi  # an angle that wraps around
     stuck[44:74] = stuck[44]
-    lost = np.abs(np.diff(leaping[49:52, 1])).max()
+    lost = np.abs(np.diff(jumping[49:52, 1])).max()
     wrapped = np.abs(np.diff(turning[:, 2])).max()
-    assert oddities(record(leaping, turning, stuck)) == [
+    assert oddities(record(jumping, turning, stuck)) == [
         "the action does not change for up to 3.0 s in episode 2",
         "the action is the state of the same step: with --action-offset 1 it is that of the next",
-        f"the state leaps between two steps in episode 0: joint_1 by {lost:.3g}",
-        f"the state leaps between two steps in episode 1: joint_2 by {wrapped:.3g}",
-        f"the action leaps between two steps in episode 0: joint_1 by {lost:.3g}",
-        f"the action leaps between two steps in episode 1: joint_2 by {wrapped:.3g}",
+        f"the state jumps between two steps in episode 0: joint_1 by {lost:.3g}",
+        f"the state jumps between two steps in episode 1: joint_2 by {wrapped:.3g}",
+        f"the action jumps between two steps in episode 0: joint_1 by {lost:.3g}",
+        f"the action jumps between two steps in episode 1: joint_2 by {wrapped:.3g}",
     ]
 
 
@@ -225,8 +225,8 @@ def test_relative_actions_of_an_angle_that_wraps_are_said(record, capsys):
     assert capsys.readouterr().out == ""
     Normalizer.fit(dataset, relative=True)
     said = capsys.readouterr().out
-    assert "the state leaps between two steps in episode 0: joint_2 by 6.24: so do relative actions" in said
-    assert "the action leaps" in said
+    assert "the state jumps between two steps in episode 0: joint_2 by 6.24: so do relative actions" in said
+    assert "the action jumps" in said
 
 
 def test_an_action_that_repeats_the_state_or_never_changes_is_said(record, capsys):

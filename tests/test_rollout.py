@@ -15,7 +15,7 @@ from common import rollout
 from common.checkpoint import PolicySpec
 from common.config import parse
 from common.data.demo import Simulator
-from common.envs import EnvConfig, make_environment
+from common.envs import EnvConfig, make_environment, record
 from common.envs.demo import DemoEnvironment
 from common.envs.gym import GymEnvironment
 from common.errors import UserError
@@ -197,6 +197,42 @@ def test_cameras_and_states_that_do_not_fit_are_both_listed():
         roll_out(policy, [Counter()], range(1), seed=0)
 
 
+def test_actions_and_pictures_that_do_not_fit_are_said(monkeypatch):
+    policy = Policy()
+    policy.spec = replace(policy.spec, action_names=("dx", "dy"))
+    with pytest.raises(UserError, match="takes the actions dx, and the policy gives dx, dy"):
+        roll_out(policy, [Counter()], range(1), seed=0)
+    first = {"top": np.zeros((3, 4, 4), np.uint8)}
+    monkeypatch.setattr(Counter, "images", lambda self: first)
+    with pytest.raises(
+        UserError, match=r"pictures of top are uint8 \(3, 4, 4\), and a policy sees \(H, W, 3\)"
+    ):
+        roll_out(Policy(), [Counter()], range(1), seed=0)
+
+
+def test_another_control_rate_is_said(capsys):
+    roll_out(Policy(), [Counter()], range(1), seed=0)
+    assert capsys.readouterr().out == ""
+    environment = Counter()
+    environment.fps = 80.0
+    roll_out(Policy(), [environment], range(1), seed=0)
+    assert "runs at 80 Hz, the policy was trained at 10 Hz" in capsys.readouterr().out
+
+
+def test_an_expert_that_fails_is_not_recorded_for_ever(monkeypatch, tmp_path):
+    class Clumsy(Counter):
+        def success(self):
+            return False
+
+        def expert(self):
+            return lambda: np.ones(1, np.float32)
+
+    monkeypatch.setattr(record, "make_environment", lambda config, size: Clumsy())
+    with pytest.raises(UserError, match="The expert of counter succeeded in 0 of 7 episodes"):
+        record.main(record.Config("clumsy", tmp_path / "data", episodes=2))
+    assert not (tmp_path / "data").exists()
+
+
 # The built-in task
 
 
@@ -314,11 +350,36 @@ def test_actions_for_another_robot_are_refused():
         ("gymnasium:CartPole-v9", r"knows no environment CartPole-v9 \(did you mean CartPole"),
         ("no_such_module:make", "there is no module no_such_module"),
         ("math:cosinus", "math has no function cosinus"),
+        ("needs_a_package:make", "needs not_installed_anywhere, which is not installed: install it"),
     ],
 )
-def test_environments_that_do_not_exist(env, sentence):
+def test_environments_that_do_not_exist(env, sentence, tmp_path, monkeypatch):
+    (tmp_path / "needs_a_package.py").write_text("import not_installed_anywhere\n")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=sentence):
         make_environment(parse(EnvConfig, ["--env", env], "evaluate.py"), (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ("head", "--env-map head: write NAME=KEY"),
+        ("head=cam_top", "--env-map cam_top: demo has no such camera, it has cam_head, cam_left, cam_right"),
+        ("state=hands", "--env-map state: the state of demo is what it is"),
+    ],
+)
+def test_cameras_of_a_simulator_are_renamed_or_refused(entry, sentence):
+    renamed = make_environment(EnvConfig(env="demo", env_map=("top=cam_head",)), (64, 64))
+    renamed.reset(0, 0)
+    assert list(renamed.images()) == ["top"]
+
+    def use():
+        environment = make_environment(EnvConfig(env="demo", env_map=(entry,)), (64, 64))
+        environment.reset(0, 0)
+        environment.images()
+
+    with pytest.raises(UserError, match=sentence):
+        use()
 
 
 def test_a_simulator_that_is_not_installed_says_how(monkeypatch):

@@ -188,14 +188,14 @@ def longest_constant(store: EpisodeStore) -> np.ndarray:
 
 
 def jumps(part: str, recorded: np.ndarray, store: EpisodeStore) -> list[str]:
-    """Dimensions of a `part`, (S, D), that leap from one step to the next, in lines for people.
+    """Dimensions of a `part`, (S, D), that jump from one step to the next, in lines for people.
 
-    A leap is more than half of the dimension's range, or more than 15 % of it and undone in the next step,
-    and twenty times its usual change; so a binary gripper does not leap.
+    A jump is more than half of the dimension's range, or more than 15 % of it and undone in the next step,
+    and twenty times its usual change; so a binary gripper does not jump.
     """
     change = np.diff(recorded.astype(np.float64), axis=0)
     change[store.episode_starts[1:-1] - 1] = 0  # from one episode to the next
-    found: dict[tuple[int, ...], list[str]] = {}  # dimensions by the episodes in which they leap
+    found: dict[tuple[int, ...], list[str]] = {}  # dimensions by the episodes in which they jump
     names = getattr(store, f"{part}_names")
     for name, delta, values in zip(names, change.T, recorded.T, strict=True):
         size, extent = np.abs(delta), float(np.ptp(values))
@@ -210,8 +210,8 @@ def jumps(part: str, recorded: np.ndarray, store: EpisodeStore) -> list[str]:
             episodes = tuple(np.unique(store.episode_of(rows)).tolist())
             found.setdefault(episodes, []).append(f"{name} by {size[rows].max():.3g}")
     return [
-        f"the {part} leaps between two steps in {_named(store, episodes)}: {_some(leaps)}"
-        for episodes, leaps in found.items()
+        f"the {part} jumps between two steps in {_named(store, episodes)}: {_some(sizes)}"
+        for episodes, sizes in found.items()
     ]
 
 

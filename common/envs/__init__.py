@@ -18,6 +18,7 @@ from common.errors import UserError
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")
 
+SIM_PACKAGES = ("metaworld", "gym_aloha", "gym_pusht", "mujoco", "dm_control", "pymunk", "pygame", "cv2")
 SIMULATORS = ("demo", "metaworld:TASK", "aloha:TASK", "pusht", "gymnasium:ID", "module:factory")
 
 
@@ -70,8 +71,8 @@ class EnvConfig:
 
     env: MayChange[str | None] = None
     """Environment to act in: `demo`, `metaworld:pick-place-v3`, `aloha:transfer-cube`, `pusht`,
-    `gymnasium:ID`, or `module:factory`, a function of yours that returns a gymnasium environment. Default:
-    the built-in task for a run that was trained on it, else none."""
+    `gymnasium:ID`, or `module:factory`, a function of yours that returns a gymnasium environment.
+    `evaluate.py` takes the built-in task for a run that was trained on it."""
     env_map: MayChange[tuple[str, ...]] = ()
     """Which observations of the environment are the policy's cameras and state, as in
     `head=pixels/top state=agent_pos`; `head=render` is what the environment draws for people. Several make up
@@ -81,20 +82,53 @@ class EnvConfig:
     success_reward: MayChange[float | None] = None
     """An episode succeeds when a step's reward reaches this, in environments that do not report success."""
 
+    def mapping(self) -> dict[str, str]:
+        """`env_map` as the environment's key by the policy's name."""
+        found = {}
+        for entry in self.env_map:
+            name, equals, key = entry.partition("=")
+            if not (name and equals and key):
+                raise UserError(
+                    f"--env-map {entry}: write NAME=KEY, as in head=pixels/top or state=agent_pos."
+                )
+            found[name] = key
+        return found
+
     def in_place_of_demo(self, dataset: tuple[str, ...]) -> "EnvConfig":
         """The built-in task where nothing else is asked for and the dataset is its own."""
         return replace(self, env="demo") if self.env is None and dataset == ("demo",) else self
 
 
-def make_environment(config: EnvConfig, image_size: tuple[int, int]) -> "Environment":
+def make_environment(config: EnvConfig, image_size: tuple[int, int]) -> Environment:
     """The environment that is asked for; `image_size` (H, W) is for simulators that can draw any size.
 
     Raises:
         UserError: if it does not exist, is not installed, or cannot be made.
     """
-    environment = _make(config, image_size)
-    names = {name: key for name, _, key in (entry.partition("=") for entry in config.env_map)}
-    return environment if not names or hasattr(environment, "env_map") else Renamed(environment, names)
+    kind, _, task = config.env.partition(":")
+    try:
+        if config.env == "demo":
+            from common.envs.demo import DemoEnvironment
+
+            environment = DemoEnvironment(config.max_steps)
+        elif kind == "metaworld":
+            from common.envs.metaworld import MetaworldEnvironment
+
+            environment = MetaworldEnvironment(task, image_size, config.max_steps)
+        elif kind == "aloha":
+            from common.envs.aloha import AlohaEnvironment
+
+            environment = AlohaEnvironment(task, image_size, config.max_steps)
+        else:  # which maps all of its observations itself
+            from common.envs.gym import GymEnvironment, factory
+
+            return GymEnvironment(config, factory(config.env, image_size))
+    except ModuleNotFoundError as error:
+        way = "install it"
+        if error.name and error.name.partition(".")[0] in SIM_PACKAGES:
+            way = "pip install -r requirements-sim.txt, or `make sim`"
+        raise UserError(f"--env {config.env} needs {error.name}, which is not installed: {way}.") from None
+    return Renamed(environment, config.mapping()) if config.env_map else environment
 
 
 class Renamed:
@@ -118,36 +152,6 @@ class Renamed:
                     f"--env-map {key}: {self.name} has no such camera, it has {', '.join(images)}."
                 )
         return {name: images[key] for name, key in self._names.items()}
-
-
-def _make(config: EnvConfig, image_size: tuple[int, int]) -> Environment:
-    """The environment, before anything is renamed."""
-    kind, _, rest = config.env.partition(":")
-    try:
-        if config.env == "demo":
-            from common.envs.demo import DemoEnvironment
-
-            return DemoEnvironment(config.max_steps)
-        if kind == "metaworld":
-            from common.envs.metaworld import MetaworldEnvironment
-
-            return MetaworldEnvironment(rest, image_size, config.max_steps)
-        if kind == "aloha":
-            from common.envs.aloha import AlohaEnvironment
-
-            return AlohaEnvironment(rest, image_size, config.max_steps)
-        from common.envs.gym import GymEnvironment, factory
-
-        return GymEnvironment(config, factory(config.env, image_size))
-    except ModuleNotFoundError as error:
-        if error.name and error.name.partition(".")[0] in INSTALLED_BY:
-            raise UserError(
-                f"--env {config.env} needs {error.name}: pip install -r requirements-sim.txt, or `make sim`."
-            ) from None
-        raise
-
-
-INSTALLED_BY = ("metaworld", "gym_aloha", "gym_pusht", "mujoco", "dm_control", "pymunk", "pygame", "cv2")
 
 
 def one_of(name: str, known: list[str], what: str) -> str:

@@ -46,7 +46,7 @@ class GymEnvironment:
 
     def __init__(self, config: EnvConfig, make: Callable[[], gymnasium.Env]):
         self.name, self._reward = config.env, config.success_reward
-        self.env_map = dict(self._entry(entry) for entry in config.env_map)
+        self._map = config.mapping()
         try:
             self._env = make()
         except (ModuleNotFoundError, UserError):
@@ -60,15 +60,9 @@ class GymEnvironment:
         self.max_steps = config.max_steps or limit
         self.task = self.name
 
-    @staticmethod
-    def _entry(entry: str) -> tuple[str, str]:
-        name, equals, key = entry.partition("=")
-        if not (name and equals and key):
-            raise UserError(f"--env-map {entry}: write NAME=KEY, as in head=pixels/top or state=agent_pos.")
-        return name, key
-
     def reset(self, seed: int, episode: int) -> None:
-        self._see(*self._env.reset(seed=seed + episode))
+        observation, _ = self._env.reset(seed=seed + episode)
+        self._seen = dict(_flat(observation))
         self._won = False
 
     def step(self, action: np.ndarray) -> bool:
@@ -81,7 +75,7 @@ class GymEnvironment:
                 )
             action = action.astype(space.dtype)
         observation, reward, terminated, truncated, info = self._env.step(action)
-        self._see(observation, info)
+        self._seen = dict(_flat(observation))
         if self._reward is not None:
             self._won |= float(reward) >= self._reward
         else:
@@ -97,13 +91,9 @@ class GymEnvironment:
             )
         return bool(info[key])
 
-    def _see(self, observation: Any, info: dict[str, Any]) -> None:
-        """Take an observation apart: arrays by their path in it."""
-        self._seen = dict(_flat(observation))
-
     def state(self) -> np.ndarray:
         vectors = [key for key, value in self._seen.items() if value.ndim == 1 and value.dtype.kind in "fiub"]
-        keys = self.env_map.get("state")
+        keys = self._map.get("state")
         if keys is None:
             named = [key for key in vectors if key.rpartition("/")[2] in STATES]
             if len(named) != 1 and len(vectors) != 1:
@@ -115,7 +105,7 @@ class GymEnvironment:
         return np.concatenate([self._get(key).reshape(-1) for key in keys.split("+")]).astype(np.float32)
 
     def images(self) -> dict[str, np.ndarray]:
-        named = {name: key for name, key in self.env_map.items() if name != "state"}
+        named = {name: key for name, key in self._map.items() if name != "state"}
         if not named:
             pictures = [k for k, v in self._seen.items() if v.ndim == 3 and v.dtype == np.uint8]
             named = {key: key for key in pictures} or {"render": "render"}

@@ -40,9 +40,6 @@ class Config:
     """Seed of the episodes; `evaluate.py` acts in those from 1,000,000 on."""
     image_size: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)] = (96,)
     """Size of the pictures in pixels: one number for a square, or height and width."""
-    noise: Annotated[float, Field(ge=0)] = 0.0
-    """Standard deviation of noise on the executed actions, in their units. What the expert wanted is
-    recorded, so that a policy learns to come back."""
 
 
 def main(config: Config) -> None:
@@ -54,7 +51,7 @@ def main(config: Config) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     write_dataset(
         unfinished,
-        demonstrate(environment, config.episodes, config.seed, config.noise),
+        demonstrate(environment, config.episodes, config.seed),
         fps=round(environment.fps),
         task=environment.task,
         state_names=environment.state_names,
@@ -64,15 +61,13 @@ def main(config: Config) -> None:
     say(f"recorded: {config.out}")
 
 
-def demonstrate(
-    environment: Environment, episodes: int, seed: int, noise: float = 0.0
-) -> Iterator[Demonstration]:
+def demonstrate(environment: Environment, episodes: int, seed: int) -> Iterator[Demonstration]:
     """Successful episodes of an environment's expert; says how many were not."""
     number = found = 0
     with tqdm(total=episodes, desc=f"expert of {environment.name}", unit="episode") as bar:
         while found < episodes:
             with answering(environment, f"episode {number} of its expert"):
-                demonstration = attempt(environment, seed, number, noise)
+                demonstration = attempt(environment, seed, number)
             number += 1
             if demonstration is not None:
                 yield demonstration
@@ -85,10 +80,10 @@ def demonstrate(
     say(f"{environment.name}: the expert succeeded in {found} of {number} episodes, the others are left out")
 
 
-def attempt(environment: Environment, seed: int, episode: int, noise: float) -> Demonstration | None:
+def attempt(environment: Environment, seed: int, episode: int) -> Demonstration | None:
     """What the expert does in an episode, or None if it fails."""
     environment.reset(seed, episode)
-    act, rng = environment.expert(), np.random.default_rng((seed, episode))
+    act = environment.expert()
     if act is None:
         raise UserError(f"{environment.name} has no expert: record it with LeRobot's tools.")
     states, actions, views = [], [], []
@@ -96,7 +91,7 @@ def attempt(environment: Environment, seed: int, episode: int, noise: float) -> 
         states.append(environment.state())
         views.append(environment.images())
         actions.append(act())
-        if environment.step(actions[-1] + noise * rng.normal(size=actions[-1].shape).astype(np.float32)):
+        if environment.step(actions[-1]):
             break
     if not environment.success():
         return None
