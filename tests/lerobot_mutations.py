@@ -92,8 +92,10 @@ def _edit_rows(rows: list[dict], kind: str, *values) -> list[dict] | None:
     begin, end = (f"videos/{CAMERA}/{part}_timestamp" for part in ("from", "to"))
     if kind == "drop a key":
         return [{key: value for key, value in row.items() if key != end} for row in rows]
+    if not rows:
+        return None
     if kind == "row":
-        how, number = values
+        how, number = values[0], values[1] % len(rows)
         row = rows[number]
         if how == "null":
             row.update(dict.fromkeys([key for key in row if key.startswith("videos/")]))
@@ -105,11 +107,13 @@ def _edit_rows(rows: list[dict], kind: str, *values) -> list[dict] | None:
     if begin not in rows[0]:
         return None
     if kind == "places":
-        one, other = (rows[number] for number in values)
+        one, other = (rows[number % len(rows)] for number in values)
         for key in {begin, end} & rows[0].keys():
             one[key], other[key] = other[key], one[key]
         return None
     for number, row in enumerate(rows):
+        if row[begin] is None:  # another mutation has taken its place away
+            continue
         shift = (
             values[0] * number
             if kind == "drift"
@@ -117,7 +121,7 @@ def _edit_rows(rows: list[dict], kind: str, *values) -> list[dict] | None:
         )
         both = values[1] if kind == "drift" else kind.startswith("both")
         row[begin] += shift / 10 * (kind != "to")
-        if end in row:
+        if row.get(end) is not None:
             row[end] += shift / 10 * (both or kind == "to")
     return None
 
