@@ -50,6 +50,8 @@ class Config:
     simulator: Flat[EnvConfig] = field(default_factory=EnvConfig)
     episodes: PositiveInt = 200
     """Episodes to act in, with each number of sampling steps."""
+    blind_episodes: PositiveInt | None = None
+    """Episodes to act in with grey pictures, and with those of another episode (default: as many)."""
     parallel: PositiveInt = 20
     """Episodes at once, in one forward pass."""
     sample_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (10, 2, 1)
@@ -256,9 +258,10 @@ def evaluate_closed_loop(policy: RobotPolicy, config: Config, folder: Path) -> d
             film(episodes, config, folder)
             if config.simulator.env == "demo":
                 draw_rollouts(episodes, results[str(steps)], config.seed, folder / "rollouts.png")
-    blind = {"grey": "grey"} | ({"mismatched": "other"} if config.episodes > 1 else {})
-    for name, eyes in blind.items():
-        results[name] = rates(act(policy, config, config.sample_steps[0], eyes))
+    blind = replace(config, episodes=config.blind_episodes or config.episodes)
+    for name, eyes in {"grey": "grey", "mismatched": "other"}.items():
+        if eyes == "grey" or blind.episodes > 1:
+            results[name] = rates(act(policy, blind, config.sample_steps[0], eyes))
     return results
 
 
@@ -278,7 +281,7 @@ def act(
 def film(episodes: list[Episode], config: Config, folder: Path) -> None:
     """Some episodes side by side, failures first."""
     shown = sorted((e for e in episodes if e.frames), key=lambda episode: episode.success)[:8]
-    frames, fps = side_by_side([e.frames for e in shown], [e.success for e in shown]), shown[0].fps
+    frames, fps = side_by_side([e.frames for e in shown], [e.success for e in shown]), shown[0].film_fps
     write_mp4(folder / "rollouts.mp4", frames, fps)
     write_gif(folder / "rollouts.gif", frames, fps)
 

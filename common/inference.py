@@ -55,13 +55,13 @@ def load_policy(
 
 
 def load_script(name: str):
-    """Import a script by the name in a checkpoint; only a `train_*.py` that lies beside `common/`."""
-    scripts = sorted(path.name for path in ROOT.glob("train_*.py"))
+    """Import a script by the name in a checkpoint; only a `train_*.py` beside `common/` or in `examples/`."""
+    scripts = {path.name: path.relative_to(ROOT) for path in ROOT.glob("examples/train_*.py")}
+    scripts |= {path.name: path.relative_to(ROOT) for path in ROOT.glob("train_*.py")}
     if name not in scripts:
-        raise UserError(
-            f"The policy was trained by {name!r}, which is not in {ROOT}; there are {', '.join(scripts)}."
-        )
-    return importlib.import_module(Path(name).stem)  # found where `common` was found
+        there = ", ".join(sorted(scripts))
+        raise UserError(f"The policy was trained by {name!r}, which is not in {ROOT}; there are {there}.")
+    return importlib.import_module(".".join(scripts[name].with_suffix("").parts))  # found as `common` was
 
 
 class RobotPolicy:

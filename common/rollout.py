@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from common.run import Data, Run
 
 HANG_SECONDS = 120.0
+FILM_FPS = 20  # pictures a second of a film, at most
 AT_ONCE = 10  # episodes that act together while training
 ROLLOUT_SEED = 2_000_000  # `evaluate.py` takes 1,000,000, and experts record from 0 on
 GREY = 128
@@ -60,15 +61,15 @@ class Episode:
 
     Attributes:
         number: by which, with the seed, it can be repeated.
-        fps: control steps per second.
+        film_fps: pictures a second of its film.
         steps: control steps until it was over.
         states: (steps + 1, P), recorded units.
         facts: what the environment says besides.
-        frames: pictures for people, (H, W, 3) uint8, one a step, if they were asked for.
+        frames: pictures for people, (H, W, 3) uint8, if they were asked for.
     """
 
     number: int
-    fps: float
+    film_fps: float
     success: bool = False
     steps: int = 0
     states: list[np.ndarray] = field(default_factory=list)
@@ -108,7 +109,7 @@ def roll_out(
         )
     groups, done = math.ceil(len(numbers) / len(environments)), []
     for together in np.array_split(np.asarray(numbers), groups):
-        group = [Episode(int(number), environments[0].fps) for number in together]
+        group = [Episode(int(number), its / _film_stride(environments[0])) for number in together]
         if eyes == "other" and len(group) == 1:
             raise ValueError(
                 "pictures of another episode need another one beside it: three environments, or all"
@@ -188,7 +189,7 @@ def _roll_out_together(
             environment, episode = environments[e], group[e]
             with answering(first, f"step {step} of episode {episode.number}"):
                 over[i] = environment.step(actions[i])
-                if episode.number < film:
+                if episode.number < film and step % _film_stride(environment) == 0:
                     episode.frames.append(environment.picture())
             episode.states.append(_state(environment, episode))
             episode.steps = step + 1
@@ -197,6 +198,11 @@ def _roll_out_together(
         running = running[~over]
         if not len(running):
             break
+
+
+def _film_stride(environment: Environment) -> int:
+    """Steps between two pictures of a film: drawing each of 80 a second costs more than acting."""
+    return max(math.ceil(environment.fps / FILM_FPS), 1)
 
 
 def _fitting_cameras(policy: RobotPolicy, environment: Environment) -> list[str]:
@@ -265,8 +271,9 @@ def answering(environment: Environment, what: str) -> Iterator[None]:
 
 
 def rates(episodes: Sequence[Episode]) -> dict[str, Any]:
-    """Success with its 95 % interval; the share of episodes for which each fact holds, or, where a fact is a
-    word, the share of each word among the successful ones.
+    """Success with its 95 % interval and, as a 1 or a 0 for each episode, its outcomes, by which two policies can
+    be compared in pairs; the share of episodes for which each fact holds, or, where a fact is a word, the share
+    of each word among the successful ones.
     """
     from scipy.stats import binomtest
 
@@ -274,6 +281,7 @@ def rates(episodes: Sequence[Episode]) -> dict[str, Any]:
     interval = binomtest(len(wins), count).proportion_ci(method="exact")
     found: dict[str, Any] = {"success": len(wins) / count, "low": interval.low, "high": interval.high}
     found["episodes"] = count
+    found["outcomes"] = "".join(str(int(e.success)) for e in sorted(episodes, key=lambda e: e.number))
     found["steps"] = float(np.mean([episode.steps for episode in episodes]))
     for name in dict.fromkeys(name for episode in episodes for name in episode.facts):
         values = [episode.facts[name] for episode in episodes if name in episode.facts]

@@ -124,6 +124,14 @@ def test_the_first_episodes_are_filmed():
     assert episodes[1].frames[0].max() == 1
 
 
+def test_a_fast_environment_is_filmed_at_20_pictures_a_second_at_most():
+    environment = Counter()
+    environment.fps = 50.0  # every third of its steps
+    (episode,) = roll_out(Policy(), [environment], [1], seed=0, film=2)
+    assert episode.steps == 7 and len(episode.frames) == 3
+    assert episode.film_fps == pytest.approx(50 / 3)
+
+
 def test_rates_of_episodes():
     found = rates(roll_out(Policy(), [Counter()], range(6), seed=0))
     assert found["success"] == 0.5

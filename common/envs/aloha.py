@@ -82,7 +82,7 @@ class AlohaEnvironment:
         return {camera: self._renderer(camera) for camera in CAMERAS}
 
     def picture(self) -> np.ndarray:
-        return next(iter(self.images().values()))
+        return self._renderer(CAMERAS[0])
 
     def step(self, action: np.ndarray) -> bool:
         import mujoco

@@ -54,11 +54,11 @@ class MetaworldEnvironment:
         return self._raw[:4].astype(np.float32)
 
     def images(self) -> dict[str, np.ndarray]:
-        upright = self._renderer("corner2")[::-1, ::-1]  # that camera hangs upside down
-        return {"corner2": np.ascontiguousarray(upright), "gripper": self._renderer("gripperPOV")}
+        return {"corner2": self.picture(), "gripper": self._renderer("gripperPOV")}
 
     def picture(self) -> np.ndarray:
-        return next(iter(self.images().values()))
+        upright = self._renderer("corner2")[::-1, ::-1]  # that camera hangs upside down
+        return np.ascontiguousarray(upright)
 
     def step(self, action: np.ndarray) -> bool:
         self._raw, _, terminated, truncated, info = self._env.step(np.clip(action, -1, 1))

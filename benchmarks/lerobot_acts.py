@@ -1,0 +1,82 @@
+"""A policy that `lerobot-train` trained, acting in the loop of `evaluate.py`; see `benchmarks/simulators.py`.
+
+    python benchmarks/lerobot_acts.py OUTPUT_DIR --dataset DATASET --env metaworld:pick-place-v3 --sample-steps 1
+
+Pictures are those of training, a chunk is sampled and executed as LeRobot does it. For policies that see the present
+observation alone, such as ACT.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import evaluate
+from common.checkpoint import PolicySpec
+from common.config import cli
+from common.data import ChunkDataset, DataConfig, open_dataset
+from common.errors import UserError
+
+
+def main(config: evaluate.Config) -> None:
+    policy = LeRobotPolicy(config.run, config.dataset)
+    config = replace(config, execute_steps=policy.execute_steps)
+    folder = config.run / "evaluation"
+    folder.mkdir(exist_ok=True)
+    results = {"env": config.simulator.env, "seed": config.seed, "parameters": policy.parameters}
+    results["closed_loop"] = evaluate.evaluate_closed_loop(policy, config, folder)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    for name, found in results["closed_loop"].items():
+        print(f"success, {name}: {evaluate.in_words(found)}")
+
+
+class LeRobotPolicy:
+    """What `common.rollout` needs of a policy, by LeRobot's model and processors; see `RobotPolicy`."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, dataset: tuple[str, ...]):
+        from lerobot.configs.policies import PreTrainedConfig
+        from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+
+        path = folder / "checkpoints" / "last" / "pretrained_model"
+        if not path.is_dir():
+            raise UserError(f"{folder} holds no policy of lerobot-train: there is no {path}.")
+        config = PreTrainedConfig.from_pretrained(path)
+        if config.n_obs_steps > 1:
+            raise UserError(f"{folder}: a policy of type {config.type} sees {config.n_obs_steps} observations.")
+        self.model = get_policy_class(config.type).from_pretrained(path).eval()
+        self.before, self.after = make_pre_post_processors(config, pretrained_path=str(path))
+        self.horizon, self.execute_steps = config.chunk_size, config.n_action_steps
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        store = open_dataset(DataConfig(dataset=dataset))
+        self.spec = PolicySpec.of(ChunkDataset(store, range(store.num_episodes), self.horizon))
+        self.state_dim = self.spec.state_dim
+
+    @torch.no_grad()
+    def act_batch(
+        self, observations: Sequence[Mapping], sample_steps=None, clip: bool = False, generators=None
+    ) -> np.ndarray:
+        """Chunks (B, T, A) in recorded units."""
+        batch = {
+            key: torch.stack([self._picture(seen["images"], name) for seen in observations])
+            for name, key in zip(self.spec.cameras, self.spec.camera_keys, strict=True)
+        }
+        states = np.stack([seen["state"][-1] for seen in observations])
+        batch["observation.state"] = torch.from_numpy(states)
+        return self.after(self.model.predict_action_chunk(self.before(batch))).numpy()
+
+    def _picture(self, images: Mapping, name: str) -> torch.Tensor:
+        """(3, H, W) in [0, 1], as LeRobot's datasets give it."""
+        frames = {self.spec.camera(key): frame for key, frame in images.items()}
+        return torch.from_numpy(frames[name]).permute(2, 0, 1).float() / 255
+
+
+if __name__ == "__main__":
+    cli(main, evaluate.Config)

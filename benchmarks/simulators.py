@@ -1,0 +1,242 @@
+"""Policies of this project and of LeRobot side by side on public simulators, at equal demonstrations and compute.
+
+    python benchmarks/simulators.py                                   # the whole plan, or what is left of it
+    python benchmarks/simulators.py --only pick-place:train_vfp_moe:0 push
+    python benchmarks/simulators.py --report                          # the table and the figure alone
+
+Every run gets the same 50 demonstrations of a simulator's expert, the same pictures, and the same time of one
+core to train; the last checkpoint acts in the same 100 fresh episodes, in the same loop. What each run came to is
+kept in `docs/simulators.json`, so that the plan can be carried out in parts, on several machines, and by several
+processes at once. The table and the figure in `docs/benchmarks.md` are drawn from that file.
+
+Time is counted in steps: what a step costs is measured once for each method, as the processor time of a longer
+training less that of a shorter one, the methods taking turns; nothing else should run then.
+"""
+
+import fcntl
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import PositiveInt
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.simulators_report import write_report
+from common.config import cli, options
+from common.errors import UserError
+from common.files import write_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "simulators.json"
+BUDGET = 20 * 60  # seconds of one core to train
+DEMONSTRATIONS, EPISODES = 50, 100
+SHORT, LONG = 10, 50  # steps, to measure what one costs
+
+TASKS = {
+    "pick-place": "metaworld:pick-place-v3",
+    "push": "metaworld:push-v3",
+    "assembly": "metaworld:assembly-v3",
+    "peg-insert-side": "metaworld:peg-insert-side-v3",
+    "shelf-place": "metaworld:shelf-place-v3",
+    "stick-pull": "metaworld:stick-pull-v3",
+    "transfer-cube": "aloha:transfer-cube",
+}
+SAMPLE_STEPS = {"train_regression": (1,), "train_two_step": (2, 1), "act": (1,), "act-100": (1,)}
+OURS = ("train_naive_fm", "train_vfp", "train_vfp_depth", "train_cfg_vqvae", "train_vfp_moe")
+FORKS = ("train_regression", "train_two_step", "train_mean_flow")
+LEROBOT = {
+    "act": "--policy.type=act --policy.chunk_size=16 --policy.n_action_steps=8 --batch_size=8",
+    "act-100": "--policy.type=act --policy.chunk_size=100 --policy.n_action_steps=100 --batch_size=8",
+    "diffusion": "--policy.type=diffusion --policy.horizon=16 --policy.n_action_steps=8 --batch_size=8",
+}
+OFFLINE = (
+    "--policy.push_to_hub=false --policy.device=cpu --wandb.enable=false "
+    "--policy.pretrained_backbone_weights=null --num_workers=0 --log_freq=100000"
+)
+
+
+class Job(NamedTuple):
+    """One run of the plan."""
+
+    task: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return ":".join(map(str, self))
+
+
+def plan() -> list[Job]:
+    """All runs of the benchmark of record, first those that say most."""
+    main = ("train_naive_fm", "train_vfp_moe", "act", "train_cfg_vqvae", "train_regression")
+    jobs = [Job(task, method, 0) for task in ("pick-place", "push") for method in main]
+    jobs += [Job(task, method, 0) for task in list(TASKS)[2:] for method in main[:3]]
+    others = ("train_vfp", "train_vfp_depth", "train_two_step", "train_mean_flow", "act-100")
+    jobs += [Job("pick-place", method, 0) for method in others]
+    return jobs + [Job(task, m, seed) for seed in (1, 2) for task in ("pick-place", "push") for m in main]
+
+
+@options
+class Config:
+    """Train and evaluate the runs of the plan that are still missing, and write the report."""
+
+    only: tuple[str, ...] = ()
+    """Runs to make, as TASK:METHOD:SEED or the first parts of it, in this order; default: all of the plan."""
+    jobs: PositiveInt = 1
+    """Runs at once, each on one core."""
+    report: bool = False
+    """Make no run: write the report from what there is."""
+    measure: bool = False
+    """Measure again what a step of each method costs; existing results keep their own figures."""
+    runs: Path = ROOT / "runs" / "simulators"
+    """Folder of demonstrations and runs."""
+
+
+def main(config: Config) -> None:
+    jobs = [job for prefix in config.only or ("",) for job in plan() if is_part(prefix, job)]
+    if not jobs:
+        raise UserError(f"--only {' '.join(config.only)} names no run of the plan, such as {plan()[0].name}.")
+    if not config.report:
+        for task in dict.fromkeys(job.task for job in jobs):
+            record(task, config.runs)
+        missing = [kind for kind in dict.fromkeys(map(kind_of, jobs)) if kind not in read()["seconds"]]
+        if missing or config.measure:
+            measure(missing or list(dict.fromkeys(map(kind_of, jobs))), config.runs)
+        with ThreadPoolExecutor(config.jobs) as pool:
+            for done in [pool.submit(make, job, config.runs) for job in jobs]:
+                done.result()
+    write_report(read(), plan(), ROOT / "docs")
+
+
+def is_part(prefix: str, job: Job) -> bool:
+    return not prefix or f"{job.name}:".startswith(f"{prefix}:")
+
+
+def kind_of(job: Job) -> str:
+    """What a step's cost depends on: the method, and how many cameras there are."""
+    return f"{TASKS[job.task].partition(':')[0]}:{job.method}"
+
+
+# Results, which several processes may add to
+
+
+def read() -> dict:
+    if not RESULTS.is_file():
+        return {"seconds": {}, "experts": {}, "runs": {}}
+    return json.loads(RESULTS.read_text())
+
+
+@contextmanager
+def changing() -> Iterator[dict]:
+    """The results, to be changed by one process at a time."""
+    with open(RESULTS.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = read()
+        yield results
+        write_json(RESULTS, results)
+
+
+# Demonstrations, training, acting
+
+
+def record(task: str, runs: Path) -> None:
+    """Demonstrations of a task, a function of the seed."""
+    folder = runs / "data" / task
+    if not (folder / "meta" / "info.json").is_file():
+        call([sys.executable, "-m", "common.envs.record", TASKS[task], folder, "--episodes", DEMONSTRATIONS])
+
+
+def train_command(job: Job, runs: Path, folder: Path, steps: int) -> list:
+    data = runs / "data" / job.task
+    if job.method in LEROBOT:
+        return [
+            Path(sys.executable).parent / "lerobot-train",
+            f"--dataset.repo_id=local/{job.task}",
+            f"--dataset.root={data}",
+            f"--output_dir={folder}",
+            f"--steps={steps}",
+            f"--save_freq={steps}",
+            f"--seed={job.seed}",
+            *LEROBOT[job.method].split(),
+            *OFFLINE.split(),
+        ]
+    place = "examples/" if job.method in FORKS else ""
+    return [
+        sys.executable,
+        f"{place}{job.method}.py",
+        *("--config", f"configs/{job.method}/simulators.json"),
+        *("--dataset", data, "--run-dir", folder, "--steps", steps, "--seed", job.seed),
+        *("--eval-every", steps, "--save-every", 1000),
+    ]
+
+
+def measure(kinds: list[str], runs: Path, rounds: int = 3) -> None:
+    """Processor seconds of a training step of each kind, in turns."""
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for turn in range(rounds):
+        for kind in kinds:
+            simulator, method = kind.split(":")
+            task = next(task for task, env in TASKS.items() if env.startswith(simulator))
+            spent = []
+            for steps in (SHORT, LONG):
+                folder = runs / "cost" / f"{simulator}-{method}-{turn}-{steps}"
+                spent.append(call(train_command(Job(task, method, 0), runs, folder, steps)))
+            times[kind].append((spent[1] - spent[0]) / (LONG - SHORT))
+            print(f"{kind}: {times[kind][-1]:.3f} s a step", flush=True)
+    with changing() as results:
+        results["seconds"] |= {kind: statistics.median(seconds) for kind, seconds in times.items()}
+
+
+def make(job: Job, runs: Path) -> None:
+    """Train and evaluate a run, unless its result is there; an interrupted one of ours goes on."""
+    if job.name in read()["runs"]:
+        return
+    seconds = read()["seconds"][kind_of(job)]
+    steps, folder, started = int(BUDGET / seconds), runs / job.name.replace(":", "-"), time.time()
+    command = train_command(job, runs, folder, steps)
+    if job.method in LEROBOT:
+        if not (folder / "checkpoints" / "last").exists():
+            call(command)
+        command = [sys.executable, __file__.replace("simulators.py", "lerobot_acts.py")]
+        command += [folder, "--dataset", runs / "data" / job.task]
+    else:
+        call([*command, "--resume", "auto"])
+        command = [sys.executable, "evaluate.py", folder]
+    sample_steps = SAMPLE_STEPS.get(job.method, (10, 2, 1))
+    flags = ["--env", TASKS[job.task], "--episodes", EPISODES, "--sample-steps", *sample_steps]
+    call([*command, *flags])
+    found = json.loads((folder / "evaluation" / "results.json").read_text())
+    with changing() as results:
+        results["runs"][job.name] = {
+            "steps": steps,
+            "seconds_a_step": seconds,
+            "parameters": found["parameters"],
+            "closed_loop": found["closed_loop"],
+        }
+    print(f"{job.name}: {steps} steps, {(time.time() - started) / 60:.0f} min", flush=True)
+
+
+def call(command: list) -> float:
+    """Run on one core; processor seconds that were spent."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(map(str, command[1:4]))} failed: {done.stderr.strip()[-1500:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+if __name__ == "__main__":
+    cli(main, Config)
