@@ -1,9 +1,9 @@
 """A policy that `lerobot-train` trained, acting in the loop of `evaluate.py`; see `benchmarks/simulators.py`.
 
-    python benchmarks/lerobot_acts.py OUTPUT_DIR --dataset DATASET --env metaworld:pick-place-v3 --sample-steps 1
+    python benchmarks/lerobot_acts.py OUTPUT_DIR --dataset DATASET --env metaworld:push-v3 --sample-steps 1
 
-Pictures are those of training, a chunk is sampled and executed as LeRobot does it. For policies that see the present
-observation alone, such as ACT.
+For policies that see the present observation alone, such as ACT. LeRobot's own model and processors give the
+chunk, of which as much is executed as LeRobot would execute.
 """
 
 import json
@@ -50,7 +50,9 @@ class LeRobotPolicy:
             raise UserError(f"{folder} holds no policy of lerobot-train: there is no {path}.")
         config = PreTrainedConfig.from_pretrained(path)
         if config.n_obs_steps > 1:
-            raise UserError(f"{folder}: a policy of type {config.type} sees {config.n_obs_steps} observations.")
+            raise UserError(
+                f"{folder}: a policy of type {config.type} sees {config.n_obs_steps} observations."
+            )
         self.model = get_policy_class(config.type).from_pretrained(path).eval()
         self.before, self.after = make_pre_post_processors(config, pretrained_path=str(path))
         self.horizon, self.execute_steps = config.chunk_size, config.n_action_steps

@@ -86,7 +86,7 @@ def main(config: Config) -> None:
     if ablations:
         text += "\n\n" + ablation_table(results, ablations, config.seeds[0])
     print(text)
-    insert(config.out / "methods.md", text)
+    insert(config.out / "methods.md", text, "![success, collisions, modes](methods.png)")
     draw(results, config.out / "methods.png")
     print(f"{config.out / 'methods.md'}\n{config.out / 'methods.png'}")
 
@@ -288,14 +288,12 @@ def ablation_table(results: dict[str, list[dict]], ablations: dict[str, list[dic
     return "\n".join(lines)
 
 
-def insert(path: Path, text: str) -> None:
+def insert(path: Path, text: str, picture: str) -> None:
     """Put the measured part between its marks, leaving what people wrote around it."""
-    old = path.read_text() if path.exists() else f"# Methods compared\n\n{BEGIN}\n{END}\n"
+    old = path.read_text() if path.exists() else f"{BEGIN}\n{END}\n"
     before, _, rest = old.partition(BEGIN)
     after = rest.partition(END)[2]
-    path.write_text(
-        f"{before}{BEGIN}\n\n{text}\n\n![success, collisions, modes](methods.png)\n\n{END}{after}"
-    )
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{picture}\n\n{END}{after}")
 
 
 def draw(results: dict[str, list[dict]], path: Path) -> None:

@@ -1,16 +1,16 @@
-"""Policies of this project and of LeRobot side by side on public simulators, at equal demonstrations and compute.
+"""Policies of this project and of LeRobot on public simulators, at equal demonstrations and compute.
 
     python benchmarks/simulators.py                                   # the whole plan, or what is left of it
     python benchmarks/simulators.py --only pick-place:train_vfp_moe:0 push
     python benchmarks/simulators.py --report                          # the table and the figure alone
 
-Every run gets the same 50 demonstrations of a simulator's expert, the same pictures, and the same time of one
-core to train; the last checkpoint acts in the same 100 fresh episodes, in the same loop. What each run came to is
-kept in `docs/simulators.json`, so that the plan can be carried out in parts, on several machines, and by several
-processes at once. The table and the figure in `docs/benchmarks.md` are drawn from that file.
+Every run gets the same 50 demonstrations of a simulator's expert, the same pictures, and the same time of
+one core to train. The last checkpoint acts in the same 100 fresh episodes, in the same loop. Results are kept
+in `docs/simulators.json`: the plan can be carried out in parts, on several machines, by several processes at
+once. The table and the figure in `docs/benchmarks.md` are drawn from that file.
 
-Time is counted in steps: what a step costs is measured once for each method, as the processor time of a longer
-training less that of a shorter one, the methods taking turns; nothing else should run then.
+Time is counted in steps. What a step costs is measured once for each method: the processor time of a longer
+training less that of a shorter one, the methods taking turns. Nothing else should run then.
 """
 
 import fcntl
@@ -31,7 +31,9 @@ from pydantic import PositiveInt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.methods import count_parameters
 from benchmarks.simulators_report import write_report
+from common.checkpoint import find
 from common.config import cli, options
 from common.errors import UserError
 from common.files import write_json
@@ -39,7 +41,8 @@ from common.files import write_json
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "simulators.json"
 BUDGET = 20 * 60  # seconds of one core to train
-DEMONSTRATIONS, EPISODES = 50, 100
+DEMONSTRATIONS, EPISODES, BLIND = 50, 100, 40
+MAX_STEPS = {"metaworld": 300}  # several times what an expert needs; ALOHA's own are 400
 SHORT, LONG = 10, 50  # steps, to measure what one costs
 
 TASKS = {
@@ -52,12 +55,10 @@ TASKS = {
     "transfer-cube": "aloha:transfer-cube",
 }
 SAMPLE_STEPS = {"train_regression": (1,), "train_two_step": (2, 1), "act": (1,), "act-100": (1,)}
-OURS = ("train_naive_fm", "train_vfp", "train_vfp_depth", "train_cfg_vqvae", "train_vfp_moe")
 FORKS = ("train_regression", "train_two_step", "train_mean_flow")
 LEROBOT = {
     "act": "--policy.type=act --policy.chunk_size=16 --policy.n_action_steps=8 --batch_size=8",
     "act-100": "--policy.type=act --policy.chunk_size=100 --policy.n_action_steps=100 --batch_size=8",
-    "diffusion": "--policy.type=diffusion --policy.horizon=16 --policy.n_action_steps=8 --batch_size=8",
 }
 OFFLINE = (
     "--policy.push_to_hub=false --policy.device=cpu --wandb.enable=false "
@@ -82,7 +83,7 @@ def plan() -> list[Job]:
     main = ("train_naive_fm", "train_vfp_moe", "act", "train_cfg_vqvae", "train_regression")
     jobs = [Job(task, method, 0) for task in ("pick-place", "push") for method in main]
     jobs += [Job(task, method, 0) for task in list(TASKS)[2:] for method in main[:3]]
-    others = ("train_vfp", "train_vfp_depth", "train_two_step", "train_mean_flow", "act-100")
+    others = ("train_vfp", "train_two_step", "train_mean_flow", "act-100")
     jobs += [Job("pick-place", method, 0) for method in others]
     return jobs + [Job(task, m, seed) for seed in (1, 2) for task in ("pick-place", "push") for m in main]
 
@@ -133,7 +134,7 @@ def kind_of(job: Job) -> str:
 
 def read() -> dict:
     if not RESULTS.is_file():
-        return {"seconds": {}, "experts": {}, "runs": {}}
+        return {"seconds": {}, "runs": {}}
     return json.loads(RESULTS.read_text())
 
 
@@ -214,14 +215,17 @@ def make(job: Job, runs: Path) -> None:
         call([*command, "--resume", "auto"])
         command = [sys.executable, "evaluate.py", folder]
     sample_steps = SAMPLE_STEPS.get(job.method, (10, 2, 1))
-    flags = ["--env", TASKS[job.task], "--episodes", EPISODES, "--sample-steps", *sample_steps]
-    call([*command, *flags])
+    flags = ["--env", TASKS[job.task], "--episodes", EPISODES, "--blind-episodes", BLIND]
+    if most := MAX_STEPS.get(TASKS[job.task].partition(":")[0]):
+        flags += ["--max-steps", most]
+    call([*command, *flags, "--sample-steps", *sample_steps])
     found = json.loads((folder / "evaluation" / "results.json").read_text())
+    parameters = found["parameters"] if job.method in LEROBOT else count_parameters(find(folder) / "policy")
     with changing() as results:
         results["runs"][job.name] = {
             "steps": steps,
             "seconds_a_step": seconds,
-            "parameters": found["parameters"],
+            "parameters": parameters,
             "closed_loop": found["closed_loop"],
         }
     print(f"{job.name}: {steps} steps, {(time.time() - started) / 60:.0f} min", flush=True)

@@ -271,9 +271,8 @@ def answering(environment: Environment, what: str) -> Iterator[None]:
 
 
 def rates(episodes: Sequence[Episode]) -> dict[str, Any]:
-    """Success with its 95 % interval and, as a 1 or a 0 for each episode, its outcomes, by which two policies can
-    be compared in pairs; the share of episodes for which each fact holds, or, where a fact is a word, the share
-    of each word among the successful ones.
+    """Success with its 95 % interval; each episode's outcome, 1 or 0, to compare policies in pairs; the share
+    of episodes for which each fact holds, or, where a fact is a word, the share of each word among successes.
     """
     from scipy.stats import binomtest
 

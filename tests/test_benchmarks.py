@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from benchmarks import simulators, simulators_report
 from common.errors import UserError
 
 
@@ -69,8 +70,8 @@ def test_runs_are_compared_and_what_people_wrote_stays(methods, tmp_path):
     assert "| `a.py`, less | 80.0 | 80.0 | 80.0 | 10 % |" in methods.ablation_table(results, ablated, 0)
     path = tmp_path / "methods.md"
     path.write_text(f"# Title\n\nbefore\n\n{methods.BEGIN}\nold\n{methods.END}\n\nafter\n")
-    methods.insert(path, text)
-    methods.insert(path, text)
+    methods.insert(path, text, "![success, collisions, modes](methods.png)")
+    methods.insert(path, text, "![success, collisions, modes](methods.png)")
     written = path.read_text()
     assert written.startswith("# Title\n\nbefore\n")
     assert written.endswith("\n\nafter\n")
@@ -79,3 +80,62 @@ def test_runs_are_compared_and_what_people_wrote_stays(methods, tmp_path):
     methods.draw(results, tmp_path / "methods.png")
     with Image.open(tmp_path / "methods.png") as picture:
         assert picture.width > 1000
+
+
+# Simulators
+
+
+def outcomes(runs):
+    """Results as `benchmarks/simulators.py` keeps them: outcomes by sampling steps."""
+    return {
+        "steps": 5000,
+        "seconds_a_step": 0.24,
+        "parameters": 2_500_000,
+        "closed_loop": {
+            name: {"outcomes": text, "success": text.count("1") / len(text)} for name, text in runs.items()
+        },
+    }
+
+
+def test_paired_tests_agree_with_closed_forms():
+    assert simulators_report.paired_test("1111111100", "0000000000") == pytest.approx(2 * 0.5**8)
+    assert simulators_report.paired_test("10", "01") == 1.0
+    assert simulators_report.paired_test("1100", "1100") == 1.0
+    assert simulators_report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert simulators_report.holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_every_run_of_the_plan_can_be_made():
+    jobs = simulators.plan()
+    assert len(jobs) == len(set(jobs)) == 49
+    for job in jobs:
+        command = list(map(str, simulators.train_command(job, Path("runs"), Path("run"), 10)))
+        if job.method in simulators.LEROBOT:
+            continue
+        script, config = command[1], command[3]
+        assert json.loads((simulators.ROOT / config).read_text())["script"] == Path(script).name
+        assert (simulators.ROOT / script).is_file()
+    assert [job.seed for job in jobs if simulators.is_part("push:act", job)] == [0, 1, 2]
+    assert not [job for job in jobs if simulators.is_part("push:a", job)]
+
+
+def test_a_report_of_some_of_the_runs(tmp_path, capsys):
+    good, bad, grey = "1" * 45 + "0" * 5, "1" * 10 + "0" * 40, "0" * 50
+    results = {
+        "pick-place:train_vfp_moe:0": outcomes({"10": good, "2": good, "1": good, "grey": grey}),
+        "pick-place:train_vfp_moe:1": outcomes({"10": bad, "2": bad, "1": bad, "grey": grey}),
+        "pick-place:act:0": outcomes({"1": bad, "grey": grey}),
+    }
+    (tmp_path / "benchmarks.md").write_text("# Mine\n")
+    simulators_report.write_report({"runs": results}, simulators.plan(), tmp_path)
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert text.startswith("# Mine\n")
+    assert "3 of 49 runs" in text
+    # 55 of 100 episodes of both seeds, with the interval of Clopper and Pearson
+    assert "| pick-place | `train_vfp_moe.py` | 55.0 [45, 65] (90, 20) |" in text
+    assert (
+        "| pick-place | LeRobot ACT, chunk 16 |  |  | 20.0 [10, 34] | 0 | 1 | 2.5 M | 5000 | 0.24 |" in text
+    )
+    # seed 0 alone is in both: 35 episodes more, none less
+    assert "| +70.0 | 5.8e-11 | distinguishable |" in text
+    assert Image.open(tmp_path / "benchmarks.png").width > 300

@@ -128,7 +128,8 @@ def test_a_fast_environment_is_filmed_at_20_pictures_a_second_at_most():
     environment = Counter()
     environment.fps = 50.0  # every third of its steps
     (episode,) = roll_out(Policy(), [environment], [1], seed=0, film=2)
-    assert episode.steps == 7 and len(episode.frames) == 3
+    assert episode.steps == 7
+    assert len(episode.frames) == 3
     assert episode.film_fps == pytest.approx(50 / 3)
 
 
@@ -225,6 +226,15 @@ def test_another_control_rate_is_said(capsys):
     environment.fps = 80.0
     roll_out(Policy(), [environment], range(1), seed=0)
     assert "runs at 80 Hz, the policy was trained at 10 Hz" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("hold", "steps"), [(0, 6), (5, 11), (50, 20)])
+def test_an_expert_goes_on_for_a_while_after_success(hold, steps):
+    environment = Counter(length=6, max_steps=20)
+    environment.expert = lambda: lambda: np.ones(1, np.float32)
+    recorded = record.attempt(environment, 0, 0, hold)
+    np.testing.assert_array_equal(recorded.state[:, 0], np.arange(steps))
+    assert len(recorded.action) == len(recorded.images["top"]) == steps
 
 
 def test_an_expert_that_fails_is_not_recorded_for_ever(monkeypatch, tmp_path):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import weakref
 from typing import Any
 
 import numpy as np
 
 from common.errors import UserError
+
+
+_open: weakref.WeakSet = weakref.WeakSet()
+
+
+def _close() -> None:
+    """Close what still draws at the program's end."""
+    for renderer in list(_open):
+        renderer.close()
 
 
 class Renderer:
@@ -36,8 +46,9 @@ class Renderer:
                 f"MuJoCo cannot draw here ({' '.join(str(error).split())[:200]}): set MUJOCO_GL=egl or "
                 f"MUJOCO_GL=osmesa, and install libegl1 or libosmesa6."
             ) from error
-
-        weakref.finalize(self, self.renderer.close)  # at the program's end it would be too late
+        if not _open:  # registered after MuJoCo's own end of the display, so called before it
+            atexit.register(_close)
+        _open.add(self.renderer)
 
     def __call__(self, camera: str) -> np.ndarray:
         """What a camera sees now, (H, W, 3) uint8."""

@@ -38,6 +38,9 @@ class Config:
     """Successful episodes to record."""
     seed: NonNegativeInt = 0
     """Seed of the episodes; `evaluate.py` acts in those from 1,000,000 on."""
+    hold: NonNegativeInt = 20
+    """Steps that the expert goes on after success, where an episode ends with it: a policy that never saw
+    what comes then does not stay at the goal, and one that just misses it drifts away."""
     image_size: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)] = (96,)
     """Size of the pictures in pixels: one number for a square, or height and width."""
 
@@ -51,7 +54,7 @@ def main(config: Config) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     write_dataset(
         unfinished,
-        demonstrate(environment, config.episodes, config.seed),
+        demonstrate(environment, config.episodes, config.seed, config.hold),
         fps=round(environment.fps),
         task=environment.task,
         state_names=environment.state_names,
@@ -61,13 +64,13 @@ def main(config: Config) -> None:
     say(f"recorded: {config.out}")
 
 
-def demonstrate(environment: Environment, episodes: int, seed: int) -> Iterator[Demonstration]:
+def demonstrate(environment: Environment, episodes: int, seed: int, hold: int = 0) -> Iterator[Demonstration]:
     """Successful episodes of an environment's expert; says how many were not."""
     number = found = 0
     with tqdm(total=episodes, desc=f"expert of {environment.name}", unit="episode") as bar:
         while found < episodes:
             with answering(environment, f"episode {number} of its expert"):
-                demonstration = attempt(environment, seed, number)
+                demonstration = attempt(environment, seed, number, hold)
             number += 1
             if demonstration is not None:
                 yield demonstration
@@ -80,18 +83,20 @@ def demonstrate(environment: Environment, episodes: int, seed: int) -> Iterator[
     say(f"{environment.name}: the expert succeeded in {found} of {number} episodes, the others are left out")
 
 
-def attempt(environment: Environment, seed: int, episode: int) -> Demonstration | None:
-    """What the expert does in an episode, or None if it fails."""
+def attempt(environment: Environment, seed: int, episode: int, hold: int = 0) -> Demonstration | None:
+    """What the expert does in an episode and `hold` steps beyond its end, or None if it fails."""
     environment.reset(seed, episode)
     act = environment.expert()
     if act is None:
         raise UserError(f"{environment.name} has no expert: record it with LeRobot's tools.")
     states, actions, views = [], [], []
+    beyond = 0  # steps since it was over
     for _ in range(environment.max_steps):
         states.append(environment.state())
         views.append(environment.images())
         actions.append(act())
-        if environment.step(actions[-1]):
+        beyond += environment.step(actions[-1]) or beyond > 0
+        if beyond and (beyond > hold or not environment.success()):
             break
     if not environment.success():
         return None
