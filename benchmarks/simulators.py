@@ -43,7 +43,7 @@ RESULTS = ROOT / "docs" / "simulators.json"
 BUDGET = 20 * 60  # seconds of one core to train
 DEMONSTRATIONS, EPISODES, BLIND = 50, 100, 40
 MAX_STEPS = {"metaworld": 300}  # several times what an expert needs; ALOHA's own are 400
-SHORT, LONG = 10, 50  # steps, to measure what one costs
+SHORT, LONG = 10, 40  # steps, to measure what one costs
 
 TASKS = {
     "pick-place": "metaworld:pick-place-v3",
@@ -182,7 +182,7 @@ def train_command(job: Job, runs: Path, folder: Path, steps: int) -> list:
     ]
 
 
-def measure(kinds: list[str], runs: Path, rounds: int = 3) -> None:
+def measure(kinds: list[str], runs: Path, rounds: int = 2) -> None:
     """Processor seconds of a training step of each kind, in turns."""
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(rounds):

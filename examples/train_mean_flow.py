@@ -115,7 +115,7 @@ class Policy(nn.Module):
         proprio: Tensor,
         is_pad: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Average velocity (B * M, T, A) from t to r (B * M,), and its derivative in t along the path."""
+        """Average velocity (B * M, T, A) from t to r, and its derivative in t along the path."""
         context = self.observe(images, proprio)
 
         def average(x: Tensor, t: Tensor) -> Tensor:
@@ -162,8 +162,8 @@ def compute_loss(
         x_0 = torch.randn_like(x_1)
         t, r = sample_times(len(x_1), x_1.device, config)  # (B * M,) each
     x_t, velocity = flow.linear_path(x_0, x_1, t)
-    seen = (images, normalizer.proprio(batch.proprio), is_pad)
-    average, derivative = policy(x_t, t, r, velocity, *seen)
+    proprio = normalizer.proprio(batch.proprio)
+    average, derivative = policy(x_t, t, r, velocity, images, proprio, is_pad)
     target = velocity + (r - t)[:, None, None] * derivative.detach()
     count = None if count is None else count * flow_samples
     loss = losses.masked_mse(average, target, ~is_pad, count)
@@ -197,11 +197,10 @@ def sample_actions(
     shape = (len(images), config.horizon, decoder.action_in.in_features)
     if x_0 is None:
         x_0 = flow.noise(shape, images.device, generator)
-    steps = steps or config.sample_steps
-    x, h = x_0, torch.full((len(images), 1), 1 / steps, device=images.device)
-    for i in range(steps):
-        x = x + decoder(x, i * h[:, 0], context, latent=h).float() / steps
-    return x
+    h = torch.full((len(images), 1), 1 / (steps or config.sample_steps), device=images.device)
+    for i in range(steps or config.sample_steps):
+        x_0 = x_0 + h[0] * decoder(x_0, i * h[:, 0], context, latent=h).float()
+    return x_0
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
@@ -22,9 +23,22 @@ def reset():
     GradientState._reset_state()
 
 
+def fitting(script, tiny):
+    """The flags without the options of a flow, where a script has none: of pairs, as `tiny` is."""
+    pairs = zip(tiny[::2], tiny[1::2], strict=True)
+    absent = {"--flow-samples", "--sample-steps"} - {
+        f"--{f.name.replace('_', '-')}" for f in fields(script.Config)
+    }
+    return [part for pair in pairs if pair[0] not in absent for part in pair]
+
+
 def train(script, tiny, run_dir, *more):
     reset()
-    argv = [*tiny, *SMALL.get(script.__name__, "").split(), "--run-dir", str(run_dir)] if run_dir else []
+    argv = (
+        [*fitting(script, tiny), *SMALL.get(script.__name__, "").split(), "--run-dir", str(run_dir)]
+        if run_dir
+        else []
+    )
     script.main(parse(script.Config, [*argv, *map(str, more)], Path(script.__file__).name))
     return run_dir
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lerobot_factory import make_dataset
-from running import SMALL, interrupt_after, lines, reset, train, weights
+from running import SMALL, fitting, interrupt_after, lines, reset, train, weights
 from safetensors.torch import load_file
 
 import train_cfg_vqvae
@@ -23,8 +23,10 @@ from common.errors import UserError
 from common.inference import load_policy, load_script
 from common.normalize import Normalizer
 from common.run import _new_folder, start_run
+from examples import train_mean_flow, train_regression, train_two_step
 
 SCRIPTS = [train_vfp, train_vfp_depth, train_naive_fm, train_cfg_vqvae, train_vfp_moe]
+EXAMPLES = [train_regression, train_two_step, train_mean_flow]
 pytestmark = pytest.mark.usefixtures("accelerate_reset", "tiny_depth")
 
 
@@ -33,13 +35,13 @@ def prepared(script, batch, policy):
     return script.with_depth(batch, policy) if script is train_vfp_depth else batch
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, *EXAMPLES])
 def test_the_loss_falls_on_one_batch(script, tiny):
     flags = [
         *SMALL.get(script.__name__, "").split(),
         *(("--camera-dropout", "0") if script in (train_vfp, train_vfp_depth) else ()),
     ]
-    config = parse(script.Config, [*tiny, "--flow-samples", "4", *flags], "")
+    config = parse(script.Config, [*fitting(script, [*tiny, "--flow-samples", "4"]), *flags], "")
     store = open_dataset(config.data)
     data = ChunkDataset(store, range(store.num_episodes), config.horizon)
     normalizer = Normalizer.fit(data)
@@ -99,7 +101,7 @@ def test_two_and_two_resumed_steps_equal_four_bit_for_bit(script, options, tiny,
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][key][name]))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, *EXAMPLES])
 def test_evaluating_more_often_changes_nothing(script, tiny, tmp_path):
     often = train(script, tiny, tmp_path / "often", "--steps", 3, "--eval-every", 1)
     never = train(script, tiny, tmp_path / "never", "--steps", 3, "--val-fraction", 0.25, "--eval-every", 100)
@@ -107,7 +109,7 @@ def test_evaluating_more_often_changes_nothing(script, tiny, tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, *EXAMPLES])
 def test_the_exported_policy_acts_as_it_did_in_training(script, tiny, tmp_path):
     """The error measured at the last evaluation comes out again, to the last bit, from load_policy."""
     run_dir = train(script, tiny, tmp_path / "run", "--steps", 3)

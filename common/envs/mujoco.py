@@ -10,7 +10,6 @@ import numpy as np
 
 from common.errors import UserError
 
-
 _open: weakref.WeakSet = weakref.WeakSet()
 
 
