@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +36,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from common import checkpoint, optim
+from common import checkpoint, flow, optim
 from common.accelerator import make_accelerator
 from common.checkpoint import PolicySpec
 from common.config import to_dict
@@ -127,12 +128,21 @@ class Run:
 
     # What there is to learn from
 
-    def load_data(self, horizon: int, normalization: Normalization) -> Data:
-        """Open the dataset, hold episodes out, compute statistics; chunks have `horizon` actions.
+    def load_data(self, horizon: int, normalization: Normalization, max_delay: int = 0) -> Data:
+        """Open the dataset, hold episodes out, compute statistics.
+
+        Args:
+            horizon: actions in a chunk.
+            max_delay: at most so many of them are given, see `flow.DelayConfig`.
 
         Raises:
             UserError: if a dataset cannot be used, or a resumed run was trained on other data.
         """
+        if max_delay >= horizon:
+            raise UserError(
+                f"--max-delay {max_delay} leaves nothing of a chunk of {horizon} actions to predict: choose "
+                f"at most {horizon - 1}, or raise --horizon."
+            )
         options, seed = self.config.data, self.config.run.seed
         store, backbone_config = open_dataset(options), None
         if self.resuming:
@@ -152,7 +162,8 @@ class Run:
         val = ChunkDataset(store, held_out, *shape) if len(held_out) else None
         relative, floor = options.relative_actions, options.idle_floor
         normalizer = Normalizer.fit(train, normalization, relative, floor).to(self.device)
-        return Data(train, val, normalizer, PolicySpec.of(train, backbone_config))
+        spec = replace(PolicySpec.of(train, backbone_config), max_delay=max_delay)
+        return Data(train, val, normalizer, spec)
 
     # Start
 
@@ -270,7 +281,8 @@ class Run:
     def micro_batches(self) -> Iterator[Batch]:
         """Start the next optimizer step; yields its `--grad-accumulation` batches, on the device.
 
-        Sets `real_actions`: the mean number of actions that exist, over these batches of all processes. A
+        Sets `real_actions`: the mean number of actions that exist, over these batches of all processes (where
+        prefixes are given, of those that are to be predicted, on average over the prefixes' lengths). A
         loss that divides by it gives, accumulated and averaged over processes, the gradient of the mean over
         all real actions, whatever share of padding each batch has.
         """
@@ -280,7 +292,8 @@ class Run:
         self._at("loading data")
         with self.tracker.waiting():  # all of them at once: the count is needed before the first loss
             batches = [next(self._batches) for _ in range(self.accelerator.gradient_accumulation_steps)]
-            count = sum((~batch.is_pad).sum() for batch in batches).float() / len(batches)
+            share = flow.share_to_predict(batches[0].is_pad.shape[1], self.data.spec.max_delay)
+            count = sum((~batch.is_pad * share).sum() for batch in batches) / len(batches)
         self.real_actions = self.mean(count.to(self.device))
         for batch in batches:
             self._at("the forward pass")

@@ -79,6 +79,15 @@ class Rotations:
 
         return _replaced(values, self.starts, SOURCES[self.kind], two_columns)
 
+    def keep_signs(self, chunk: np.ndarray, given: np.ndarray) -> None:
+        """Let the quaternions of a recorded chunk (T, D) have the signs of those it begins with, (d, D)."""
+        if not self.kind.startswith("quaternion") or not len(given):
+            return
+        for start in self.starts:
+            quaternion = slice(start, start + SOURCES[self.kind])
+            if chunk[len(given) - 1, quaternion] @ given[-1, quaternion] < 0:
+                chunk[:, quaternion] *= -1
+
     def decode(self, values: np.ndarray) -> np.ndarray:
         """Re-expressed vectors (..., D') back to recorded ones (..., D), float32."""
         longer = TARGET_DIM - SOURCES[self.kind]
