@@ -372,7 +372,7 @@ class Controller:
         """Change how to act, from now on; raises ValueError if a chunk has not so many actions to execute."""
         horizon, offset = self.policy.horizon, self.policy.spec.action_offset
         overlap = 0 if self.join == "blocking" else self.delay  # the chunk before is executed for so long
-        least, most = max(overlap, 1), horizon - offset - overlap
+        least, most = max(overlap, 1), horizon - max(offset, overlap)
         if most < least:
             raise UserError(
                 f"Chunks of {horizon} actions are too short for a delay of {self.delay} steps: choose a "
@@ -455,6 +455,7 @@ class Controller:
     def _prefixes(self, which: np.ndarray) -> list[np.ndarray]:
         """What each episode will have executed of the next chunk's steps when it arrives, (d, A)."""
         chunk, offset = self.chunks[-1], self.policy.spec.action_offset
-        ages = np.arange(self.step, self.step + self.delay - offset) - chunk.sampled
-        ages = np.minimum(ages, self.policy.horizon - 1)  # past a chunk's end, its last action again
+        ages = (
+            np.arange(self.step, self.step + self.delay - offset) - chunk.sampled
+        )  # `configure` lets it last
         return list(chunk.actions[which][:, ages])
