@@ -160,8 +160,15 @@ class Run:
         shape = (horizon, options.proprio_history, options.action_offset)
         train = ChunkDataset(store, train_episodes, *shape)
         val = ChunkDataset(store, held_out, *shape) if len(held_out) else None
-        relative, floor = options.relative_actions, options.idle_floor
-        normalizer = Normalizer.fit(train, normalization, relative, floor).to(self.device)
+        if self.resuming:  # as they were, whatever this version would choose by default
+            path = (
+                checkpoint.newest_undamaged(folder, "policy/stats.safetensors") / "policy/stats.safetensors"
+            )
+            normalizer = Normalizer.load(path, normalization)
+        else:
+            relative = options.relative_actions, options.idle_floor, options.relative_mask
+            normalizer = Normalizer.fit(train, normalization, *relative, options.relative_poses)
+        normalizer = normalizer.to(self.device)
         spec = replace(PolicySpec.of(train, backbone_config), max_delay=max_delay)
         return Data(train, val, normalizer, spec)
 
