@@ -302,8 +302,8 @@ class DecoderBlock(nn.Module):
         if given is None:
             modulation = modulation.unsqueeze(-2)
         else:  # two times a sample, not T: this layer is wide
-            others, these = modulation.chunk(2, dim=-2)
-            modulation = torch.where(given.unsqueeze(-1), these, others)  # (..., T, 9 D)
+            choice = torch.stack([~given, given], dim=-1).to(modulation.dtype)
+            modulation = choice @ modulation  # (..., T, 9 D)
         modulation = modulation.chunk(9, dim=-1)
         shift, scale, gate = modulation[:3]
         h = self.norm(x) * (1 + scale) + shift
