@@ -9,7 +9,8 @@ x_0 ~ N(0, 1), t ~ Beta(1.0, 1.5), and x_1 the normalized chunk recorded after o
 
 (Lipman et al. 2023; Liu et al. 2023; time distribution as in pi0, Black et al. 2024). The optimizer is
 schedule-free RAdam (Defazio et al. 2024): no learning-rate schedule, no separate average of the weights. To
-act, dx/dt = v is integrated from noise at t = 0 to actions at t = 1.
+act, dx/dt = v is integrated from noise at t = 0 to actions at t = 1. With `--max-delay`, the first actions of
+some chunks are given: they have t = 1 and no loss (Black et al. 2025).
 
     accelerate launch train_naive_fm.py --lr 2e-3
     accelerate launch train_naive_fm.py --dataset me/fold_towel --image-size 224 --backbone resnet18

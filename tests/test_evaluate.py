@@ -153,7 +153,7 @@ class Continuing(Expert):
         return np.concatenate([np.stack(prefixes), chunks], 1)[:, : self.horizon]
 
 
-def test_ways_of_joining_are_compared(tmp_path):
+def test_ways_of_joining_are_compared(tmp_path, capsys):
     """An expert whose chunks continue what is executed loses nothing by a delay."""
     settings = ["--env", "demo", "--episodes", "4", "--parallel", "4", "--seed", "3", "--delay", "0", "3"]
     config = parse(evaluate.Config, [str(tmp_path), *settings], "evaluate.py")
@@ -169,6 +169,10 @@ def test_ways_of_joining_are_compared(tmp_path):
     assert change["prefix"]["seam"]["p99"] <= 1.05 * change["prefix"]["inside"]["p99"]
     assert change["blocking"]["seam"]["p99"] > 1.5 * change["prefix"]["seam"]["p99"]  # it stops and starts
     assert found["blocking"]["steps"] > 1.5 * found["prefix"]["steps"]
+    evaluate.report({"heldout": None, "latency_ms": {}, "delay": {"3": found}}, tmp_path)
+    said = capsys.readouterr().out
+    assert "delay  3, blocking: 100.0% [39.8%, 100.0%] of 4 episodes" in said
+    assert f"change of velocity: seam {change['prefix']['seam']['mean']:.3f} (99 %: " in said
 
 
 @pytest.mark.parametrize(
