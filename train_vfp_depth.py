@@ -182,7 +182,7 @@ def compute_loss(
     if x_0 is None:
         x_0 = torch.randn_like(x_1)
         t = flow.sample_time(len(x_1), x_1.device, config.time_distribution, config.time_beta)  # (B * M,)
-        t = flow.random_prefix(t, config.horizon, config.delay.max_delay)  # or (B * M, T)
+        t = flow.random_prefix(t, config.horizon, config.delay)  # or (B * M, T)
     x_t, velocity = flow.linear_path(x_0, x_1, t)
     proprio, depth = normalizer.proprio(batch.proprio), batch.extras["depth"]
     velocity_pred = policy(x_t, t, images, proprio, depth, dropped, is_pad)
@@ -269,7 +269,7 @@ def draw_depth(policy: Policy, dataset: ChunkDataset, path: Path, num: int = 6) 
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization, config.delay.max_delay)
+    data = run.load_data(config.horizon, config.normalization, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     if config.depth.depth_cache == "on":
         run.load_weights(policy)  # features follow from them

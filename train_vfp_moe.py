@@ -324,7 +324,7 @@ def compute_loss(
     if x_0 is None:
         x_0 = torch.randn_like(x_1)
         t = flow.sample_time(len(x_1), x_1.device, config.time_distribution, config.time_beta)  # (B * M,)
-        t = flow.random_prefix(t, config.horizon, config.delay.max_delay)  # or (B * M, T)
+        t = flow.random_prefix(t, config.horizon, config.delay)  # or (B * M, T)
     x_t, velocity = flow.linear_path(x_0, x_1, t)
     real = ~batch.is_pad.repeat_interleave(flow_samples, dim=0) & flow.to_predict(t)  # (B * M, T)
     # One draw more for each observation, for the one-step prediction.
@@ -513,7 +513,7 @@ def report_idle_experts(step: int, logged: dict[str, float], num_experts: int) -
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization, config.delay.max_delay)
+    data = run.load_data(config.horizon, config.normalization, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
 

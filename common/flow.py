@@ -12,7 +12,7 @@ import torch
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from common.config import options
+from common.config import Share, options
 
 TimeDistribution = Literal["beta", "uniform", "logit-normal"]
 Integrator = Literal["euler", "midpoint", "heun"]
@@ -27,6 +27,9 @@ class DelayConfig:
     max_delay: NonNegativeInt = 0
     """Most control steps that a robot may take between an observation and its chunk: the actions of these
     steps are given then, and the chunk continues them. In training, 0 to so many are; 0 trains none of it."""
+    prefix_share: Share = 0.5
+    """Share of the training draws that are given so many; the others have no prefix, because a network that
+    learns little else than to continue a motion learns late to look at the images."""
 
 
 def noise(shape: Sequence[int], device: torch.device | str, generator: Generators = None) -> Tensor:
@@ -79,14 +82,16 @@ def linear_path(x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return (1 - t) * x_0 + t * x_1, x_1 - x_0
 
 
-def random_prefix(t: Tensor, horizon: int, max_delay: int) -> Tensor:
-    """Flow times (B, T) of chunks whose first 0 to `max_delay` actions, as many as any, are given.
+def random_prefix(t: Tensor, horizon: int, config: DelayConfig) -> Tensor:
+    """Flow times (B, T) of chunks whose first actions are given: 0 to `max_delay`, each number as probable.
 
-    Without `max_delay` nothing is drawn, and t (B,) comes back as it is.
+    A share of the chunks has none, unlike in the paper, whose policies are trained already: see
+    `docs/chunks.md`. Without `max_delay` nothing is drawn, and t (B,) comes back as it is.
     """
-    if max_delay == 0:
+    if config.max_delay == 0:
         return t
-    delay = torch.randint(max_delay + 1, (len(t), 1), device=t.device)
+    delay = torch.randint(config.max_delay + 1, (len(t), 1), device=t.device)
+    delay = delay * (torch.rand(len(t), 1, device=t.device) < config.prefix_share)
     return torch.where(torch.arange(horizon, device=t.device) < delay, 1.0, t.unsqueeze(1))
 
 
@@ -98,9 +103,10 @@ def to_predict(t: Tensor) -> Tensor:
     return t < 1 if t.ndim == 2 else torch.ones_like(t, dtype=torch.bool).unsqueeze(1)
 
 
-def share_to_predict(horizon: int, max_delay: int) -> Tensor:
+def share_to_predict(horizon: int, config: DelayConfig) -> Tensor:
     """How often `random_prefix` leaves each action of a chunk to predict, (T,) float32, in (0, 1]."""
-    return (torch.arange(1, horizon + 1) / (max_delay + 1)).clamp(max=1)
+    given = (1 - torch.arange(1, horizon + 1) / (config.max_delay + 1)).clamp(min=0)
+    return 1 - config.prefix_share * given
 
 
 def levels(t: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -57,6 +57,7 @@ from common.tracking import Tracker
 from common.watch import PREPARING, HangWatch, StopRequests, meeting
 
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "lerobot", "safetensors", "numpy", "av")
+NO_DELAY = flow.DelayConfig()
 
 
 class Data(NamedTuple):
@@ -128,20 +129,22 @@ class Run:
 
     # What there is to learn from
 
-    def load_data(self, horizon: int, normalization: Normalization, max_delay: int = 0) -> Data:
+    def load_data(
+        self, horizon: int, normalization: Normalization, delay: flow.DelayConfig = NO_DELAY
+    ) -> Data:
         """Open the dataset, hold episodes out, compute statistics.
 
         Args:
             horizon: actions in a chunk.
-            max_delay: at most so many of them are given, see `flow.DelayConfig`.
+            delay: how many of them are given.
 
         Raises:
             UserError: if a dataset cannot be used, or a resumed run was trained on other data.
         """
-        if max_delay >= horizon:
+        if delay.max_delay >= horizon:
             raise UserError(
-                f"--max-delay {max_delay} leaves nothing of a chunk of {horizon} actions to predict: choose "
-                f"at most {horizon - 1}, or raise --horizon."
+                f"--max-delay {delay.max_delay} leaves nothing of a chunk of {horizon} actions to predict: "
+                f"choose at most {horizon - 1}, or raise --horizon."
             )
         options, seed = self.config.data, self.config.run.seed
         store, backbone_config = open_dataset(options), None
@@ -169,7 +172,8 @@ class Run:
             relative = options.relative_actions, options.idle_floor, options.relative_mask
             normalizer = Normalizer.fit(train, normalization, *relative, options.relative_poses)
         normalizer = normalizer.to(self.device)
-        spec = replace(PolicySpec.of(train, backbone_config), max_delay=max_delay)
+        spec = replace(PolicySpec.of(train, backbone_config), max_delay=delay.max_delay)
+        self._to_predict = flow.share_to_predict(horizon, delay)
         return Data(train, val, normalizer, spec)
 
     # Start
@@ -299,8 +303,7 @@ class Run:
         self._at("loading data")
         with self.tracker.waiting():  # all of them at once: the count is needed before the first loss
             batches = [next(self._batches) for _ in range(self.accelerator.gradient_accumulation_steps)]
-            share = flow.share_to_predict(batches[0].is_pad.shape[1], self.data.spec.max_delay)
-            count = sum((~batch.is_pad * share).sum() for batch in batches) / len(batches)
+            count = sum((~batch.is_pad * self._to_predict).sum() for batch in batches) / len(batches)
         self.real_actions = self.mean(count.to(self.device))
         for batch in batches:
             self._at("the forward pass")

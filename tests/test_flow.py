@@ -122,9 +122,9 @@ def test_each_observation_gets_a_draw_at_the_start():
 def test_prefixes_are_drawn_only_if_asked_for_and_all_lengths_are_as_probable():
     t = torch.rand(9000)
     state = torch.get_rng_state()
-    assert flow.random_prefix(t, 5, 0) is t
+    assert flow.random_prefix(t, 5, flow.DelayConfig(0)) is t
     assert torch.equal(torch.get_rng_state(), state)
-    times = flow.random_prefix(t, 5, 2)
+    times = flow.random_prefix(t, 5, flow.DelayConfig(2, 1.0))
     given = times == 1
     lengths = given.sum(dim=1)
     assert torch.equal(given, torch.arange(5) < lengths[:, None])  # at the beginning
@@ -133,9 +133,16 @@ def test_prefixes_are_drawn_only_if_asked_for_and_all_lengths_are_as_probable():
     assert shares.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0], abs=0.02)
     assert torch.equal(flow.to_predict(times), ~given)
     assert flow.to_predict(t).all()
-    assert flow.share_to_predict(5, 2).tolist() == pytest.approx([1 / 3, 2 / 3, 1, 1, 1])
-    assert flow.share_to_predict(5, 0).tolist() == [1] * 5
+    assert flow.share_to_predict(5, flow.DelayConfig(2, 1.0)).tolist() == pytest.approx(
+        [1 / 3, 2 / 3, 1, 1, 1]
+    )
+    assert flow.share_to_predict(5, flow.DelayConfig(0)).tolist() == [1] * 5
     assert (~given).float().mean(dim=0).tolist() == pytest.approx([1 / 3, 2 / 3, 1, 1, 1], abs=0.02)
+    half = flow.DelayConfig(2)  # the other draws are never given any
+    expected = [2 / 3, 5 / 6, 1, 1, 1]
+    shares = flow.to_predict(flow.random_prefix(t, 5, half)).float().mean(dim=0)
+    assert shares.tolist() == pytest.approx(expected, abs=0.02)
+    assert flow.share_to_predict(5, half).tolist() == pytest.approx(expected)
 
 
 def test_given_actions_lie_at_the_end_of_their_path():
