@@ -64,7 +64,7 @@ class Config:
     join: tuple[Join, ...] = ()
     """How chunks join then, see docs/chunks.md. Default: in all ways that the policy was trained for."""
     execute_steps: PositiveInt | None = None
-    """Actions of a chunk that are executed before the next is sampled (default: half of it)."""
+    """Actions of a chunk that are executed before the next is sampled (default: half of it, less --delay)."""
     seed: NonNegativeInt = 1_000_000
     """Seed of episodes and noise. The same seed gives every policy the same episodes, far from those that
     `common/envs/record.py` records."""

@@ -325,7 +325,8 @@ class Controller:
 
     Args:
         seeds: of each episode, for its noise; a number of episodes instead shares the policy's own noise.
-        execute_steps: actions of a chunk to execute before the next is sampled (default: half of it).
+        execute_steps: actions of a chunk to execute before the next is sampled. Default: so many that half of
+            it will have been executed when the next arrives, but no fewer than the delay.
         ensemble: join by ensembling, with this decay.
         sample_steps, clip: see `RobotPolicy.act`.
 
@@ -379,7 +380,7 @@ class Controller:
                 f"smaller --delay, --join blocking, or train with a larger --horizon."
             )
         if execute_steps is None:
-            execute_steps = max(min(horizon // 2, most), least)
+            execute_steps = max(min(horizon // 2 - overlap, most), least)
         if not least <= execute_steps <= most:
             raise ValueError(f"execute_steps must lie in {least}..{most}, got {execute_steps}")
         self.execute_steps, self.ensemble = execute_steps, ensemble

@@ -156,6 +156,7 @@ class Continuing(Expert):
 def test_ways_of_joining_are_compared(tmp_path, capsys):
     """An expert whose chunks continue what is executed loses nothing by a delay."""
     settings = ["--env", "demo", "--episodes", "4", "--parallel", "4", "--seed", "3", "--delay", "0", "3"]
+    settings += ["--execute-steps", "4"]
     config = parse(evaluate.Config, [str(tmp_path), *settings], "evaluate.py")
     policy = Continuing(3)
     assert evaluate.possible_delays(policy, config) == [

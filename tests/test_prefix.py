@@ -254,7 +254,7 @@ def test_a_robot_that_blocks_holds_its_last_action():
 
 def test_a_chunk_that_arrives_late_is_joined_where_it_stands():
     policy = Numbered()
-    actions, sources, sampled = acted(policy, 14, delay=2, join="naive")
+    actions, sources, sampled = acted(policy, 14, delay=2, join="naive", execute_steps=4)
     assert actions == [0, 1, 2, 3, 4, 5, 102, 103, 104, 105, 202, 203, 204, 205]
     assert sources == [0] * 6 + [1] * 4 + [2] * 4
     assert sampled == [0, 4, 8, 12]
@@ -263,7 +263,7 @@ def test_a_chunk_that_arrives_late_is_joined_where_it_stands():
 
 def test_a_chunk_is_told_what_is_executed_until_it_arrives():
     policy = Numbered(max_delay=3)
-    actions, _, sampled = acted(policy, 12, delay=3, join="prefix")
+    actions, _, sampled = acted(policy, 12, delay=3, join="prefix", execute_steps=4)
     assert actions == [0, 1, 2, 3, 4, 5, 6, 103, 104, 105, 106, 203]
     assert sampled == [0, 4, 8]
     assert policy.prefixes[0] is None
@@ -274,13 +274,13 @@ def test_a_chunk_is_told_what_is_executed_until_it_arrives():
 def test_of_chunks_that_begin_later_less_is_given():
     """With an action offset of 1, two of three steps until the chunk arrives are its own."""
     policy = Numbered(offset=1, max_delay=2)
-    actions, sources, sampled = acted(policy, 12, delay=3, join="prefix")
+    actions, sources, sampled = acted(policy, 12, delay=3, join="prefix", execute_steps=4)
     assert actions == [0, 0, 1, 2, 3, 4, 5, 102, 103, 104, 105, 202]
     assert sources == [None] + [0] * 6 + [1] * 4 + [2]
     assert sampled == [0, 4, 8]
     assert policy.prefixes[1][0].tolist() == [[4], [5]]
     policy = Numbered(offset=3)
-    acted(policy, 12, delay=2, join="prefix")
+    acted(policy, 12, delay=2, join="prefix", execute_steps=4)
     assert [p and len(p[0]) for p in policy.prefixes] == [None, 0, 0]
 
 
@@ -291,6 +291,14 @@ def test_ensembles_take_in_what_has_arrived():
     weights = np.exp(-ENSEMBLE * np.arange(2))
     mean = [np.average([4 + i, 102 + i], weights=weights) for i in range(2)]
     assert actions == pytest.approx([0, 1, 2, 3, *mean])
+
+
+@pytest.mark.parametrize(
+    ("delay", "asked"), [(0, [0, 4, 8]), (1, [0, 3, 6, 9]), (2, [0, 2, 4, 6, 8]), (3, [0, 3, 6, 9])]
+)
+def test_by_default_half_of_a_chunk_is_executed_with_what_the_delay_takes(delay, asked):
+    for join in ("naive", "prefix"):
+        assert acted(Numbered(max_delay=3), 10, delay=delay, join=join)[2] == asked
 
 
 @pytest.mark.parametrize("join", ["naive", "ensemble", "prefix"])
