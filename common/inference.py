@@ -456,7 +456,5 @@ class Controller:
     def _prefixes(self, which: np.ndarray) -> list[np.ndarray]:
         """What each episode will have executed of the next chunk's steps when it arrives, (d, A)."""
         chunk, offset = self.chunks[-1], self.policy.spec.action_offset
-        ages = (
-            np.arange(self.step, self.step + self.delay - offset) - chunk.sampled
-        )  # `configure` lets it last
-        return list(chunk.actions[which][:, ages])
+        age = self.step - chunk.sampled  # `configure` sees to it that the chunk has so many actions
+        return list(chunk.actions[which, age : age + max(self.delay - offset, 0)])
