@@ -3,6 +3,7 @@
     python evaluate.py runs/vfp-20260301-101500
     python evaluate.py runs/vfp-20260301-101500 --sample-steps 1 2 10 --episodes 500
     python evaluate.py runs/cfg-vqvae-20260301-101500 --guidance 0 1 2 4
+    python evaluate.py runs/vfp-20260301-101500 --delay 0 2 4
 
 Held-out episodes: the mean absolute error of sampled action chunks (normalized actions, so that dimensions
 can be averaged) beside predictors that need no network. A run on the built-in task is rolled out in closed
@@ -15,8 +16,9 @@ import json
 import math
 import time
 from dataclasses import field, replace
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import numpy as np
 import torch
@@ -32,8 +34,8 @@ from common.envs import EnvConfig
 from common.errors import UserError
 from common.files import read_json
 from common.film import side_by_side, write_gif, write_mp4
-from common.inference import RobotPolicy, load_policy
-from common.rollout import Episode, Eyes, make_environments, rates, roll_out
+from common.inference import Controller, Join, RobotPolicy, load_policy
+from common.rollout import Episode, Eyes, make_environments, rates, roll_out, velocity_changes
 
 FILMED = 16  # episodes to choose the films from
 UNDRAWN = ("mae", "low", "high", "steps")  # in results, beside shares of episodes
@@ -58,8 +60,13 @@ class Config:
     """Numbers of integration steps to evaluate; the first is used for held-out error and pictures."""
     guidance: tuple[float, ...] = ()
     """Guidance scales to compare, with the first number of steps; for policies trained with guidance."""
+    delay: tuple[NonNegativeInt, ...] = ()
+    """Delays of inference to compare, with the first number of sampling steps: control steps between an
+    observation and its chunk. Time is simulated, this machine's speed does not matter."""
+    join: tuple[Join, ...] = ()
+    """How chunks join then, see docs/chunks.md. Default: in all ways that the policy was trained for."""
     execute_steps: PositiveInt | None = None
-    """Actions of a chunk that are executed before the next is sampled (default: half of it)."""
+    """Actions of a chunk that are executed before the next is sampled (default: half of it, less --delay)."""
     seed: NonNegativeInt = 1_000_000
     """Seed of episodes and noise. The same seed gives every policy the same episodes, far from those that
     `common/envs/record.py` records."""
@@ -78,6 +85,9 @@ def main(config: Config) -> None:
     if config.guidance and not hasattr(policy.config, "guidance"):
         raise UserError(f"{policy.script.__name__} trains no guidance: leave --guidance out.")
     config = replace(config, simulator=config.simulator.in_place_of_demo(policy.config.data.dataset))
+    if config.delay and not config.simulator.env:
+        raise UserError("--delay needs --env, the environment to act in.")
+    delays = possible_delays(policy, config)
     moved = {"dataset": config.dataset or None, "cache_dir": config.cache_dir}
     data = replace(policy.config.data, **{name: value for name, value in moved.items() if value is not None})
     policy.config = replace(policy.config, data=data)
@@ -94,6 +104,9 @@ def main(config: Config) -> None:
     results["latency_ms"] = measure_latency(policy, config)
     if config.guidance:
         results["guidance"] = sweep_guidance(policy, config, folder)
+    for delay, join in delays:
+        found = act_with_delay(policy, config, delay, join)
+        results.setdefault("delay", {}).setdefault(str(delay), {})[join] = found
     (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     report(results, folder)
 
@@ -266,16 +279,24 @@ def evaluate_closed_loop(policy: RobotPolicy, config: Config, folder: Path) -> d
 
 
 def act(
-    policy: RobotPolicy, config: Config, sample_steps: int, eyes: Eyes = "own", film: int = 0
+    policy: RobotPolicy,
+    config: Config,
+    sample_steps: int,
+    eyes: Eyes = "own",
+    film: int = 0,
+    delay: int = 0,
+    join: Join = "naive",
 ) -> list[Episode]:
     """Roll out all episodes; see `common/rollout.py`."""
     at_once = max(config.parallel, 3) if eyes == "other" else config.parallel  # no episode may be alone
     num = min(at_once, config.episodes)
     environments = make_environments(config.simulator, policy.spec.image_size, num)
     seen = {"own": f"{sample_steps} sampling steps", "grey": "grey pictures", "other": "pictures of another"}
-    with tqdm(total=config.episodes, desc=f"episodes, {seen[eyes]}", unit="episode", leave=False) as bar:
+    what = seen[eyes] + (f", delay {delay}, {join}" if delay else "")
+    with tqdm(total=config.episodes, desc=f"episodes, {what}", unit="episode", leave=False) as bar:
         options = (range(config.episodes), config.seed, sample_steps, config.execute_steps, eyes, film)
-        return roll_out(policy, environments, *options, progress=lambda done: bar.update(done - bar.n))
+        progress = lambda done: bar.update(done - bar.n)  # noqa: E731
+        return roll_out(policy, environments, *options, progress, delay, join)
 
 
 def film(episodes: list[Episode], config: Config, folder: Path) -> None:
@@ -354,6 +375,36 @@ def draw_guidance(results: dict[str, dict], path: Path) -> None:
     plots.save_figure(figure, path)
 
 
+# Delay
+
+
+def possible_delays(policy: RobotPolicy, config: Config) -> list[tuple[int, Join]]:
+    """What `--delay` and `--join` ask for; of all ways of joining, those that the policy was trained for.
+
+    Raises:
+        UserError: if chunks are too short for a delay, or the policy was not trained for what is asked.
+    """
+    found = []
+    for delay, join in product(config.delay, config.join or get_args(Join)):
+        try:
+            Controller(policy, 1, config.execute_steps, delay=delay, join=join)
+        except ValueError as error:
+            raise UserError(f"--delay {delay}, --join {join}: {error}: change --execute-steps.") from None
+        except UserError:
+            if config.join or join != "prefix":
+                raise
+        else:
+            found.append((delay, join))
+    return found
+
+
+def act_with_delay(policy: RobotPolicy, config: Config, delay: int, join: Join) -> dict:
+    """Closed-loop rates, and how much velocity changes at seams and inside chunks, with a delay."""
+    episodes = act(policy, config, config.sample_steps[0], delay=delay, join=join)
+    scale, rotations = policy.normalizer.action_scale.cpu().numpy(), policy.spec.action_rotations
+    return {**rates(episodes), "velocity_change": velocity_changes(episodes, scale, rotations)}
+
+
 # Latency and report
 
 
@@ -410,6 +461,14 @@ def report(results: dict, folder: Path) -> None:
     for scale, found in results.get("guidance", {}).items():
         error = f"held-out error {found['mae']:.4f}  " if "mae" in found else ""
         print(f"guidance {scale:>4}: {error}{in_words(found) if 'success' in found else ''}")
+    for delay, ways in results.get("delay", {}).items():
+        for join, found in ways.items():
+            changes = found.pop("velocity_change").items()
+            print(f"delay {delay:>2}, {join:<8}: {in_words(found)}")
+            parts = [
+                f"{at} {x['mean']:.3f} (99 %: {x['p99']:.3f})" for at, x in changes if x["mean"] is not None
+            ]
+            print(f"  change of velocity: {', '.join(parts)}")
     for path in sorted([*folder.glob("*.png"), *folder.glob("rollouts.[gm]*"), *folder.parent.glob("*.png")]):
         print(f"picture: {path}")
     print(f"numbers: {folder / 'results.json'}")

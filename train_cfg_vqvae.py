@@ -62,6 +62,7 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
     run: Flat[RunConfig] = field(default_factory=RunConfig)
     rollout: Flat[RolloutConfig] = field(default_factory=RolloutConfig)
+    delay: Flat[flow.DelayConfig] = field(default_factory=flow.DelayConfig)
 
     horizon: PositiveInt = 16
     """Actions predicted per chunk, in control steps."""
@@ -213,11 +214,12 @@ def compute_loss(
     proprio = normalizer.proprio(batch.proprio)
     chunks = normalizer.actions(batch.actions, batch.proprio)  # (B, T, A)
     x_1 = chunks.repeat_interleave(flow_samples, dim=0)  # (B * M, T, A)
-    is_pad = batch.is_pad.repeat_interleave(flow_samples, dim=0)  # (B * M, T)
     if x_0 is None:
         x_0 = torch.randn_like(x_1)
         t = flow.sample_time(len(x_1), x_1.device, config.time_distribution, config.time_beta)  # (B * M,)
+        t = flow.random_prefix(t, config.horizon, config.delay)  # or (B * M, T)
     x_t, velocity = flow.linear_path(x_0, x_1, t)
+    real = ~batch.is_pad.repeat_interleave(flow_samples, dim=0) & flow.to_predict(t)  # (B * M, T)
     # One draw more for each observation, for the one-step prediction.
     start, x_t, t = flow.prepend_start(x_0, x_t, t, flow_samples)  # (B, T, A), (B * (1 + M), ...)
 
@@ -230,7 +232,7 @@ def compute_loss(
     velocity_pred = velocity_pred.unflatten(0, (-1, 1 + flow_samples))  # (B, 1 + M, T, A)
 
     count = None if count is None else count * flow_samples
-    velocity_loss = losses.masked_mse(velocity_pred[:, 1:].flatten(0, 1), velocity, ~is_pad, count)
+    velocity_loss = losses.masked_mse(velocity_pred[:, 1:].flatten(0, 1), velocity, real, count)
     one_step = start + velocity_pred[:, 0].float()  # (B, T, A)
     transport = losses.chunk_transport(one_step, chunks, proprio[:, -1], batch.is_pad, config.transport_blur)
     divergence = latent.divergence.mean(dim=0)  # of each dimension
@@ -260,6 +262,7 @@ def sample_actions(
     generator: flow.Generators = None,
     x_0: Tensor | None = None,
     noise: Tensor | None = None,
+    prefix: flow.Prefix | None = None,
 ) -> Tensor:
     """Sample one normalized action chunk per observation.
 
@@ -270,6 +273,7 @@ def sample_actions(
         generator: source of the noise, on the device of the images, or one for each of them.
         x_0: the noise itself, (B, T, A).
         noise: that of the latent, (B, latent_dim).
+        prefix: actions with which the chunks begin.
 
     Returns:
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
@@ -281,7 +285,7 @@ def sample_actions(
     if noise is None:
         noise = flow.noise((len(images), config.latent_dim), images.device, generator)
     z = policy.latent.draw(policy.prior(observation), noise)
-    return integrate(policy, observation, z, x_0, config, steps)
+    return integrate(policy, observation, z, x_0, config, steps, prefix)
 
 
 def integrate(
@@ -291,6 +295,7 @@ def integrate(
     x_0: Tensor,
     config: Config,
     steps: int | None = None,
+    prefix: flow.Prefix | None = None,
 ) -> Tensor:
     """Chunks (B * M, T, A) from noise x_0 (B * M, T, A) and latents z (B * M, latent_dim)."""
     decoder = policy.action_decoder
@@ -301,11 +306,11 @@ def integrate(
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         if config.guidance == 1:
             return decoder(x, t, context, latent=z).float()
-        pair = decoder(x.repeat_interleave(2, dim=0), t.repeat_interleave(2), context, latent=both)
+        pair = decoder(x.repeat_interleave(2, dim=0), t.repeat_interleave(2, dim=0), context, latent=both)
         conditional, unconditional = pair.float().unflatten(0, (-1, 2)).unbind(1)
         return flow.guide(conditional, unconditional, config.guidance)
 
-    return flow.integrate(velocity, x_0, steps or config.sample_steps, config.sample_method)
+    return flow.integrate(velocity, x_0, steps or config.sample_steps, config.sample_method, prefix)
 
 
 @torch.no_grad()
@@ -357,7 +362,7 @@ def draw_alternatives(
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization)
+    data = run.load_data(config.horizon, config.normalization, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
 

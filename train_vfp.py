@@ -46,6 +46,7 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
     run: Flat[RunConfig] = field(default_factory=RunConfig)
     rollout: Flat[RolloutConfig] = field(default_factory=RolloutConfig)
+    delay: Flat[flow.DelayConfig] = field(default_factory=flow.DelayConfig)
 
     horizon: PositiveInt = 16
     """Actions predicted per chunk, in control steps."""
@@ -152,10 +153,11 @@ def compute_loss(
     if x_0 is None:
         x_0 = torch.randn_like(x_1)
         t = flow.sample_time(len(x_1), x_1.device, config.time_distribution, config.time_beta)  # (B * M,)
+        t = flow.random_prefix(t, config.horizon, config.delay)  # or (B * M, T)
     x_t, velocity = flow.linear_path(x_0, x_1, t)
     velocity_pred = policy(x_t, t, images, normalizer.proprio(batch.proprio), dropped, is_pad)
     count = None if count is None else count * flow_samples
-    loss = losses.masked_mse(velocity_pred, velocity, ~is_pad, count)
+    loss = losses.masked_mse(velocity_pred, velocity, ~is_pad & flow.to_predict(t), count)
     return loss, {"loss/velocity": loss}
 
 
@@ -168,6 +170,7 @@ def sample_actions(
     steps: int | None = None,
     generator: flow.Generators = None,
     x_0: Tensor | None = None,
+    prefix: flow.Prefix | None = None,
 ) -> Tensor:
     """Sample one normalized action chunk per observation.
 
@@ -177,6 +180,7 @@ def sample_actions(
         steps: integration steps, instead of the configured number.
         generator: source of the noise, on the device of the images, or one for each of them.
         x_0: the noise itself, (B, T, A).
+        prefix: actions with which the chunks begin.
 
     Returns:
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
@@ -186,9 +190,11 @@ def sample_actions(
     shape = (len(images), config.horizon, decoder.action_in.in_features)
     if x_0 is None:
         x_0 = flow.noise(shape, images.device, generator)
-    return flow.integrate(
-        lambda x, t: decoder(x, t, context).float(), x_0, steps or config.sample_steps, config.sample_method
-    )
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return decoder(x, t, context).float()
+
+    return flow.integrate(velocity, x_0, steps or config.sample_steps, config.sample_method, prefix)
 
 
 @torch.no_grad()
@@ -221,7 +227,7 @@ def evaluate(
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization)
+    data = run.load_data(config.horizon, config.normalization, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
 

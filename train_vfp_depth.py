@@ -54,6 +54,7 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
     run: Flat[RunConfig] = field(default_factory=RunConfig)
     rollout: Flat[RolloutConfig] = field(default_factory=RolloutConfig)
+    delay: Flat[flow.DelayConfig] = field(default_factory=flow.DelayConfig)
 
     horizon: PositiveInt = 16
     """Actions predicted per chunk, in control steps."""
@@ -181,11 +182,12 @@ def compute_loss(
     if x_0 is None:
         x_0 = torch.randn_like(x_1)
         t = flow.sample_time(len(x_1), x_1.device, config.time_distribution, config.time_beta)  # (B * M,)
+        t = flow.random_prefix(t, config.horizon, config.delay)  # or (B * M, T)
     x_t, velocity = flow.linear_path(x_0, x_1, t)
     proprio, depth = normalizer.proprio(batch.proprio), batch.extras["depth"]
     velocity_pred = policy(x_t, t, images, proprio, depth, dropped, is_pad)
     count = None if count is None else count * flow_samples
-    loss = losses.masked_l1(velocity_pred, velocity, ~is_pad, count)
+    loss = losses.masked_l1(velocity_pred, velocity, ~is_pad & flow.to_predict(t), count)
     return loss, {"loss/velocity": loss}
 
 
@@ -199,6 +201,7 @@ def sample_actions(
     generator: flow.Generators = None,
     x_0: Tensor | None = None,
     depth: Tensor | None = None,
+    prefix: flow.Prefix | None = None,
 ) -> Tensor:
     """Sample one normalized action chunk per observation.
 
@@ -209,6 +212,7 @@ def sample_actions(
         generator: source of the noise, on the device of the images, or one for each of them.
         x_0: the noise itself, (B, T, A).
         depth: features of the images, (B, C, L, D_f), if they are known already.
+        prefix: actions with which the chunks begin.
 
     Returns:
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
@@ -219,9 +223,11 @@ def sample_actions(
     shape = (len(images), config.horizon, decoder.action_in.in_features)
     if x_0 is None:
         x_0 = flow.noise(shape, images.device, generator)
-    return flow.integrate(
-        lambda x, t: decoder(x, t, context).float(), x_0, steps or config.sample_steps, config.sample_method
-    )
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return decoder(x, t, context).float()
+
+    return flow.integrate(velocity, x_0, steps or config.sample_steps, config.sample_method, prefix)
 
 
 @torch.no_grad()
@@ -263,7 +269,7 @@ def draw_depth(policy: Policy, dataset: ChunkDataset, path: Path, num: int = 6) 
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization)
+    data = run.load_data(config.horizon, config.normalization, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     if config.depth.depth_cache == "on":
         run.load_weights(policy)  # features follow from them

@@ -71,6 +71,7 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
     run: Flat[RunConfig] = field(default_factory=RunConfig)
     rollout: Flat[RolloutConfig] = field(default_factory=RolloutConfig)
+    delay: Flat[flow.DelayConfig] = field(default_factory=flow.DelayConfig)
 
     horizon: PositiveInt = 16
     """Actions predicted per chunk, in control steps."""
@@ -210,13 +211,14 @@ class MoEActionDecoder(nn.Module):
         mask = None if is_pad is None or self.causal else ~is_pad
         flow_samples = len(x_t) // len(context.summary)
         x = self.action_in(x_t) + self.position + context.summary.repeat_interleave(flow_samples, dim=0)
-        condition, keys_values = self.time(t) + self.latent_in(z), iter(context.keys_values)
+        condition, given = self.time.condition(t, self.latent_in(z))
+        keys_values = iter(context.keys_values)
         for block in self.shared:
-            x = block(x, condition, next(keys_values), mask, self.causal)
+            x = block(x, condition, next(keys_values), mask, self.causal, given)
         num_experts = len(self.velocity_out.weight)  # one, where `take_expert` has chosen it
-        x, condition = x.expand(num_experts, -1, -1, -1), condition.expand(num_experts, -1, -1)
+        x, condition = (part.expand(num_experts, *part.shape) for part in (x, condition))
         for block in self.experts:
-            x = block(x, condition, next(keys_values), mask, self.causal)
+            x = block(x, condition, next(keys_values), mask, self.causal, given)
         return self.velocity_out(self.norm(x))
 
 
@@ -319,11 +321,12 @@ def compute_loss(
     proprio = normalizer.proprio(batch.proprio)
     chunks = normalizer.actions(batch.actions, batch.proprio)  # (B, T, A)
     x_1 = chunks.repeat_interleave(flow_samples, dim=0)  # (B * M, T, A)
-    is_pad = batch.is_pad.repeat_interleave(flow_samples, dim=0)  # (B * M, T)
     if x_0 is None:
         x_0 = torch.randn_like(x_1)
         t = flow.sample_time(len(x_1), x_1.device, config.time_distribution, config.time_beta)  # (B * M,)
+        t = flow.random_prefix(t, config.horizon, config.delay)  # or (B * M, T)
     x_t, velocity = flow.linear_path(x_0, x_1, t)
+    real = ~batch.is_pad.repeat_interleave(flow_samples, dim=0) & flow.to_predict(t)  # (B * M, T)
     # One draw more for each observation, for the one-step prediction.
     start, x_t, t = flow.prepend_start(x_0, x_t, t, flow_samples)  # (B, T, A), (B * (1 + M), ...)
 
@@ -334,7 +337,7 @@ def compute_loss(
 
     count = None if count is None else count * flow_samples
     velocity_loss = losses.expert_mse(
-        velocity_pred[:, :, 1:].flatten(1, 2), velocity, ~is_pad, gates[:, 1:].flatten(0, 1), count
+        velocity_pred[:, :, 1:].flatten(1, 2), velocity, real, gates[:, 1:].flatten(0, 1), count
     )
     one_step = start + torch.einsum("be,ebta->bta", gates[:, 0], velocity_pred[:, :, 0].float())  # (B, T, A)
     transport = losses.chunk_transport(one_step, chunks, proprio[:, -1], batch.is_pad, config.transport_blur)
@@ -390,6 +393,7 @@ def sample_actions(
     generator: flow.Generators = None,
     x_0: Tensor | None = None,
     noise: Tensor | None = None,
+    prefix: flow.Prefix | None = None,
 ) -> Tensor:
     """Sample one normalized action chunk per observation.
 
@@ -400,6 +404,7 @@ def sample_actions(
         generator: source of the noise, on the device of the images, or one for each of them.
         x_0: the noise itself, (B, T, A).
         noise: that of the latent, (B, latent_dim).
+        prefix: actions with which the chunks begin.
 
     Returns:
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
@@ -411,7 +416,7 @@ def sample_actions(
     if noise is None:
         noise = flow.noise((len(images), config.latent_dim), images.device, generator)
     z = policy.latent.draw(policy.prior(observation), noise)
-    return integrate(policy, observation, z, x_0, config, steps)
+    return integrate(policy, observation, z, x_0, config, steps, prefix=prefix)
 
 
 def integrate(
@@ -422,6 +427,7 @@ def integrate(
     config: Config,
     steps: int | None = None,
     experts: Tensor | None = None,
+    prefix: flow.Prefix | None = None,
 ) -> Tensor:
     """Chunks (B, T, A) from noise x_0 (B, T, A) and latents z (B, latent_dim), each by its expert.
 
@@ -437,7 +443,8 @@ def integrate(
         def velocity(x: Tensor, t: Tensor, decoder=decoder, context=context, z=z[rows]) -> Tensor:
             return decoder(x, t, context, None, z)[0].float()
 
-        chunks[rows] = flow.integrate(velocity, x_0[rows], steps or config.sample_steps, config.sample_method)
+        options = steps or config.sample_steps, config.sample_method, prefix and prefix.of(rows)
+        chunks[rows] = flow.integrate(velocity, x_0[rows], *options)
     return chunks
 
 
@@ -506,7 +513,7 @@ def report_idle_experts(step: int, logged: dict[str, float], num_experts: int) -
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization)
+    data = run.load_data(config.horizon, config.normalization, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
 

@@ -86,7 +86,7 @@ def main(config: Config) -> None:
     if ablations:
         text += "\n\n" + ablation_table(results, ablations, config.seeds[0])
     print(text)
-    insert(config.out / "methods.md", text, "![success, collisions, modes](methods.png)")
+    insert(config.out / "methods.md", text + "\n\n![success, collisions, modes](methods.png)")
     draw(results, config.out / "methods.png")
     print(f"{config.out / 'methods.md'}\n{config.out / 'methods.png'}")
 
@@ -111,8 +111,8 @@ def label(method: str) -> str:
     return f"`{script_of(method)}`" + (f", {name}" if name else "")
 
 
-def run(method: str, seed: int, runs: Path, threads: int) -> None:
-    """Train and evaluate one run, as far as that has not been done."""
+def train(method: str, seed: int, runs: Path, threads: int) -> Path:
+    """Train one run, as far as that has not been done; its folder."""
     folder, config = folder_of(runs, method, seed), config_file(method)
     wanted = json.loads(config.read_text())["config"]
     steps = wanted["optim"]["steps"]
@@ -121,6 +121,12 @@ def run(method: str, seed: int, runs: Path, threads: int) -> None:
     if not (folder / "checkpoints" / f"step_{steps:07d}").is_dir():
         flags = ["--config", config, "--run-dir", folder, "--seed", seed, "--resume", "auto"]
         call([script_of(method), *flags], threads, folder)
+    return folder
+
+
+def run(method: str, seed: int, runs: Path, threads: int) -> None:
+    """Train and evaluate one run, as far as that has not been done."""
+    folder = train(method, seed, runs, threads)
     results = folder / "evaluation" / "results.json"
     found = json.loads(results.read_text()) if results.is_file() else {"checkpoint": None, "closed_loop": {}}
     if found["checkpoint"] != find(folder).name or not set(STEPS) <= set(found["closed_loop"]):
@@ -288,12 +294,12 @@ def ablation_table(results: dict[str, list[dict]], ablations: dict[str, list[dic
     return "\n".join(lines)
 
 
-def insert(path: Path, text: str, picture: str) -> None:
+def insert(path: Path, text: str) -> None:
     """Put the measured part between its marks, leaving what people wrote around it."""
     old = path.read_text() if path.exists() else f"{BEGIN}\n{END}\n"
     before, _, rest = old.partition(BEGIN)
     after = rest.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{picture}\n\n{END}{after}")
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 def draw(results: dict[str, list[dict]], path: Path) -> None:

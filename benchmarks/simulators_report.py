@@ -27,7 +27,7 @@ def write_report(results: dict, plan: Sequence, folder: Path) -> None:
         found.setdefault(job.task, {}).setdefault(job.method, []).append(results["runs"][job.name])
     text = f"{len(done)} of {len(plan)} runs of the plan are made.\n\n" + success_table(found)
     text += "\n\n" + comparisons(found)
-    insert(folder / "benchmarks.md", text, "![success with 95 % intervals](benchmarks.png)")
+    insert(folder / "benchmarks.md", text + "\n\n![success with 95 % intervals](benchmarks.png)")
     if found:
         draw(found, folder / "benchmarks.png")
     print(text)

@@ -54,6 +54,7 @@ class PolicySpec:
         fps: control steps per second.
         proprio_history: K, states in an observation.
         action_offset: control steps from an observation to the first action of its chunk.
+        max_delay: most actions with which a chunk can be told to begin, see `common/flow.py`.
         state_rotations, action_rotations: rotations that were re-expressed, see `common/data/rotation.py`.
         backbone_config: architecture of a Hugging Face backbone, so that loading needs no hub.
     """
@@ -67,6 +68,7 @@ class PolicySpec:
     task: str | None = None
     proprio_history: int = 1
     action_offset: int = 0
+    max_delay: int = 0
     state_rotations: Rotations | None = None
     action_rotations: Rotations | None = None
     backbone_config: dict | None = None

@@ -1,15 +1,35 @@
-"""Flow matching: times t from 0 (noise x_0) to 1 (data x_1), the path between, guidance, integration."""
+"""Flow matching: times t from 0 (noise x_0) to 1 (data x_1), the path between, guidance, integration.
+
+A chunk can begin with a *prefix*: actions that are given, because the robot executes them while the others
+are computed (training-time real-time chunking, Black et al. 2025, arXiv 2512.05964). Flow time is then one
+for each action, (B, T): 1 for those that are given, and the sample's t for those to predict.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor
+
+from common.config import Share, options
 
 TimeDistribution = Literal["beta", "uniform", "logit-normal"]
 Integrator = Literal["euler", "midpoint", "heun"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """Source of noise: one for a whole batch, or one for each of its samples."""
+
+
+@options
+class DelayConfig:
+    """Chunks that continue what the robot does while they are computed."""
+
+    max_delay: NonNegativeInt = 0
+    """Most control steps that a robot may take between an observation and its chunk: the actions of these
+    steps are given then, and the chunk continues them. In training, 0 to so many are; 0 trains none of it."""
+    prefix_share: Share = 0.5
+    """Share of the training draws that are given so many; the others have no prefix, because a network that
+    learns little else than to continue a motion learns late to look at the images."""
 
 
 def noise(shape: Sequence[int], device: torch.device | str, generator: Generators = None) -> Tensor:
@@ -52,12 +72,65 @@ def linear_path(x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         x_0, x_1: standard normal noise and normalized actions, (B, T, A).
-        t: (B,), in [0, 1].
+        t: (B,), or one for each action, (B, T), in [0, 1].
     """
-    if t.shape != x_1.shape[:1]:
-        raise ValueError(f"t must be one value per sample, {tuple(x_1.shape[:1])}, got {tuple(t.shape)}")
-    t = t.view(-1, *[1] * (x_1.ndim - 1))
+    if t.shape not in (x_1.shape[:1], x_1.shape[:2]):
+        raise ValueError(
+            f"t must be one value per sample, {tuple(x_1.shape[:1])}, or per action, got {tuple(t.shape)}"
+        )
+    t = t.view(*t.shape, *[1] * (x_1.ndim - t.ndim))
     return (1 - t) * x_0 + t * x_1, x_1 - x_0
+
+
+def random_prefix(t: Tensor, horizon: int, config: DelayConfig) -> Tensor:
+    """Flow times (B, T) of chunks whose first actions are given: 0 to `max_delay`, each number as probable.
+
+    A share of the chunks has none, unlike in the paper, whose policies are trained already: see
+    `docs/chunks.md`. Without `max_delay` nothing is drawn, and t (B,) comes back as it is.
+    """
+    if config.max_delay == 0:
+        return t
+    delay = torch.randint(config.max_delay + 1, (len(t), 1), device=t.device)
+    delay = delay * (torch.rand(len(t), 1, device=t.device) < config.prefix_share)
+    return torch.where(torch.arange(horizon, device=t.device) < delay, 1.0, t.unsqueeze(1))
+
+
+def to_predict(t: Tensor) -> Tensor:
+    """Which actions are not given, by flow times (B,) or (B, T): (B, T) bool, or (B, 1) where all are alike.
+
+    Only these have a loss: the velocity of a given action means nothing.
+    """
+    return t < 1 if t.ndim == 2 else torch.ones_like(t, dtype=torch.bool).unsqueeze(1)
+
+
+def share_to_predict(horizon: int, config: DelayConfig) -> Tensor:
+    """How often `random_prefix` leaves each action of a chunk to predict, (T,) float32, in (0, 1]."""
+    given = (1 - torch.arange(1, horizon + 1) / (config.max_delay + 1)).clamp(min=0)
+    return 1 - config.prefix_share * given
+
+
+def levels(t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The flow times that a sample has, for a network that embeds them.
+
+    Of t (B,), t itself and None. Of t (B, T), (B, 2): that of the actions to predict, then 1; and which
+    actions are given, (B, T) bool.
+    """
+    if t.ndim == 1:
+        return t, None
+    return torch.stack([t.amin(dim=1), torch.ones_like(t[:, 0])], dim=1), ~to_predict(t)
+
+
+class Prefix(NamedTuple):
+    """Actions that are given to B chunks: as many as each needs."""
+
+    actions: Tensor
+    """(B, T, A), normalized; anything where they are not given."""
+    given: Tensor
+    """(B, T) bool."""
+
+    def of(self, rows: Tensor) -> "Prefix":
+        """That of some of the chunks."""
+        return Prefix(self.actions[rows], self.given[rows])
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -66,14 +139,26 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def integrate(
-    velocity: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, steps: int, method: Integrator = "euler"
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x_0: Tensor,
+    steps: int,
+    method: Integrator = "euler",
+    prefix: Prefix | None = None,
 ) -> Tensor:
     """Carry noise (B, ...) to data: solve dx/dt = velocity(x, t), t (B,), from 0 to 1 in equal steps.
 
-    Euler evaluates the velocity once a step (error O(h)); midpoint and Heun twice (O(h^2)).
+    Euler evaluates the velocity once a step (error O(h)); midpoint and Heun twice (O(h^2)). The actions of a
+    prefix stay as they are, to the bit; the velocity is then asked for with the time of each action, (B, T).
     """
     if steps < 1:
         raise ValueError(f"integration needs at least 1 step, got {steps}")
+    if prefix is not None:
+        given, free = prefix.given, velocity
+        x_0 = torch.where(given.unsqueeze(-1), prefix.actions, x_0)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return free(x, torch.where(given, 1.0, t.unsqueeze(1))).masked_fill(given.unsqueeze(-1), 0.0)
+
     x, h = x_0, 1 / steps
     for i in range(steps):
         t = torch.full((len(x),), i * h, device=x.device)
@@ -91,11 +176,13 @@ def integrate(
 def prepend_start(x_0: Tensor, x_t: Tensor, t: Tensor, flow_samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """Give each observation one draw more, before its M others: the first one's noise, at t = 0.
 
-    The velocity there, added to that noise, is the chunk that a single integration step makes. From noise and
-    points (B * M, T, A) and times (B * M,) to the noise of the new draws (B, T, A), and points
-    (B * (1 + M), T, A) and times (B * (1 + M),) of all.
+    The velocity there, added to that noise, is the chunk that a single integration step makes: a whole one,
+    also where others have a prefix. From noise and points (B * M, T, A) and times (B * M,) to the noise of
+    the new draws (B, T, A), and points (B * (1 + M), T, A) and times (B * (1 + M),) of all; times of each
+    action, (B * M, T), become (B * (1 + M), T).
     """
     start = x_0.unflatten(0, (-1, flow_samples))[:, :1]
     x_t = torch.cat([start, x_t.unflatten(0, (-1, flow_samples))], dim=1).flatten(0, 1)
-    t = torch.nn.functional.pad(t.unflatten(0, (-1, flow_samples)), (1, 0)).flatten()
+    t = t.unflatten(0, (-1, flow_samples))
+    t = torch.cat([torch.zeros_like(t[:, :1]), t], dim=1).flatten(0, 1)
     return start[:, 0], x_t, t

@@ -8,11 +8,13 @@ import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common import flow
 from common.checkpoint import PolicySpec, find, load_components, read_settings, refuse_damaged
 from common.config import from_dict
 from common.data.frames import resize_rgb
@@ -20,6 +22,9 @@ from common.errors import UserError
 from common.normalize import Normalizer, scale_offset
 
 ROOT = Path(__file__).resolve().parents[1]
+ENSEMBLE = 0.01  # decay of the weights in temporal ensembling, as in ACT
+Join = Literal["blocking", "naive", "ensemble", "prefix"]
+"""What the robot does while a chunk is computed, and how the chunk joins: see `Controller`."""
 FAR = 3.0  # standard deviations outside the recorded range: a state that the policy knows nothing about
 
 
@@ -97,7 +102,13 @@ class RobotPolicy:
             self._generator.manual_seed(self._seed + self._episode)
         self._controller: Controller | None = None
 
-    def act(self, observation: Mapping, sample_steps: int | None = None, clip: bool = False) -> np.ndarray:
+    def act(
+        self,
+        observation: Mapping,
+        sample_steps: int | None = None,
+        clip: bool = False,
+        prefix: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Sample one chunk of actions for what the robot sees and feels now.
 
         Args:
@@ -106,17 +117,21 @@ class RobotPolicy:
                 that sees K states needs (K, P), the present one last.
             sample_steps: integration steps, instead of the configured number.
             clip: keep every action within the range recorded in training.
+            prefix: (d, A) in recorded units, the actions with which the chunk begins, because the robot
+                executes them while it is computed; at most `spec.max_delay`. Where the robot has no more to
+                execute, give its last action again.
 
         Returns:
-            (T, A) float32 in recorded units; row i is for i / fps seconds from now, or, of a policy with an
-            action offset, that many steps later.
+            (T, A) float32 in recorded units, the prefix first; row i is for i / fps seconds from now, or, of
+            a policy with an action offset, that many steps later.
 
         Raises:
-            ValueError: for a missing or unknown camera, a wrong shape or dtype, a state that is not finite.
+            ValueError: for a missing or unknown camera, a wrong shape or dtype, a state or prefix that is not
+                finite, a prefix longer than any in training.
 
         Warns of a state more than three standard deviations outside the recorded range, once an episode.
         """
-        return self.act_batch([observation], sample_steps, clip)[0]
+        return self.act_batch([observation], sample_steps, clip, prefixes=[prefix])[0]
 
     def act_batch(
         self,
@@ -124,20 +139,57 @@ class RobotPolicy:
         sample_steps: int | None = None,
         clip: bool = False,
         generators: Sequence[torch.Generator] | None = None,
+        prefixes: Sequence[np.ndarray | None] | None = None,
     ) -> np.ndarray:
         """A chunk for each of several observations, in one forward pass; see `act`.
 
         Args:
             generators: source of the noise of each observation; by default all share the policy's own.
+            prefixes: of each observation, of whatever lengths.
 
         Returns:
             (B, T, A) float32.
         """
         images = torch.stack([self._images(observation["images"]) for observation in observations])
         states = np.stack([self._state(observation["state"]) for observation in observations])
+        given = [self._given(prefix) for prefix in prefixes or [None] * len(observations)]
         self._warn_of_far_states(states[:, -1])
-        chunks = self.sample(images, torch.from_numpy(states), sample_steps, clip, generators).cpu().numpy()
-        return self.spec.action_rotations.decode(chunks) if self.spec.action_rotations else chunks
+        options = (sample_steps, clip, generators, self._prefix(given))
+        chunks = self.sample(images, torch.from_numpy(states), *options).cpu().numpy()
+        rotations = self.spec.action_rotations
+        chunks = rotations.decode(chunks) if rotations else chunks
+        for chunk, actions in zip(chunks, given, strict=True):
+            if rotations:
+                rotations.keep_signs(chunk, actions)
+            chunk[: len(actions)] = actions
+        return chunks
+
+    def _given(self, prefix) -> np.ndarray:
+        """A prefix as `act` takes it -> (d, A) float32."""
+        most = self.spec.max_delay
+        prefix = np.asarray(np.empty((0, self.action_dim)) if prefix is None else prefix, np.float32)
+        if prefix.ndim != 2 or prefix.shape[1] != self.action_dim:
+            raise ValueError(f"a prefix must have shape (d, {self.action_dim}), got {prefix.shape}")
+        if len(prefix) > most:
+            trained = f"at most {most} (--max-delay)" if most else "none (train it with --max-delay)"
+            raise ValueError(
+                f"the prefix has {len(prefix)} actions, and the policy was trained with {trained}"
+            )
+        if not np.isfinite(prefix).all():
+            raise ValueError("the prefix holds NaN or infinity: give the actions that the robot executes")
+        return prefix
+
+    def _prefix(self, given: Sequence[np.ndarray]) -> flow.Prefix | None:
+        """Prefixes (d, A) of several observations, as `sample` takes them; None if there is no action."""
+        if not any(map(len, given)):
+            return None
+        rotations = self.spec.action_rotations
+        actions = torch.zeros(len(given), self.horizon, self.spec.action_dim)
+        for row, recorded in zip(actions, given, strict=True):
+            if len(recorded):
+                row[: len(recorded)] = torch.from_numpy(rotations.encode(recorded) if rotations else recorded)
+        lengths = torch.tensor([[len(recorded)] for recorded in given])
+        return flow.Prefix(actions, torch.arange(self.horizon) < lengths)
 
     def _state(self, given) -> np.ndarray:
         """A state as `act` takes it -> (K, P) as the policy was trained."""
@@ -168,6 +220,12 @@ class RobotPolicy:
         rotations = self.spec.state_rotations
         return len(rotations.recorded) if rotations else self.spec.state_dim
 
+    @property
+    def action_dim(self) -> int:
+        """A, as the robot takes it."""
+        rotations = self.spec.action_rotations
+        return len(rotations.recorded) if rotations else self.spec.action_dim
+
     def sample(
         self,
         images: Tensor,
@@ -175,6 +233,7 @@ class RobotPolicy:
         sample_steps: int | None = None,
         clip: bool = False,
         generators: Sequence[torch.Generator] | None = None,
+        prefix: flow.Prefix | None = None,
     ) -> Tensor:
         """A chunk for each of B observations as an episode store gives them: (B, T, A) in recorded units.
 
@@ -182,11 +241,18 @@ class RobotPolicy:
             images: (B, N, 3, H, W) uint8, in the order of `spec.cameras`, already of `spec.image_size`.
             proprio: (B, K, P) in recorded units; rotations re-expressed, if the policy was trained so.
             generators: see `act_batch`.
+            prefix: actions with which the chunks begin, in the same units as they come back. Normalizing
+                makes them relative to the present state, whatever state they were sampled at.
         """
         images, proprio = images.to(self.device), proprio.to(self.device)
-        seen = self.normalizer.proprio(proprio)
+        seen, more = self.normalizer.proprio(proprio), {}
         noise = generators or self._generator
-        actions = self.script.sample_actions(self.model, images, seen, self.config, sample_steps, noise)
+        if prefix is not None:
+            prefix = flow.Prefix(*(part.to(self.device) for part in prefix))
+            more["prefix"] = prefix._replace(actions=self.normalizer.actions(prefix.actions, proprio))
+        actions = self.script.sample_actions(
+            self.model, images, seen, self.config, sample_steps, noise, **more
+        )
         actions = self.normalizer.unnormalize_actions(actions, proprio)
         return torch.clamp(actions, *self.normalizer.action_range) if clip else actions
 
@@ -234,16 +300,41 @@ class RobotPolicy:
         return torch.from_numpy(frame.transpose(2, 0, 1).copy())
 
 
+class _Chunk(NamedTuple):
+    number: int
+    sampled: int
+    """Step of its observation."""
+    arrives: int
+    """Step from which on it can be executed."""
+    actions: np.ndarray
+    """(E, T, A)."""
+
+
 class Controller:
     """Executes chunks in E episodes that advance together: samples new ones when they are due.
 
+    With a `delay`, a chunk arrives that many control steps after its observation. An episode begins when its
+    first chunk has arrived; how the others join is up to `join`:
+
+    - blocking: the robot repeats its last action until the chunk arrives.
+    - naive: it executes the chunk before, and drops the new one's actions for the steps that have passed.
+    - prefix: so it does, but the new chunk is sampled as the continuation of what is executed meanwhile.
+    - ensemble: chunks are sampled one right after the other, and all predictions for now are averaged, with
+      weight exp(-ensemble * age), oldest first at age 0 (temporal ensembling, Zhao et al. 2023). Chunks that
+      took different modes are averaged, too: where that is harmful, execute chunks instead.
+
     Args:
         seeds: of each episode, for its noise; a number of episodes instead shares the policy's own noise.
-        execute_steps: actions of a chunk to execute before the next is sampled (default: half of it).
-        ensemble: instead, sample a chunk at every step and average all predictions for now, with weight
-            exp(-ensemble * age), oldest first at age 0 (temporal ensembling, Zhao et al. 2023). Chunks that
-            took different modes are averaged, too: where that is harmful, execute chunks instead.
+        execute_steps: actions of a chunk to execute before the next is sampled. Default: so many that half of
+            it will have been executed when the next arrives, but no fewer than the delay.
+        ensemble: join by ensembling, with this decay.
         sample_steps, clip: see `RobotPolicy.act`.
+
+    Attributes:
+        source: number of the (newest) chunk that the last actions came from; None if the robot waited.
+
+    Raises:
+        UserError: if chunks are too short for the delay, or the policy was not trained for such a prefix.
     """
 
     def __init__(
@@ -254,14 +345,26 @@ class Controller:
         ensemble: float | None = None,
         sample_steps: int | None = None,
         clip: bool = False,
+        delay: int = 0,
+        join: Join = "naive",
     ):
-        self.policy, self.generators = policy, None
+        self.policy, self.generators, self.delay, self.join = policy, None, delay, join
         self.num = seeds if isinstance(seeds, int) else len(seeds)
         if not isinstance(seeds, int):
             self.generators = [torch.Generator(policy.device).manual_seed(seed) for seed in seeds]
         self.step = 0
         self.states: list[np.ndarray] = []  # the last K, each (E, P)
-        self.chunks: list[tuple[int, np.ndarray]] = []  # (step of its first action, (E, T, A))
+        self.chunks: list[_Chunk] = []
+        self.wait = 0  # steps for which the robot repeats its last action
+        self.source: int | None = None
+        needed, most = delay - policy.spec.action_offset, policy.spec.max_delay
+        if join == "prefix" and needed > most:
+            raise UserError(
+                f"A delay of {delay} steps needs a prefix of {needed} actions, and the policy was trained "
+                f"with {most} at most: train it with --max-delay {needed}, or choose another --join."
+            )
+        if join == "ensemble" and ensemble is None:
+            ensemble = ENSEMBLE
         self.configure(execute_steps, ensemble, sample_steps, clip)
 
     def configure(
@@ -269,20 +372,27 @@ class Controller:
     ) -> None:
         """Change how to act, from now on; raises ValueError if a chunk has not so many actions to execute."""
         horizon, offset = self.policy.horizon, self.policy.spec.action_offset
+        overlap = 0 if self.join == "blocking" else self.delay  # the chunk before is executed for so long
+        least, most = max(overlap, 1), horizon - max(offset, overlap)
+        if most < least:
+            raise UserError(
+                f"Chunks of {horizon} actions are too short for a delay of {self.delay} steps: choose a "
+                f"smaller --delay, --join blocking, or train with a larger --horizon."
+            )
         if execute_steps is None:
-            execute_steps = max(min(horizon // 2, horizon - offset), 1)
-        if not 1 <= execute_steps <= horizon - offset:
-            raise ValueError(f"execute_steps must lie in 1..{horizon - offset}, got {execute_steps}")
+            execute_steps = max(min(horizon // 2 - overlap, most), least)
+        if not least <= execute_steps <= most:
+            raise ValueError(f"execute_steps must lie in {least}..{most}, got {execute_steps}")
         self.execute_steps, self.ensemble = execute_steps, ensemble
         self.sample_steps, self.clip = sample_steps, clip
 
     @property
     def due(self) -> bool:
         """Whether the next step samples chunks, and so needs pictures."""
-        if not self.chunks or self.ensemble is not None:
-            return True
-        sampled = self.chunks[-1][0] - self.policy.spec.action_offset  # the step at which it was
-        return self.step - sampled >= self.execute_steps
+        if self.wait or not self.chunks:
+            return not self.wait
+        every = self.execute_steps if self.ensemble is None else max(self.delay, 1)
+        return self.step - self.chunks[-1].sampled >= every
 
     def next_actions(
         self,
@@ -300,27 +410,51 @@ class Controller:
         Returns:
             (R, A) float32 in recorded units.
         """
-        history, offset = self.policy.spec.proprio_history, self.policy.spec.action_offset
         present = np.zeros((self.num, states.shape[1]), np.float32)
         present[which] = states
         # At an episode's start there was nothing before: it repeats its first state.
+        history = self.policy.spec.proprio_history
         self.states = [*(self.states or [present] * history), present][-history:]
         if self.due:
-            seen = np.stack(self.states, axis=1)[which]
-            observations = [
-                {"images": images, "state": state} for images, state in zip(look(which), seen, strict=True)
-            ]
-            generators = self.generators and [self.generators[e] for e in which]
-            sampled = self.policy.act_batch(observations, self.sample_steps, self.clip, generators)
-            chunks = np.zeros((self.num, *sampled.shape[1:]), np.float32)
-            chunks[which] = sampled
-            self.chunks.append((self.step + offset, chunks))
-        self.chunks = [(s, chunk) for s, chunk in self.chunks if self.step - s < self.policy.horizon]
-        due = [chunk[which, self.step - start] for start, chunk in self.chunks if self.step >= start]
-        due = due or [self.chunks[0][1][which, 0]]
+            self.wait = self.delay if self.chunks and self.join == "blocking" else 0
+            self._sample(which, look)
+        if self.wait:
+            self.wait, self.source = self.wait - 1, None
+            return self.last[which]
+        offset = self.policy.spec.action_offset
+        ages = [self.step - chunk.sampled - offset for chunk in self.chunks]  # rows that are for now
+        self.chunks = [c for c, age in zip(self.chunks, ages, strict=True) if age < self.policy.horizon]
+        here = [c for c in self.chunks if c.arrives <= self.step and c.sampled + offset <= self.step]
+        self.source = here[-1].number if here else None
+        due = [chunk.actions[which, self.step - chunk.sampled - offset] for chunk in here]
+        due = due or [self.chunks[0].actions[which, 0]]
         actions = due[-1]
         if self.ensemble is not None:
             weights = np.exp(-self.ensemble * np.arange(len(due)))
             actions = np.einsum("i,ira->ra", weights / weights.sum(), np.stack(due))
         self.step += 1
-        return actions.astype(np.float32)
+        actions = actions.astype(np.float32)
+        self.last = np.zeros((self.num, actions.shape[1]), np.float32)
+        self.last[which] = actions
+        return actions
+
+    def _sample(self, which: np.ndarray, look: Callable[[np.ndarray], Sequence[Mapping]]) -> None:
+        """Sample a chunk for each of the episodes."""
+        seen = np.stack(self.states, axis=1)[which]
+        observations = [
+            {"images": images, "state": state} for images, state in zip(look(which), seen, strict=True)
+        ]
+        generators = self.generators and [self.generators[e] for e in which]
+        more = {"prefixes": self._prefixes(which)} if self.chunks and self.join == "prefix" else {}
+        sampled = self.policy.act_batch(observations, self.sample_steps, self.clip, generators, **more)
+        actions = np.zeros((self.num, *sampled.shape[1:]), np.float32)
+        actions[which] = sampled
+        number = self.chunks[-1].number + 1 if self.chunks else 0
+        late = self.delay if self.chunks and self.join != "blocking" else 0
+        self.chunks.append(_Chunk(number, self.step, self.step + late, actions))
+
+    def _prefixes(self, which: np.ndarray) -> list[np.ndarray]:
+        """What each episode will have executed of the next chunk's steps when it arrives, (d, A)."""
+        chunk, offset = self.chunks[-1], self.policy.spec.action_offset
+        age = self.step - chunk.sampled  # `configure` sees to it that the chunk has so many actions
+        return list(chunk.actions[which, age : age + max(self.delay - offset, 0)])

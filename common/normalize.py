@@ -14,11 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.console import say
-from common.data import ChunkDataset
-from common.data.motion import cautions, idle_dimensions, usual_spread, without_extremes
+from common.data import GRIPPER, ChunkDataset, EpisodeStore
+from common.data.motion import (
+    cautions,
+    differences_already,
+    idle_dimensions,
+    usual_spread,
+    without_extremes,
+)
+from common.data.rotation import TARGET_DIM
 from common.errors import UserError
 
 Normalization = Literal["mean-std", "min-max", "quantile"]
+POSE = 3 + TARGET_DIM  # numbers in a position and a re-expressed rotation
 STATISTICS = ("mean", "std", "min", "max", "q01", "q99")
 
 
@@ -56,6 +64,61 @@ def scale_offset(statistics: dict[str, Tensor], mode: Normalization) -> tuple[Te
     return torch.where(constant, 1.0, scale), offset
 
 
+def masked_dimensions(names: Sequence[str], mask: Sequence[str]) -> list[int]:
+    """Action dimensions whose names contain a part of `--relative-mask`; a UserError if one is in none."""
+    for part in mask:
+        if part != GRIPPER and not any(part.lower() in name.lower() for name in names):
+            raise UserError(
+                f"--relative-mask {part}: no dimension of the action is named so ({', '.join(names)})."
+            )
+    return [i for i, name in enumerate(names) if any(part.lower() in name.lower() for part in mask)]
+
+
+def shared_poses(store: EpisodeStore, pairs: np.ndarray) -> list[tuple[int, int]]:
+    """Where poses begin in action and state: position, then the first two columns of the rotation's matrix.
+
+    Args:
+        pairs: see `shared_dimensions`.
+
+    Raises:
+        UserError: if the action has no rotation, or one without a position, or the state not the same pose.
+    """
+    found = []
+    for start in store.action_rotations.encoded_starts():
+        pose = np.arange(start - 3, start + TARGET_DIM)
+        name = store.action_names[start].partition(":")[0]
+        if start < 3 or any(":r" in store.action_names[i] for i in pose[:3]):
+            raise UserError(
+                f"--relative-poses: {name} has no position in the three dimensions before it: order them "
+                f"with --action-keys."
+            )
+        if pairs[start - 3] < 0 or (pairs[pose] != pairs[start - 3] + np.arange(len(pose))).any():
+            raise UserError(
+                f"--relative-poses: the pose of {name} is not in the state, in the same order: choose it "
+                f"with --state-keys."
+            )
+        found.append((int(pose[0]), int(pairs[pose[0]])))
+    if not found:
+        raise UserError("--relative-poses: --rotation finds no rotation in the action: name it there.")
+    return found
+
+
+def in_frame(poses: Tensor, frame: Tensor, invert: bool = False) -> Tensor:
+    """Poses (B, T, 9) as seen from a frame (B, 9), itself a pose: T_frame^-1 T; inverted, T_frame T.
+
+    A pose is a position and the first two columns of a rotation matrix, so that all that is left of the
+    matrices' product is to turn three vectors. They need not be unit vectors, as a network predicts them.
+    """
+    position, first, second = frame.unflatten(-1, (3, 3)).unbind(-2)
+    columns = torch.stack([first, second, torch.linalg.cross(first, second)], dim=-1)  # (B, 3, 3)
+    vectors = poses.unflatten(-1, (3, 3))  # rows
+    origin = torch.zeros_like(vectors)
+    origin[..., 0, :] = position.unsqueeze(1)
+    if invert:
+        return (vectors @ columns.mT.unsqueeze(1) + origin).flatten(-2)
+    return ((vectors - origin) @ columns.unsqueeze(1)).flatten(-2)
+
+
 def shared_dimensions(state_names: Sequence[str], action_names: Sequence[str]) -> np.ndarray:
     """For each action dimension the state dimension that is the same thing, or -1: (A,) int64.
 
@@ -73,6 +136,22 @@ def shared_dimensions(state_names: Sequence[str], action_names: Sequence[str]) -
     )
 
 
+def relative_pose_chunks(dataset: ChunkDataset, start: int, of: int) -> np.ndarray:
+    """All real poses of chunks, as seen from the states at which the chunks begin: (S, 9) float32.
+
+    `start` and `of` are where the pose begins in action and state.
+    """
+    parts = []
+    for rows in np.array_split(
+        dataset.rows, max(len(dataset.rows) // 4096, 1)
+    ):  # whole, they can be gigabytes
+        chunks, is_pad = dataset.chunks(rows)
+        frame = torch.from_numpy(dataset.store.state[rows, of : of + POSE])
+        poses = in_frame(torch.from_numpy(chunks[..., start : start + POSE]), frame)
+        parts.append(poses.numpy()[~is_pad])
+    return np.concatenate(parts)
+
+
 class Normalizer(nn.Module):
     """Normalizes proprioception and actions, and inverts it for actions; always in float32.
 
@@ -81,6 +160,7 @@ class Normalizer(nn.Module):
         action_range: (2, A), lowest and highest recorded action.
         relative_to: normalize the difference from the present state, in `shared_dimensions`; None leaves
             actions as recorded.
+        poses: where poses begin in action and state that are normalized in the frame of the present one.
     """
 
     def __init__(
@@ -90,6 +170,7 @@ class Normalizer(nn.Module):
         action_range: Tensor,
         mode: Normalization = "mean-std",
         relative_to: Tensor | None = None,
+        poses: Sequence[tuple[int, int]] = (),
     ):
         super().__init__()
         self.statistics = {"state": state, "action": action}
@@ -99,6 +180,7 @@ class Normalizer(nn.Module):
             self.register_buffer(f"{name}_offset", offset)
         self.register_buffer("action_range", action_range)
         self.register_buffer("relative_to", relative_to)
+        self.poses = tuple(poses)
 
     @classmethod
     def fit(
@@ -107,13 +189,18 @@ class Normalizer(nn.Module):
         mode: Normalization = "mean-std",
         relative: bool = False,
         idle_floor: float = 0.1,
+        mask: Sequence[str] = (),
+        relative_poses: bool = False,
     ) -> Self:
         """Fit on the steps of a dataset, each counted once whatever the datasets' weights.
 
         A dimension that shows nothing but sensor noise would magnify it: an idle joint with a jitter of 1e-5
         that is 0.01 off on the robot would be 1000 deviations away. Its scale is at least `idle_floor` times
         the spread that is usual for the others, and a line says so; see `idle_dimensions`. Lines say, too,
-        what makes statistics useless.
+        what makes statistics useless, and what stays absolute.
+
+        Args:
+            relative, mask, relative_poses: see `DataConfig`.
 
         Raises:
             UserError: if the action never changes, so that there is nothing to learn.
@@ -124,10 +211,31 @@ class Normalizer(nn.Module):
             raise UserError(f"The action of {store.source} never changes: choose another with --action-keys.")
         statistics = {part: fit_statistics(values) for part, values in recorded.items()}
         spread = {part: without_extremes(values).std(0) for part, values in recorded.items()}
-        action, pairs = statistics["action"], None
+        action, pairs, poses = statistics["action"], None, []
         action_range = torch.stack([action["min"], action["max"]])
         if relative:
             pairs = shared_dimensions(store.state_names, store.action_names)
+            absolute = [i for i in masked_dimensions(store.action_names, mask) if pairs[i] >= 0]
+            pairs[absolute] = -1
+            if absolute:
+                kept = ", ".join(store.action_names[i] for i in absolute)
+                say(f"--relative-actions: {kept} stay absolute (--relative-mask)")
+            if twice := differences_already(store, pairs):
+                say(
+                    f"warning: the action seems to hold differences already, in "
+                    f"{', '.join(store.action_names[i] for i in twice)}: --relative-actions would take the "
+                    f"difference twice; leave the flag out"
+                )
+            poses = shared_poses(store, pairs) if relative_poses else []
+            for start, of in poses:
+                pairs[start : start + POSE] = -1
+                names = store.action_names[start : start + POSE]
+                say(f"--relative-poses: {', '.join(names[:3])} and {names[3].partition(':')[0]} are one pose")
+                found = relative_pose_chunks(dataset, start, of)
+                for i, values in enumerate(found.T[:, :, None]):
+                    for name, value in fit_statistics(values).items():
+                        action[name][start + i] = value[0]
+                    spread["action"][start + i] = without_extremes(values).std()
             for dim in np.flatnonzero(pairs >= 0):
                 # One dimension after the other: all chunks at once can be many gigabytes.
                 chunks, is_pad = dataset.chunks(rows, dim)
@@ -151,7 +259,7 @@ class Normalizer(nn.Module):
                 found = ", ".join(names[i] for i in np.flatnonzero(far))
                 way = "leave their episodes out, or give --normalization quantile"
                 say(f"{part}: a few extreme steps set the scale of {found}: {way}")
-        return cls(*statistics.values(), action_range, mode, pairs)
+        return cls(*statistics.values(), action_range, mode, pairs, poses)
 
     def proprio(self, proprio: Tensor) -> Tensor:
         """(..., P) in recorded units -> unitless float32."""
@@ -159,11 +267,21 @@ class Normalizer(nn.Module):
 
     def actions(self, actions: Tensor, proprio: Tensor) -> Tensor:
         """(B, T, A), and (B, K, P) with the present state last, in recorded units -> unitless float32."""
-        return (actions.float() - self._base(proprio) - self.action_offset) / self.action_scale
+        actions = self._in_frames(actions.float() - self._base(proprio), proprio)
+        return (actions - self.action_offset) / self.action_scale
 
     def unnormalize_actions(self, actions: Tensor, proprio: Tensor) -> Tensor:
         """The inverse of `actions`."""
-        return actions.float() * self.action_scale + self.action_offset + self._base(proprio)
+        actions = actions.float() * self.action_scale + self.action_offset + self._base(proprio)
+        return self._in_frames(actions, proprio, invert=True)
+
+    def _in_frames(self, actions: Tensor, proprio: Tensor, invert: bool = False) -> Tensor:
+        """Actions (B, T, A) with poses as seen from the present ones, or back; see `in_frame`."""
+        for start, of in self.poses:
+            frame = proprio[:, -1, of : of + POSE].float()
+            posed = in_frame(actions[..., start : start + POSE], frame, invert)
+            actions = torch.cat([actions[..., :start], posed, actions[..., start + POSE :]], dim=-1)
+        return actions
 
     def _base(self, proprio: Tensor) -> Tensor | float:
         """What actions are relative to, (B, 1, A)."""
@@ -178,6 +296,8 @@ class Normalizer(nn.Module):
         tensors["action_range"] = self.action_range
         if self.relative_to is not None:
             tensors["relative_to"] = self.relative_to
+        if self.poses:
+            tensors["poses"] = torch.tensor(self.poses)
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
     @classmethod
@@ -193,4 +313,5 @@ class Normalizer(nn.Module):
             raise UserError(
                 f"{path} holds no normalization statistics ({error}): use another checkpoint."
             ) from None
-        return cls(*parts, action_range, mode, tensors.get("relative_to"))
+        poses = tensors["poses"].tolist() if "poses" in tensors else ()
+        return cls(*parts, action_range, mode, tensors.get("relative_to"), [tuple(pose) for pose in poses])

@@ -19,10 +19,11 @@ from torch import nn
 
 from common.config import Flat, MayChange, options
 from common.console import say
+from common.data.rotation import Rotations
 from common.data.source import reason
 from common.envs import EnvConfig, Environment, make_environment
 from common.errors import EXIT_HUNG, UserError
-from common.inference import Controller, RobotPolicy
+from common.inference import Controller, Join, RobotPolicy
 
 if TYPE_CHECKING:
     from common.run import Data, Run
@@ -64,6 +65,8 @@ class Episode:
         film_fps: pictures a second of its film.
         steps: control steps until it was over.
         states: (steps + 1, P), recorded units.
+        actions: (steps, A), recorded units.
+        sources: (steps,), the chunk that each came from, see `Controller.source`.
         facts: what the environment says besides.
         frames: pictures for people, (H, W, 3) uint8, if they were asked for.
     """
@@ -73,6 +76,8 @@ class Episode:
     success: bool = False
     steps: int = 0
     states: list[np.ndarray] = field(default_factory=list)
+    actions: list[np.ndarray] = field(default_factory=list)
+    sources: list[int | None] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     frames: list[np.ndarray] = field(default_factory=list)
 
@@ -87,6 +92,8 @@ def roll_out(
     eyes: Eyes = "own",
     film: int = 0,
     progress: Callable[[int], None] = lambda finished: None,
+    delay: int = 0,
+    join: Join = "naive",
 ) -> list[Episode]:
     """Act in episodes of a seed, by number, as many at once as there are environments.
 
@@ -96,6 +103,8 @@ def roll_out(
         execute_steps: actions of a chunk that are executed before the next is sampled.
         film: keep the pictures of the episodes below this number.
         progress: called with the number of episodes that are over.
+        delay, join: control steps from an observation to its chunk, and how chunks join; see `Controller`.
+            Time is simulated: how long this machine takes does not matter.
 
     Raises:
         UserError: if an environment fails, gives a state that is not finite, or ends every episode at once.
@@ -107,6 +116,7 @@ def roll_out(
         say(
             f"warning: --env {environments[0].name} runs at {its:g} Hz, the policy was trained at {ours:g} Hz"
         )
+    acting = {"sample_steps": sample_steps, "execute_steps": execute_steps, "delay": delay, "join": join}
     groups, done = math.ceil(len(numbers) / len(environments)), []
     for together in np.array_split(np.asarray(numbers), groups):
         group = [Episode(int(number), its / _film_stride(environments[0])) for number in together]
@@ -114,7 +124,7 @@ def roll_out(
             raise ValueError(
                 "pictures of another episode need another one beside it: three environments, or all"
             )
-        _roll_out_together(policy, environments, group, seed, sample_steps, execute_steps, eyes, film)
+        _roll_out_together(policy, environments, group, seed, acting, eyes, film)
         done += group
         progress(len(done))
     if all(episode.steps <= 1 and not episode.success for episode in done):
@@ -158,14 +168,13 @@ def _roll_out_together(
     environments: Sequence[Environment],
     group: list[Episode],
     seed: int,
-    sample_steps: int | None,
-    execute_steps: int | None,
+    acting: dict[str, Any],
     eyes: Eyes,
     film: int,
 ) -> None:
     first = environments[0]
     seeds = [seed + episode.number for episode in group]
-    controller = Controller(policy, seeds, execute_steps, sample_steps=sample_steps)
+    controller = Controller(policy, seeds, **acting)
     for environment, episode in zip(environments, group, strict=False):
         with answering(first, f"the reset of episode {episode.number}"):
             environment.reset(seed, episode.number)
@@ -192,6 +201,8 @@ def _roll_out_together(
                 if episode.number < film and step % _film_stride(environment) == 0:
                     episode.frames.append(environment.picture())
             episode.states.append(_state(environment, episode))
+            episode.actions.append(actions[i])
+            episode.sources.append(controller.source)
             episode.steps = step + 1
         for e in running[over] if step + 1 < first.max_steps else running:
             group[e].success, group[e].facts = environments[e].success(), environments[e].facts()
@@ -290,3 +301,32 @@ def rates(episodes: Sequence[Episode]) -> dict[str, Any]:
             won = [episode.facts[name] for episode in wins if name in episode.facts]
             found[f"{name}s"] = {word: won.count(word) / max(len(won), 1) for word in sorted(set(values))}
     return found
+
+
+def velocity_changes(
+    episodes: Sequence[Episode], scale: np.ndarray, rotations: Rotations | None = None
+) -> dict[str, dict[str, float | None]]:
+    """How much the velocity of the actions changes from one control step to the next: mean, 99th percentile.
+
+    A change is a_{i+1} - 2 a_i + a_{i-1}, each dimension in its `scale` (A,), as root mean square over the
+    dimensions; `rotations` are re-expressed before. It is `inside` a chunk if all three actions come from
+    one, and otherwise at a `seam`: where chunks join, and where a robot that waits stops and starts. None
+    where there is no such step.
+    """
+    found: dict[str, list[np.ndarray]] = {"seam": [], "inside": []}
+    for episode in (episode for episode in episodes if episode.steps > 2):
+        actions = np.stack(episode.actions)
+        actions = (rotations.encode(actions) if rotations else actions) / scale
+        change = np.sqrt((np.diff(actions, n=2, axis=0) ** 2).mean(axis=1))
+        sources = np.array([np.nan if source is None else source for source in episode.sources])
+        three = np.stack([sources[:-2], sources[1:-1], sources[2:]])
+        inside, waiting = (three == three[0]).all(axis=0), np.isnan(three).all(axis=0)
+        found["inside"].append(change[inside])
+        found["seam"].append(change[~inside & ~waiting])
+    return {name: _mean_and_tail(np.concatenate(parts or [[]])) for name, parts in found.items()}
+
+
+def _mean_and_tail(values: np.ndarray) -> dict[str, float | None]:
+    if not len(values):
+        return {"mean": None, "p99": None}
+    return {"mean": float(values.mean()), "p99": float(np.quantile(values, 0.99))}

@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +36,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from common import checkpoint, optim
+from common import checkpoint, flow, optim
 from common.accelerator import make_accelerator
 from common.checkpoint import PolicySpec
 from common.config import to_dict
@@ -56,6 +57,7 @@ from common.tracking import Tracker
 from common.watch import PREPARING, HangWatch, StopRequests, meeting
 
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "lerobot", "safetensors", "numpy", "av")
+NO_DELAY = flow.DelayConfig()
 
 
 class Data(NamedTuple):
@@ -127,12 +129,23 @@ class Run:
 
     # What there is to learn from
 
-    def load_data(self, horizon: int, normalization: Normalization) -> Data:
-        """Open the dataset, hold episodes out, compute statistics; chunks have `horizon` actions.
+    def load_data(
+        self, horizon: int, normalization: Normalization, delay: flow.DelayConfig = NO_DELAY
+    ) -> Data:
+        """Open the dataset, hold episodes out, compute statistics.
+
+        Args:
+            horizon: actions in a chunk.
+            delay: how many of them are given.
 
         Raises:
             UserError: if a dataset cannot be used, or a resumed run was trained on other data.
         """
+        if delay.max_delay >= horizon:
+            raise UserError(
+                f"--max-delay {delay.max_delay} leaves nothing of a chunk of {horizon} actions to predict: "
+                f"choose at most {horizon - 1}, or raise --horizon."
+            )
         options, seed = self.config.data, self.config.run.seed
         store, backbone_config = open_dataset(options), None
         if self.resuming:
@@ -150,9 +163,18 @@ class Run:
         shape = (horizon, options.proprio_history, options.action_offset)
         train = ChunkDataset(store, train_episodes, *shape)
         val = ChunkDataset(store, held_out, *shape) if len(held_out) else None
-        relative, floor = options.relative_actions, options.idle_floor
-        normalizer = Normalizer.fit(train, normalization, relative, floor).to(self.device)
-        return Data(train, val, normalizer, PolicySpec.of(train, backbone_config))
+        if self.resuming:  # as they were, whatever this version would choose by default
+            path = (
+                checkpoint.newest_undamaged(folder, "policy/stats.safetensors") / "policy/stats.safetensors"
+            )
+            normalizer = Normalizer.load(path, normalization)
+        else:
+            relative = options.relative_actions, options.idle_floor, options.relative_mask
+            normalizer = Normalizer.fit(train, normalization, *relative, options.relative_poses)
+        normalizer = normalizer.to(self.device)
+        spec = replace(PolicySpec.of(train, backbone_config), max_delay=delay.max_delay)
+        self._to_predict = flow.share_to_predict(horizon, delay)
+        return Data(train, val, normalizer, spec)
 
     # Start
 
@@ -270,7 +292,8 @@ class Run:
     def micro_batches(self) -> Iterator[Batch]:
         """Start the next optimizer step; yields its `--grad-accumulation` batches, on the device.
 
-        Sets `real_actions`: the mean number of actions that exist, over these batches of all processes. A
+        Sets `real_actions`: the mean number of actions that exist, over these batches of all processes (where
+        prefixes are given, of those that are to be predicted, on average over the prefixes' lengths). A
         loss that divides by it gives, accumulated and averaged over processes, the gradient of the mean over
         all real actions, whatever share of padding each batch has.
         """
@@ -280,7 +303,7 @@ class Run:
         self._at("loading data")
         with self.tracker.waiting():  # all of them at once: the count is needed before the first loss
             batches = [next(self._batches) for _ in range(self.accelerator.gradient_accumulation_steps)]
-            count = sum((~batch.is_pad).sum() for batch in batches).float() / len(batches)
+            count = sum((~batch.is_pad * self._to_predict).sum() for batch in batches) / len(batches)
         self.real_actions = self.mean(count.to(self.device))
         for batch in batches:
             self._at("the forward pass")

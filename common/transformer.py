@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import flow
 from common.errors import UserError
 
 Linear = Callable[[int, int], nn.Module]
@@ -255,6 +256,17 @@ class TimeEmbedding(nn.Module):
         angles = t.float().unsqueeze(-1) * self.frequencies
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
 
+    def condition(self, t: Tensor, latent: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What modulates a `DecoderBlock`, and which actions are given, of flow times and a latent (B, D).
+
+        Of t (B,), a condition (B, D) and None; of t (B, T), (B, 2, D) and (B, T): see `flow.levels`.
+        """
+        times, given = flow.levels(t)
+        condition = self(times)
+        if latent is not None:
+            condition = condition + (latent if given is None else latent.unsqueeze(1))
+        return condition, given
+
 
 class DecoderBlock(nn.Module):
     """Self-attention, cross-attention to the observation, MLP; time modulates each (Peebles & Xie 2023).
@@ -272,14 +284,27 @@ class DecoderBlock(nn.Module):
         self.modulation = zeroed(linear(d_model, 9 * d_model))
 
     def forward(
-        self, x: Tensor, condition: Tensor, context: KeysValues, mask: Tensor | None, causal: bool
+        self,
+        x: Tensor,
+        condition: Tensor,
+        context: KeysValues,
+        mask: Tensor | None,
+        causal: bool,
+        given: Tensor | None = None,
     ) -> Tensor:
         """Refine action tokens x (B * M, T, D), M draws for each of the observations of the context.
 
-        The condition (B * M, D) embeds the flow time; `mask` (B * M, T) is False for padded actions. Of E
-        experts all but the mask have a leading dimension E.
+        The condition (B * M, D) embeds the flow time; `mask` (B * M, T) is False for padded actions. Where
+        some actions are `given` (B * M, T), the condition is (B * M, 2, D): of the others, and of these. Of E
+        experts all but `mask` and `given` have a leading dimension E.
         """
-        modulation = self.modulation(F.silu(condition)).unsqueeze(-2).chunk(9, dim=-1)
+        modulation = self.modulation(F.silu(condition))
+        if given is None:
+            modulation = modulation.unsqueeze(-2)
+        else:  # two times a sample, not T: this layer is wide
+            choice = torch.stack([~given, given], dim=-1).to(modulation.dtype)
+            modulation = choice @ modulation  # (..., T, 9 D)
+        modulation = modulation.chunk(9, dim=-1)
         shift, scale, gate = modulation[:3]
         h = self.norm(x) * (1 + scale) + shift
         x = x + gate * self.self_attention(h, mask=mask, causal=causal)
@@ -334,7 +359,7 @@ class ActionDecoder(nn.Module):
 
         Args:
             x_t: noisy actions, (B * M, T, A).
-            t: flow time, (B * M,).
+            t: flow time, (B * M,); or of each action, (B * M, T), where 1 says that it is given.
             is_pad: (B * M, T), True for actions past the episode's end.
             latent: (B * M, latent_dim); modulates the blocks as flow time does.
         """
@@ -342,9 +367,9 @@ class ActionDecoder(nn.Module):
         mask = None if is_pad is None or self.causal else ~is_pad
         flow_samples = len(x_t) // len(context.summary)
         x = self.action_in(x_t) + self.position + context.summary.repeat_interleave(flow_samples, dim=0)
-        condition = self.time(t) if latent is None else self.time(t) + self.latent_in(latent)
+        condition, given = self.time.condition(t, None if latent is None else self.latent_in(latent))
         for block, keys_values in zip(self.blocks, context.keys_values, strict=True):
-            x = block(x, condition, keys_values, mask, self.causal)
+            x = block(x, condition, keys_values, mask, self.causal, given)
         return self.velocity_out(self.norm(x))
 
 

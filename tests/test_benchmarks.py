@@ -70,8 +70,8 @@ def test_runs_are_compared_and_what_people_wrote_stays(methods, tmp_path):
     assert "| `a.py`, less | 80.0 | 80.0 | 80.0 | 10 % |" in methods.ablation_table(results, ablated, 0)
     path = tmp_path / "methods.md"
     path.write_text(f"# Title\n\nbefore\n\n{methods.BEGIN}\nold\n{methods.END}\n\nafter\n")
-    methods.insert(path, text, "![success, collisions, modes](methods.png)")
-    methods.insert(path, text, "![success, collisions, modes](methods.png)")
+    methods.insert(path, text)
+    methods.insert(path, text)
     written = path.read_text()
     assert written.startswith("# Title\n\nbefore\n")
     assert written.endswith("\n\nafter\n")
@@ -80,6 +80,56 @@ def test_runs_are_compared_and_what_people_wrote_stays(methods, tmp_path):
     methods.draw(results, tmp_path / "methods.png")
     with Image.open(tmp_path / "methods.png") as picture:
         assert picture.width > 1000
+
+
+def delayed_run(folder, joins, success):
+    """What measuring a run with delays of 0 and 4 leaves."""
+    found = {"checkpoint": "step_0000020", "episodes": 50}
+    for delay in ("0", "4"):
+        ways = {join if delay == "4" or join == "ensemble" else "naive" for join in joins}
+        change = {"seam": {"mean": 0.3, "p99": 0.9}, "inside": {"mean": 0.2, "p99": 0.6}}
+        ensembled = {"seam": change["seam"], "inside": {"mean": None, "p99": None}}
+        found[delay] = {
+            join: {
+                "success": success - 0.1 * (delay == "4" and join != "prefix"),
+                "collisions": 0.05,
+                "velocity_change": ensembled if join == "ensemble" else change,
+            }
+            for join in ways
+        }
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "evaluation" / "delay.json").write_text(json.dumps(found))
+
+
+def test_ways_of_joining_are_put_side_by_side(tmp_path):
+    from benchmarks import realtime
+
+    config = realtime.Config(methods=("train_a",), seeds=(0, 1), delays=(0, 4), episodes=50, runs=tmp_path)
+    for seed in config.seeds:
+        delayed_run(tmp_path / f"train_a-{seed}", realtime.joins_of("train_a"), 0.9 - 0.1 * seed)
+        delayed_run(tmp_path / f"train_a-delay-{seed}", realtime.joins_of("train_a:delay"), 0.8 - 0.1 * seed)
+    results = {"train_a": realtime.collect("train_a", config)}
+    text = realtime.tables(results, config)
+    assert "| blocking | 85.0 (90.0, 80.0) | 75.0 (80.0, 70.0) |" in text
+    assert "| prefix | 75.0 (80.0, 70.0) | 75.0 (80.0, 70.0) |" in text
+    assert "| trained for prefixes, naive overlap | 75.0 (80.0, 70.0) | 65.0 (70.0, 60.0) |" in text
+    assert "| naive overlap | 0.30 / 0.90 (1.50 / 1.50) | 0.30 / 0.90 (1.50 / 1.50) |" in text
+    assert "| temporal ensembling | 0.30 / 0.90 | 0.30 / 0.90 |" in text
+    realtime.draw(results, config.delays, tmp_path / "realtime.png")
+    with Image.open(tmp_path / "realtime.png") as picture:
+        assert picture.width > 1000
+
+
+def test_runs_with_and_without_prefixes_are_trained_alike():
+    from benchmarks import methods, realtime
+
+    for method in realtime.Config().methods:
+        plain, delayed = (
+            json.loads(methods.config_file(method + trained).read_text())
+            for trained in ("", realtime.TRAINED)
+        )
+        assert delayed["config"].pop("delay") == {"max_delay": max(realtime.Config().delays)}
+        assert delayed == plain
 
 
 # Simulators

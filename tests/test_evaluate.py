@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -131,3 +133,61 @@ def test_a_dataset_that_has_moved_is_named(tmp_path, tiny):
 def test_numbers_below_one_are_refused(option, tmp_path):
     with pytest.raises(UserError, match=option):
         evaluate.main(parse(evaluate.Config, [str(tmp_path), option, "0"], "evaluate.py"))
+
+
+class Continuing(Expert):
+    """Continues a prefix from where it leads, and says how long it was."""
+
+    def __init__(self, max_delay):
+        super().__init__(1, 0)
+        self.spec = dataclasses.replace(self.spec, max_delay=max_delay)
+        self.normalizer = SimpleNamespace(action_scale=torch.ones(4))
+        self.given = set()
+
+    def act_batch(self, observations, sample_steps, clip, generators, prefixes=None):
+        if prefixes is None:
+            return super().act_batch(observations, sample_steps, clip, generators)
+        self.given.update(map(len, prefixes))
+        ahead = [{**o, "state": p[-1][None]} for o, p in zip(observations, prefixes, strict=True)]
+        chunks = super().act_batch(ahead, sample_steps, clip, generators)
+        return np.concatenate([np.stack(prefixes), chunks], 1)[:, : self.horizon]
+
+
+def test_ways_of_joining_are_compared(tmp_path, capsys):
+    """An expert whose chunks continue what is executed loses nothing by a delay."""
+    settings = ["--env", "demo", "--episodes", "4", "--parallel", "4", "--seed", "3", "--delay", "0", "3"]
+    settings += ["--execute-steps", "4"]
+    config = parse(evaluate.Config, [str(tmp_path), *settings], "evaluate.py")
+    policy = Continuing(3)
+    assert evaluate.possible_delays(policy, config) == [
+        (delay, join) for delay in (0, 3) for join in ("blocking", "naive", "ensemble", "prefix")
+    ]
+    found = {join: evaluate.act_with_delay(policy, config, 3, join) for join in ("prefix", "blocking")}
+    assert policy.given == {3}
+    for result in found.values():
+        assert (result["success"], result["collisions"]) == (1, 0)
+    change = {join: result["velocity_change"] for join, result in found.items()}
+    assert change["prefix"]["seam"]["p99"] <= 1.05 * change["prefix"]["inside"]["p99"]
+    assert change["blocking"]["seam"]["p99"] > 1.5 * change["prefix"]["seam"]["p99"]  # it stops and starts
+    assert found["blocking"]["steps"] > 1.5 * found["prefix"]["steps"]
+    evaluate.report({"heldout": None, "latency_ms": {}, "delay": {"3": found}}, tmp_path)
+    said = capsys.readouterr().out
+    assert "delay  3, blocking: 100.0% [39.8%, 100.0%] of 4 episodes" in said
+    assert f"change of velocity: seam {change['prefix']['seam']['mean']:.3f} (99 %: " in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--join", "prefix"), "needs a prefix of 3 actions, and the policy was trained with 2 at most"),
+        (("--delay", "5"), "too short for a delay of 5 steps"),
+        (("--execute-steps", "2"), r"--delay 3, --join naive: execute_steps must lie in 3..5, got 2"),
+    ],
+)
+def test_delays_that_cannot_be_tried_are_refused(flags, words, tmp_path):
+    config = parse(evaluate.Config, [str(tmp_path), "--delay", "3", *flags], "evaluate.py")
+    with pytest.raises(UserError, match=words):
+        evaluate.possible_delays(Continuing(2), config)
+    config = parse(evaluate.Config, [str(tmp_path), "--delay", "3"], "evaluate.py")
+    joins = [join for _, join in evaluate.possible_delays(Continuing(2), config)]
+    assert joins == ["blocking", "naive", "ensemble"]

@@ -117,3 +117,78 @@ def test_each_observation_gets_a_draw_at_the_start():
     assert torch.equal(start, x_0[[0, 3]])
     assert torch.equal(points, torch.cat([x_0[:1], x_t[:3], x_0[3:4], x_t[3:]]))
     assert torch.equal(times, torch.cat([torch.zeros(1), t[:3], torch.zeros(1), t[3:]]))
+
+
+def test_prefixes_are_drawn_only_if_asked_for_and_all_lengths_are_as_probable():
+    t = torch.rand(9000)
+    state = torch.get_rng_state()
+    assert flow.random_prefix(t, 5, flow.DelayConfig(0)) is t
+    assert torch.equal(torch.get_rng_state(), state)
+    times = flow.random_prefix(t, 5, flow.DelayConfig(2, 1.0))
+    given = times == 1
+    lengths = given.sum(dim=1)
+    assert torch.equal(given, torch.arange(5) < lengths[:, None])  # at the beginning
+    assert torch.equal(times.where(~given, 0), t[:, None].expand(-1, 5).where(~given, 0))
+    shares = lengths.bincount(minlength=4) / 9000
+    assert shares.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0], abs=0.02)
+    assert torch.equal(flow.to_predict(times), ~given)
+    assert flow.to_predict(t).all()
+    assert flow.share_to_predict(5, flow.DelayConfig(2, 1.0)).tolist() == pytest.approx(
+        [1 / 3, 2 / 3, 1, 1, 1]
+    )
+    assert flow.share_to_predict(5, flow.DelayConfig(0)).tolist() == [1] * 5
+    assert (~given).float().mean(dim=0).tolist() == pytest.approx([1 / 3, 2 / 3, 1, 1, 1], abs=0.02)
+    half = flow.DelayConfig(2)  # the other draws are never given any
+    expected = [2 / 3, 5 / 6, 1, 1, 1]
+    shares = flow.to_predict(flow.random_prefix(t, 5, half)).float().mean(dim=0)
+    assert shares.tolist() == pytest.approx(expected, abs=0.02)
+    assert flow.share_to_predict(5, half).tolist() == pytest.approx(expected)
+
+
+def test_given_actions_lie_at_the_end_of_their_path():
+    x_0, x_1 = torch.randn(2, 3, 5, 2)
+    t = torch.tensor([[1, 1, 0.3, 0.3, 0.3], [0.6] * 5, [1] * 5])
+    x_t, velocity = flow.linear_path(x_0, x_1, t)
+    assert torch.equal(x_t[0, :2], x_1[0, :2])
+    assert torch.equal(x_t[2], x_1[2])
+    alone, _ = flow.linear_path(x_0, x_1, torch.tensor([0.3, 0.6, 0.0]))
+    assert torch.equal(x_t[0, 2:], alone[0, 2:])
+    assert torch.equal(x_t[1], alone[1])
+    assert torch.equal(velocity, x_1 - x_0)
+    times, given = flow.levels(t)
+    assert torch.equal(times, torch.tensor([[0.3, 1], [0.6, 1], [1, 1]]))
+    assert torch.equal(given, t == 1)
+    times = t[:, 4]
+    assert flow.levels(times)[0] is times
+    assert flow.levels(times)[1] is None
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
+def test_a_prefix_is_left_as_it_is_by_integration(method):
+    x_0, actions = torch.randn(2, 3, 5, 2)
+    given = torch.arange(5) < torch.tensor([[0], [2], [5]])
+    asked = []
+
+    def velocity(x, t):
+        asked.append((x, t))
+        return 1 + 0 * x
+
+    x = flow.integrate(velocity, x_0, 4, method, flow.Prefix(actions, given))
+    assert torch.equal(x[given], actions[given])
+    torch.testing.assert_close(x[~given], x_0[~given] + 1)
+    for seen, t in asked:
+        assert torch.equal(seen[given], actions[given])
+        assert t.shape == (3, 5)
+        assert (t[given] == 1).all()
+        assert (t[0] == t[0, 0]).all()
+    assert asked[0][1][0, 0] == 0
+    unchanged = flow.integrate(velocity, x_0, 4, method, flow.Prefix(actions, torch.zeros_like(given)))
+    assert torch.equal(unchanged, flow.integrate(velocity, x_0, 4, method))
+
+
+def test_the_draw_at_the_start_has_no_prefix():
+    x_0, x_t, t = torch.randn(6, 4, 2), torch.randn(6, 4, 2), torch.rand(6, 4)
+    start, points, times = flow.prepend_start(x_0, x_t, t, 3)
+    assert torch.equal(start, x_0[[0, 3]])
+    assert torch.equal(points[[1, 2, 3, 5, 6, 7]], x_t)
+    assert torch.equal(times, torch.cat([torch.zeros(1, 4), t[:3], torch.zeros(1, 4), t[3:]]))

@@ -16,10 +16,10 @@ CHANGES = {
         '    """How much more a velocity that is too small costs than one that is too large."""\n'
         "    camera_dropout: Share = 0.15\n"
     ),
-    "    loss = losses.masked_mse(velocity_pred, velocity, ~is_pad, count)\n": (
+    "    loss = losses.masked_mse(velocity_pred, velocity, ~is_pad & flow.to_predict(t), count)\n": (
         "    short = (velocity_pred.abs() < velocity.abs()).float()\n"
         "    velocity_pred = velocity + (velocity_pred - velocity) * (1 + short * (config.tilt - 1))\n"
-        "    loss = losses.masked_l1(velocity_pred, velocity, ~is_pad, count)\n"
+        "    loss = losses.masked_l1(velocity_pred, velocity, ~is_pad & flow.to_predict(t), count)\n"
     ),
 }
 PROGRAM = """

@@ -248,3 +248,43 @@ def test_stacked_layers_start_as_ordinary_ones_do():
     stacked, plain = StackedLinear(40, 30, 50), torch.nn.Linear(30, 50)
     assert stacked.weight.std().item() == pytest.approx(plain.weight.std().item(), rel=0.05)
     assert stacked.bias.std().item() == pytest.approx((1 / 30) ** 0.5 / 3**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("latent_dim", [None, 5])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_time_for_each_action_that_is_the_same_for_all_changes_nothing(causal, latent_dim):
+    model = randomized(ActionDecoder((6, 3), Size(16, 4), 2, causal, latent_dim)).float()
+    context = model.context(observed(torch.randn(4, 5, 16)))
+    x, t = torch.randn(4, 6, 3), torch.rand(4)
+    latent = None if latent_dim is None else torch.randn(4, latent_dim)
+    alone = model(x, t, context, latent=latent)
+    assert torch.equal(model(x, t[:, None].expand(-1, 6), context, latent=latent), alone)
+    all_given = model(x, torch.ones(4, 6), context, latent=latent)
+    assert torch.equal(all_given, model(x, torch.ones(4), context, latent=latent))
+
+
+def test_given_actions_have_a_time_of_their_own():
+    model = decoder(True)
+    context = model.context(observed(1, 4, 16))
+    x = torch.randn(1, 6, 3, dtype=torch.float64)
+    t = torch.tensor([[1, 1, 0.4, 0.4, 0.4, 0.4]], dtype=torch.float64)
+    mixed = model(x, t, context)
+    # Causal attention: the first two see nothing but each other, all at time 1.
+    torch.testing.assert_close(mixed[:, :2], model(x, t[:, 0], context)[:, :2])
+    noisy = model(x, t[:, 5], context)
+    assert not torch.allclose(mixed[:, 2:], noisy[:, 2:], rtol=1e-3)  # they see that two are given
+
+
+def test_experts_have_times_of_each_action_as_separate_modules_do():
+    num_experts, batch, steps, d_model = 3, 4, 5, 16
+    stacked = DecoderBlock(d_model, 2, lambda i, o: StackedLinear(num_experts, i, o))
+    for p in stacked.parameters():
+        p.data.normal_(0, 0.2)
+    x, condition = torch.randn(num_experts, batch, steps, d_model), torch.randn(batch, 2, d_model)
+    memory, given = torch.randn(batch, 7, d_model), torch.arange(steps) < torch.tensor([[0], [1], [3], [5]])
+    keys_values = stacked.cross_attention.keys_values(memory.expand(num_experts, -1, -1, -1))
+    together = stacked(x, condition.expand(num_experts, -1, -1, -1), keys_values, None, True, given)
+    for e in range(num_experts):
+        block = separate(stacked, e, d_model, 2)
+        alone = block(x[e], condition, block.cross_attention.keys_values(memory), None, True, given)
+        torch.testing.assert_close(together[e], alone, atol=1e-5, rtol=1e-5)

@@ -24,6 +24,7 @@ from common.errors import UserError
 __all__ = ["Batch", "ChunkDataset", "SampleStream", "evenly_spaced", "make_loader", "split_episodes"]
 
 MAX_IMAGE_SIDE = 4096
+GRIPPER = "gripper"  # in names of dimensions that open and close a gripper
 
 
 def default_cache_dir() -> Path:
@@ -89,6 +90,12 @@ class DataConfig:
     relative_actions: bool = False
     """Learn actions as differences from the present state, in the dimensions that state and action share. A
     trained policy still gives them as recorded."""
+    relative_mask: tuple[str, ...] = (GRIPPER,)
+    """Dimensions that stay absolute then: parts of their names. By default grippers, of which it matters how
+    far they are open, not how much further than now; the flag without a name leaves none absolute."""
+    relative_poses: bool = False
+    """With --relative-actions and --rotation: learn positions with their rotations as poses in the frame of
+    the present pose (SE(3), as UMI does). A position is the three dimensions before its rotation."""
     idle_floor: Share = 0.1
     """Dimensions that show nothing but sensor noise are normalized as if they had this share of the spread
     that is usual for the others, lest noise is taken for motion; 0 normalizes them like any other."""
@@ -119,6 +126,10 @@ class DataConfig:
             raise UserError(f"--weights {given}: give one positive number for each of the {count} datasets.")
         if self.episodes and self.episodes_file:
             raise UserError("--episodes and --episodes-file both choose episodes: give one of them.")
+        if self.relative_poses and not (self.relative_actions and self.rotation):
+            raise UserError(
+                "--relative-poses needs --relative-actions, and --rotation to know where rotations are."
+            )
         if count > 1 and (self.episodes or self.episodes_file):
             raise UserError("--episodes number the episodes of one dataset: give a single --dataset.")
 

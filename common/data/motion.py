@@ -177,6 +177,26 @@ def cautions(store: EpisodeStore, action_offset: int = 0, relative: bool = False
     return lines
 
 
+def differences_already(store: EpisodeStore, pairs: np.ndarray) -> list[int]:
+    """Action dimensions that seem to be differences already: they go with the state's change, not with it.
+
+    An action that says where to go is near the state, and so differs from it by less than the state spreads;
+    a difference is as far from it as if they had nothing to do with each other.
+
+    Args:
+        pairs: (A,), of each action dimension the state dimension that is the same thing, or -1.
+    """
+    steps = np.flatnonzero(np.diff(episode_of_steps(store)) == 0)
+    found = []
+    for dim in np.flatnonzero(pairs >= 0):
+        state, action = (x.astype(np.float64) for x in (store.state[:, pairs[dim]], store.action[:, dim]))
+        change, action = state[steps + 1] - state[steps], action[steps]
+        away, spread = (action - state[steps]).std(), state.std()
+        if min(change.std(), action.std()) > 0 and away > 0.8 * spread:
+            found += [int(dim)] if np.corrcoef(action, change)[0, 1] > 0.5 else []
+    return found
+
+
 def longest_constant(store: EpisodeStore) -> np.ndarray:
     """Of each episode, the most steps in a row with exactly the same action, idle ends apart: (E,) int64."""
     ends, longest = idle_ends(store), []

@@ -59,6 +59,11 @@ class Rotations:
             names[start : start + SOURCES[self.kind]] = [f"{names[start]}:r{i}" for i in range(TARGET_DIM)]
         return tuple(names)
 
+    def encoded_starts(self) -> list[int]:
+        """The first index of each re-expressed rotation."""
+        longer = TARGET_DIM - SOURCES[self.kind]
+        return [start + longer * number for number, start in enumerate(self.starts)]
+
     def zeros(self, values: np.ndarray) -> np.ndarray:
         """Rows of recorded vectors (S, D) with a quaternion of four zeros, which is no rotation."""
         starts = self.starts if self.kind.startswith("quaternion") else ()
@@ -79,10 +84,18 @@ class Rotations:
 
         return _replaced(values, self.starts, SOURCES[self.kind], two_columns)
 
+    def keep_signs(self, chunk: np.ndarray, given: np.ndarray) -> None:
+        """Let the quaternions of a recorded chunk (T, D) have the signs of those it begins with, (d, D)."""
+        if not self.kind.startswith("quaternion") or not len(given):
+            return
+        for start in self.starts:
+            quaternion = slice(start, start + SOURCES[self.kind])
+            if chunk[len(given) - 1, quaternion] @ given[-1, quaternion] < 0:
+                chunk[:, quaternion] *= -1
+
     def decode(self, values: np.ndarray) -> np.ndarray:
         """Re-expressed vectors (..., D') back to recorded ones (..., D), float32."""
-        longer = TARGET_DIM - SOURCES[self.kind]
-        starts = [start + longer * number for number, start in enumerate(self.starts)]
+        starts = self.encoded_starts()
         return _replaced(values, starts, TARGET_DIM, lambda six: from_matrix(gram_schmidt(six), self.kind))
 
 
