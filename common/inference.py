@@ -4,6 +4,7 @@ policy = load_policy("runs/vfp-20260301-101500")
 chunk = policy.act({"images": {"head": rgb, "left": rgb, "right": rgb}, "state": joints})    # (T, A)
 """
 
+import copy
 import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -96,6 +97,22 @@ class RobotPolicy:
         else:
             self._generator.manual_seed(self._seed + self._episode)
         self._controller: Controller | None = None
+
+    def fork(self) -> "RobotPolicy":
+        """The same weights, with noise and episodes of their own; for another robot."""
+        other = copy.copy(self)
+        other._generator, other._episode = torch.Generator(self.device), -1
+        other.reset()
+        return other
+
+    def blank_observation(self) -> dict:
+        """Black frames and the mean state: something to measure with."""
+        frame = np.zeros((*self.spec.image_size, 3), np.uint8)
+        state = self.normalizer.state_offset.cpu().numpy()
+        if self.spec.state_rotations:
+            state = self.spec.state_rotations.decode(state)
+        state = np.stack([state] * self.spec.proprio_history)
+        return {"images": dict.fromkeys(self.spec.cameras, frame), "state": state}
 
     def act(self, observation: Mapping, sample_steps: int | None = None, clip: bool = False) -> np.ndarray:
         """Sample one chunk of actions for what the robot sees and feels now.
@@ -230,6 +247,8 @@ class RobotPolicy:
     def _resize(self, name: str, frame: np.ndarray) -> Tensor:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
             raise ValueError(f"camera {name} must be (H, W, 3) uint8, got {frame.shape} {frame.dtype}")
+        if not frame.size:
+            raise ValueError(f"camera {name} gave a frame without pixels, {frame.shape}")
         frame = resize_rgb(frame, self.spec.image_size)  # as the training frames were
         return torch.from_numpy(frame.transpose(2, 0, 1).copy())
 
