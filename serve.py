@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -79,6 +79,10 @@ class Config:
     """Integration steps (default: the number that the run was configured with)."""
     clip: bool = False
     """Keep every action within the range recorded in training."""
+    compile: bool = False
+    """Compile the policy with torch.compile: the start takes minutes longer, a chunk less time."""
+    precision: Literal["no", "bf16"] = "no"
+    """`bf16` computes in half precision."""
     seed: NonNegativeInt | None = None
     """Makes sampled actions repeatable: each client's first episode has the same noise, and so on. Default:
     new noise every time."""
@@ -87,7 +91,8 @@ class Config:
 def main(config: Config) -> None:
     key = read_key(config)
     listener = open_socket(config, key)  # a port in use is said before the policy is loaded
-    policy = load_policy(config.run, config.checkpoint, seed=config.seed)
+    fast = {"compile": config.compile, "precision": config.precision}
+    policy = load_policy(config.run, config.checkpoint, seed=config.seed, **fast)
     asyncio.run(serve(Server(policy, config, key), listener))
 
 
