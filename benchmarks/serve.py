@@ -69,6 +69,7 @@ class Config:
 
 
 def main(config: Config) -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # into a file, too
     good = True
     with served(config.run, config.clients) as (server, port, cameras):
         for part in (part for part in config.parts if part != "loop"):
