@@ -27,6 +27,7 @@ SAID_AFTER = 0.5  # seconds of holding
 RETRY_SECONDS = 0.2
 HIGH = 0.95  # quantile of earlier delays that the next one is taken for
 KEPT_DELAYS = 100
+CLOSEST = 0.75  # periods between two commands
 ROUNDING = 1e-6  # of times in control steps
 UNLIMITED = math.inf
 
@@ -67,7 +68,8 @@ class ControlLoop:
             policy: a `RobotPolicy` or `RemotePolicy`.
             rate: cycles a second. Between the actions of a chunk, which are 1 / `policy.spec.fps` seconds
                 apart, the loop interpolates.
-            execute_steps: actions of a chunk after which the next is asked for (default: half of it).
+            execute_steps: actions of a chunk after which the next is asked for. Default: so many that half of
+                it will have been executed when the next comes.
             ensemble: average all chunks, with weight exp(-ensemble * age), instead of joining them.
             max_velocity, max_acceleration: of the commands, in recorded units per second (squared), one for
                 all or one for each; rotations are not limited.
@@ -107,7 +109,7 @@ class _Episode:
     def __init__(self, loop: ControlLoop, plan: "Plan", worker: "Worker"):
         self.loop, self.plan, self.worker = loop, plan, worker
         self.watchdog, self.report = Watchdog(loop.patience), Report(loop.rate)
-        self.retry = 0.0  # no chunk is asked for before
+        self.retry = self.sent = 0.0  # no chunk is asked for before; time of the last command
         self.joins = self.lacks = False  # the next action is the first of a chunk; too slow for prefixes
 
     def act(self, seconds: float) -> "Report":
@@ -116,7 +118,8 @@ class _Episode:
         self.watchdog.fed = due = begin
         try:
             while due - begin < seconds - period / 2:
-                time.sleep(max(due - time.perf_counter(), 0))
+                # After a late command the next may not follow at once: that would be a jump.
+                time.sleep(max(max(due, self.sent + CLOSEST * period) - time.perf_counter(), 0))
                 self._cycle(time.perf_counter())
                 after, due = time.perf_counter(), due + period
                 if after > due:  # late; the cycles that it missed are not made up for
@@ -163,12 +166,12 @@ class _Episode:
         if action is None:
             self.watchdog.check(now, self.worker.doing)
         command = self.limit.hold() if action is None else self.limit(action)
-        start = time.perf_counter()
+        self.sent = time.perf_counter()
         try:
             self.loop.robot.send(command)
         except Exception as error:  # a robot can raise anything
             raise UserError(f"robot.send() failed ({_brief(error)}): the robot gets no commands.") from error
-        self.report.send.append(time.perf_counter() - start)
+        self.report.send.append(time.perf_counter() - self.sent)
         self.report.command(command[self.limit.plain], self.joins and action is not None, action is None)
         self.joins = self.joins and action is None
 
@@ -206,7 +209,7 @@ class Plan:
         spec = policy.spec
         self.horizon, self.offset, self.rotations = policy.horizon, spec.action_offset, spec.action_rotations
         self.max_delay = 0 if ensemble is not None else getattr(spec, "max_delay", 0)
-        self.execute_steps = execute_steps or max(min(self.horizon // 2, self.horizon - self.offset), 1)
+        self.execute_steps = execute_steps
         self.step, self.ensemble = spec.fps / rate, ensemble
         self.now = 0.0
         self.chunks: list[tuple[float, np.ndarray]] = []  # time of the first action, and (T, A); oldest first
@@ -223,7 +226,8 @@ class Plan:
             return True
         observed = self.chunks[-1][0] - self.offset
         lead = min(self.needed, self.max_delay)
-        return self.now >= observed + min(self.execute_steps, self.horizon - self.offset - lead) - ROUNDING
+        steps = self.execute_steps or max(self.horizon // 2 - lead, 1)
+        return self.now >= observed + min(steps, self.horizon - self.offset - lead) - ROUNDING
 
     @property
     def needed(self) -> int:

@@ -386,13 +386,17 @@ def test_a_run_without_a_policy(tmp_path):
         serve.main(serve.Config(tmp_path, port=0))
 
 
-def slowly(seconds):
+def slowly(seconds, begun=None):
+    """Make a policy slow once it is warm; `begun` is set when a request is in flight."""
+
     def change(policy):
         policy.fork = lambda: policy
         act, warm = policy.act, iter(range(8))
 
         def slow(*arguments, **options):
             if next(warm, None) is None:
+                if begun is not None:
+                    begun.set()
                 time.sleep(seconds)
             return act(*arguments, **options)
 
@@ -402,9 +406,11 @@ def slowly(seconds):
 
 
 def test_a_server_that_stops_answers_what_it_has(run_dir):
-    with served(run_dir, change=slowly(1.0)) as (server, port), client(port) as busy, client(port) as idle:
+    begun = threading.Event()
+    change = slowly(1.0, begun)
+    with served(run_dir, change=change) as (server, port), client(port) as busy, client(port) as idle:
         busy.send(wire.pack(observation()))
-        time.sleep(0.3)
+        assert begun.wait(PATIENCE)
         server.stop()
         assert wire.unpack(busy.recv(PATIENCE))["actions"].shape == (4, 3)
         for connection in (busy, idle):
