@@ -19,7 +19,7 @@ setup: .venv/.installed
 
 tools: .venv/.installed-tools
 
-.venv/.installed-tools: .venv/.installed requirements-test.txt requirements-zarr.txt requirements-sim.txt
+.venv/.installed-tools: .venv/.installed requirements-test.txt requirements-zarr.txt requirements-sim.txt requirements-robot.txt
 	@$(or $(PYTHON),$(error no Python 3 starts here: install one)) tools/setup.py requirements-test.txt
 	@touch $@
 

@@ -410,12 +410,7 @@ def act_with_delay(policy: RobotPolicy, config: Config, delay: int, join: Join) 
 
 def measure_latency(policy: RobotPolicy, config: Config, repeats: int = 20) -> dict[str, dict[str, float]]:
     """Milliseconds from one raw observation to one chunk, for each number of sampling steps."""
-    frame = np.zeros((*policy.spec.image_size, 3), np.uint8)
-    state = policy.normalizer.state_offset.cpu().numpy()
-    if policy.spec.state_rotations:
-        state = policy.spec.state_rotations.decode(state)
-    state = np.stack([state] * policy.spec.proprio_history)
-    observation = {"images": dict.fromkeys(policy.spec.cameras, frame), "state": state}
+    observation = policy.blank_observation()
     results = {}
     for steps in config.sample_steps:
         times = []

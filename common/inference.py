@@ -4,9 +4,11 @@ policy = load_policy("runs/vfp-20260301-101500")
 chunk = policy.act({"images": {"head": rgb, "left": rgb, "right": rgb}, "state": joints})    # (T, A)
 """
 
+import copy
 import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -33,6 +35,8 @@ def load_policy(
     checkpoint: str = "last",
     device: str | torch.device | None = None,
     seed: int | None = None,
+    compile: bool = False,
+    precision: Literal["no", "bf16"] = "no",
 ) -> "RobotPolicy":
     """Load the policy of a run folder, ready to act.
 
@@ -40,6 +44,9 @@ def load_policy(
         checkpoint: `last`, or the number of a saved step.
         device: where to compute; the accelerator if there is one, else the CPU.
         seed: makes sampled actions repeatable; None draws new noise on every start.
+        compile: compile the components with torch.compile: the first chunk takes minutes, and so does the
+            first of each other batch size.
+        precision: `bf16` computes in half precision, which pays on a processor that has it built in.
     """
     path = find(Path(run), checkpoint)
     refuse_damaged(path, "policy/")
@@ -55,7 +62,10 @@ def load_policy(
     load_components(model, path / "policy")
     normalizer = Normalizer.load(path / "policy" / "stats.safetensors", config.normalization)
     policy = RobotPolicy(model, normalizer, config, spec, module, torch.device(device), seed)
-    policy.checkpoint, policy.trained_steps = path, settings["step"]
+    policy.checkpoint, policy.trained_steps, policy.precision = path, settings["step"], precision
+    if compile:
+        for component in policy.model.children():
+            component.compile(dynamic=False)
     return policy
 
 
@@ -76,7 +86,10 @@ class RobotPolicy:
         spec: what it knows of its data; a chunk's actions are 1 / `spec.fps` seconds apart.
         horizon: T, actions in a chunk.
         checkpoint, trained_steps: where the weights come from.
+        precision: `no`, which leaves it to who calls, or `bf16`.
     """
+
+    precision: Literal["no", "bf16"] = "no"
 
     def __init__(self, model, normalizer: Normalizer, config, spec: PolicySpec, script, device, seed=None):
         self.model = model.to(device).eval()
@@ -101,6 +114,22 @@ class RobotPolicy:
         else:
             self._generator.manual_seed(self._seed + self._episode)
         self._controller: Controller | None = None
+
+    def fork(self) -> "RobotPolicy":
+        """The same weights, with noise and episodes of their own; for another robot."""
+        other = copy.copy(self)
+        other._generator, other._episode = torch.Generator(self.device), -1
+        other.reset()
+        return other
+
+    def blank_observation(self) -> dict:
+        """Black frames and the mean state: something to measure with."""
+        frame = np.zeros((*self.spec.image_size, 3), np.uint8)
+        state = self.normalizer.state_offset.cpu().numpy()
+        if self.spec.state_rotations:
+            state = self.spec.state_rotations.decode(state)
+        state = np.stack([state] * self.spec.proprio_history)
+        return {"images": dict.fromkeys(self.spec.cameras, frame), "state": state}
 
     def act(
         self,
@@ -250,9 +279,11 @@ class RobotPolicy:
         if prefix is not None:
             prefix = flow.Prefix(*(part.to(self.device) for part in prefix))
             more["prefix"] = prefix._replace(actions=self.normalizer.actions(prefix.actions, proprio))
-        actions = self.script.sample_actions(
-            self.model, images, seen, self.config, sample_steps, noise, **more
-        )
+        half = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        with half:
+            actions = self.script.sample_actions(
+                self.model, images, seen, self.config, sample_steps, noise, **more
+            )
         actions = self.normalizer.unnormalize_actions(actions, proprio)
         return torch.clamp(actions, *self.normalizer.action_range) if clip else actions
 
@@ -296,6 +327,8 @@ class RobotPolicy:
     def _resize(self, name: str, frame: np.ndarray) -> Tensor:
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] != 3:
             raise ValueError(f"camera {name} must be (H, W, 3) uint8, got {frame.shape} {frame.dtype}")
+        if not frame.size:
+            raise ValueError(f"camera {name} gave a frame without pixels, {frame.shape}")
         frame = resize_rgb(frame, self.spec.image_size)  # as the training frames were
         return torch.from_numpy(frame.transpose(2, 0, 1).copy())
 

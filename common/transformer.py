@@ -42,14 +42,24 @@ class StackedLinear(nn.Module):
         return out.unflatten(1, x.shape[1:-1])
 
 
-def take_expert(module: nn.Module, expert: int) -> nn.Module:
-    """The module with one expert of each of its stacked layers, for inference: it shares their memory."""
+def take_expert(module: nn.Module, expert: int | Tensor) -> nn.Module:
+    """The module with one expert of each of its stacked layers, for inference.
+
+    Given by a number, it shares their memory. Given by an index (1,) on the device, its weights are copied
+    there, which costs microseconds on a GPU, and nobody waits to learn the number.
+    """
     taken = copy.copy(module)
     children = {name: take_expert(child, expert) for name, child in module.named_children()}
     parameters = dict(module._parameters)  # with those that are None
     if isinstance(module, StackedLinear):
-        parameters = {name: p[expert : expert + 1] for name, p in parameters.items()}
+        slices = isinstance(expert, int)
+        parameters = {
+            name: p[expert : expert + 1] if slices else p.index_select(0, expert)
+            for name, p in parameters.items()
+        }
     taken.__dict__.update(_modules=children, _parameters=parameters)
+    if module._compiled_call_impl is not None:  # which a copy has not; all of them run the same code
+        taken.compile(dynamic=False)
     return taken
 
 

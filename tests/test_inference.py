@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 import torch
 from hdf5_factory import make_hdf5
+from running import train
 
+import train_cfg_vqvae
+import train_naive_fm
 import train_vfp
+import train_vfp_moe
 from common.checkpoint import seal
 from common.config import parse
 from common.errors import UserError
@@ -351,3 +355,67 @@ def test_rotations_are_taken_and_given_as_recorded(tiny, tmp_path, accelerate_re
     chunk = policy.act({"images": frames, "state": state[3:]})
     assert chunk.shape == (policy.horizon, 4)
     np.testing.assert_allclose(np.linalg.norm(chunk, axis=1), 1, atol=1e-5)
+
+
+# Faster
+
+
+def awake(policy):
+    """Weights as of a policy that was trained: all of them matter."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    policy.reset(0)
+    return policy
+
+
+def tiny_run(script, tiny, folder):
+    return train(script, tiny, folder, "--steps", "1")
+
+
+SCRIPTS = (train_naive_fm, train_cfg_vqvae, train_vfp_moe)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_compiled_components_give_the_same_chunks(tiny, tmp_path, script, monkeypatch, accelerate_reset):
+    """What is traced, by a backend that runs it as it is: machine code takes minutes, see the slow test."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run, compile = tiny_run(script, tiny, tmp_path / "run"), torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **given: compile(self, backend="eager", **given)
+    )
+    eager, traced = (awake(load_policy(run, device="cpu", seed=0, compile=c)) for c in (False, True))
+    for number in range(6):  # of train_vfp_moe, by both experts
+        seen = observation(eager, seed=number)
+        np.testing.assert_allclose(traced.act(seen), eager.act(seen), rtol=1e-4, atol=1e-5)
+    traced.act(seen, 5)
+    assert 3 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # each component once
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_compiled_code_gives_the_same_chunks(tiny, tmp_path, script, accelerate_reset):
+    torch._dynamo.reset()
+    run = tiny_run(script, tiny, tmp_path / "run")
+    eager, compiled = (awake(load_policy(run, device="cpu", seed=0, compile=c)) for c in (False, True))
+    scale = eager.normalizer.action_scale.numpy()
+    for number in range(6):
+        seen = observation(eager, seed=number)
+        assert (np.abs(compiled.act(seen) - eager.act(seen)) / scale).max() < 1e-4
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_half_precision_changes_chunks_by_little(tiny, tmp_path, script, accelerate_reset):
+    """By at most a twentieth of a standard deviation of the actions; and it does change them."""
+    run = tiny_run(script, tiny, tmp_path / "run")
+    full, half = (awake(load_policy(run, device="cpu", seed=0, precision=p)) for p in ("no", "bf16"))
+    scale = full.normalizer.action_scale.numpy()
+    for number in range(3):
+        seen = observation(full, seed=number)
+        chunk, rounded = full.act(seen), half.act(seen)
+        assert rounded.dtype == np.float32
+        assert 0 < (np.abs(rounded - chunk) / scale).max() < 0.05

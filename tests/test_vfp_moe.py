@@ -15,6 +15,7 @@ from common import flow
 from common.data import ChunkDataset, demo, open_dataset
 from common.errors import UserError
 from common.latent import first_latents
+from common.transformer import take_expert
 
 
 def prepare(tiny, *flags):
@@ -58,6 +59,34 @@ def test_the_chosen_expert_alone_gives_what_all_give_with_a_one_hot_gate(tiny):
     with torch.no_grad():
         dense = flow.integrate(velocity, x_0, 3, "euler")
     torch.testing.assert_close(mine, dense, atol=1e-5, rtol=1e-4)
+
+
+def test_an_expert_is_found_by_its_number_on_the_device(tiny):
+    _, policy, batch, normalizer = prepare(tiny, "--decoder-layers", "2", "--expert-layers", "1")
+    policy.eval()
+    _, observation = policy.encode(batch.images / 255, normalizer.proprio(batch.proprio))
+    x, t, z = torch.randn(4, 4, 3), torch.rand(4), torch.randn(4, 4)
+    given = []
+    for which in (1, torch.tensor([1])):
+        decoder = take_expert(policy.action_decoder, which)
+        given.append(decoder(x, t, decoder.context(observation), None, z))
+    assert torch.equal(*given)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="nobody waits for a CPU")
+def test_nobody_waits_for_the_expert_of_one_observation(tiny):
+    config, policy, batch, normalizer = prepare(tiny)
+    policy, batch, normalizer = policy.cuda().eval(), batch.to("cuda"), normalizer.to("cuda")
+    _, observation = policy.encode(batch.images[:1] / 255, normalizer.proprio(batch.proprio[:1]))
+    z, x_0 = torch.randn(1, 4, device="cuda"), torch.randn(1, 4, 3, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        chunk = train_vfp_moe.integrate(policy, observation, z, x_0, config, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    pair = [part.repeat(2, *[1] * (part.ndim - 1)) for part in (*observation, z, x_0)]
+    both = train_vfp_moe.integrate(policy, type(observation)(*pair[:2]), pair[2], pair[3], config, 3)
+    torch.testing.assert_close(both[:1], chunk, atol=1e-4, rtol=1e-4)
 
 
 def test_other_experts_are_not_touched_when_acting(tiny):

@@ -1,0 +1,122 @@
+"""A policy on another computer: what a robot needs to act by `serve.py`. It needs neither torch nor a GPU.
+
+policy = RemotePolicy("gpu-box", 8000, api_key=key)
+chunk = policy.act({"images": {"head": rgb, "left": rgb, "right": rgb}, "state": joints})    # (T, A)
+"""
+
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.sync.client import ClientConnection, connect
+
+from common import wire
+from common.errors import UserError
+
+
+class ServerGone(UserError):
+    """The policy server does not answer: it may come back."""
+
+
+class RemotePolicy:
+    """Asks a policy server for chunks; connects again where the connection was lost.
+
+    Attributes:
+        spec: what the policy expects and gives, as `PolicySpec`; names are those of the robot's own numbers.
+        horizon: T, actions in a chunk.
+        last_timing: milliseconds of the last request at the server, `infer_ms` and `wait_ms`.
+    """
+
+    def __init__(self, host: str, port: int, api_key: str | None = None, timeout: float = 10.0):
+        """Connect.
+
+        Args:
+            timeout: seconds to connect, and to wait for a chunk.
+
+        Raises:
+            ServerGone: if nobody answers.
+            UserError: if the server turns us away.
+        """
+        self.url = f"ws://{f'[{host}]' if ':' in host else host}:{port}"
+        self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else {}
+        self._timeout, self.last_timing = timeout, {}
+        self._connection: ClientConnection | None = None
+        self._leaving = ExitStack()  # what ends the connection
+        about = self._connect()
+        self.horizon, spec = about["horizon"], about["spec"]
+        for name in ("state_rotations", "action_rotations"):
+            spec[name] = _rotations(spec.get(name))
+        self.spec = SimpleNamespace(**spec)
+
+    def act(self, observation: Mapping, prefix: np.ndarray | None = None) -> np.ndarray:
+        """Sample a chunk, (T, A) float32 in recorded units; arguments as for `RobotPolicy.act`.
+
+        Raises:
+            ValueError: the server's sentence about an observation that it cannot use.
+            ServerGone: if it does not answer in time; the next call tries again.
+        """
+        answer = self._ask(dict(observation) | ({} if prefix is None else {"prefix": prefix}))
+        self.last_timing = answer.get("server_timing", {})
+        for sentence in answer.get("warnings", ()):
+            warnings.warn(sentence, stacklevel=2)
+        return answer["actions"]
+
+    def reset(self) -> None:
+        """Start an episode."""
+        self._ask({"reset": True})
+
+    def close(self) -> None:
+        """Leave the server; the next request connects again."""
+        self._connection = None
+        self._leaving.close()
+
+    def _connect(self) -> dict[str, Any]:
+        try:
+            connection = connect(
+                self.url,
+                open_timeout=self._timeout,
+                close_timeout=1,
+                compression=None,
+                max_size=None,
+                additional_headers=self._headers,
+                proxy=None,
+            )
+            self._connection = self._leaving.enter_context(connection)
+            return wire.unpack(self._connection.recv(self._timeout))
+        except InvalidStatus as error:
+            said = (error.response.body or b"").decode("utf-8", "replace").strip()
+            raise UserError(f"{self.url} turned us away: {said or error}") from None
+        except (OSError, WebSocketException, ValueError) as error:
+            self.close()
+            raise ServerGone(
+                f"{self.url} does not answer as a policy server ({error}): is serve.py running there?"
+            ) from None
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._connection is None:
+            self._connect()
+        try:
+            self._connection.send(wire.pack(request))
+            answer = self._connection.recv(self._timeout)
+        except (OSError, ConnectionClosed) as error:  # a TimeoutError is an OSError
+            # Its answer may still come: on a connection of its own, the next request cannot get it.
+            self._connection.socket.close()
+            self.close()
+            waited = f"no answer in {self._timeout:g} s" if isinstance(error, TimeoutError) else error
+            raise ServerGone(f"{self.url} is gone ({waited}).") from None
+        if isinstance(answer, str):
+            raise ValueError(answer)
+        return wire.unpack(answer)
+
+
+def _rotations(found: dict | None) -> Any:
+    """Rotations as the server described them; only a policy that has some needs more packages than these."""
+    if found is None:
+        return None
+    from common.data.rotation import Rotations
+
+    return Rotations(found["kind"], tuple(found["starts"]), tuple(found["recorded"]))

@@ -1,0 +1,543 @@
+"""A robot's loop: it acts at its control rate while the next chunk is computed beside the motion.
+
+loop = ControlLoop(policy, robot, rate=50, max_velocity=1.0)    # a RobotPolicy, or a RemotePolicy
+print(loop.run(seconds=30))
+
+A chunk needs time to come. A policy trained with `--max-delay` is told which actions will be executed until
+then, and its chunk begins with them (real-time chunking, Black et al. 2025, arXiv 2512.05964). With any other
+policy the robot stops while it waits, or executes the average of all chunks (temporal ensembling, Zhao et al.
+2023), which may average different ways to do a task. Nothing is ever extrapolated: where no action is known,
+the robot holds.
+"""
+
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from common.errors import UserError
+
+SAID_AFTER = 0.5  # seconds of holding
+RETRY_SECONDS = 0.2
+HIGH = 0.95  # quantile of earlier delays that the next one is taken for
+KEPT_DELAYS = 100
+CLOSEST = 0.75  # periods between two commands
+ROUNDING = 1e-6  # of times in control steps
+UNLIMITED = math.inf
+
+
+class Robot(Protocol):
+    """What is to be controlled.
+
+    `observe` is called in a thread of its own while `send` goes on: where both use one bus, guard it with a
+    lock.
+    """
+
+    def observe(self) -> dict:
+        """The observation for `RobotPolicy.act`: `images` and `state`."""
+
+    def send(self, action: np.ndarray) -> None:
+        """Go to an action (A,), in recorded units, within the next cycle."""
+
+    def reset(self) -> None:
+        """Go to where an episode begins."""
+
+
+class ControlLoop:
+    """Acts with a policy on a robot; see the module."""
+
+    def __init__(
+        self,
+        policy: Any,
+        robot: Robot,
+        rate: float,
+        execute_steps: int | None = None,
+        ensemble: float | None = None,
+        max_velocity: float | Sequence[float] | None = None,
+        max_acceleration: float | Sequence[float] | None = None,
+        patience: float = 10.0,
+    ):
+        """
+        Args:
+            policy: a `RobotPolicy` or `RemotePolicy`.
+            rate: cycles a second. Between the actions of a chunk, which are 1 / `policy.spec.fps` seconds
+                apart, the loop interpolates.
+            execute_steps: actions of a chunk after which the next is asked for. Default: so many that half of
+                it will have been executed when the next comes.
+            ensemble: average all chunks, with weight exp(-ensemble * age), instead of joining them.
+            max_velocity, max_acceleration: of the commands, in recorded units per second (squared), one for
+                all or one for each; rotations are not limited.
+            patience: seconds without a chunk after which `run` ends with an error.
+        """
+        if not 0 < rate < UNLIMITED:
+            raise UserError(f"A control rate of {rate} Hz is none: give cycles a second.")
+        most = policy.horizon - policy.spec.action_offset
+        if execute_steps is not None and not 1 <= execute_steps <= most:
+            raise UserError(f"execute_steps must lie in 1..{most}, got {execute_steps}.")
+        self.policy, self.robot, self.rate = policy, robot, rate
+        self.execute_steps, self.ensemble, self.patience = execute_steps, ensemble, patience
+        self.max_velocity, self.max_acceleration = max_velocity, max_acceleration
+
+    def run(self, seconds: float) -> "Report":
+        """Reset the robot, act for so many seconds or until Ctrl-C, and report.
+
+        Raises:
+            UserError: if the first chunk cannot be had, none comes for `patience` seconds, or the robot
+                cannot be sent to.
+        """
+        plan = Plan(self.policy, self.rate, self.execute_steps, self.ensemble)
+        if plan.max_delay == 0 and self.ensemble is None:
+            _say("the policy was trained without --max-delay: the robot stops while a chunk is computed")
+        self.robot.reset()
+        worker = Worker(self.policy, self.robot)
+        worker.start()
+        try:
+            return _Episode(self, plan, worker).act(seconds)
+        finally:
+            worker.requests.put(STOP)
+
+
+class _Episode:
+    """What changes while a loop runs."""
+
+    def __init__(self, loop: ControlLoop, plan: "Plan", worker: "Worker"):
+        self.loop, self.plan, self.worker = loop, plan, worker
+        self.watchdog, self.report = Watchdog(loop.patience), Report(loop.rate)
+        self.retry = self.sent = 0.0  # no chunk is asked for before; time of the last command
+        self.joins = self.lacks = False  # the next action is the first of a chunk; too slow for prefixes
+
+    def act(self, seconds: float) -> "Report":
+        self.limit = self._begin()
+        period, begin = 1 / self.loop.rate, time.perf_counter()
+        self.watchdog.fed = due = begin
+        try:
+            while due - begin < seconds - period / 2:
+                # After a late command the next may not follow at once: that would be a jump.
+                time.sleep(max(max(due, self.sent + CLOSEST * period) - time.perf_counter(), 0))
+                self._cycle(time.perf_counter())
+                after, due = time.perf_counter(), due + period
+                if after > due:  # late; the cycles that it missed are not made up for
+                    missed = int((after - due) / period)
+                    self.report.late += 1 + missed
+                    due += missed * period
+        except KeyboardInterrupt:
+            _say("stopped: the robot stays at its last command")
+        self.report.seconds = max(time.perf_counter(), due) - begin
+        return self.report
+
+    def _begin(self) -> "RateLimit":
+        """Wait for the first chunk. Its first command is limited, too, if states are positions."""
+        loop, spec = self.loop, self.loop.policy.spec
+        self.worker.requests.put(self.plan.ask())
+        first = self.worker.answer(loop.patience)
+        if first is None:
+            raise UserError(f"{self.worker.doing} has not answered for {loop.patience:g} s: is it there?")
+        if first.error is not None:
+            raise UserError(f"The robot did not start: {first.error}.")
+        self._take(first)
+        velocity, acceleration = loop.max_velocity, loop.max_acceleration
+        width, rotations = first.chunk.shape[1], spec.action_rotations
+        limit = RateLimit(velocity, acceleration, loop.rate, width, rotations)
+        if tuple(spec.state_names) == tuple(spec.action_names):
+            limit.begin(first.state)
+        elif (velocity, acceleration) != (None, None):
+            _say("state and action have different names: the first command is sent without a limit")
+        return limit
+
+    def _cycle(self, now: float) -> None:
+        answer = self.worker.answer()
+        if answer is not None and answer.error is None:
+            self._take(answer)
+            self.watchdog.feed(now)
+        elif answer is not None:
+            self.plan.fail()
+            self.retry = now + RETRY_SECONDS
+            self.watchdog.trouble(answer.error)
+        if self.plan.due and now >= self.retry:
+            self.worker.requests.put(self.plan.ask())
+            self._say_if_slow()
+        action = self.plan.next()
+        if action is None:
+            self.watchdog.check(now, self.worker.doing)
+        command = self.limit.hold() if action is None else self.limit(action)
+        self.sent = time.perf_counter()
+        try:
+            self.loop.robot.send(command)
+        except Exception as error:  # a robot can raise anything
+            raise UserError(f"robot.send() failed ({_brief(error)}): the robot gets no commands.") from error
+        self.report.send.append(time.perf_counter() - self.sent)
+        self.report.command(command[self.limit.plain], self.joins and action is not None, action is None)
+        self.joins = self.joins and action is None
+
+    def _take(self, answer: "Answer") -> None:
+        self.plan.join(answer.chunk)
+        self.joins = True
+        self.report.observe.append(answer.observe)
+        self.report.infer.append(answer.infer)
+
+    def _say_if_slow(self) -> None:
+        plan = self.plan
+        if plan.needed > plan.max_delay > 0 and not self.lacks and self.loop.ensemble is None:
+            self.lacks = True
+            _say(
+                f"a chunk takes {plan.needed} actions to come, and the policy was trained with --max-delay "
+                f"{plan.max_delay}: the robot stops for the rest"
+            )
+
+
+class Plan:
+    """Which action comes next: chunks of a policy, one joined to the other. Knows neither clock nor thread.
+
+    Time is counted in the policy's control steps from the first observation; it stands still while the robot
+    holds. A chunk asked for at time n begins at n + `action_offset`. Its first actions, as many as will be
+    executed before it comes, are given: those of the chunk before.
+
+    Attributes:
+        due: whether to ask for a chunk now.
+        needed: actions that have to be given, by the delays of earlier chunks.
+    """
+
+    def __init__(
+        self, policy: Any, rate: float, execute_steps: int | None = None, ensemble: float | None = None
+    ):
+        spec = policy.spec
+        self.horizon, self.offset, self.rotations = policy.horizon, spec.action_offset, spec.action_rotations
+        self.max_delay = 0 if ensemble is not None else getattr(spec, "max_delay", 0)
+        self.execute_steps = execute_steps
+        self.step, self.ensemble = spec.fps / rate, ensemble
+        self.now = 0.0
+        self.chunks: list[tuple[float, np.ndarray]] = []  # time of the first action, and (T, A); oldest first
+        self.asked: float | None = None  # when the chunk that is to come was asked for
+        self.until = UNLIMITED  # no action after that one is executed before it has come
+        self.waited = self.answers = 0  # cycles since it was asked for; chunks that came
+        self.delays: deque[int] = deque(maxlen=KEPT_DELAYS)
+
+    @property
+    def due(self) -> bool:
+        if self.asked is not None:
+            return False
+        if not self.chunks or self.ensemble is not None:
+            return True
+        observed = self.chunks[-1][0] - self.offset
+        lead = min(self.needed, self.max_delay)
+        steps = self.execute_steps or max(self.horizon // 2 - lead, 1)
+        return self.now >= observed + min(steps, self.horizon - self.offset - lead) - ROUNDING
+
+    @property
+    def needed(self) -> int:
+        if not self.delays:  # before any is known, the longest
+            return self.max_delay
+        cycles = np.quantile(self.delays, HIGH, method="higher")
+        # At the last of these cycles, the action of that time is executed; it may lie between two others.
+        return max(math.ceil((cycles - 1) * self.step - ROUNDING) + 1 - self.offset, 0)
+
+    def ask(self) -> np.ndarray:
+        """The actions (d, A) that will be executed before the chunk comes which is asked for now."""
+        start, prefix = self.now + self.offset, np.zeros((0, 0), np.float32)
+        if self.chunks and self.max_delay:
+            left = math.floor(self._end - start + ROUNDING) + 1
+            # A robot that holds will still be there.
+            count = max(min(self.needed, self.max_delay, left), 1)
+            prefix = np.stack([self._at(start + i) for i in range(count)])
+        self.asked, self.waited = self.now, 0
+        self.until = UNLIMITED if self.ensemble is not None else start + len(prefix) - 1
+        return prefix
+
+    def join(self, chunk: np.ndarray) -> None:
+        """The chunk that was asked for has come."""
+        if self.answers:  # the first inference is slower than any other
+            self.delays.append(self.waited)
+        self.answers += 1
+        self.chunks.append((self.asked + self.offset, chunk))
+        self.fail()
+        if self.ensemble is None:  # an earlier one is needed until the new one begins
+            begun = [i for i, (start, _) in enumerate(self.chunks) if start <= self.now + ROUNDING]
+            self.chunks = self.chunks[begun[-1] if begun else 0 :]
+        else:
+            self.chunks = [part for part in self.chunks if part[0] + self.horizon > self.now]
+
+    def fail(self) -> None:
+        """No chunk is to come any more."""
+        self.asked, self.until = None, UNLIMITED
+
+    def next(self) -> np.ndarray | None:
+        """The action (A,) of this cycle; None: hold."""
+        self.waited += 1
+        if not self.chunks or self.now > min(self.until, self._end) + ROUNDING:
+            return None
+        action = self._at(self.now)
+        self.now += self.step
+        return action
+
+    @property
+    def _end(self) -> float:
+        """When the last action that is known is due."""
+        return self.chunks[-1][0] + self.horizon - 1
+
+    def _at(self, time: float) -> np.ndarray:
+        """The action at a time, between those of a chunk; at most its last one, at least its first."""
+        begun = [part for part in self.chunks if part[0] <= time + ROUNDING] or self.chunks[:1]
+        if self.ensemble is None:
+            return self._within(*begun[-1], time)
+        begun = [part for part in begun if time <= part[0] + self.horizon - 1 + ROUNDING] or begun[-1:]
+        weights = np.exp(-self.ensemble * np.arange(len(begun)))
+        return blend([self._within(*part, time) for part in begun], weights, self.rotations)
+
+    def _within(self, start: float, rows: np.ndarray, time: float) -> np.ndarray:
+        place = min(max(time - start, 0.0), len(rows) - 1.0)
+        low = round(place) if abs(place - round(place)) < ROUNDING else math.floor(place)
+        share = max(place - low, 0.0) if place > low + ROUNDING else 0.0
+        return rows[low] if not share else blend(rows[low : low + 2], [1 - share, share], self.rotations)
+
+
+def blend(actions: Sequence[np.ndarray], weights: Sequence[float], rotations: Any = None) -> np.ndarray:
+    """The weighted mean (A,) of some actions; of rotations, that of their first two columns.
+
+    Args:
+        rotations: where there are some, see `common/data/rotation.py`.
+    """
+    shares = np.asarray(weights) / np.sum(weights)
+    mean = np.tensordot(shares, np.stack(actions), 1).astype(np.float32)
+    if rotations is None or not rotations.starts:
+        return mean
+    turned = rotations.decode(np.tensordot(shares, rotations.encode(np.stack(actions)), 1))
+    if rotations.kind.startswith("quaternion"):  # of both signs, that of the first action
+        for part in (slice(start, start + 4) for start in rotations.starts):
+            turned[part] *= 1 if turned[part] @ actions[0][part] >= 0 else -1
+    return turned
+
+
+class RateLimit:
+    """Commands that follow targets with bounded velocity and acceleration.
+
+    A target whose own motion is within bounds is followed exactly. After a jump the command catches up, and
+    brakes in time.
+
+    Attributes:
+        plain: which numbers of an action are no rotations: only they are limited.
+    """
+
+    def __init__(self, velocity, acceleration, rate: float, width: int, rotations: Any = None):
+        """Bounds are one number for all, or (A,), or None; in recorded units per second (squared)."""
+        self.plain = np.ones(width, bool)
+        if rotations is not None and rotations.starts:
+            size = {"axis-angle": 3, "euler": 3}.get(rotations.kind, 4)
+            for start in rotations.starts:
+                self.plain[start : start + size] = False
+        self.period = 1 / rate
+        self.velocity = self._bound("max_velocity", velocity, width)
+        self.acceleration = self._bound("max_acceleration", acceleration, width)
+        self.position: np.ndarray | None = None
+
+    def _bound(self, name: str, given, width: int) -> np.ndarray:
+        try:
+            bound = np.broadcast_to(np.asarray(UNLIMITED if given is None else given, np.float64), width)
+        except (TypeError, ValueError):
+            bound = np.zeros(1)
+        if not (bound > 0).all():
+            raise UserError(f"{name} must be a positive number, or {width} of them, got {given}.")
+        return np.where(self.plain, bound, UNLIMITED)
+
+    def begin(self, position: np.ndarray) -> None:
+        """Where the robot is, at rest."""
+        self.position, self.target = np.array(position, np.float64), np.array(position, np.float64)
+        self.speed = np.zeros_like(self.position)
+
+    def __call__(self, target: np.ndarray) -> np.ndarray:
+        """The command (A,) for the next target (A,)."""
+        if self.position is None:
+            self.begin(target)
+        gap, dt, bound = self.target - self.position, self.period, self.acceleration
+        moves = (target - self.target) / dt  # the target's own velocity
+        self.target = np.array(target, np.float64)
+        # The speed from which the gap is closed, braking by the bound in every cycle: v^2 / 2a + v dt / 2.
+        with np.errstate(invalid="ignore", over="ignore"):
+            braking = bound * dt * (np.sqrt(0.25 + 2 * np.abs(gap) / (bound * dt**2)) - 0.5)
+        catches_up = np.minimum(np.abs(gap) / dt, np.where(np.isfinite(bound), braking, UNLIMITED))
+        return self._move(moves + np.sign(gap) * catches_up)
+
+    def hold(self) -> np.ndarray:
+        """The command (A,) that stops, as soon as the bounds allow."""
+        command = self._move(np.zeros_like(self.position))
+        self.target = self.position.copy()
+        return command
+
+    def _move(self, speed: np.ndarray) -> np.ndarray:
+        change = self.acceleration * self.period
+        self.speed = np.clip(
+            np.clip(speed, -self.velocity, self.velocity), self.speed - change, self.speed + change
+        )
+        self.position = self.position + self.speed * self.period
+        return self.position.astype(np.float32)
+
+
+@dataclass
+class Answer:
+    """What came of asking for a chunk: the chunk (T, A) and the state that it was made for, or an error.
+
+    `observe` and `infer` are seconds.
+    """
+
+    chunk: np.ndarray | None = None
+    state: np.ndarray | None = None
+    error: str | None = None
+    observe: float = 0.0
+    infer: float = 0.0
+
+
+STOP = object()
+
+
+class Worker(threading.Thread):
+    """Observes and asks the policy, a chunk at a time, in one thread that a robot which blocks cannot end."""
+
+    def __init__(self, policy: Any, robot: Robot):
+        super().__init__(daemon=True)
+        self.policy, self.robot = policy, robot
+        self.requests: queue.SimpleQueue = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue = queue.SimpleQueue()
+        self.doing = "policy.reset()"
+        self._shape: tuple[int, ...] | None = None
+        self._fresh = True
+
+    def answer(self, timeout: float = 0.0) -> Answer | None:
+        """What came of the last request, if it has come."""
+        try:
+            return self._answers.get(block=timeout > 0, timeout=timeout or None)
+        except queue.Empty:
+            return None
+
+    def run(self) -> None:
+        while (prefix := self.requests.get()) is not STOP:
+            try:
+                answer = self._ask(prefix)
+            except Exception as error:  # a robot, a policy and a network can raise anything
+                said = f"{error}".rstrip(".") if isinstance(error, UserError) else _brief(error)
+                answer = Answer(error=f"{self.doing} failed ({said})")
+            self._answers.put(answer)
+
+    def _ask(self, prefix: np.ndarray) -> Answer:
+        if self._fresh:
+            self.doing = "policy.reset()"
+            self.policy.reset()
+            self._fresh = False
+        self.doing, start = "robot.observe()", time.perf_counter()
+        observation = self.robot.observe()
+        if not isinstance(observation, Mapping) or "state" not in observation:
+            raise ValueError("it gave no images and state")
+        self.doing, seen = "the policy", time.perf_counter()
+        chunk = np.asarray(self.policy.act(observation, **({"prefix": prefix} if len(prefix) else {})))
+        done = time.perf_counter()
+        if chunk.ndim != 2 or chunk.shape != (self._shape or chunk.shape) or not np.isfinite(chunk).all():
+            raise ValueError(f"it gave {chunk.shape} numbers that are no chunk")
+        self._shape = chunk.shape
+        state = np.asarray(observation["state"], np.float32)
+        return Answer(chunk, state.reshape(-1, state.shape[-1])[-1], None, seen - start, done - seen)
+
+
+class Watchdog:
+    """Says why a robot holds, and ends the loop when that does not pass."""
+
+    def __init__(self, patience: float):
+        self.patience, self.fed = patience, 0.0  # when the last chunk came
+        self.reason: str | None = None
+
+    def trouble(self, reason: str) -> None:
+        """No chunk came, and this is why; said once."""
+        if reason != self.reason:
+            _say(f"{reason}: the robot will hold, and the loop tries again")
+        self.reason = reason
+
+    def check(self, now: float, doing: str) -> None:
+        """The robot holds: is that too long?"""
+        waited = now - self.fed
+        if waited > SAID_AFTER and self.reason is None:
+            self.trouble(f"{doing} has not answered for {waited:.1f} s")
+        if waited > self.patience:
+            raise UserError(f"No chunk came for {self.patience:g} s ({self.reason}): the robot holds.")
+
+    def feed(self, now: float) -> None:
+        """A chunk came."""
+        if self.reason is not None:
+            _say(f"a chunk came after {now - self.fed:.1f} s: the robot moves again")
+        self.fed, self.reason = now, None
+
+
+@dataclass
+class Report:
+    """How a loop kept its rate. Times are in seconds, velocities in recorded units a second.
+
+    Attributes:
+        rate: cycles a second that were wanted.
+        late: cycles that ended after their time, or were missed.
+        held: cycles in which the robot held.
+        observe, infer, send: of each observation, chunk and command.
+        seams, inside: the largest change of velocity, over all numbers but rotations, from one cycle to the
+            next: where one chunk follows another or the robot stops, and elsewhere.
+    """
+
+    rate: float
+    seconds: float = 0.0
+    late: int = 0
+    held: int = 0
+    observe: list[float] = field(default_factory=list)
+    infer: list[float] = field(default_factory=list)
+    send: list[float] = field(default_factory=list)
+    seams: list[float] = field(default_factory=list)
+    inside: list[float] = field(default_factory=list)
+    _last: deque = field(default_factory=lambda: deque(maxlen=3), repr=False)
+    _held: bool = field(default=True, repr=False)
+
+    @property
+    def cycles(self) -> int:
+        return len(self.send)
+
+    @property
+    def reached(self) -> float:
+        """Cycles a second."""
+        return self.cycles / self.seconds if self.seconds else 0.0
+
+    def command(self, command: np.ndarray, joins: bool, holds: bool) -> None:
+        """Count a command: the first of a chunk, or one that holds, or neither."""
+        self._last.append(command)
+        self.held += holds
+        if len(self._last) == 3 and not (holds and self._held):
+            change = np.abs(np.diff(np.stack(self._last), n=2, axis=0)).max(initial=0) * self.rate
+            (self.seams if joins or holds else self.inside).append(float(change))
+        self._held = holds
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.reached:.1f} of {self.rate:g} cycles a second for {self.seconds:.1f} s, "
+            f"{len(self.infer)} chunks; late {_share(self.late, self.cycles)}, "
+            f"held {_share(self.held, self.cycles)}"
+        ]
+        for name in ("observe", "infer", "send"):
+            times = 1000 * np.array(getattr(self, name) or [math.nan])
+            lines.append(
+                f"{name:<8} mean {times.mean():6.1f} ms, p95 {np.quantile(times, 0.95):6.1f}, worst "
+                f"{times.max():6.1f}"
+            )
+        for name, changes in (("at seams", self.seams), ("inside", self.inside)):
+            changes = np.array(changes or [math.nan])
+            lines.append(f"jump of velocity {name:<8} mean {changes.mean():.3g}, worst {changes.max():.3g}")
+        return "\n".join(lines)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} ({part / max(whole, 1):.2%})"
+
+
+def _brief(error: Exception) -> str:
+    """An error in a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+
+
+def _say(sentence: str) -> None:
+    print(sentence, flush=True)

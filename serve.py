@@ -1,0 +1,378 @@
+"""A policy server: robots send observations, and get chunks of actions.
+
+    python serve.py runs/vfp-20260301-101500
+    python serve.py runs/vfp-20260301-101500 --host 0.0.0.0 --api-key-file ~/policy.key
+
+It speaks the protocol of openpi's server (websockets, msgpack with numpy arrays): a robot that has openpi's
+client needs nothing else, any other takes `common/client.py`. What a message holds stands in docs/robots.md.
+
+All clients share one model, and each has an episode of its own. One thread computes, a request at a time.
+A request that cannot be answered gets a sentence in its place; the connection, and all others, stay usable.
+"""
+
+import asyncio
+import errno
+import hmac
+import ipaddress
+import logging
+import math
+import signal
+import socket
+import statistics
+import time
+import traceback
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from http import HTTPStatus
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from common.config import UserPath, cli, options
+from common.console import say
+from common.errors import UserError
+from common.inference import RobotPolicy, load_policy
+
+try:
+    from websockets.asyncio.server import ServerConnection
+    from websockets.asyncio.server import serve as serve_websockets
+    from websockets.exceptions import ConnectionClosed
+    from websockets.http11 import Request, Response
+
+    from common import wire
+except ImportError as error:
+    raise SystemExit(
+        f"error: {error.name} is missing: pip install -r requirements-robot.txt, which a policy server needs."
+    ) from None
+
+SEND_SECONDS = 10.0  # for a client to take an answer
+PING_SECONDS = 20.0  # between signs of life, and for each to be answered
+CLOSE_SECONDS = 5.0
+GOING_AWAY, TRY_LATER = 1001, 1013  # codes with which a connection is closed (RFC 6455)
+STATE_NAMES = ("state", "observation/state", "observation.state")
+
+
+@options
+class Config:
+    """Serve a trained policy to robots."""
+
+    run: Annotated[UserPath, tyro.conf.Positional]
+    """Run folder."""
+    checkpoint: str = "last"
+    """`last`, or the number of a saved step."""
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all of this machine, which needs --api-key-file."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 takes any that is free."""
+    api_key_file: UserPath | None = None
+    """File with the key that clients must send. It travels in clear text: use a tunnel in a network that is
+    not yours alone."""
+    max_clients: PositiveInt = 8
+    """Clients at once; further ones are turned away."""
+    max_message_mb: PositiveInt = 32
+    """Size of a message, in MiB, above which its client is disconnected."""
+    sample_steps: PositiveInt | None = None
+    """Integration steps (default: the number that the run was configured with)."""
+    clip: bool = False
+    """Keep every action within the range recorded in training."""
+    compile: bool = False
+    """Compile the policy with torch.compile: the start takes minutes longer, a chunk less time."""
+    precision: Literal["no", "bf16"] = "no"
+    """`bf16` computes in half precision."""
+    seed: NonNegativeInt | None = None
+    """Makes sampled actions repeatable: each client's first episode has the same noise, and so on. Default:
+    new noise every time."""
+
+
+def main(config: Config) -> None:
+    key = read_key(config)
+    listener = open_socket(config, key)  # a port in use is said before the policy is loaded
+    fast = {"compile": config.compile, "precision": config.precision}
+    policy = load_policy(config.run, config.checkpoint, seed=config.seed, **fast)
+    asyncio.run(serve(Server(policy, config, key), listener))
+
+
+async def serve(server: "Server", listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT, which lets requests in flight finish; a second one ends all at once."""
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        server.stopping.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    await server.warm_up()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    await server.run(listener)
+    say(f"stopped; {server.requests} requests were answered")
+
+
+def read_key(config: Config) -> str | None:
+    path = config.api_key_file
+    if path is None:
+        return None
+    try:
+        key = path.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--api-key-file {path} cannot be read ({error}): write a key into it.") from None
+    if not key or not key.isprintable():
+        raise UserError(f"--api-key-file {path} holds no key: write one line of letters and digits into it.")
+    return key
+
+
+def open_socket(config: Config, key: str | None) -> socket.socket:
+    """A socket at the address that is asked for, on which nobody is listened to yet."""
+    where = f"--host {config.host} --port {config.port}"
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--host {config.host} is not an address ({error}): try 127.0.0.1.") from None
+    family, _, _, _, address = found[0]
+    if key is None and not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
+        raise UserError(
+            f"--host {config.host} can be reached by others, who could move your robot: give "
+            f"--api-key-file, or listen on 127.0.0.1 and use a tunnel."
+        )
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise cannot_listen(where, error) from None
+    return listener
+
+
+def cannot_listen(where: str, error: OSError) -> UserError:
+    if error.errno == errno.EADDRINUSE:
+        return UserError(f"{where}: the port is in use: choose another, or stop who listens there.")
+    return UserError(f"{where}: cannot listen there ({error.strerror}): choose another address or port.")
+
+
+class Server:
+    """Answers requests until a signal comes; see the module."""
+
+    def __init__(self, policy: RobotPolicy, config: Config, key: str | None = None):
+        self.policy, self.config, self.key = policy, config, key
+        self.clients = self.requests = 0
+        self.latency = math.nan  # milliseconds for a chunk
+        self.stopping = asyncio.Event()
+        # One thread for everything that computes: compiled code and OpenMP keep what they know by thread.
+        self.worker = ThreadPoolExecutor(1, "inference")
+
+    async def warm_up(self) -> None:
+        """Compute some chunks, until everything is compiled and cached."""
+
+        def act() -> list[float]:
+            policy, times = self.policy.fork(), []
+            observation = policy.blank_observation()
+            for _ in range(8):
+                start = time.perf_counter()
+                policy.act(observation, self.config.sample_steps)
+                times.append(1000 * (time.perf_counter() - start))
+            return times
+
+        times = await asyncio.get_running_loop().run_in_executor(self.worker, act)
+        self.latency = statistics.median(times[3:])
+
+    async def run(self, listener: socket.socket) -> None:
+        """Say that all is ready; serve until `stopping` is set and requests in flight are answered."""
+        logging.getLogger("websockets").setLevel(logging.CRITICAL)  # tracebacks of clients that send garbage
+        limits = {"max_size": self.config.max_message_mb * 2**20, "max_queue": 1, "compression": None}
+        life = {"ping_interval": PING_SECONDS, "ping_timeout": PING_SECONDS, "close_timeout": CLOSE_SECONDS}
+        browsers = {"origins": [None], "server_header": None}  # a page must not move a robot
+        try:
+            server = await serve_websockets(
+                self.handle, sock=listener, process_request=self.admit, **limits, **life, **browsers
+            )
+        except OSError as error:
+            raise cannot_listen(f"--host {self.config.host} --port {self.config.port}", error) from None
+        host, port = listener.getsockname()[:2]
+        say(f"ws://{f'[{host}]' if ':' in host else host}:{port} {self.in_words()}")
+        await self.stopping.wait()
+        server.close(close_connections=False)  # `handle` closes them, after their answers
+        await server.wait_closed()
+        self.worker.shutdown()
+
+    def in_words(self) -> str:
+        spec, state = self.policy.spec, recorded_names(self.policy)[0]
+        history = f" of the last {spec.proprio_history} steps" if spec.proprio_history > 1 else ""
+        return (
+            f"serves {self.config.run}, {self.policy.checkpoint.name}, on {self.policy.device}: "
+            f"{self.policy.horizon} actions for {spec.fps:g} Hz in {self.latency:.1f} ms; an observation "
+            f"holds images {', '.join(spec.cameras)} (RGB, uint8) and the state{history}: {', '.join(state)}"
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """What a client is told when it connects."""
+        state, actions = recorded_names(self.policy)
+        spec = asdict(self.policy.spec) | {"state_names": state, "action_names": actions}
+        del spec["backbone_config"]
+        about = {"script": self.policy.script.__name__, "step": self.policy.trained_steps}
+        return {**about, "horizon": self.policy.horizon, "spec": spec}
+
+    def admit(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Answer what is no request for a connection, and turn away whom we cannot serve."""
+        if request.path == "/healthz":
+            return connection.respond(HTTPStatus.OK, "OK\n")
+        if self.key is not None:
+            given = request.headers.get_all("Authorization")
+            wanted = f"Api-Key {self.key}"
+            if len(given) != 1 or not hmac.compare_digest(
+                given[0].encode("utf-8", "replace"), wanted.encode()
+            ):
+                return connection.respond(
+                    HTTPStatus.UNAUTHORIZED,
+                    "The key is missing or wrong: send `Authorization: Api-Key KEY`.\n",
+                )
+        if self.stopping.is_set() or self.clients >= self.config.max_clients:
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.full()}.\n")
+        return None
+
+    def full(self) -> str:
+        return f"There are {self.clients} clients, and --max-clients allows no more: try again later"
+
+    async def handle(self, connection: ServerConnection) -> None:
+        """Serve one client, from when it is admitted until it leaves."""
+        if self.clients >= self.config.max_clients:  # several were admitted at once
+            await connection.close(TRY_LATER, self.full())
+            return
+        self.clients += 1
+        stopping = asyncio.create_task(self.stopping.wait())
+        try:
+            episode = self.policy.fork()
+            await connection.send(wire.pack(self.metadata()))
+            while await self.answer_next(connection, episode, stopping):
+                pass
+            await connection.close(GOING_AWAY, "the server stops")
+        except ConnectionClosed:
+            pass
+        except TimeoutError:  # it does not read: its answers would pile up
+            connection.transport.abort()
+        finally:
+            stopping.cancel()
+            self.clients -= 1
+
+    async def answer_next(
+        self, connection: ServerConnection, episode: RobotPolicy, stopping: asyncio.Task
+    ) -> bool:
+        """Answer a client's next request; False if the server stops before there is one."""
+        receiving = asyncio.create_task(connection.recv())
+        await asyncio.wait({receiving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not receiving.done():
+            receiving.cancel()
+            return False
+        message, arrived = receiving.result(), time.perf_counter()
+        loop = asyncio.get_running_loop()
+        answer = await loop.run_in_executor(self.worker, self.answer, message, episode, arrived)
+        async with asyncio.timeout(SEND_SECONDS):
+            await connection.send(answer)
+        self.requests += 1
+        return not stopping.done()
+
+    def answer(self, message: bytes | str, episode: RobotPolicy, arrived: float) -> bytes | str:
+        """What to send for a message: a chunk, or a sentence that says what is wrong with it."""
+        try:
+            start = time.perf_counter()
+            answer = self.infer(message, episode)
+            timing = {"infer_ms": time.perf_counter() - start, "wait_ms": start - arrived}
+            return wire.pack(answer | {"server_timing": {name: 1000 * s for name, s in timing.items()}})
+        except ValueError as error:
+            return f"{error}"
+        except Exception as error:  # a mistake of ours, or of the machine: others must not notice
+            traceback.print_exc()
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            return f"The server failed in this request, and its log says where ({reason})."
+
+    def infer(self, message: bytes | str, episode: RobotPolicy) -> dict[str, Any]:
+        """The answer to a message; ValueError if it holds no observation that the policy can act on."""
+        if isinstance(message, str):
+            raise ValueError("a request is a binary message: an observation, in msgpack")
+        request = wire.unpack(message)
+        if not isinstance(request, dict):
+            raise ValueError(f"a request is a map of names to values, and not a {type(request).__name__}")
+        resets = request.pop("reset", False)
+        if resets is True:
+            episode.reset()
+        elif resets is not False:
+            raise ValueError("reset is true or false")
+        if resets and not request:
+            return {"reset": True}
+        observation, prefix = observation_in(request), prefix_in(request, episode)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            actions = episode.act(observation, self.config.sample_steps, self.config.clip, **prefix)
+        heard = [str(w.message) for w in said if issubclass(w.category, UserWarning)]
+        return {"actions": actions} | ({"warnings": heard} if heard else {})
+
+
+def recorded_names(policy: RobotPolicy) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of state and action as a robot has them, before rotations are re-expressed."""
+    spec = policy.spec
+    state, actions = spec.state_rotations, spec.action_rotations
+    return state.recorded if state else spec.state_names, actions.recorded if actions else spec.action_names
+
+
+def observation_in(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The observation in a request, as `RobotPolicy.act` takes it.
+
+    Frames stand below `images`, or beside the state under names of their own; (H, W, 3), or (3, H, W)
+    as openpi's ALOHA has them. The instruction is `task`, or `prompt`.
+    """
+    names = [name for name in STATE_NAMES if name in request]
+    images = request.get("images")
+    if images is None:
+        images = {name: x for name, x in request.items() if isinstance(x, np.ndarray) and x.ndim == 3}
+    if not names or not isinstance(images, dict) or not images:
+        there = ", ".join(str(name)[:40] for name in list(request)[:20]) or "nothing"
+        raise ValueError(f"an observation holds images, a map of names to frames, and state; got {there}")
+    if not all(isinstance(name, str) and isinstance(x, np.ndarray) for name, x in images.items()):
+        raise ValueError("images maps the names of cameras to arrays")
+    observation = {"images": {name: upright(x) for name, x in images.items()}}
+    observation["state"] = numbers(request[names[0]], "the state")
+    task = request.get("task", request.get("prompt"))
+    if task is not None:
+        if not isinstance(task, str):
+            raise ValueError(f"a task is a text, and not a {type(task).__name__}")
+        observation["task"] = task
+    return observation
+
+
+def upright(frame: np.ndarray) -> np.ndarray:
+    """A frame as (H, W, 3), if it was (3, H, W)."""
+    channels_first = frame.ndim == 3 and frame.shape[0] == 3 and frame.shape[2] != 3
+    return frame.transpose(1, 2, 0) if channels_first else frame
+
+
+def numbers(given: Any, what: str) -> np.ndarray:
+    """Numbers of a request as float32, infinite where they do not fit."""
+    try:
+        values = np.asarray(given)
+    except ValueError:  # lists of different lengths
+        values = np.array(None)
+    if values.dtype.kind not in wire.NUMBERS:
+        raise ValueError(f"{what} is an array of numbers")
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
+
+
+def prefix_in(request: Mapping[str, Any], episode: RobotPolicy) -> dict[str, np.ndarray]:
+    """The actions that will be executed meanwhile, as an argument of `RobotPolicy.act`, if there are any."""
+    if request.get("prefix") is None:
+        return {}
+    most, width = getattr(episode.spec, "max_delay", 0), len(recorded_names(episode)[1])
+    prefix = numbers(request["prefix"], "the prefix")
+    if prefix.ndim != 2 or prefix.shape[1] != width or not np.isfinite(prefix).all():
+        raise ValueError(f"the prefix is an array of finite numbers (d, {width}), got {prefix.shape}")
+    if len(prefix) > most:
+        raise ValueError(f"a prefix has at most {most} actions, as the policy was trained; got {len(prefix)}")
+    return {"prefix": prefix} if len(prefix) else {}
+
+
+if __name__ == "__main__":
+    cli(main, Config)
