@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -49,8 +50,10 @@ from common.data import (
     open_dataset,
     split_episodes,
 )
+from common.data.tasks import listed
 from common.errors import EXIT_STOPPED, UserError
 from common.files import read_json, write_json, write_whole
+from common.instructions import Instructions, TaskConfig
 from common.normalize import Normalization, Normalizer
 from common.tracking import Tracker
 from common.watch import PREPARING, HangWatch, StopRequests, meeting
@@ -127,14 +130,16 @@ class Run:
 
     # What there is to learn from
 
-    def load_data(self, horizon: int, normalization: Normalization) -> Data:
+    def load_data(self, horizon: int, normalization: Normalization, tasks: TaskConfig | None = None) -> Data:
         """Open the dataset, hold episodes out, compute statistics; chunks have `horizon` actions.
+
+        `tasks` says how a policy is told its instruction; None: it is not.
 
         Raises:
             UserError: if a dataset cannot be used, or a resumed run was trained on other data.
         """
         options, seed = self.config.data, self.config.run.seed
-        store, backbone_config = open_dataset(options), None
+        store, backbone_config, known = open_dataset(options), None, None
         if self.resuming:
             folder = self.config.run.run_dir
             saved = read_json(folder / "config.json")
@@ -145,14 +150,24 @@ class Run:
                 )
             # The checkpoint has the backbone's architecture: its original model, on the hub, is not needed.
             last = checkpoint.newest_undamaged(folder, "policy/policy.json")
-            backbone_config = checkpoint.read_settings(last)["spec"]["backbone_config"]
+            saved = PolicySpec.load(last)
+            backbone_config, known = saved.backbone_config, saved.tasks
+            if known is not None and known.sentences != store.instructions:
+                raise UserError(
+                    f"{folder} was trained on datasets that went by other names ({listed(known.sentences)}): "
+                    f"give them these names again."
+                )
+        elif tasks is not None:
+            known = Instructions.of(store, tasks)
         train_episodes, held_out = split_episodes(store, options.val_fraction, seed)
         shape = (horizon, options.proprio_history, options.action_offset)
-        train = ChunkDataset(store, train_episodes, *shape)
-        val = ChunkDataset(store, held_out, *shape) if len(held_out) else None
+        told = known is not None
+        train = ChunkDataset(store, train_episodes, *shape, told=told)
+        val = ChunkDataset(store, held_out, *shape, told=told) if len(held_out) else None
         relative, floor = options.relative_actions, options.idle_floor
         normalizer = Normalizer.fit(train, normalization, relative, floor).to(self.device)
-        return Data(train, val, normalizer, PolicySpec.of(train, backbone_config))
+        spec = replace(PolicySpec.of(train, backbone_config), tasks=known)
+        return Data(train, val, normalizer, spec)
 
     # Start
 

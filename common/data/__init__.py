@@ -25,6 +25,7 @@ from common.errors import UserError
 __all__ = ["Batch", "ChunkDataset", "SampleStream", "evenly_spaced", "make_loader", "split_episodes"]
 
 MAX_IMAGE_SIDE = 4096
+BUILT_IN = ("demo", "demo-tasks")  # tasks that are recorded on first use
 
 
 def default_cache_dir() -> Path:
@@ -35,7 +36,7 @@ def default_cache_dir() -> Path:
 def _in_full(name: str) -> str:
     """A dataset that lies here by its whole path: a run may be resumed from another working directory."""
     path = Path(name).expanduser()
-    return str(path.absolute()) if name != "demo" and path.exists() else name
+    return str(path.absolute()) if name not in BUILT_IN and path.exists() else name
 
 
 def _as_several(task: Any) -> Any:
@@ -57,7 +58,8 @@ class DataConfig:
 
     dataset: MayChange[tuple[Annotated[str, AfterValidator(_in_full)], ...]] = ("demo",)
     """Datasets, one or more: LeRobot v3 (a folder, or a hub name `owner/name`), a folder of HDF5 files or one
-    such file, a zarr replay buffer (a folder or .zarr.zip), or `demo`, the built-in two-arm task."""
+    such file, a zarr replay buffer (a folder or .zarr.zip), `demo`, the built-in two-arm task, or
+    `demo-tasks`, the same with sixteen instructions."""
     weights: tuple[float, ...] = ()
     """How often samples of each dataset are drawn, relative to each other. Default: as often as they are
     there, so that a larger dataset weighs more."""
@@ -172,14 +174,16 @@ def stores_folder(config: DataConfig) -> Path:
 
 def open_source(name: str, config: DataConfig) -> Source:
     """One of the datasets, in whatever format it is."""
+    from common.data import demo_tasks
     from common.data.demo import ensure_recorded
     from common.data.hdf5 import Hdf5Source, holds_hdf5
     from common.data.lerobot import LeRobotSource, recorded_here
     from common.data.zarr import ZarrSource, is_zarr
 
     path = Path(name).expanduser()
-    if name == "demo":
-        return LeRobotSource(ensure_recorded(config.cache_dir), name, config)
+    if name in BUILT_IN:
+        recorded = ensure_recorded if name == "demo" else demo_tasks.ensure_recorded
+        return LeRobotSource(recorded(config.cache_dir), name, config)
     if (path / "meta" / "info.json").is_file():
         return LeRobotSource(path, str(path.resolve()), config)
     if is_zarr(path):

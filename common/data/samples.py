@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
     @property
     def task(self) -> Tensor | None:
-        """(B,) int64, places in `EpisodeStore.instructions`, -1 for none stated; None if all share one."""
+        """(B,) int64, places in `EpisodeStore.instructions`, -1 for none; None if the policy is not told."""
         return self.extras.get("task")
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -82,7 +82,7 @@ class ChunkDataset(Dataset):
     The chunk of step i is the `horizon` actions from i + `action_offset` on; past the episode's end the last
     action is repeated and marked in `is_pad`. The `proprio_history` states end with that of step i; before
     the episode's start the first one is repeated. A step whose chunk lies wholly past the end is no sample.
-    `episodes` are counted in the store.
+    `episodes` are counted in the store. With `told`, batches have the instruction's number, `Batch.task`.
     """
 
     def __init__(
@@ -92,7 +92,9 @@ class ChunkDataset(Dataset):
         horizon: int,
         proprio_history: int = 1,
         action_offset: int = 0,
+        told: bool = False,
     ):
+        self.told = told
         self.store, self.horizon = store, horizon
         self.proprio_history, self.action_offset = proprio_history, action_offset
         self.episodes = np.asarray(episodes, np.int64)
@@ -105,7 +107,6 @@ class ChunkDataset(Dataset):
         sample_parts = np.repeat(parts[self.episodes], [len(span) for span in spans])
         self.part_samples = np.bincount(sample_parts, minlength=len(store.part_episodes))  # of each dataset
         self._buffers = {name: _Recycler() for name in ("images", *store.extras)}
-        self._tasks = store.episode_task_numbers if len(set(store.episode_tasks)) > 1 else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -142,14 +143,15 @@ class ChunkDataset(Dataset):
             name: store.extra(name, rows, buffer(name, extra.shape, torch.float16))
             for name, extra in store.extras.items()
         }
-        if self._tasks is not None:
-            extras["task"] = torch.from_numpy(self._tasks[store.episode_of(rows)])
+        if self.told:
+            extras["task"] = torch.from_numpy(store.episode_task_numbers[store.episode_of(rows)])
         images = store.images(rows, buffer("images", store.row_shape, torch.uint8))
         return Batch(images, *map(torch.from_numpy, (self.history(rows), actions, is_pad, rows)), extras)
 
     def on(self, store: EpisodeStore) -> ChunkDataset:
         """The same samples of a store that holds the same steps, with extras for instance."""
-        return ChunkDataset(store, self.episodes, self.horizon, self.proprio_history, self.action_offset)
+        shape = (self.horizon, self.proprio_history, self.action_offset)
+        return ChunkDataset(store, self.episodes, *shape, told=self.told)
 
     def chunks(self, rows: np.ndarray, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Actions (B, T, A) and is_pad (B, T) of the chunks that begin at the steps `rows` of the store.

@@ -53,7 +53,6 @@ def main(config: Config) -> None:
         unfinished,
         demonstrate(environment, config.episodes, config.seed),
         fps=round(environment.fps),
-        task=environment.task,
         state_names=environment.state_names,
         action_names=environment.action_names,
     )
@@ -96,7 +95,7 @@ def attempt(environment: Environment, seed: int, episode: int) -> Demonstration 
     if not environment.success():
         return None
     images = {camera: np.stack([view[camera] for view in views]) for camera in views[0]}
-    return Demonstration(np.stack(states), np.stack(actions), images)
+    return Demonstration(np.stack(states), np.stack(actions), images, environment.task)
 
 
 if __name__ == "__main__":
