@@ -7,6 +7,7 @@ from test_demo import drive
 from common.data import demo
 from common.data.demo_tasks import COLORS, TASKS, TasksSimulator
 from common.envs import EnvConfig, make_environment
+from common.errors import UserError
 
 
 def expert(simulator, aim=TasksSimulator.aim, seed=0):
@@ -106,6 +107,15 @@ def test_the_environment_says_its_task_and_has_an_expert():
         assert (facts["collision"], facts["timeout"], facts["wrong_target"]) == (False, False, False)
         assert set(environment.images()) == set(demo.CAMERAS)
     assert environment.picture().shape == (144, 144, 3)
+    only = make_environment(EnvConfig(env=f"demo-tasks:{TASKS[5]}"), (64, 64))
+    starts = []
+    for episode in (0, 1, 2):
+        only.reset(7, episode)
+        assert only.task == TASKS[5]
+        starts.append(only.state().tolist())
+    assert starts[0] != starts[1] != starts[2]
+    with pytest.raises(UserError, match="demo-tasks has no task left to black"):
+        make_environment(EnvConfig(env="demo-tasks:left to black"), (64, 64))
 
 
 def test_demonstrations_come_to_rest_on_what_was_asked():

@@ -70,9 +70,9 @@ class EnvConfig:
     """Where to act."""
 
     env: MayChange[str | None] = None
-    """Environment to act in: `demo`, `demo-tasks`, `metaworld:pick-place-v3`, `aloha:transfer-cube`, `pusht`,
-    `gymnasium:ID`, or `module:factory`, a function of yours that returns a gymnasium environment.
-    `evaluate.py` takes the built-in task for a run that was trained on it."""
+    """Environment to act in: `demo`, `demo-tasks`, `demo-tasks:INSTRUCTION`, `metaworld:pick-place-v3`,
+    `aloha:transfer-cube`, `pusht`, `gymnasium:ID`, or `module:factory`, a function of yours that returns a
+    gymnasium environment. `evaluate.py` takes the built-in task for a run that was trained on it."""
     env_map: MayChange[tuple[str, ...]] = ()
     """Which observations of the environment are the policy's cameras and state, as in
     `head=pixels/top state=agent_pos`; `head=render` is what the environment draws for people. Several make up
@@ -112,10 +112,10 @@ def make_environment(config: EnvConfig, image_size: tuple[int, int]) -> Environm
             from common.envs.demo import DemoEnvironment
 
             environment = DemoEnvironment(config.max_steps)
-        elif config.env == "demo-tasks":
+        elif kind == "demo-tasks":
             from common.envs.demo import TasksEnvironment
 
-            environment = TasksEnvironment(config.max_steps)
+            environment = TasksEnvironment(task or None, config.max_steps)
         elif kind == "metaworld":
             from common.envs.metaworld import MetaworldEnvironment
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from common.data.demo import CAMERAS, FPS, MAX_STEPS, NAMES, TASK, Simulator, expert_action, render
-from common.data.demo_tasks import TasksSimulator
+from common.data.demo_tasks import TASKS, TasksSimulator
+from common.envs import one_of
 
 SIDES = {-1: "left", 1: "right"}
 
@@ -51,12 +52,16 @@ class DemoEnvironment:
 
 
 class TasksEnvironment(DemoEnvironment):
-    """One episode of `common/data/demo_tasks.py`, which has an instruction of its own."""
+    """One episode of `common/data/demo_tasks.py`: with an instruction of its own, or always the same one."""
 
     name, kind = "demo-tasks", TasksSimulator
 
+    def __init__(self, task: str | None = None, max_steps: int | None = None):
+        super().__init__(max_steps)
+        self._only = None if task is None else TASKS.index(one_of(task, list(TASKS), self.name))
+
     def reset(self, seed: int, episode: int) -> None:
-        super().reset(seed, episode)
+        super().reset(seed, episode if self._only is None else len(TASKS) * episode + self._only)
         self._random = np.random.default_rng((seed, episode, 3))
         self.task = self.simulator.tasks[0]
 
