@@ -92,7 +92,7 @@ class Policy(nn.Module):
         causal = config.attention == "causal"
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal)
 
-    def observe(self, images: Tensor, proprio: Tensor, task: Tensor | None) -> Context:
+    def observe(self, images: Tensor, proprio: Tensor, task: Tensor | None = None) -> Context:
         """What the decoder needs of an observation, computed once however often the decoder runs.
 
         Args:

@@ -255,7 +255,7 @@ class Policy(nn.Module):
         self.gate = Gate(config.latent_dim, config.num_experts)
         self.action_decoder = MoEActionDecoder(config, spec.action_dim)
 
-    def encode(self, images: Tensor, proprio: Tensor, task: Tensor | None) -> tuple[Tensor, Observation]:
+    def encode(self, images: Tensor, proprio: Tensor, task=None) -> tuple[Tensor, Observation]:
         """Tokens of the head camera (B, L, D_v), and the whole observation, fused.
 
         Args:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hdf5_factory import make_hdf5
 from lerobot_factory import make_dataset
-from running import interrupt_after, lines, train, weights
+from running import SMALL, interrupt_after, lines, train, weights
 from test_scripts import SCRIPTS
 from text_factory import KINDS, make_encoder
 
@@ -21,11 +21,12 @@ import train_vfp_moe
 from common import instructions
 from common.checkpoint import PolicySpec
 from common.config import parse
-from common.data import DataConfig, demo, open_dataset
+from common.data import ChunkDataset, DataConfig, demo, open_dataset
 from common.data.demo_tasks import TasksSimulator
 from common.errors import UserError
 from common.inference import load_policy
 from common.instructions import InstructionEmbedder, Instructions, TaskConfig, drop_some
+from common.normalize import Normalizer
 from common.text import TextEncoder
 
 pytestmark = pytest.mark.usefixtures("accelerate_reset", "tiny_depth")
@@ -134,6 +135,37 @@ def test_every_policy_is_told_and_resumes_exactly(script, told, tmp_path):
     policy.reset(0)
     together = policy.act_batch([seen(task=TASKS[0]), seen(task=None)])
     assert together.shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize("script", [train_naive_fm, train_vfp_moe])
+def test_a_policy_learns_to_do_what_it_is_told(script, told):
+    """One and the same observation, from which one instruction leads up and the other down."""
+    flags = (*SMALL.get(script.__name__, "").split(), "--flow-samples", "4")
+    config = parse(script.Config, [*told, *flags], "")
+    store = open_dataset(config.data)
+    data = ChunkDataset(store, range(store.num_episodes), config.horizon, told=True)
+    normalizer = Normalizer.fit(data)
+    torch.manual_seed(0)
+    policy = script.Policy(config, replace(PolicySpec.of(data), tasks=Instructions(TASKS, droppable=True)))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    task = torch.arange(8) % 2
+    way = torch.where(task == 0, 1.0, -1.0)[:, None, None]  # normalized
+    batch = data.__getitems__([0] * 8)
+    actions = normalizer.unnormalize_actions(way.expand(batch.actions.shape), batch.proprio)
+    batch = batch._replace(actions=actions, extras={"task": task})
+    for _ in range(150):
+        script.compute_loss(policy, batch, normalizer, config, train=True)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    seen, proprio = batch.images, normalizer.proprio(batch.proprio)
+    for said, wanted in ((task, way), (1 - task, -way)):
+        chunks = script.sample_actions(policy.eval(), seen, proprio, config, 4, task=said)
+        assert (chunks - wanted).abs().mean() < 0.5
+    unsure = torch.cat(
+        [script.sample_actions(policy, seen, proprio, config, 4, task=torch.full((8,), -1)) for _ in range(8)]
+    ).mean((1, 2))
+    assert unsure.max() > 0.3  # without an instruction, now this way, now that
+    assert unsure.min() < -0.3
 
 
 # A robot

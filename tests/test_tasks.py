@@ -66,7 +66,7 @@ def test_an_episode_is_cut_where_its_task_changes(changing, open_, capsys):
     assert store.episode_starts.tolist() == [0, 4, 7, 13, 19]
     said = capsys.readouterr().out
     assert "1 episodes, 1 for one, change their task and are cut there: 3 episodes become 4" in said
-    batch = ChunkDataset(store, range(4), 4).__getitems__([5, 7])
+    batch = ChunkDataset(store, range(4), 4, told=True).__getitems__([5, 7])
     assert batch.is_pad.tolist() == [[False, False, True, True], [False] * 4]  # no chunk leaves its task
     assert batch.task.tolist() == [0, 1]
     assert batch.proprio[1, 0, 0] == 7  # the step itself: the second part begins there
@@ -177,7 +177,7 @@ def test_tasks_of_several_datasets_are_chosen(tmp_path, open_):
 
 
 def drawn(store, count, **more):
-    dataset = ChunkDataset(store, range(store.num_episodes), 2)
+    dataset = ChunkDataset(store, range(store.num_episodes), 2, told=True)
     loader = iter(make_loader(dataset, 8, seed=3, num_workers=0, **more))
     return dataset, [next(loader) for _ in range(count)]
 
