@@ -140,7 +140,7 @@ def test_every_policy_is_told_and_resumes_exactly(script, told, tmp_path):
 @pytest.mark.parametrize("script", [train_naive_fm, train_vfp_moe])
 def test_a_policy_learns_to_do_what_it_is_told(script, told):
     """One and the same observation, from which one instruction leads up and the other down."""
-    flags = (*SMALL.get(script.__name__, "").split(), "--flow-samples", "4")
+    flags = (*SMALL.get(script.__name__, "").split(), "--flow-samples", "4", "--task-dropout", "0.3")
     config = parse(script.Config, [*told, *flags], "")
     store = open_dataset(config.data)
     data = ChunkDataset(store, range(store.num_episodes), config.horizon, told=True)
@@ -153,7 +153,7 @@ def test_a_policy_learns_to_do_what_it_is_told(script, told):
     batch = data.__getitems__([0] * 8)
     actions = normalizer.unnormalize_actions(way.expand(batch.actions.shape), batch.proprio)
     batch = batch._replace(actions=actions, extras={"task": task})
-    for _ in range(150):
+    for _ in range(200):
         script.compute_loss(policy, batch, normalizer, config, train=True)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
