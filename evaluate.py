@@ -30,6 +30,7 @@ from tqdm import tqdm
 from common import plots
 from common.config import Flat, UserPath, cli, options
 from common.data import ChunkDataset, open_dataset, split_episodes
+from common.data.tasks import listed
 from common.envs import EnvConfig
 from common.errors import UserError
 from common.files import read_json
@@ -65,6 +66,8 @@ class Config:
     observation and its chunk. Time is simulated, this machine's speed does not matter."""
     join: tuple[Join, ...] = ()
     """How chunks join then, see docs/chunks.md. Default: in all ways that the policy was trained for."""
+    task: str | None = None
+    """Instruction for a policy of several tasks. Default: what the environment asks for."""
     execute_steps: PositiveInt | None = None
     """Actions of a chunk that are executed before the next is sampled (default: half of it, less --delay)."""
     seed: NonNegativeInt = 1_000_000
@@ -126,6 +129,9 @@ def evaluate_heldout(policy: RobotPolicy, config: Config, folder: Path) -> dict 
     - linear: ridge regression of the chunk on the state.
     - nearest: the chunk that followed the training state nearest to the present one.
     - mismatched: the policy itself, shown the images of another held-out step; how much it uses its eyes.
+    - misled: of several tasks, the policy itself, told another one; how much it listens.
+
+    Of several tasks, the policy's error on each is reported, too.
     """
     data = held_out_data(policy, config)
     if data is None:
@@ -140,11 +146,20 @@ def evaluate_heldout(policy: RobotPolicy, config: Config, folder: Path) -> dict 
         ),
         **trivial_predictions(store, train_set, rows, policy),
     }
+    if policy.spec.tasks is not None:
+        predictions["misled"] = sample_chunks(policy, val_set, chosen, config, misled=True)
     episodes = np.unique(store.episode_of(val_set.rows))
     results = {"steps": len(chosen), "episodes": len(episodes), "sample_steps": config.sample_steps[0]}
     for name, chunks in predictions.items():
         error, per_dimension = chunk_error(chunks, val_set, rows, policy)
         results[name] = {"mae": error, "per_dimension": per_dimension}
+    tasks = store.episode_task_numbers[store.episode_of(rows)]
+    if len(store.instructions) > 1:
+        results["tasks"] = {}
+        for number in np.unique(tasks[tasks >= 0]).tolist():
+            own = tasks == number
+            error, _ = chunk_error(predictions["policy"][own], val_set, rows[own], policy)
+            results["tasks"][store.instructions[number]] = {"mae": error, "steps": int(own.sum())}
     draw_heldout(policy, store, episodes[0], config, folder / "heldout.png")
     if hasattr(policy.script, "draw_alternatives"):
         draw = policy.script.draw_alternatives
@@ -166,12 +181,18 @@ def held_out_data(policy: RobotPolicy, config: Config) -> tuple | None:
         raise UserError(
             f"{store.source} has changed since {config.run} was trained on it: restore it to evaluate."
         )
+    told = policy.spec.tasks is not None
+    if told and policy.spec.tasks.sentences != store.instructions:
+        raise UserError(
+            f"{config.run} was trained on datasets that went by other names "
+            f"({listed(policy.spec.tasks.sentences)}): give them these names again to evaluate."
+        )
     train_episodes, held_out = split_episodes(store, data.val_fraction, policy.config.run.seed)
     if len(held_out) == 0:
         return None
     chunking = (policy.horizon, data.proprio_history, data.action_offset)
-    train_set = ChunkDataset(store, train_episodes, *chunking)
-    val_set = ChunkDataset(store, held_out, *chunking)
+    train_set = ChunkDataset(store, train_episodes, *chunking, told=told)
+    val_set = ChunkDataset(store, held_out, *chunking, told=told)
     num = min(config.heldout_samples, len(val_set))
     return store, train_set, val_set, np.linspace(0, len(val_set) - 1, num).astype(int)
 
@@ -187,18 +208,27 @@ def chunk_error(
 
 
 def sample_chunks(
-    policy: RobotPolicy, dataset: ChunkDataset, chosen: np.ndarray, config: Config, images_from=None
+    policy: RobotPolicy,
+    dataset: ChunkDataset,
+    chosen: np.ndarray,
+    config: Config,
+    images_from=None,
+    misled: bool = False,
 ) -> Tensor:
-    """Chunks (len(chosen), T, A) in recorded units; `images_from` takes the images from other steps."""
+    """Chunks (len(chosen), T, A) in recorded units; `images_from` takes the images from other steps.
+
+    A `misled` policy is told another instruction.
+    """
     policy.reset(0)
     chunks = []
     images_from = chosen if images_from is None else images_from
     splits = range(0, len(chosen), config.batch_size)
     for start in tqdm(splits, desc="held-out chunks", unit="batch", leave=False):
         part = slice(start, start + config.batch_size)
-        proprio = dataset.__getitems__(chosen[part].tolist()).proprio
+        batch = dataset.__getitems__(chosen[part].tolist())
         images = dataset.__getitems__(images_from[part].tolist()).images
-        chunks.append(policy.sample(images, proprio, config.sample_steps[0]).cpu())
+        task = (batch.task + 1) % len(policy.spec.tasks.sentences) if misled else batch.task
+        chunks.append(policy.sample(images, batch.proprio, config.sample_steps[0], task=task).cpu())
     return torch.cat(chunks)
 
 
@@ -234,7 +264,12 @@ def draw_heldout(policy: RobotPolicy, store, episode: int, config: Config, path:
     """One held-out episode: every action dimension as recorded, and the chunks sampled along the way."""
     data = policy.config.data
     dataset = ChunkDataset(
-        store, np.array([episode]), policy.horizon, data.proprio_history, data.action_offset
+        store,
+        np.array([episode]),
+        policy.horizon,
+        data.proprio_history,
+        data.action_offset,
+        told=policy.spec.tasks is not None,
     )
     starts = np.arange(0, len(dataset), max(policy.horizon // 2, 1))
     chunks = sample_chunks(policy, dataset, starts, config).numpy()
@@ -262,6 +297,7 @@ def evaluate_closed_loop(policy: RobotPolicy, config: Config, folder: Path) -> d
 
     - grey: the policy sees grey pictures. A task that is solved so is no test of seeing.
     - mismatched: it sees the pictures of another episode.
+    - misled: of several tasks, it is told another one than the environment asks for.
     """
     results = {}
     for index, steps in enumerate(config.sample_steps):
@@ -275,6 +311,8 @@ def evaluate_closed_loop(policy: RobotPolicy, config: Config, folder: Path) -> d
     for name, eyes in {"grey": "grey", "mismatched": "other"}.items():
         if eyes == "grey" or blind.episodes > 1:
             results[name] = rates(act(policy, blind, config.sample_steps[0], eyes))
+    if policy.spec.tasks is not None and config.task is None:
+        results["misled"] = rates(act(policy, blind, config.sample_steps[0], misled=True))
     return results
 
 
@@ -286,17 +324,25 @@ def act(
     film: int = 0,
     delay: int = 0,
     join: Join = "naive",
+    misled: bool = False,
 ) -> list[Episode]:
-    """Roll out all episodes; see `common/rollout.py`."""
+    """Roll out all episodes; see `common/rollout.py`. A `misled` policy is told another task, in turns."""
+
+    def say_task(episode: Episode) -> str:
+        if not misled:
+            return config.task or episode.task
+        others = [sentence for sentence in policy.spec.tasks.sentences if sentence != episode.task]
+        return others[episode.number % len(others)]
+
     at_once = max(config.parallel, 3) if eyes == "other" else config.parallel  # no episode may be alone
     num = min(at_once, config.episodes)
     environments = make_environments(config.simulator, policy.spec.image_size, num)
     seen = {"own": f"{sample_steps} sampling steps", "grey": "grey pictures", "other": "pictures of another"}
-    what = seen[eyes] + (f", delay {delay}, {join}" if delay else "")
+    what = "another task" if misled else seen[eyes] + (f", delay {delay}, {join}" if delay else "")
     with tqdm(total=config.episodes, desc=f"episodes, {what}", unit="episode", leave=False) as bar:
         options = (range(config.episodes), config.seed, sample_steps, config.execute_steps, eyes, film)
         progress = lambda done: bar.update(done - bar.n)  # noqa: E731
-        return roll_out(policy, environments, *options, progress, delay, join)
+        return roll_out(policy, environments, *options, progress, delay, join, say_task)
 
 
 def film(episodes: list[Episode], config: Config, folder: Path) -> None:
@@ -360,7 +406,7 @@ def draw_guidance(results: dict[str, dict], path: Path) -> None:
     shares = [name for name, value in first.items() if isinstance(value, float) and name not in UNDRAWN]
     if shares:
         panels["episodes"] = {name: [result[name] for result in results.values()] for name in shares}
-    for words in (name for name, value in first.items() if isinstance(value, dict)):
+    for words in (name for name, value in first.items() if isinstance(value, dict) and name != "tasks"):
         panels[f"{words} among successes"] = {
             word: [result[words].get(word, 0.0) for result in results.values()] for word in first[words]
         }
@@ -431,6 +477,8 @@ def in_words(found: dict) -> str:
         f"{found['success']:.1%} [{found['low']:.1%}, {found['high']:.1%}] of {found['episodes']} episodes"
     ]
     for name, value in found.items():
+        if name == "tasks":
+            continue
         if isinstance(value, dict):
             parts.append(f"{name} " + ", ".join(f"{word} {share:.0%}" for word, share in value.items()))
         elif isinstance(value, float) and name not in UNDRAWN and name != "success":
@@ -443,16 +491,20 @@ def report(results: dict, folder: Path) -> None:
     heldout = results["heldout"]
     if heldout:
         print(f"held-out error of action chunks (normalized, {heldout['steps']} steps):")
-        for name in ("policy", "mean", "hold", "linear", "nearest", "mismatched"):
+        for name in ("policy", "mean", "hold", "linear", "nearest", "mismatched", "misled"):
             if name in heldout:
                 print(f"  {name:<11} {heldout[name]['mae']:.4f}")
+        for task, found in heldout.get("tasks", {}).items():
+            print(f"  {found['mae']:.4f} in {found['steps']} steps: {task}")
     for steps, latency in results["latency_ms"].items():
         print(
             f"latency, {steps:>2} sampling steps: {latency['median']:.1f} ms (95 %: {latency['p95']:.1f} ms)"
         )
-    blind = {"grey": "grey pictures", "mismatched": "pictures of another episode"}
+    blind = {"grey": "grey pictures", "mismatched": "pictures of another episode", "misled": "another task"}
     for steps, found in results.get("closed_loop", {}).items():
         print(f"success, {blind.get(steps, f'{steps:>2} sampling steps')}: {in_words(found)}")
+        for task, own in found.get("tasks", {}).items() if steps.isdigit() else ():
+            print(f"  {own['success']:.1%} of {own['episodes']}: {task}")
     for scale, found in results.get("guidance", {}).items():
         error = f"held-out error {found['mae']:.4f}  " if "mae" in found else ""
         print(f"guidance {scale:>4}: {error}{in_words(found) if 'success' in found else ''}")

@@ -37,6 +37,7 @@ from common import flow, losses, plots, vision
 from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, RunConfig, Share, cli, options
 from common.data import Batch, ChunkDataset, DataConfig
+from common.instructions import TaskConfig, drop_some
 from common.latent import CodebookLatent, Inferred
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
@@ -62,6 +63,7 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
     run: Flat[RunConfig] = field(default_factory=RunConfig)
     rollout: Flat[RolloutConfig] = field(default_factory=RolloutConfig)
+    tasks: Flat[TaskConfig] = field(default_factory=TaskConfig)
     delay: Flat[flow.DelayConfig] = field(default_factory=flow.DelayConfig)
 
     horizon: PositiveInt = 16
@@ -134,7 +136,7 @@ class Policy(nn.Module):
         widths = [(self.backbone.token_dim, self.backbone.summary_dim)] * len(spec.cameras)
         size = Size(config.d_model, config.num_heads)
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
-        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers)
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, tasks=spec.tasks)
         posterior_dim, prior_dim = config.latent_dim, config.num_codes
         self.posterior = ChunkEncoder(
             proprio, self.backbone.token_dim, chunk, size, config.posterior_layers, posterior_dim
@@ -144,16 +146,19 @@ class Policy(nn.Module):
         causal = config.attention == "causal"
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal, config.latent_dim)
 
-    def encode(self, images: Tensor, proprio: Tensor) -> tuple[Tensor, Observation]:
+    def encode(
+        self, images: Tensor, proprio: Tensor, task: Tensor | None = None
+    ) -> tuple[Tensor, Observation]:
         """Tokens of the head camera (B, L, D_v), and the whole observation, fused.
 
         Args:
             images: (B, N, 3, H, W) float in [0, 1].
             proprio: (B, K, P), normalized.
+            task: which instruction, see `InstructionEmbedder`.
         """
         tokens, summary = self.backbone(images.flatten(0, 1))  # all cameras at once, (B * N, ...)
         tokens, summary = (x.unflatten(0, images.shape[:2]).unbind(1) for x in (tokens, summary))
-        return tokens[0], self.info_embedder(list(zip(tokens, summary, strict=True)), proprio)
+        return tokens[0], self.info_embedder(list(zip(tokens, summary, strict=True)), proprio, task=task)
 
     def forward(
         self,
@@ -165,18 +170,19 @@ class Policy(nn.Module):
         is_pad: Tensor,
         train: bool,
         dropped: Tensor | None = None,
+        task: Tensor | None = None,
     ) -> tuple[Tensor, Inferred]:
         """Velocity (B * M, T, A) for M draws per observation, and the latents of its recorded chunk.
 
         Args:
             x_t, t: points (B * M, T, A) and flow times (B * M,).
-            images, proprio: the observations, as for `encode`.
+            images, proprio, task: the observations, as for `encode`.
             actions, is_pad: the recorded chunks (B, T, A), normalized, and their padding (B, T).
             train: draw the latents, instead of taking the most probable.
             dropped: (B * M,), True where the null token takes the latent's place.
         """
         flow_samples = len(x_t) // len(images)  # with the draw of `flow.prepend_start`
-        head_tokens, observation = self.encode(images, proprio)
+        head_tokens, observation = self.encode(images, proprio, task)
         # Posterior and prior read the encoder's features but do not train it: an encoder that also has to
         # follow a moving latent is slow to learn what the task needs.
         seen = (proprio, head_tokens.detach(), actions, is_pad)
@@ -205,7 +211,7 @@ def compute_loss(
 
     Args:
         progress: share of training that is done, for what changes in its course.
-        train: augment images, draw latents, drop some.
+        train: augment images, draw latents, drop some of them and of the instructions.
         count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
         x_0, t: noise (B * M, T, A) and flow times (B * M,), M for each sample; both, or neither to draw them.
     """
@@ -220,6 +226,7 @@ def compute_loss(
         t = flow.random_prefix(t, config.horizon, config.delay)  # or (B * M, T)
     x_t, velocity = flow.linear_path(x_0, x_1, t)
     real = ~batch.is_pad.repeat_interleave(flow_samples, dim=0) & flow.to_predict(t)  # (B * M, T)
+    task = drop_some(batch.task, config.tasks) if train else batch.task
     # One draw more for each observation, for the one-step prediction.
     start, x_t, t = flow.prepend_start(x_0, x_t, t, flow_samples)  # (B, T, A), (B * (1 + M), ...)
 
@@ -228,7 +235,7 @@ def compute_loss(
         share = config.cfg_dropout * min(progress / max(config.cfg_ramp, 1e-9), 1.0)
         dropped = torch.rand(len(images), flow_samples, device=images.device) < share
         dropped = F.pad(dropped, (1, 0)).flatten()  # the one-step prediction is with the latent
-    velocity_pred, latent = policy(x_t, t, images, proprio, chunks, batch.is_pad, train, dropped)
+    velocity_pred, latent = policy(x_t, t, images, proprio, chunks, batch.is_pad, train, dropped, task)
     velocity_pred = velocity_pred.unflatten(0, (-1, 1 + flow_samples))  # (B, 1 + M, T, A)
 
     count = None if count is None else count * flow_samples
@@ -262,6 +269,7 @@ def sample_actions(
     generator: flow.Generators = None,
     x_0: Tensor | None = None,
     noise: Tensor | None = None,
+    task: Tensor | None = None,
     prefix: flow.Prefix | None = None,
 ) -> Tensor:
     """Sample one normalized action chunk per observation.
@@ -269,6 +277,7 @@ def sample_actions(
     Args:
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
+        task: which instruction, see `InstructionEmbedder`.
         steps: integration steps, instead of the configured number.
         generator: source of the noise, on the device of the images, or one for each of them.
         x_0: the noise itself, (B, T, A).
@@ -278,7 +287,7 @@ def sample_actions(
     Returns:
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
     """
-    _, observation = policy.encode(vision.to_float(images), proprio)
+    _, observation = policy.encode(vision.to_float(images), proprio, task)
     if x_0 is None:
         shape = (len(images), config.horizon, policy.action_decoder.action_in.in_features)
         x_0 = flow.noise(shape, images.device, generator)
@@ -331,11 +340,11 @@ def evaluate(
     sums = torch.zeros(5, device=run.device)  # loss, absolute error, real actions; KL divergence, samples
     for picked, batch in run.evenly_spaced(dataset, num):
         x, times, z_noise = (draws[picked].to(run.device) for draws in (x_0, t, noise))
+        proprio = normalizer.proprio(batch.proprio)
         with run.autocast():
             _, metrics = compute_loss(policy, batch, normalizer, config, train=False, x_0=x, t=times)
-            sampled = sample_actions(
-                policy, batch.images, normalizer.proprio(batch.proprio), config, x_0=x, noise=z_noise
-            )
+            options = {"x_0": x, "noise": z_noise, "task": batch.task}
+            sampled = sample_actions(policy, batch.images, proprio, config, **options)
         target = normalizer.actions(batch.actions, batch.proprio)
         error = losses.masked_l1(sampled, target, ~batch.is_pad)
         real, one = (~batch.is_pad).sum(), torch.ones_like(error)
@@ -353,7 +362,8 @@ def draw_alternatives(
     batch = dataset.__getitems__([0]).to(normalizer.action_scale.device)
     generator = torch.Generator().manual_seed(config.run.seed)
     x_0 = torch.randn(batch.actions.shape, generator=generator).to(batch.proprio.device)
-    _, observation = policy.encode(vision.to_float(batch.images), normalizer.proprio(batch.proprio))
+    proprio = normalizer.proprio(batch.proprio)
+    _, observation = policy.encode(vision.to_float(batch.images), proprio, batch.task)
     prior, z = policy.prior(observation), policy.latent.vectors
     chunks = integrate(policy, observation, z, x_0.expand(len(z), -1, -1), config)
     shares = {"prior": prior[0].softmax(dim=0), "usage": policy.latent.usage.shares}
@@ -362,7 +372,7 @@ def draw_alternatives(
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization, config.delay)
+    data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
 

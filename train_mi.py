@@ -12,7 +12,7 @@ Curation with Mutual Information Estimators"). With z = f(s) and n, n' standard 
 with sums over pixels, joints, and actions that exist, all normalized. The noise gives an embedding its
 scale: what is not worth standing out from it is not encoded (means in place of the sums would leave nothing
 that is). Chunks are short: what is asked is whether the next actions follow from what is seen. A long chunk
-averages noise away and shares its course with its neighbours.
+averages noise away and shares its course with its neighbours. Of several tasks, each is estimated alone.
 
     accelerate launch train_mi.py --dataset me/fold_towel --image-size 128 --backbone resnet18
     python train_mi.py --estimate-only runs/mi-20260301-101500 --estimator infonce
@@ -24,6 +24,7 @@ import json
 import math
 import os
 from dataclasses import field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -41,7 +42,7 @@ from common.console import say
 from common.data import Batch, ChunkDataset, DataConfig, EpisodeStore, evenly_spaced, open_dataset
 from common.errors import UserError
 from common.files import read_json, write_json, write_whole
-from common.mutual_information import episode_means, infonce, ksg, require_episodes
+from common.mutual_information import episode_means, infonce, ksg, require_episodes, within_tasks
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
 from common.plots import draw_reconstructions, draw_scores
@@ -326,10 +327,11 @@ def estimate(
     x, y = (z.to(device) for z in embed_all(model.eval(), dataset, normalizer, 256))
     episodes = torch.from_numpy(store.episode_of(dataset.rows))
     settings = {"repeats": config.repeats, "seed": config.run.seed, "progress": True}
+    estimator = partial(infonce, **settings)
     if config.estimator == "ksg":
-        result = ksg(x, y, episodes, config.neighbours, **settings)
-    else:
-        result = infonce(x, y, episodes, **settings)
+        estimator = partial(ksg, neighbours=config.neighbours, **settings)
+    tasks = torch.from_numpy(store.episode_task_numbers)
+    result = within_tasks(estimator, x, y, episodes, tasks[episodes])
     low, high = result.interval(episodes, seed=config.run.seed)
     known = result.pointwise[~result.pointwise.isnan()]
     clipped = result.pointwise.clamp(*known.quantile(torch.tensor([0.01, 0.99], dtype=known.dtype)).tolist())
@@ -361,7 +363,7 @@ def estimate(
 def write_scores(
     store: EpisodeStore, episodes: np.ndarray, scores: np.ndarray, best: tuple[float, ...], folder: Path
 ) -> None:
-    """Write the scores of episodes, and for each share in `best` the episodes to train on.
+    """Write the scores of episodes, and for each share in `best` the episodes of each task to train on.
 
     Args:
         episodes: places in the store, best first.
@@ -371,8 +373,10 @@ def write_scores(
     rows = zip(names, lengths, scores, strict=True)
     lines = ["episode,steps,score_nats", *(f"{name},{steps},{score:.6f}" for name, steps, score in rows)]
     write_whole(folder / "episode_scores.csv", ("\n".join(lines) + "\n").encode())
+    tasks = store.episode_task_numbers[episodes]
+    own = [names[tasks == task] for task in np.unique(tasks)]  # scores of different tasks do not compare
     for share in best:
-        chosen = np.sort(names[: max(round(share * len(names)), 1)]).tolist()
+        chosen = np.unique(np.concatenate([few[: max(round(share * len(few)), 1)] for few in own])).tolist()
         path = folder / f"episodes_top{100 * share:.0f}.json"
         content = {"fingerprint": store.source_fingerprint, "dataset": store.source, "episodes": chosen}
         write_whole(path, (json.dumps(content) + "\n").encode())
@@ -412,7 +416,8 @@ def main(config: Config) -> None:
         raise UserError("Episodes are scored within one dataset: give a single --dataset.")
     run = start_run(config, __file__)
     data = run.load_data(config.horizon, config.normalization)
-    require_episodes(data.store.num_episodes, config.neighbours if config.estimator == "ksg" else None)
+    for count in np.unique(data.store.episode_task_numbers, return_counts=True)[1].tolist():  # of each task
+        require_episodes(count, config.neighbours if config.estimator == "ksg" else None)
     model = Autoencoders(config, data.spec, pretrained=not run.resuming)
     if not run.resuming:
         model.fit_average(data.train)

@@ -27,6 +27,7 @@ from common import flow, losses, vision
 from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, RunConfig, cli, options
 from common.data import Batch, ChunkDataset, DataConfig
+from common.instructions import TaskConfig, drop_some
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
 from common.rollout import RolloutConfig, success_rate
@@ -44,6 +45,7 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=lambda: OptimConfig(schedule="schedule-free"))
     run: Flat[RunConfig] = field(default_factory=RunConfig)
     rollout: Flat[RolloutConfig] = field(default_factory=RolloutConfig)
+    tasks: Flat[TaskConfig] = field(default_factory=TaskConfig)
     delay: Flat[flow.DelayConfig] = field(default_factory=flow.DelayConfig)
 
     horizon: PositiveInt = 16
@@ -88,21 +90,22 @@ class Policy(nn.Module):
         widths = [(self.backbone.token_dim, self.backbone.summary_dim)] * len(spec.cameras)
         size = Size(config.d_model, config.num_heads)
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
-        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers)
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, tasks=spec.tasks)
         causal = config.attention == "causal"
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal)
 
-    def observe(self, images: Tensor, proprio: Tensor) -> Context:
+    def observe(self, images: Tensor, proprio: Tensor, task: Tensor | None = None) -> Context:
         """What the decoder needs of an observation, computed once however often the decoder runs.
 
         Args:
             images: (B, N, 3, H, W) float in [0, 1].
             proprio: (B, K, P), normalized.
+            task: which instruction, see `InstructionEmbedder`.
         """
         tokens, summary = self.backbone(images.flatten(0, 1))  # all cameras at once, (B * N, ...)
         tokens, summary = (x.unflatten(0, images.shape[:2]).unbind(1) for x in (tokens, summary))
         views = list(zip(tokens, summary, strict=True))
-        return self.action_decoder.context(self.info_embedder(views, proprio))
+        return self.action_decoder.context(self.info_embedder(views, proprio, task=task))
 
     def forward(
         self,
@@ -111,9 +114,10 @@ class Policy(nn.Module):
         images: Tensor,
         proprio: Tensor,
         is_pad: Tensor | None = None,
+        task: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B * M, T, A) at x_t (B * M, T, A), t (B * M,), for M draws per observation."""
-        return self.action_decoder(x_t, t, self.observe(images, proprio), is_pad)
+        return self.action_decoder(x_t, t, self.observe(images, proprio, task), is_pad)
 
 
 def compute_loss(
@@ -129,7 +133,7 @@ def compute_loss(
     """Conditional flow-matching loss over the actions within the episode, and its parts to log.
 
     Args:
-        train: augment images.
+        train: augment images, drop instructions.
         count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
         x_0, t: noise (B * M, T, A) and flow times (B * M,), M for each sample; both, or neither to draw them.
     """
@@ -143,7 +147,8 @@ def compute_loss(
         t = flow.sample_time(len(x_1), x_1.device, config.time_distribution, config.time_beta)  # (B * M,)
         t = flow.random_prefix(t, config.horizon, config.delay)  # or (B * M, T)
     x_t, velocity = flow.linear_path(x_0, x_1, t)
-    velocity_pred = policy(x_t, t, images, normalizer.proprio(batch.proprio), is_pad)
+    task = drop_some(batch.task, config.tasks) if train else batch.task
+    velocity_pred = policy(x_t, t, images, normalizer.proprio(batch.proprio), is_pad, task)
     count = None if count is None else count * flow_samples
     loss = losses.masked_mse(velocity_pred, velocity, ~is_pad & flow.to_predict(t), count)
     return loss, {"loss/velocity": loss}
@@ -158,6 +163,7 @@ def sample_actions(
     steps: int | None = None,
     generator: flow.Generators = None,
     x_0: Tensor | None = None,
+    task: Tensor | None = None,
     prefix: flow.Prefix | None = None,
 ) -> Tensor:
     """Sample one normalized action chunk per observation.
@@ -165,6 +171,7 @@ def sample_actions(
     Args:
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
+        task: which instruction, see `InstructionEmbedder`.
         steps: integration steps, instead of the configured number.
         generator: source of the noise, on the device of the images, or one for each of them.
         x_0: the noise itself, (B, T, A).
@@ -174,7 +181,7 @@ def sample_actions(
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
     """
     decoder = policy.action_decoder
-    context = policy.observe(vision.to_float(images), proprio)
+    context = policy.observe(vision.to_float(images), proprio, task)
     shape = (len(images), config.horizon, decoder.action_in.in_features)
     if x_0 is None:
         x_0 = flow.noise(shape, images.device, generator)
@@ -203,9 +210,8 @@ def evaluate(
         noise, times = x_0[picked].to(run.device), t[picked].to(run.device)
         with run.autocast():
             loss, _ = compute_loss(policy, batch, normalizer, config, train=False, x_0=noise, t=times)
-            sampled = sample_actions(
-                policy, batch.images, normalizer.proprio(batch.proprio), config, x_0=noise
-            )
+            proprio = normalizer.proprio(batch.proprio)
+            sampled = sample_actions(policy, batch.images, proprio, config, x_0=noise, task=batch.task)
         target = normalizer.actions(batch.actions, batch.proprio)
         error = losses.masked_l1(sampled, target, ~batch.is_pad)
         sums += torch.stack([loss, error, torch.ones_like(loss)]) * (~batch.is_pad).sum()
@@ -215,7 +221,7 @@ def evaluate(
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization, config.delay)
+    data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
 

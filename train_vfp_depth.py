@@ -35,6 +35,7 @@ from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, RunConfig, Share, cli, options
 from common.data import Batch, ChunkDataset, DataConfig
 from common.depth import DepthBackbone, DepthConfig, cached, camera_numbers
+from common.instructions import TaskConfig, drop_some
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
 from common.plots import draw_features
@@ -54,6 +55,7 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
     run: Flat[RunConfig] = field(default_factory=RunConfig)
     rollout: Flat[RolloutConfig] = field(default_factory=RolloutConfig)
+    tasks: Flat[TaskConfig] = field(default_factory=TaskConfig)
     delay: Flat[flow.DelayConfig] = field(default_factory=flow.DelayConfig)
 
     horizon: PositiveInt = 16
@@ -106,7 +108,8 @@ class Policy(nn.Module):
         widths += [(self.depth_backbone.token_dim,) * 2] * len(self.depth_cameras)
         size = Size(config.d_model, config.num_heads)
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
-        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, droppable=True)
+        layers, tasks = config.encoder_layers, spec.tasks
+        self.info_embedder = InfoEmbedder(widths, proprio, size, layers, droppable=True, tasks=tasks)
         causal = config.attention == "causal"
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal)
 
@@ -115,7 +118,12 @@ class Policy(nn.Module):
         return self.depth_backbone.of_cameras(images, self.depth_cameras)
 
     def observe(
-        self, images: Tensor, proprio: Tensor, depth: Tensor, dropped: Tensor | None = None
+        self,
+        images: Tensor,
+        proprio: Tensor,
+        depth: Tensor,
+        dropped: Tensor | None = None,
+        task: Tensor | None = None,
     ) -> Context:
         """What the decoder needs of an observation, computed once however often the decoder runs.
 
@@ -124,12 +132,13 @@ class Policy(nn.Module):
             proprio: (B, K, P), normalized.
             depth: (B, C, L, D_f), from `depth_features` or the cache; of images that are not augmented.
             dropped: (B, N), True where a sample has lost a camera, and with it the depth.
+            task: which instruction, see `InstructionEmbedder`.
         """
         views = [getattr(self, f"{c}_backbone")(images[:, n]) for n, c in enumerate(self.cameras)]
         views += [(tokens, tokens.mean(dim=1)) for tokens in depth.float().unbind(1)]
         if dropped is not None:
             dropped = torch.cat([dropped, dropped[:, self.depth_cameras]], dim=1)
-        return self.action_decoder.context(self.info_embedder(views, proprio, dropped))
+        return self.action_decoder.context(self.info_embedder(views, proprio, dropped, task))
 
     def forward(
         self,
@@ -140,9 +149,10 @@ class Policy(nn.Module):
         depth: Tensor,
         dropped: Tensor | None = None,
         is_pad: Tensor | None = None,
+        task: Tensor | None = None,
     ) -> Tensor:
         """Velocity (B * M, T, A) at x_t (B * M, T, A), t (B * M,), for M draws per observation."""
-        return self.action_decoder(x_t, t, self.observe(images, proprio, depth, dropped), is_pad)
+        return self.action_decoder(x_t, t, self.observe(images, proprio, depth, dropped, task), is_pad)
 
 
 def with_depth(batch: Batch, policy: Policy) -> Batch:
@@ -166,7 +176,7 @@ def compute_loss(
 
     Args:
         batch: with depth features.
-        train: augment images, drop cameras.
+        train: augment images, drop cameras and instructions.
         count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
         x_0, t: noise (B * M, T, A) and flow times (B * M,), M for each sample; both, or neither to draw them.
     """
@@ -185,7 +195,8 @@ def compute_loss(
         t = flow.random_prefix(t, config.horizon, config.delay)  # or (B * M, T)
     x_t, velocity = flow.linear_path(x_0, x_1, t)
     proprio, depth = normalizer.proprio(batch.proprio), batch.extras["depth"]
-    velocity_pred = policy(x_t, t, images, proprio, depth, dropped, is_pad)
+    task = drop_some(batch.task, config.tasks) if train else batch.task
+    velocity_pred = policy(x_t, t, images, proprio, depth, dropped, is_pad, task)
     count = None if count is None else count * flow_samples
     loss = losses.masked_l1(velocity_pred, velocity, ~is_pad & flow.to_predict(t), count)
     return loss, {"loss/velocity": loss}
@@ -201,6 +212,7 @@ def sample_actions(
     generator: flow.Generators = None,
     x_0: Tensor | None = None,
     depth: Tensor | None = None,
+    task: Tensor | None = None,
     prefix: flow.Prefix | None = None,
 ) -> Tensor:
     """Sample one normalized action chunk per observation.
@@ -208,6 +220,7 @@ def sample_actions(
     Args:
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
+        task: which instruction, see `InstructionEmbedder`.
         steps: integration steps, instead of the configured number.
         generator: source of the noise, on the device of the images, or one for each of them.
         x_0: the noise itself, (B, T, A).
@@ -219,7 +232,7 @@ def sample_actions(
     """
     decoder = policy.action_decoder
     depth = policy.depth_features(images) if depth is None else depth
-    context = policy.observe(vision.to_float(images), proprio, depth)
+    context = policy.observe(vision.to_float(images), proprio, depth, task=task)
     shape = (len(images), config.horizon, decoder.action_in.in_features)
     if x_0 is None:
         x_0 = flow.noise(shape, images.device, generator)
@@ -250,7 +263,8 @@ def evaluate(
         with run.autocast():
             loss, _ = compute_loss(policy, batch, normalizer, config, train=False, x_0=noise, t=times)
             proprio, depth = normalizer.proprio(batch.proprio), batch.extras["depth"]
-            sampled = sample_actions(policy, batch.images, proprio, config, x_0=noise, depth=depth)
+            options = {"x_0": noise, "depth": depth, "task": batch.task}
+            sampled = sample_actions(policy, batch.images, proprio, config, **options)
         target = normalizer.actions(batch.actions, batch.proprio)
         error = losses.masked_l1(sampled, target, ~batch.is_pad)
         sums += torch.stack([loss, error, torch.ones_like(loss)]) * (~batch.is_pad).sum()
@@ -269,7 +283,7 @@ def draw_depth(policy: Policy, dataset: ChunkDataset, path: Path, num: int = 6) 
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization, config.delay)
+    data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     if config.depth.depth_cache == "on":
         run.load_weights(policy)  # features follow from them

@@ -40,6 +40,7 @@ from common.config import Flat, MayChange, RunConfig, Share, cli, options
 from common.console import say
 from common.data import Batch, ChunkDataset, DataConfig
 from common.errors import UserError
+from common.instructions import TaskConfig, drop_some
 from common.latent import CodebookLatent, Inferred, NormalLatent, Usage, first_latents
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
@@ -71,6 +72,7 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=OptimConfig)
     run: Flat[RunConfig] = field(default_factory=RunConfig)
     rollout: Flat[RolloutConfig] = field(default_factory=RolloutConfig)
+    tasks: Flat[TaskConfig] = field(default_factory=TaskConfig)
     delay: Flat[flow.DelayConfig] = field(default_factory=flow.DelayConfig)
 
     horizon: PositiveInt = 16
@@ -239,7 +241,7 @@ class Policy(nn.Module):
         widths = [(self.backbone.token_dim, self.backbone.summary_dim)] * len(spec.cameras)
         size = Size(config.d_model, config.num_heads)
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
-        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers)
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, tasks=spec.tasks)
         if config.latent == "vq":
             posterior_dim, prior_dim = config.latent_dim, config.num_codes
         else:  # means, and the logarithms of variances
@@ -255,16 +257,17 @@ class Policy(nn.Module):
         self.gate = Gate(config.latent_dim, config.num_experts)
         self.action_decoder = MoEActionDecoder(config, spec.action_dim)
 
-    def encode(self, images: Tensor, proprio: Tensor) -> tuple[Tensor, Observation]:
+    def encode(self, images: Tensor, proprio: Tensor, task=None) -> tuple[Tensor, Observation]:
         """Tokens of the head camera (B, L, D_v), and the whole observation, fused.
 
         Args:
             images: (B, N, 3, H, W) float in [0, 1].
             proprio: (B, K, P), normalized.
+            task: which instruction, see `InstructionEmbedder`.
         """
         tokens, summary = self.backbone(images.flatten(0, 1))  # all cameras at once, (B * N, ...)
         tokens, summary = (x.unflatten(0, images.shape[:2]).unbind(1) for x in (tokens, summary))
-        return tokens[0], self.info_embedder(list(zip(tokens, summary, strict=True)), proprio)
+        return tokens[0], self.info_embedder(list(zip(tokens, summary, strict=True)), proprio, task=task)
 
     def forward(
         self,
@@ -275,17 +278,18 @@ class Policy(nn.Module):
         actions: Tensor,
         is_pad: Tensor,
         train: bool,
+        task: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Inferred]:
         """Velocity of every expert (E, B * M, T, A), the gate's logits (B * M, E), and the chunks' latents.
 
         Args:
             x_t, t: points (B * M, T, A) and flow times (B * M,).
-            images, proprio: the observations, as for `encode`.
+            images, proprio, task: the observations, as for `encode`.
             actions, is_pad: the recorded chunks (B, T, A), normalized, and their padding (B, T).
             train: draw the latents, instead of taking the most probable.
         """
         flow_samples = len(x_t) // len(images)  # with the draw of `flow.prepend_start`
-        head_tokens, observation = self.encode(images, proprio)
+        head_tokens, observation = self.encode(images, proprio, task)
         # Posterior and prior read the encoder's features but do not train it: an encoder that also has to
         # follow a moving latent is slow to learn what the task needs.
         seen = (proprio, head_tokens.detach(), actions, is_pad)
@@ -312,7 +316,7 @@ def compute_loss(
 
     Args:
         progress: share of training that is done, for what changes in its course.
-        train: augment images, draw latents, add the gate's noise.
+        train: augment images, drop instructions, draw latents, add the gate's noise.
         count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
         x_0, t: noise (B * M, T, A) and flow times (B * M,), M for each sample; both, or neither to draw them.
     """
@@ -327,10 +331,11 @@ def compute_loss(
         t = flow.random_prefix(t, config.horizon, config.delay)  # or (B * M, T)
     x_t, velocity = flow.linear_path(x_0, x_1, t)
     real = ~batch.is_pad.repeat_interleave(flow_samples, dim=0) & flow.to_predict(t)  # (B * M, T)
+    task = drop_some(batch.task, config.tasks) if train else batch.task
     # One draw more for each observation, for the one-step prediction.
     start, x_t, t = flow.prepend_start(x_0, x_t, t, flow_samples)  # (B, T, A), (B * (1 + M), ...)
 
-    velocity_pred, logits, latent = policy(x_t, t, images, proprio, chunks, batch.is_pad, train)
+    velocity_pred, logits, latent = policy(x_t, t, images, proprio, chunks, batch.is_pad, train, task)
     velocity_pred = velocity_pred.unflatten(1, (-1, 1 + flow_samples))  # (E, B, 1 + M, T, A)
     gates, gate_loss, gate_metrics = weigh_experts(logits, config, progress, train)
     gates = gates.unflatten(0, (-1, 1 + flow_samples))  # (B, 1 + M, E)
@@ -393,6 +398,7 @@ def sample_actions(
     generator: flow.Generators = None,
     x_0: Tensor | None = None,
     noise: Tensor | None = None,
+    task: Tensor | None = None,
     prefix: flow.Prefix | None = None,
 ) -> Tensor:
     """Sample one normalized action chunk per observation.
@@ -400,6 +406,7 @@ def sample_actions(
     Args:
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
+        task: which instruction, see `InstructionEmbedder`.
         steps: integration steps, instead of the configured number.
         generator: source of the noise, on the device of the images, or one for each of them.
         x_0: the noise itself, (B, T, A).
@@ -409,7 +416,7 @@ def sample_actions(
     Returns:
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
     """
-    _, observation = policy.encode(vision.to_float(images), proprio)
+    _, observation = policy.encode(vision.to_float(images), proprio, task)
     if x_0 is None:
         shape = (len(images), config.horizon, policy.action_decoder.action_in.in_features)
         x_0 = flow.noise(shape, images.device, generator)
@@ -467,11 +474,11 @@ def evaluate(
     sums = torch.zeros(5, device=run.device)  # loss, absolute error, real actions; KL divergence, samples
     for picked, batch in run.evenly_spaced(dataset, num):
         x, times, z_noise = (draws[picked].to(run.device) for draws in (x_0, t, noise))
+        proprio = normalizer.proprio(batch.proprio)
         with run.autocast():
             _, metrics = compute_loss(policy, batch, normalizer, config, train=False, x_0=x, t=times)
-            sampled = sample_actions(
-                policy, batch.images, normalizer.proprio(batch.proprio), config, x_0=x, noise=z_noise
-            )
+            options = {"x_0": x, "noise": z_noise, "task": batch.task}
+            sampled = sample_actions(policy, batch.images, proprio, config, **options)
         target = normalizer.actions(batch.actions, batch.proprio)
         error = losses.masked_l1(sampled, target, ~batch.is_pad)
         real, one = (~batch.is_pad).sum(), torch.ones_like(error)
@@ -492,7 +499,8 @@ def draw_alternatives(
     batch = dataset.__getitems__([0]).to(normalizer.action_scale.device)
     generator = torch.Generator().manual_seed(config.run.seed)
     x_0 = torch.randn(batch.actions.shape, generator=generator).to(batch.proprio.device)
-    _, observation = policy.encode(vision.to_float(batch.images), normalizer.proprio(batch.proprio))
+    proprio = normalizer.proprio(batch.proprio)
+    _, observation = policy.encode(vision.to_float(batch.images), proprio, batch.task)
     noise = torch.randn(512, config.latent_dim, generator=generator).to(x_0.device)
     z = policy.latent.draw(policy.prior(observation).expand(512, -1), noise)
     log_gates = policy.gate(z).log_softmax(dim=1)  # (512, E)
@@ -514,7 +522,7 @@ def report_idle_experts(step: int, logged: dict[str, float], num_experts: int) -
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization, config.delay)
+    data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
 

@@ -224,7 +224,7 @@ def count_parameters(policy: Path) -> int:
 
     total = 0
     for file in policy.glob("*.safetensors"):
-        if file.stem != "stats":
+        if file.stem not in ("stats", "instructions"):
             with safe_open(file, "pt") as tensors:
                 names = [name for name in tensors.keys() if "_average." not in name]  # noqa: SIM118 (no dict)
                 total += sum(np.prod(tensors.get_slice(name).get_shape(), dtype=int) for name in names)

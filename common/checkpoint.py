@@ -2,7 +2,7 @@
 
     checkpoints/step_0002000/
         policy/         what inference needs: <component>.safetensors (averaged weights), policy.json,
-                        stats.safetensors
+                        stats.safetensors; of a text encoder, instructions.safetensors
         state/          what resuming needs besides: Accelerate's state (weights, optimizer, random
                         generators), trainer.json, metrics that wait for their line
         checksums.json  size and CRC-32 of every file
@@ -37,11 +37,16 @@ from common.data.cameras import known_name
 from common.data.rotation import Rotations
 from common.errors import UserError
 from common.files import CHECKSUMS, checksum, completed_checkpoints, read_json, sync, sync_one, write_json
+from common.instructions import Instructions
 from common.optim import AveragedPolicy
 from common.vision import Backbone
 
 if TYPE_CHECKING:
     from common.run import Run
+
+
+TEXTS = "instructions.safetensors"
+OTHERS = (TEXTS, "stats.safetensors")  # beside the components in a policy folder
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class PolicySpec:
         max_delay: most actions with which a chunk can be told to begin, see `common/flow.py`.
         state_rotations, action_rotations: rotations that were re-expressed, see `common/data/rotation.py`.
         backbone_config: architecture of a Hugging Face backbone, so that loading needs no hub.
+        tasks: the instructions that the policy is told apart; None if it is not told.
     """
 
     cameras: tuple[str, ...]
@@ -72,6 +78,7 @@ class PolicySpec:
     state_rotations: Rotations | None = None
     action_rotations: Rotations | None = None
     backbone_config: dict | None = None
+    tasks: Instructions | None = None
 
     def camera(self, name: str) -> str:
         """What a camera is called in `cameras`, given its full name, or a short one."""
@@ -102,6 +109,25 @@ class PolicySpec:
     @classmethod
     def from_json(cls, values: dict) -> PolicySpec:
         return TypeAdapter(cls).validate_python(values)
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> PolicySpec:
+        """The spec in a checkpoint, with the vectors of its instructions."""
+        spec, file = cls.from_json(read_settings(checkpoint)["spec"]), checkpoint / "policy" / TEXTS
+        if spec.tasks is None or spec.tasks.encoder == "index":
+            return spec
+        try:
+            return replace(spec, tasks=replace(spec.tasks, table=load_file(file)["table"]))
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read ({_reason(error)}): use another checkpoint.") from None
+
+    def save(self, policy: Path) -> dict:
+        """Write the vectors of the instructions into a `policy` folder; returns the rest for its JSON."""
+        if self.tasks is None:
+            return asdict(self)
+        if self.tasks.table is not None:
+            save_file({"table": self.tasks.table}, policy / TEXTS)
+        return asdict(replace(self, tasks=replace(self.tasks, table=None)))
 
 
 def save(run: Run) -> Path | None:
@@ -135,7 +161,7 @@ def save(run: Run) -> Path | None:
             save_file(tensors, policy / f"{name}.safetensors")
         run.data.normalizer.save(policy / "stats.safetensors")
         settings = {"script": run.script.name, "step": run.step}
-        settings |= {"spec": asdict(run.data.spec), "config": to_dict(run.config)}
+        settings |= {"spec": run.data.spec.save(policy), "config": to_dict(run.config)}
         write_json(policy / "policy.json", settings)
         trainer = {"step": run.step, "samples": run.samples, "updates": average.updates}
         trainer |= {"processes": run.world, "optimizer": type(average.optimizer).__name__}
@@ -426,7 +452,7 @@ def _files_of(source: str, components: dict[str, nn.Module]) -> dict[str, Path]:
         return {name: path}
     last = find(path)
     refuse_damaged(last, "policy/")
-    there = {file.stem: file for file in sorted(last.glob("policy/*.safetensors")) if file.stem != "stats"}
+    there = {file.stem: file for file in sorted(last.glob("policy/*.safetensors")) if file.name not in OTHERS}
     found = {n: there[n] for n in ([name] if name else components) if n in there}
     if not found:
         raise UserError(

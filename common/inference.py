@@ -2,6 +2,8 @@
 
 policy = load_policy("runs/vfp-20260301-101500")
 chunk = policy.act({"images": {"head": rgb, "left": rgb, "right": rgb}, "state": joints})    # (T, A)
+
+One that was trained on several tasks also needs the "task", as in {"task": "fold the towel", ...}.
 """
 
 import copy
@@ -19,9 +21,13 @@ from torch import Tensor
 from common import flow
 from common.checkpoint import PolicySpec, find, load_components, read_settings, refuse_damaged
 from common.config import from_dict
+from common.console import say
+from common.data.cameras import closest
 from common.data.frames import resize_rgb
+from common.data.tasks import listed
 from common.errors import UserError
 from common.normalize import Normalizer, scale_offset
+from common.text import TextEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 ENSEMBLE = 0.01  # decay of the weights in temporal ensembling, as in ACT
@@ -37,6 +43,7 @@ def load_policy(
     seed: int | None = None,
     compile: bool = False,
     precision: Literal["no", "bf16"] = "no",
+    text_encoder: str | None = None,
 ) -> "RobotPolicy":
     """Load the policy of a run folder, ready to act.
 
@@ -47,11 +54,13 @@ def load_policy(
         compile: compile the components with torch.compile: the first chunk takes minutes, and so does the
             first of each other batch size.
         precision: `bf16` computes in half precision, which pays on a processor that has it built in.
+        text_encoder: where the text encoder of the instructions is now, if it has moved; it is loaded only
+            for sentences that the policy was not trained on.
     """
     path = find(Path(run), checkpoint)
     refuse_damaged(path, "policy/")
     settings = read_settings(path)
-    spec = PolicySpec.from_json(settings["spec"])
+    spec = PolicySpec.load(path)
     module = load_script(settings["script"])
     if not hasattr(module, "sample_actions"):
         raise UserError(f"{run} was trained by {settings['script']}, which trains no policy: it cannot act.")
@@ -66,6 +75,10 @@ def load_policy(
     if compile:
         for component in policy.model.children():
             component.compile(dynamic=False)
+    if spec.tasks is not None and spec.tasks.encoder != "index":
+        policy.text_encoder = text_encoder or spec.tasks.encoder
+        known = listed(spec.tasks.sentences)
+        say(f"{run} takes any instruction, and was trained on {len(spec.tasks.sentences)}: {known}")
     return policy
 
 
@@ -77,6 +90,11 @@ def load_script(name: str):
         there = ", ".join(sorted(scripts))
         raise UserError(f"The policy was trained by {name!r}, which is not in {ROOT}; there are {there}.")
     return importlib.import_module(".".join(scripts[name].with_suffix("").parts))  # found as `common` was
+
+
+def _spaced(sentence: str) -> str:
+    """A sentence with single spaces."""
+    return " ".join(sentence.split())
 
 
 class RobotPolicy:
@@ -98,6 +116,10 @@ class RobotPolicy:
         self.horizon = config.horizon
         statistics = self.normalizer.statistics["state"]
         scale, _ = scale_offset(statistics, "mean-std")
+        self.text_encoder: str | None = None
+        self._vectors: dict[str, Tensor] = {}  # of sentences that it was not trained on, (L, D)
+        known = spec.tasks.sentences if spec.tasks else ()
+        self._places = {_spaced(sentence): place for place, sentence in enumerate(known)}
         self._known_range = [x.cpu().numpy() for x in (statistics["min"], statistics["max"], scale)]
         self._generator, self._seed, self._episode = torch.Generator(device), seed, -1
         self.reset()
@@ -129,7 +151,8 @@ class RobotPolicy:
         if self.spec.state_rotations:
             state = self.spec.state_rotations.decode(state)
         state = np.stack([state] * self.spec.proprio_history)
-        return {"images": dict.fromkeys(self.spec.cameras, frame), "state": state}
+        task = {} if self.spec.tasks is None else {"task": self.spec.tasks.sentences[0]}
+        return {"images": dict.fromkeys(self.spec.cameras, frame), "state": state, **task}
 
     def act(
         self,
@@ -143,7 +166,8 @@ class RobotPolicy:
         Args:
             observation: `images`, a mapping from camera name (short, or the dataset's full key) to an RGB
                 frame (H, W, 3) uint8 of any size; and `state`, (P,) in recorded units and order. A policy
-                that sees K states needs (K, P), the present one last.
+                that sees K states needs (K, P), the present one last. One that was trained on several tasks
+                needs the `task`, a sentence; None lets it do any of them, if it was trained to.
             sample_steps: integration steps, instead of the configured number.
             clip: keep every action within the range recorded in training.
             prefix: (d, A) in recorded units, the actions with which the chunk begins, because the robot
@@ -156,7 +180,8 @@ class RobotPolicy:
 
         Raises:
             ValueError: for a missing or unknown camera, a wrong shape or dtype, a state or prefix that is not
-                finite, a prefix longer than any in training.
+                finite, a prefix longer than any in training, an instruction that is missing or not known.
+            UserError: if the text encoder of a new sentence cannot be loaded.
 
         Warns of a state more than three standard deviations outside the recorded range, once an episode.
         """
@@ -183,7 +208,8 @@ class RobotPolicy:
         states = np.stack([self._state(observation["state"]) for observation in observations])
         given = [self._given(prefix) for prefix in prefixes or [None] * len(observations)]
         self._warn_of_far_states(states[:, -1])
-        options = (sample_steps, clip, generators, self._prefix(given))
+        told = self.told([observation.get("task", ...) for observation in observations])
+        options = (sample_steps, clip, generators, self._prefix(given), told)
         chunks = self.sample(images, torch.from_numpy(states), *options).cpu().numpy()
         rotations = self.spec.action_rotations
         chunks = rotations.decode(chunks) if rotations else chunks
@@ -231,6 +257,48 @@ class RobotPolicy:
             raise ValueError("the state holds NaN or infinity: check the robot's sensors before acting on it")
         return self.spec.state_rotations.encode(state) if self.spec.state_rotations else state
 
+    def told(self, sentences: Sequence) -> Tensor | None:
+        """Instructions as `sample` takes them; None of a policy that is not told any.
+
+        Each is a sentence, None for whatever task, or ... where nothing is said. Raises what `act` does.
+        """
+        known = self.spec.tasks
+        if known is None:
+            return None
+        spoken = [self._sentence(sentence) for sentence in sentences]
+        new = [s for s in dict.fromkeys(spoken) if s is not None and s not in self._places]
+        if not new:
+            return torch.tensor([self._places.get(sentence, -1) for sentence in spoken])
+        unread = [sentence for sentence in new if sentence not in self._vectors]
+        if unread:
+            encoder = TextEncoder(self.text_encoder)
+            if encoder.identity != known.identity:
+                raise UserError(
+                    f"{self.text_encoder} is not the text encoder that the policy was trained with: give "
+                    f"that one as text_encoder."
+                )
+            self._vectors |= zip(unread, encoder(unread, known.table.shape[1] - 1), strict=True)
+        nothing = torch.full_like(known.table[0], torch.nan)
+        rows = [
+            nothing if s is None else self._vectors[s] if s in new else known.table[self._places[s]]
+            for s in spoken
+        ]
+        return torch.stack(rows)
+
+    def _sentence(self, given) -> str | None:
+        """An instruction as it is looked up; raises ValueError."""
+        known = self.spec.tasks
+        there = f"it was trained on {listed(known.sentences)}"
+        if given is ... or (given is None and not known.droppable):
+            raise ValueError(f"the policy needs a task: {there}")
+        if given is None:
+            return None
+        if not isinstance(given, str) or not given.strip():
+            raise ValueError(f"the task must be a sentence, not {given!r}: {there}")
+        if _spaced(given) not in self._places and known.encoder == "index":
+            raise ValueError(f'the policy knows no task "{given}"{closest(given, self._places)}: {there}')
+        return _spaced(given)
+
     def _warn_of_far_states(self, states: np.ndarray) -> None:
         """Warn, once an episode, of each dimension of (B, P) states far outside what was recorded."""
         low, high, scale = self._known_range
@@ -263,6 +331,7 @@ class RobotPolicy:
         clip: bool = False,
         generators: Sequence[torch.Generator] | None = None,
         prefix: flow.Prefix | None = None,
+        task: Tensor | None = None,
     ) -> Tensor:
         """A chunk for each of B observations as an episode store gives them: (B, T, A) in recorded units.
 
@@ -272,6 +341,7 @@ class RobotPolicy:
             generators: see `act_batch`.
             prefix: actions with which the chunks begin, in the same units as they come back. Normalizing
                 makes them relative to the present state, whatever state they were sampled at.
+            task: what `told` gives, or `Batch.task`.
         """
         images, proprio = images.to(self.device), proprio.to(self.device)
         seen, more = self.normalizer.proprio(proprio), {}
@@ -279,6 +349,8 @@ class RobotPolicy:
         if prefix is not None:
             prefix = flow.Prefix(*(part.to(self.device) for part in prefix))
             more["prefix"] = prefix._replace(actions=self.normalizer.actions(prefix.actions, proprio))
+        if self.spec.tasks is not None:  # a script that was forked before there were instructions takes none
+            more["task"] = task.to(self.device)
         half = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
         with half:
             actions = self.script.sample_actions(
@@ -299,7 +371,8 @@ class RobotPolicy:
 
         Args:
             observation: see `act`, with the present state alone: earlier ones are remembered here. `images`
-                can be a function that returns them: it is called only when a chunk is due.
+                can be a function that returns them: it is called only when a chunk is due. Another `task`
+                than before takes effect at once.
             execute_steps, ensemble: see `Controller`.
 
         Returns:
@@ -314,7 +387,8 @@ class RobotPolicy:
         control, images = self._controller, observation["images"]
         control.configure(execute_steps, ensemble, sample_steps, clip)
         look = images if callable(images) else lambda: images
-        return control.next_actions(np.array([0]), state[None], lambda which: [look()])[0]
+        tasks = [observation["task"]] if "task" in observation else None
+        return control.next_actions(np.array([0]), state[None], lambda which: [look()], tasks)[0]
 
     def _images(self, images: Mapping) -> Tensor:
         """Frames by camera -> (N, 3, H, W) uint8 in the policy's order and size."""
@@ -388,6 +462,7 @@ class Controller:
         self.step = 0
         self.states: list[np.ndarray] = []  # the last K, each (E, P)
         self.chunks: list[_Chunk] = []
+        self.tasks: list[str | None] | None = None
         self.wait = 0  # steps for which the robot repeats its last action
         self.source: int | None = None
         needed, most = delay - policy.spec.action_offset, policy.spec.max_delay
@@ -432,6 +507,7 @@ class Controller:
         which: np.ndarray,
         states: np.ndarray,
         look: Callable[[np.ndarray], Sequence[Mapping]],
+        tasks: list[str | None] | None = None,
     ) -> np.ndarray:
         """The actions of this control step.
 
@@ -439,6 +515,7 @@ class Controller:
             which: (R,), the episodes that are running; those that are over do not come back.
             states: (R, P), their present states.
             look: gives the images of the episodes asked for; called only if chunks are due.
+            tasks: their instructions, if the policy is told any.
 
         Returns:
             (R, A) float32 in recorded units.
@@ -448,6 +525,9 @@ class Controller:
         # At an episode's start there was nothing before: it repeats its first state.
         history = self.policy.spec.proprio_history
         self.states = [*(self.states or [present] * history), present][-history:]
+        if self.num == 1 and tasks != self.tasks:
+            self.chunks = []  # they do what was asked before
+        self.tasks = tasks
         if self.due:
             self.wait = self.delay if self.chunks and self.join == "blocking" else 0
             self._sample(which, look)
@@ -477,6 +557,8 @@ class Controller:
         observations = [
             {"images": images, "state": state} for images, state in zip(look(which), seen, strict=True)
         ]
+        for observation, task in zip(observations, self.tasks or (), strict=self.tasks is not None):
+            observation["task"] = task
         generators = self.generators and [self.generators[e] for e in which]
         more = {"prefixes": self._prefixes(which)} if self.chunks and self.join == "prefix" else {}
         sampled = self.policy.act_batch(observations, self.sample_steps, self.clip, generators, **more)

@@ -221,7 +221,7 @@ def first_latents(
     for _, batch in evenly_spaced(first, min(most, len(first)), batch_size):
         batch = batch.to(normalizer.action_scale.device)
         proprio, chunks = normalizer.proprio(batch.proprio), normalizer.actions(batch.actions, batch.proprio)
-        head_tokens, _ = policy.encode(vision.to_float(batch.images), proprio)
+        head_tokens, _ = policy.encode(vision.to_float(batch.images), proprio, batch.task)
         posterior = policy.posterior(proprio, head_tokens, chunks, batch.is_pad)
         found.append((policy.latent.most_probable(posterior), batch.index))
     latents, steps = zip(*found, strict=True)

@@ -6,7 +6,7 @@ set of samples that are compared with each other holds one step of an episode at
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -70,6 +70,31 @@ def require_episodes(num: int, neighbours: Sequence[int] | None) -> None:
             f"{num} episodes are too few for {max(neighbours)} nearest neighbours, which lie in different "
             f"episodes: give at least {max(neighbours) + 2}, or a smaller k."
         )
+
+
+def within_tasks(
+    estimate: Callable[[Tensor, Tensor, Tensor], Estimate],
+    x: Tensor,
+    y: Tensor,
+    episodes: Tensor,
+    tasks: Tensor,
+) -> Estimate:
+    """Mutual information among the samples of each task alone, put together.
+
+    Across tasks, embeddings would share which task it is, whatever each demonstration is worth.
+
+    Args:
+        estimate: of x, y and episodes.
+        tasks: (N,), the task of each sample; an episode has one.
+    """
+    numbers = tasks.unique().tolist()
+    if len(numbers) == 1:
+        return estimate(x, y, episodes)
+    pointwise = torch.full((len(x),), torch.nan, dtype=torch.float64)
+    for number in numbers:
+        own = tasks == number
+        pointwise[own] = estimate(x[own.to(x.device)], y[own.to(y.device)], episodes[own]).pointwise
+    return Estimate(episode_means(pointwise, episodes)[1].nanmean().item(), pointwise)
 
 
 def standardise(x: Tensor) -> Tensor:

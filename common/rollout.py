@@ -62,6 +62,7 @@ class Episode:
 
     Attributes:
         number: by which, with the seed, it can be repeated.
+        task: what the environment asked for.
         film_fps: pictures a second of its film.
         steps: control steps until it was over.
         states: (steps + 1, P), recorded units.
@@ -73,6 +74,7 @@ class Episode:
 
     number: int
     film_fps: float
+    task: str = ""
     success: bool = False
     steps: int = 0
     states: list[np.ndarray] = field(default_factory=list)
@@ -94,6 +96,7 @@ def roll_out(
     progress: Callable[[int], None] = lambda finished: None,
     delay: int = 0,
     join: Join = "naive",
+    say_task: Callable[[Episode], str] = lambda episode: episode.task,
 ) -> list[Episode]:
     """Act in episodes of a seed, by number, as many at once as there are environments.
 
@@ -105,9 +108,11 @@ def roll_out(
         progress: called with the number of episodes that are over.
         delay, join: control steps from an observation to its chunk, and how chunks join; see `Controller`.
             Time is simulated: how long this machine takes does not matter.
+        say_task: the instruction that the policy is given in an episode, if it is told any.
 
     Raises:
-        UserError: if an environment fails, gives a state that is not finite, or ends every episode at once.
+        UserError: if an environment fails, asks for a task that the policy does not know, gives a state that
+            is not finite, or ends every episode at once.
     """
     if not len(numbers):  # a process without a share
         return []
@@ -124,7 +129,7 @@ def roll_out(
             raise ValueError(
                 "pictures of another episode need another one beside it: three environments, or all"
             )
-        _roll_out_together(policy, environments, group, seed, acting, eyes, film)
+        _roll_out_together(policy, environments, group, seed, acting, eyes, film, say_task)
         done += group
         progress(len(done))
     if all(episode.steps <= 1 and not episode.success for episode in done):
@@ -171,6 +176,7 @@ def _roll_out_together(
     acting: dict[str, Any],
     eyes: Eyes,
     film: int,
+    say_task: Callable[[Episode], str],
 ) -> None:
     first = environments[0]
     seeds = [seed + episode.number for episode in group]
@@ -179,6 +185,13 @@ def _roll_out_together(
         with answering(first, f"the reset of episode {episode.number}"):
             environment.reset(seed, episode.number)
         episode.states.append(_state(environment, episode))
+        episode.task = environment.task
+    said = None if policy.spec.tasks is None else [say_task(episode) for episode in group]
+    if said is not None:
+        try:
+            policy.told(said)
+        except ValueError as error:
+            raise UserError(f"--env {first.name}: {error}; give another as evaluate.py --task.") from None
     running, cameras = np.arange(len(group)), _fitting_cameras(policy, first)
 
     def look(which: np.ndarray) -> list[dict[str, np.ndarray]]:
@@ -192,7 +205,7 @@ def _roll_out_together(
 
     for step in range(first.max_steps):
         states = np.stack([group[e].states[-1] for e in running])
-        actions = controller.next_actions(running, states, look)
+        actions = controller.next_actions(running, states, look, said and [said[e] for e in running])
         over = np.zeros(len(running), bool)
         for i, e in enumerate(running):
             environment, episode = environments[e], group[e]
@@ -283,7 +296,8 @@ def answering(environment: Environment, what: str) -> Iterator[None]:
 
 def rates(episodes: Sequence[Episode]) -> dict[str, Any]:
     """Success with its 95 % interval; each episode's outcome, 1 or 0, to compare policies in pairs; the share
-    of episodes for which each fact holds, or, where a fact is a word, the share of each word among successes.
+    of episodes for which each fact holds, or, where a fact is a word, the share of each word among successes;
+    of several tasks, the same for each.
     """
     from scipy.stats import binomtest
 
@@ -300,6 +314,9 @@ def rates(episodes: Sequence[Episode]) -> dict[str, Any]:
         else:
             won = [episode.facts[name] for episode in wins if name in episode.facts]
             found[f"{name}s"] = {word: won.count(word) / max(len(won), 1) for word in sorted(set(values))}
+    tasks = sorted({episode.task for episode in episodes})
+    if len(tasks) > 1:
+        found["tasks"] = {task: rates([e for e in episodes if e.task == task]) for task in tasks}
     return found
 
 

@@ -50,8 +50,10 @@ from common.data import (
     open_dataset,
     split_episodes,
 )
+from common.data.tasks import listed
 from common.errors import EXIT_STOPPED, UserError
 from common.files import read_json, write_json, write_whole
+from common.instructions import Instructions, TaskConfig
 from common.normalize import Normalization, Normalizer
 from common.tracking import Tracker
 from common.watch import PREPARING, HangWatch, StopRequests, meeting
@@ -130,13 +132,18 @@ class Run:
     # What there is to learn from
 
     def load_data(
-        self, horizon: int, normalization: Normalization, delay: flow.DelayConfig = NO_DELAY
+        self,
+        horizon: int,
+        normalization: Normalization,
+        tasks: TaskConfig | None = None,
+        delay: flow.DelayConfig = NO_DELAY,
     ) -> Data:
         """Open the dataset, hold episodes out, compute statistics.
 
         Args:
             horizon: actions in a chunk.
-            delay: how many of them are given.
+            tasks: how a policy is told its instruction; None: it is not.
+            delay: how many actions of a chunk are given.
 
         Raises:
             UserError: if a dataset cannot be used, or a resumed run was trained on other data.
@@ -147,7 +154,7 @@ class Run:
                 f"choose at most {horizon - 1}, or raise --horizon."
             )
         options, seed = self.config.data, self.config.run.seed
-        store, backbone_config = open_dataset(options), None
+        store, backbone_config, known = open_dataset(options), None, None
         if self.resuming:
             folder = self.config.run.run_dir
             saved = read_json(folder / "config.json")
@@ -158,11 +165,20 @@ class Run:
                 )
             # The checkpoint has the backbone's architecture: its original model, on the hub, is not needed.
             last = checkpoint.newest_undamaged(folder, "policy/policy.json")
-            backbone_config = checkpoint.read_settings(last)["spec"]["backbone_config"]
+            saved = PolicySpec.load(last)
+            backbone_config, known = saved.backbone_config, saved.tasks
+            if known is not None and known.sentences != store.instructions:
+                raise UserError(
+                    f"{folder} was trained on datasets that went by other names ({listed(known.sentences)}): "
+                    f"give them these names again."
+                )
+        elif tasks is not None:
+            known = Instructions.of(store, tasks)
         train_episodes, held_out = split_episodes(store, options.val_fraction, seed)
         shape = (horizon, options.proprio_history, options.action_offset)
-        train = ChunkDataset(store, train_episodes, *shape)
-        val = ChunkDataset(store, held_out, *shape) if len(held_out) else None
+        told = known is not None
+        train = ChunkDataset(store, train_episodes, *shape, told=told)
+        val = ChunkDataset(store, held_out, *shape, told=told) if len(held_out) else None
         if self.resuming:  # as they were, whatever this version would choose by default
             path = (
                 checkpoint.newest_undamaged(folder, "policy/stats.safetensors") / "policy/stats.safetensors"
@@ -172,7 +188,7 @@ class Run:
             relative = options.relative_actions, options.idle_floor, options.relative_mask
             normalizer = Normalizer.fit(train, normalization, *relative, options.relative_poses)
         normalizer = normalizer.to(self.device)
-        spec = replace(PolicySpec.of(train, backbone_config), max_delay=delay.max_delay)
+        spec = replace(PolicySpec.of(train, backbone_config), tasks=known, max_delay=delay.max_delay)
         self._to_predict = flow.share_to_predict(horizon, delay)
         return Data(train, val, normalizer, spec)
 

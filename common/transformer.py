@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common import flow
 from common.errors import UserError
+from common.instructions import InstructionEmbedder, Instructions
 
 Linear = Callable[[int, int], nn.Module]
 """Makes a layer of so many inputs and outputs."""
@@ -156,11 +157,17 @@ class InfoEmbedder(nn.Module):
     """Fuses all cameras, each of whose tokens and summary have two `widths`, with joint states (K, P).
 
     `droppable` adds tokens that stand for a lost camera. Without camera dropout they would never get a
-    gradient, which DistributedDataParallel takes for a mistake.
+    gradient, which DistributedDataParallel takes for a mistake. With `tasks`, the policy is told which one.
     """
 
     def __init__(
-        self, widths: Sequence[Shape], proprio: Shape, size: Size, num_layers: int, droppable: bool = False
+        self,
+        widths: Sequence[Shape],
+        proprio: Shape,
+        size: Size,
+        num_layers: int,
+        droppable: bool = False,
+        tasks: Instructions | None = None,
     ):
         super().__init__()
         (proprio_history, state_dim), d_model = proprio, size.d_model
@@ -172,16 +179,23 @@ class InfoEmbedder(nn.Module):
         if droppable:
             self.missing = nn.Parameter(torch.randn(len(widths), d_model) * 0.02)
         self.encoder = Encoder(size, num_layers)
+        self.instruction = None if tasks is None else InstructionEmbedder(tasks, d_model)
 
     def forward(
-        self, views: Sequence[tuple[Tensor, Tensor]], proprio: Tensor, dropped: Tensor | None = None
+        self,
+        views: Sequence[tuple[Tensor, Tensor]],
+        proprio: Tensor,
+        dropped: Tensor | None = None,
+        task: Tensor | None = None,
     ) -> Observation:
-        """A memory of K + N (L + 1) tokens, and the sum of the states' and the cameras' summary tokens.
+        """A memory of K + N (L + 1) tokens and the instruction's, and the sum of the states' tokens, the
+        cameras' summary tokens and that of the whole instruction.
 
         Args:
             views: for each camera its tokens (B, L, D_v) and summary (B, D_s).
             proprio: (B, K, P), normalized.
             dropped: (B, N), True where a sample has lost a camera.
+            task: see `InstructionEmbedder`; needed if there is one.
         """
         memory = [self.proprio_in(proprio) + self.proprio_position]
         for n, (tokens, summary) in enumerate(views):
@@ -189,6 +203,10 @@ class InfoEmbedder(nn.Module):
             if dropped is not None:
                 tokens = torch.where(dropped[:, n, None, None], self.missing[n], tokens)
             memory.append(tokens + self.camera_embedding[n])
+        if self.instruction is not None:
+            if task is None:
+                raise ValueError("the policy was made for several instructions: give `task`")
+            memory.append(self.instruction(task))
         summary = memory[0].sum(dim=1) + sum(tokens[:, -1] for tokens in memory[1:])
         return Observation(self.encoder(torch.cat(memory, dim=1)), summary)
 

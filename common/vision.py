@@ -229,7 +229,7 @@ def brief(error: Exception) -> str:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """No progress bars and warnings from loading a model."""
     from transformers.utils import logging as bars
 
@@ -256,6 +256,18 @@ def hub_answers(name: str) -> bool:
     return True
 
 
+def model_source(name: str, look: bool = True) -> tuple[str, dict[str, bool], bool]:
+    """Where a Hugging Face model is: path or name, how to load it, and whether the hub is out of reach.
+
+    Nothing that is loaded can run code. A local path is never looked up on the hub, nor, without `look`,
+    is anything else.
+    """
+    path = Path(name).expanduser()
+    is_path = path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    source, far = (str(path), False) if is_path else (name, look and not hub_answers(name))
+    return source, {"local_files_only": is_path or far, "trust_remote_code": False}, far
+
+
 def _load_huggingface(name: str, hf_config: dict | None):
     """The vision part of a model, its image processor's settings, and the weights that its files lack.
 
@@ -265,17 +277,14 @@ def _load_huggingface(name: str, hf_config: dict | None):
     from transformers import AutoConfig, AutoModel, ViTConfig
     from transformers.image_processing_base import ImageProcessingMixin
 
-    path = Path(name).expanduser()
-    is_path = path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
-    source, far = (str(path), False) if is_path else (name, hf_config is None and not hub_answers(name))
-    where = {"local_files_only": is_path or far, "trust_remote_code": False}
+    source, where, far = model_source(name, look=hf_config is None)
     try:
-        with _silence():
+        with silence():
             if hf_config is not None:
                 settings = dict(hf_config)
                 config = AutoConfig.for_model(settings.pop("model_type"), **settings)
                 return AutoModel.from_config(config), {}, set()
-            if is_path and not path.exists():
+            if where["local_files_only"] and not far and not Path(source).exists():
                 raise OSError("there is no such folder")
             config = AutoConfig.from_pretrained(source, **where)
             config = getattr(config, "vision_config", config)  # SigLIP and CLIP come with a text model

@@ -13,13 +13,17 @@ from benchmarks import simulators, simulators_report
 from common.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def methods():
-    path = Path(__file__).parents[1] / "benchmarks" / "methods.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_methods", path)
+def benchmark(name):
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def methods():
+    return benchmark("methods")
 
 
 def finished_run(folder, success, codes=False):
@@ -189,3 +193,19 @@ def test_a_report_of_some_of_the_runs(tmp_path, capsys):
     # seed 0 alone is in both: 35 episodes more, none less
     assert "| +70.0 | 5.8e-11 | distinguishable |" in text
     assert Image.open(tmp_path / "benchmarks.png").width > 300
+
+
+def test_policies_that_are_told_are_compared_with_one_that_is_not():
+    tasks = benchmark("tasks")
+    assert json.loads(tasks.CONFIG.read_text())["script"] == "train_vfp_moe.py"
+
+    def found(success, **more):
+        rates = {"success": success, "wrong_targets": 0.25, "collisions": 0.05}
+        return {"closed_loop": {"10": rates, "1": rates, **more}, "parameters": 2_500_000}
+
+    rows = [("index", [found(0.9, misled={"success": 0.05}), found(0.8, misled={"success": 0.07})])]
+    rows.append(("none", [found(0.0625), found(0.0625)]))
+    text = tasks.table(rows, tasks.Config(seeds=(0, 1)))
+    assert "chance is 6.2" in text
+    assert "| index | 85.0 (90.0, 80.0) | 85.0 (90.0, 80.0) | 6.0 (5.0, 7.0) | 25.0 (25.0, 25.0) |" in text
+    assert "| none | 6.2 (6.2, 6.2) | 6.2 (6.2, 6.2) |  |" in text

@@ -314,11 +314,11 @@ def test_tasks_are_said_and_chosen(tmp_path, open_, refused, capsys):
         file.attrs["task"] = np.bytes_("close\n it")
     store = open_(root)
     assert store.episode_tasks == ("open it", "close it", None)
-    assert '2 tasks ("open it", "close it"), and a policy is not told which' in capsys.readouterr().out
-    chosen = open_(root, task="close it")
+    assert '2 tasks ("open it", "close it"); --task chooses some' in capsys.readouterr().out
+    chosen = open_(root, task=("close it",))
     assert chosen.episode_indices.tolist() == [1]
     assert chosen.task == "close it"
-    refused(root, r'has no task "close" .*it has "open it", "close it"', task="close")
+    refused(root, r'has no task "close" .*it has "open it", "close it"', task=("close",))
 
 
 def test_tasks_of_liberos_files_belong_to_all_of_their_episodes(tmp_path, open_):

@@ -227,11 +227,13 @@ def test_depth_cameras_are_not_colour(tmp_path, open_):
     assert open_(root).cameras == ("high",)
 
 
-def test_a_task_is_chosen(tmp_path, open_, refused):
+def test_a_task_is_chosen(tmp_path, open_, refused, capsys):
     root = make_dataset(tmp_path / "d", (4, 5, 6, 3), tasks=("fold", "unfold"))
-    refused(root, r'has 2 tasks.*--task \("fold", "unfold"\)')
-    refused(root, r'no task "unfolds" \(did you mean unfold\?\)', task="unfolds")
-    store = open_(root, task="unfold")
+    refused(root, r'no task "unfolds" \(did you mean unfold\?\)', task=("fold", "unfolds"))
+    whole = open_(root)
+    assert whole.episode_tasks == ("fold", "unfold", "fold", "unfold")
+    assert '2 tasks ("fold", "unfold"); --task chooses some' in capsys.readouterr().out
+    store = open_(root, task=("unfold",))
     assert store.episode_indices.tolist() == [1, 3]
     assert store.task == "unfold"
     assert check_aligned(store).tolist() == [4, 5, 6, 7, 8, 15, 16, 17]
@@ -1108,7 +1110,7 @@ def test_episodes_of_several_tasks_are_said(tmp_path, capsys):
         rows[1]["tasks"] = ["pick", "place"]
 
     edit_rows(root, both)
-    store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache", task="pick"))
+    store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache", task=("pick",)))
     assert store.episode_indices.tolist() == [1]
     assert (
         "1 episodes, 1 for one, have other tasks, too: all of their steps are used" in capsys.readouterr().out

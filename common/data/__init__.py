@@ -6,9 +6,9 @@ import re
 from contextlib import suppress
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from common.config import AbsolutePath, MayChange, Share, options
 from common.console import say
@@ -17,6 +17,7 @@ from common.data.motion import copies, trim_idle
 from common.data.samples import Batch, ChunkDataset, SampleStream, evenly_spaced, make_loader, split_episodes
 from common.data.source import Info, Source
 from common.data.store import EpisodeStore
+from common.data.tasks import cut_at_tasks, name_tasks, weigh_tasks
 from common.data.workers import kept_pool
 from common.errors import UserError
 
@@ -25,6 +26,7 @@ __all__ = ["Batch", "ChunkDataset", "SampleStream", "evenly_spaced", "make_loade
 
 MAX_IMAGE_SIDE = 4096
 GRIPPER = "gripper"  # in names of dimensions that open and close a gripper
+BUILT_IN = ("demo", "demo-tasks")  # tasks that are recorded on first use
 
 
 def default_cache_dir() -> Path:
@@ -35,7 +37,14 @@ def default_cache_dir() -> Path:
 def _in_full(name: str) -> str:
     """A dataset that lies here by its whole path: a run may be resumed from another working directory."""
     path = Path(name).expanduser()
-    return str(path.absolute()) if name != "demo" and path.exists() else name
+    return str(path.absolute()) if name not in BUILT_IN and path.exists() else name
+
+
+def _as_several(task: Any) -> Any:
+    """Earlier runs wrote down one instruction, or none."""
+    if isinstance(task, str):
+        return (task,)
+    return () if task is None else tuple(task) if isinstance(task, list) else task
 
 
 def _is_size(sides: tuple[int, ...]) -> tuple[int, ...]:
@@ -50,7 +59,8 @@ class DataConfig:
 
     dataset: MayChange[tuple[Annotated[str, AfterValidator(_in_full)], ...]] = ("demo",)
     """Datasets, one or more: LeRobot v3 (a folder, or a hub name `owner/name`), a folder of HDF5 files or one
-    such file, a zarr replay buffer (a folder or .zarr.zip), or `demo`, the built-in two-arm task."""
+    such file, a zarr replay buffer (a folder or .zarr.zip), `demo`, the built-in two-arm task, or
+    `demo-tasks`, the same with sixteen instructions."""
     weights: tuple[float, ...] = ()
     """How often samples of each dataset are drawn, relative to each other. Default: as often as they are
     there, so that a larger dataset weighs more."""
@@ -76,8 +86,16 @@ class DataConfig:
     """Re-express rotations without jumps, as in `quaternion->6d`; KIND can be quaternion (x, y, z, w),
     quaternion-wxyz, axis-angle, or euler. Dimensions are recognised by name, or named: `eef_quat:KIND->6d`.
     A trained policy still takes and gives them as recorded."""
-    task: str | None = None
-    """Instruction whose episodes to use, where a dataset has several."""
+    task: Annotated[tuple[str, ...], BeforeValidator(_as_several)] = ()
+    """Instructions whose episodes to use. Default: all that the datasets have."""
+    task_key: str | None = None
+    """HDF5: attribute, or array of one text, that holds an episode's instruction, where its name is none of
+    the usual ones, such as language_instruction."""
+    task_weights: tuple[float, ...] = ()
+    """How often samples of each --task are drawn, relative to each other. Default: see --task-balance."""
+    task_balance: Share = 0.0
+    """How much alike tasks are drawn: 0 as often as they were recorded, 1 equally often, a half in between:
+    n samples count as n^(1 - balance)."""
     episodes: tuple[str, ...] = ()
     """Episodes to use, by number: `0 3 10-19`. Default: all."""
     episodes_file: MayChange[AbsolutePath | None] = None
@@ -124,6 +142,11 @@ class DataConfig:
         if self.weights and (len(self.weights) != count or not min(self.weights) > 0):
             given = " ".join(f"{weight:g}" for weight in self.weights)
             raise UserError(f"--weights {given}: give one positive number for each of the {count} datasets.")
+        if self.task_weights and (len(self.task_weights) != len(self.task) or not min(self.task_weights) > 0):
+            given = " ".join(f"{weight:g}" for weight in self.task_weights)
+            raise UserError(f"--task-weights {given}: give one positive number for each --task, in order.")
+        if self.task_weights and self.task_balance:
+            raise UserError("--task-weights and --task-balance both weigh tasks: give one of them.")
         if self.episodes and self.episodes_file:
             raise UserError("--episodes and --episodes-file both choose episodes: give one of them.")
         if self.relative_poses and not (self.relative_actions and self.rotation):
@@ -142,9 +165,14 @@ def open_dataset(config: DataConfig) -> EpisodeStore:
     """
     with kept_pool():
         stores = [ensure_store(stores_folder(config), request_store(name, config)) for name in config.dataset]
+    stores = [cut_at_tasks(store, config.task) for store in stores]
     if config.trim_idle:
         stores = [trim_idle(store) for store in stores]
-    store = stores[0] if len(stores) == 1 else EpisodeStore.concatenate(stores, config.weights or None)
+    if len(stores) == 1:
+        store = stores[0]
+    else:
+        store = EpisodeStore.concatenate(name_tasks(stores, config.dataset), config.weights or None)
+    store = weigh_tasks(store, config)
     for line in copies(store):
         say(line)
     return store.re_express(config.rotation) if config.rotation else store
@@ -157,14 +185,16 @@ def stores_folder(config: DataConfig) -> Path:
 
 def open_source(name: str, config: DataConfig) -> Source:
     """One of the datasets, in whatever format it is."""
+    from common.data import demo_tasks
     from common.data.demo import ensure_recorded
     from common.data.hdf5 import Hdf5Source, holds_hdf5
     from common.data.lerobot import LeRobotSource, recorded_here
     from common.data.zarr import ZarrSource, is_zarr
 
     path = Path(name).expanduser()
-    if name == "demo":
-        return LeRobotSource(ensure_recorded(config.cache_dir), name, config)
+    if name in BUILT_IN:
+        recorded = ensure_recorded if name == "demo" else demo_tasks.ensure_recorded
+        return LeRobotSource(recorded(config.cache_dir), name, config)
     if (path / "meta" / "info.json").is_file():
         return LeRobotSource(path, str(path.resolve()), config)
     if is_zarr(path):

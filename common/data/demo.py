@@ -12,6 +12,7 @@ The constants define the task's difficulty and must not change: success rates ar
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import gymnasium
@@ -57,10 +58,14 @@ class Simulator:
     Attributes:
         hands, targets: (E, 2, 2), positions of the left and the right hand, and of their targets.
         steps: (E,), steps taken until the episode ended.
+        tasks: the instruction of each episode.
+        drawn: (E, T, 2), positions of all targets on the table, whose colours are `colors`.
         success: (E,), both hands were on their targets at the same time, without a collision before.
         collided: (E,), a hand touched an obstacle before success.
         sides: (E, 2), +1 or -1, the side on which a hand passed its obstacle; 0 while it has not.
     """
+
+    colors = DISCS["target"][1]
 
     def __init__(self, num_envs: int, seed: int, first: int = 0):
         """Episodes `first`, ... of a seed are the same whatever num_envs is: methods meet the same ones."""
@@ -70,6 +75,7 @@ class Simulator:
         target_x = OBSTACLES[:, 0] + TARGET_X_SPREAD * draws[:, 2:4]
         self.hands = np.stack([start_x, np.full((num_envs, 2), START_Y)], -1)
         self.targets = np.stack([target_x, TARGET_Y + TARGET_Y_SPREAD * draws[:, 4:]], -1)
+        self.tasks, self.drawn = [TASK] * num_envs, self.targets
         self.success, self.collided = np.zeros((2, num_envs), bool)
         self.steps, self.sides = np.zeros(num_envs, int), np.zeros((num_envs, 2), int)
 
@@ -105,13 +111,19 @@ class Simulator:
         self.sides = np.where(crossed, np.sign(nearest[..., 0] - OBSTACLES[:, 0]), self.sides).astype(int)
         self.steps += active
 
+    def aim(self) -> np.ndarray:
+        """(E, 2, 2), where the demonstrator's hands head for."""
+        return self.targets
+
     def images(self) -> np.ndarray:
         """(E, 3, H, W, 3) uint8, what the cameras see now."""
-        return render(self.hands, self.targets)
+        return render(self.hands, self.drawn, colors=self.colors)
 
 
-def render(hands: np.ndarray, targets: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
-    """What the cameras see of hands and targets (E, 2, 2): (E, 3, size, size, 3) uint8, y up."""
+def render(
+    hands: np.ndarray, targets: np.ndarray, size: int = IMAGE_SIZE, colors: Sequence = DISCS["target"][1]
+) -> np.ndarray:
+    """What the cameras see of hands (E, 2, 2) and targets (E, T, 2): (E, 3, size, size, 3) uint8, y up."""
     num_envs = len(hands)
     centres = np.concatenate([np.zeros((num_envs, 1, 2)), hands], 1).astype(np.float32)  # (E, 3 cameras, 2)
     extents = np.array([HEAD_EXTENT, HAND_EXTENT, HAND_EXTENT], np.float32)
@@ -122,8 +134,8 @@ def render(hands: np.ndarray, targets: np.ndarray, size: int = IMAGE_SIZE) -> np
     canvas = np.empty((num_envs, 3, size, size, 3), np.float32)
     canvas[:] = TABLE_COLOR
     positions = {"obstacle": np.broadcast_to(OBSTACLES, hands.shape), "target": targets, "hand": hands}
-    for kind, (radius, colors) in DISCS.items():
-        for arm, color in enumerate(colors):
+    for kind, (radius, usual) in DISCS.items():
+        for arm, color in enumerate(colors if kind == "target" else usual):
             centre = positions[kind][:, arm].astype(np.float32)  # (E, 2)
             dx2 = (x - centre[:, None, :1]) ** 2
             dy2 = (y - centre[:, None, 1:]) ** 2
@@ -197,15 +209,15 @@ class BimanualEnv(gymnasium.Env):
         return {"success": bool(success[0]), "collided": bool(collided[0]), "sides": sides[0].copy()}
 
 
-def demonstrate(num_episodes: int, seed: int) -> list[Demonstration]:
+def demonstrate(num_episodes: int, seed: int, kind: type[Simulator] = Simulator) -> list[Demonstration]:
     """Demonstrations by the expert, each passing its obstacles on random sides."""
-    simulator = Simulator(num_episodes, seed)
+    simulator = kind(num_episodes, seed)
     rng = np.random.default_rng((seed, num_episodes, 1))
     sides = rng.choice([-1, 1], (num_episodes, 2))
     hands, actions = [], []
     resting, length = np.zeros((2, num_episodes), int)
     while (resting < EXPERT_HOLD_STEPS).any():
-        action = expert_action(simulator.hands, simulator.targets, sides)
+        action = expert_action(simulator.hands, simulator.aim(), sides)
         action = action + rng.normal(0, EXPERT_NOISE, action.shape)
         hands.append(simulator.hands.copy())
         actions.append(action)
@@ -216,23 +228,26 @@ def demonstrate(num_episodes: int, seed: int) -> list[Demonstration]:
     hands, actions = np.stack(hands, 1), np.stack(actions, 1)  # (E, L, 2, 2), (E, L, 4)
     episodes = []
     for i, n in enumerate(length):
-        targets = np.broadcast_to(simulator.targets[i], (n, 2, 2))
+        targets = np.broadcast_to(simulator.drawn[i], (n, *simulator.drawn[i].shape))
         state = hands[i, :n].reshape(n, 4).astype(np.float32)
         action = actions[i, :n].astype(np.float32)
-        images = dict(zip(CAMERAS, render(hands[i, :n], targets).swapaxes(0, 1), strict=True))
-        episodes.append(Demonstration(state, action, images))
+        views = render(hands[i, :n], targets, colors=simulator.colors).swapaxes(0, 1)
+        images = dict(zip(CAMERAS, views, strict=True))
+        episodes.append(Demonstration(state, action, images, simulator.tasks[i]))
     return episodes
 
 
 def record(root: Path, demonstrations: list[Demonstration]) -> Path:
     """Write demonstrations as a LeRobot v3 dataset at `root`, which must not exist yet."""
     shown = tqdm(demonstrations, desc="recording demonstrations", unit="episode")
-    return write_dataset(root, shown, fps=FPS, task=TASK, state_names=NAMES, action_names=NAMES)
+    return write_dataset(root, shown, fps=FPS, state_names=NAMES, action_names=NAMES)
 
 
-def ensure_recorded(cache_dir: Path) -> Path:
+def ensure_recorded(
+    cache_dir: Path, name: str = "demo", number: int = NUM_DEMONSTRATIONS, kind: type[Simulator] = Simulator
+) -> Path:
     """The recorded demonstrations below `cache_dir`, made on first use; several processes record once."""
-    root = Path(cache_dir).expanduser() / f"demo-{NUM_DEMONSTRATIONS}"
+    root = Path(cache_dir).expanduser() / f"{name}-{number}"
     if root.exists():
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -240,6 +255,6 @@ def ensure_recorded(cache_dir: Path) -> Path:
         if not root.exists():
             unfinished = root.with_suffix(".recording")
             shutil.rmtree(unfinished, ignore_errors=True)
-            record(unfinished, demonstrate(NUM_DEMONSTRATIONS, seed=0))
+            record(unfinished, demonstrate(number, seed=0, kind=kind))
             unfinished.rename(root)
     return root

@@ -20,13 +20,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from common.console import say
-from common.data.cameras import closest
 from common.data.frames import as_rgb
-from common.data.hdf5_files import SCAN, explained, natural, no_scan, read_frames, read_numbers, scan_file
+from common.data.hdf5_files import (
+    SCAN,
+    TASK_ATTRIBUTES,
+    explained,
+    natural,
+    no_scan,
+    read_frames,
+    read_numbers,
+    scan_file,
+    stated_task,
+)
 from common.data.hdf5_layouts import aloha_names, recognise, short_names
 from common.data.layout import Array, Layout, choose_layout, listing
 from common.data.numbering import Name, explain, number_names, read_name
 from common.data.source import BadEpisode, Episode, Info, existing, refuse_unusable
+from common.data.tasks import listed, wanted_tasks
 from common.data.workers import Died, cores, guarded_map
 from common.errors import UserError
 from common.files import write_whole, writing_below
@@ -40,7 +50,9 @@ TIMES = ("timestamp", "timestamps", "observations/timestamp", "observation/times
 
 
 class Place(NamedTuple):
-    """Where an episode is: file below the root, its hash, group in it, its arrays or a problem, its task."""
+    """Where an episode is: file below the root, its hash, group in it, its arrays or a problem, its task and
+    the name of what states it.
+    """
 
     name: Name
     file: str
@@ -49,6 +61,7 @@ class Place(NamedTuple):
     arrays: dict[str, Array]
     problem: str | None
     task: str | None = None
+    task_by: str | None = None
 
     def named(self, index: int) -> str:
         """What messages call the episode."""
@@ -107,16 +120,19 @@ class Hdf5Source:
     @cached_property
     def places(self) -> dict[int, Place]:
         """The episodes by number; of the chosen task, if there is one."""
-        found = find_episodes(self.scans)
+        found = find_episodes(self.scans, self.config.task_key)
         numbers = number_names([place.name for place in found])
         places = dict(sorted(zip(numbers, found, strict=True), key=lambda item: item[0]))
-        wanted = self.config.task
-        chosen = {number: p for number, p in places.items() if wanted in (None, p.task)}
-        if not chosen:
-            tasks = tasks_of(places.values())
-            there = ", ".join(f'"{task}"' for task in tasks) or "none"
-            raise UserError(f'{self.name} has no task "{wanted}"{closest(wanted, tasks)}: it has {there}.')
-        return chosen
+        if self.config.task_key and not any(place.task for place in found):
+            texts = dict.fromkeys(
+                name for scan in self.scans.values() for at in scan["texts"].values() for name in at
+            )
+            raise UserError(
+                f"--task-key {self.config.task_key}: {self.name} has no such text, only "
+                f"{', '.join(text.strip('/') for text in texts) or 'none'}."
+            )
+        wanted = wanted_tasks(tasks_of(places.values()), self.config, self.name)
+        return {number: p for number, p in places.items() if not self.config.task or p.task in wanted}
 
     @cached_property
     def layout(self) -> Layout:
@@ -159,15 +175,18 @@ class Hdf5Source:
         if layout.name == "LIBERO" and not self.config.action_offset:
             say("  LIBERO's recorder stores what is seen after an action beside it: then, --action-offset 1")
         content = json.dumps([[file, scan["sha256"]] for file, scan in self.scans.items()])
-        chosen = {"task": self.config.task} if self.config.task else {}
+        wanted = self.config.task
+        chosen: dict[str, Any] = {"task": wanted[0] if len(wanted) == 1 else list(wanted)} if wanted else {}
+        by = {place.task_by for place in self.places.values()} - {None, *TASK_ATTRIBUTES}
+        if by:  # stores without these instructions may be there
+            chosen["task_by"] = sorted(by)
         return layout.info(self.name, hashlib.sha256(content.encode()).hexdigest(), fps, **chosen)
 
     def _say_doubts(self) -> None:
         """Print what a dataset leaves open and nobody has decided."""
         tasks = tasks_of(self.places.values())
         if len(tasks) > 1:
-            some = ", ".join(f'"{task}"' for task in tasks[:5]) + ", ..." * (len(tasks) > 5)
-            say(f"  {len(tasks)} tasks ({some}), and a policy is not told which: --task chooses one")
+            say(f"  {len(tasks)} tasks ({listed(tasks)}); --task chooses some")
         stated = {scan["fps"] for scan in self.scans.values()} - {None, self.fps}
         if stated:
             rates = ", ".join(f"{rate:g}" for rate in sorted(stated))
@@ -348,7 +367,7 @@ def scan_all(root: Path, files: Sequence[Path], memory: Path, workers: int) -> d
     return {name: known[name] for name in stamps}
 
 
-def find_episodes(scans: dict[str, dict[str, Any]]) -> list[Place]:
+def find_episodes(scans: dict[str, dict[str, Any]], task_key: str | None) -> list[Place]:
     """Where the episodes are; a file that cannot be read counts as one."""
     found = []
     for file, scan in scans.items():
@@ -356,9 +375,8 @@ def find_episodes(scans: dict[str, dict[str, Any]]) -> list[Place]:
             found.append(Place(read_name(file, "", True), file, None, "", {}, scan["problem"]))
         for group, arrays in scan["episodes"]:
             name = read_name(file, group, alone=len(scan["episodes"]) == 1)
-            stated = [task for at, task in sorted(scan["tasks"].items()) if group.startswith(at)]
-            task = stated[-1] if stated else None
-            found.append(Place(name, file, scan["sha256"], group, as_arrays(arrays), None, task))
+            task = stated_task(scan["texts"], group, task_key) or (None, None)
+            found.append(Place(name, file, scan["sha256"], group, as_arrays(arrays), None, *task))
     return found
 
 

@@ -26,10 +26,14 @@ from common.data.source import POINTER, BadEpisode, is_pointer, reason
 if TYPE_CHECKING:
     import h5py
 
-SCAN = 4  # what `scan_file` says; a change makes earlier scans void
+SCAN = 5  # what `scan_file` says; a change makes earlier scans void
 EPISODE_GROUP = re.compile(r"(demo|episode|ep|traj|trajectory)([_-]?\d+)+", re.IGNORECASE)
 RATE_ATTRIBUTES = ("fps", "frequency", "hz", "control_freq", "control_frequency", "frame_rate")
 TASK_ATTRIBUTES = ("language_instruction", "instruction", "task_description", "task", "problem_info")
+LATER_TASK_ATTRIBUTES = ("lang", "ep_meta")  # found since then: what states nothing above
+ENVIRONMENT = "env_args"  # robomimic's: its name is what a dataset without instructions says of its task
+INSIDE = {"problem_info": "language_instruction", "ep_meta": "lang", ENVIRONMENT: "env_name"}  # JSON
+LONGEST_TEXT = 1000  # characters: longer ones, such as a simulator's model, are no instructions
 UNREGISTERED = re.compile(r"/plugin|not registered")  # in what HDF5 says of a compression that it lacks
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
@@ -53,13 +57,13 @@ def natural(path: str) -> list:
 
 def no_scan(problem: str | None = None) -> dict[str, Any]:
     """What is known of a file that was not read."""
-    return {"sha256": None, "problem": problem, "fps": None, "tasks": {}, "episodes": [], "beside": {}}
+    return {"sha256": None, "problem": problem, "fps": None, "texts": {}, "episodes": [], "beside": {}}
 
 
 def scan_file(path: str, name: str) -> dict[str, Any]:
     """What a file holds, without reading it all: its `sha256`; `problem`, if it cannot be used; `fps`, if it
-    says; `tasks`, instructions by the group that has them; `episodes`, the group of each, and its arrays by
-    key; and `beside`, what is in none of them.
+    says; `texts`, short ones that may be instructions, by group and name; `episodes`, the group of each, and
+    its arrays by key; and `beside`, what is in none of them.
     """
     import h5py
 
@@ -76,7 +80,7 @@ def scan_file(path: str, name: str) -> dict[str, Any]:
         with open_file(path) as file:
             items = dict(walk(file))
             found = {key: describe_dataset(item) for key, item in items.items() if item is not None}
-            scan["fps"], scan["tasks"] = _attribute_rate(file), _tasks(file)
+            scan["fps"], scan["texts"] = _attribute_rate(file), _texts(file, items)
         for group in episode_groups(found):
             inside = {key[len(group) :]: array for key, array in found.items() if key.startswith(group)}
             scan["episodes"].append((group, inside))
@@ -200,26 +204,51 @@ def _plain(value: Any) -> Any:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _tasks(file: h5py.File) -> dict[str, str]:
-    """Instructions that attributes of the file and of its groups state, by group: "", data/demo_0/, ..."""
+def _texts(file: h5py.File, items: dict[str, h5py.Dataset | None]) -> dict[str, dict[str, str]]:
+    """Texts by group ("", data/demo_0/, ...) and name: attributes, and, as "/name", arrays of one element."""
     import h5py
 
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {}
+
+    def keep(group: str, name: str, said: Any) -> None:
+        said = said[0] if isinstance(said, list) and len(said) == 1 else said
+        if name in INSIDE:
+            with suppress(ValueError, TypeError, KeyError):
+                said = json.loads(said)[INSIDE[name]]
+                said = said[0] if isinstance(said, list) and len(said) == 1 else said
+        if isinstance(said, str) and said.strip() and len(said) <= LONGEST_TEXT and said.lstrip()[0] != "{":
+            said = said.encode(errors="surrogateescape").decode(errors="replace")  # as h5py gives other codes
+            found.setdefault(group, {})[name] = " ".join(said.strip().strip('"').split())
 
     def look(group: h5py.Group) -> None:
-        for name in (name for name in TASK_ATTRIBUTES if name in group.attrs):
-            said = _plain(group.attrs[name])
-            if name == "problem_info":  # LIBERO's
-                with suppress(ValueError, TypeError, KeyError):
-                    said = json.loads(said)["language_instruction"]
-                    said = said[0] if isinstance(said, list) and len(said) == 1 else said
-            if isinstance(said, str) and said.strip() and not said.lstrip().startswith("{"):
-                found[f"{group.name.strip('/')}/".lstrip("/")] = " ".join(said.strip().strip('"').split())
-                return
+        for name in group.attrs:
+            with suppress(OSError, TypeError, ValueError):  # kinds of attributes that h5py does not know
+                keep(f"{group.name.strip('/')}/".lstrip("/"), name, _plain(group.attrs[name]))
 
     look(file)
     file.visititems(lambda _, item: look(item) if isinstance(item, h5py.Group) else None)
+    for key, item in items.items():
+        is_text = item is not None and (item.dtype.kind == "S" or h5py.check_string_dtype(item.dtype))
+        if is_text and item.size == 1:
+            folder, _, name = key.rpartition("/")
+            keep(f"{folder}/".lstrip("/"), f"/{name}", _plain(item[()]))
     return found
+
+
+def stated_task(texts: dict[str, dict[str, str]], group: str, key: str | None) -> tuple[str, str] | None:
+    """The instruction of the episode in a group, and the name under which it stands; None if there is none.
+
+    The innermost group that states one counts. `key` is `--task-key`, below the episode's group.
+    """
+    folder, _, name = (key or "").strip("/").rpartition("/")
+    below = f"{folder}/" if folder else ""
+    usual = (TASK_ATTRIBUTES, LATER_TASK_ATTRIBUTES, (ENVIRONMENT,))
+    for names in [(name, f"/{name}")] if key else usual:
+        for at in sorted((at for at in texts if f"{group}{below}".startswith(at)), key=len, reverse=True):
+            by = next((n for n in names if n in texts[at]), None)
+            if by and at.endswith(below):
+                return texts[at][by], by
+    return None
 
 
 def hole(item: h5py.Dataset) -> range | None:

@@ -28,6 +28,7 @@ from common.data.ingest import StoreRequest, another_frame, ensure_store, lock_f
 from common.data.motion import episode_of_steps, idle_dimensions, oddities
 from common.data.source import BadEpisode
 from common.data.store import ARRAYS, META, EpisodeStore, defect
+from common.data.tasks import summary
 from common.errors import UserError
 from common.files import checksum, read_json
 
@@ -107,7 +108,7 @@ def describe(store: EpisodeStore) -> list[str]:
     return [
         f"{store.source}: {store.num_episodes} episodes, {store.num_steps} steps, "
         f"{store.num_steps / store.fps / 60:.1f} minutes at {store.fps:g} Hz",
-        f"  task            {store.task or 'none stated'}",
+        *summary(store),
         f"  lengths         {low:.0f} to {high:.0f} steps, half of them {q25:.0f} to {q75:.0f}, "
         f"median {median:.0f}",
         f"  shortest        episodes {', '.join(shortest)}",

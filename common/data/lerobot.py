@@ -21,10 +21,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from common.console import say
-from common.data.cameras import closest, short_name
+from common.data.cameras import short_name
 from common.data.frames import FrameError, NoColor, as_rgb, pixel_frame, video_frames, video_size, video_times
 from common.data.layout import Array, Known, Layout, choose_layout
-from common.data.lerobot_meta import COLOR, EpisodeRow, Meta, files_below, flatten, read_meta, read_rows
+from common.data.lerobot_meta import (
+    COLOR,
+    EpisodeRow,
+    Meta,
+    files_below,
+    flatten,
+    read_meta,
+    read_rows,
+    read_tasks,
+)
 from common.data.lerobot_tables import (
     Run,
     check_times,
@@ -34,7 +43,16 @@ from common.data.lerobot_tables import (
     read_images,
     read_numbers,
 )
-from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, reason, refuse_unusable
+from common.data.source import (
+    BadEpisode,
+    Episode,
+    Info,
+    existing,
+    hash_ends,
+    reason,
+    refuse_unusable,
+)
+from common.data.tasks import listed, wanted_tasks
 from common.data.video_clock import TOLERANCE, Segment, clock_faults
 from common.errors import UserError
 
@@ -63,6 +81,7 @@ class LeRobotSource:
     config: DataConfig
 
     isolated: ClassVar[bool] = False
+    LARGE: ClassVar[tuple[str, ...]] = ("rows", "arrays", "tasks", "task_names")  # found again where needed
 
     @classmethod
     def from_hub(cls, name: str, config: DataConfig) -> LeRobotSource:
@@ -85,7 +104,7 @@ class LeRobotSource:
         return cls(root, name, config)  # which looks at the pictures, now that they are here
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("rows", "arrays")}
+        return {key: value for key, value in self.__dict__.items() if key not in self.LARGE}
 
     @cached_property
     def meta(self) -> Meta:
@@ -95,6 +114,16 @@ class LeRobotSource:
     def rows(self) -> list[EpisodeRow]:
         """All episodes, of every task, by number."""
         return read_rows(self.root, self.meta)
+
+    @cached_property
+    def tasks(self) -> dict[int, str] | None:
+        """Instructions by `task_index`, see `read_tasks`."""
+        return read_tasks(self.root)
+
+    @cached_property
+    def task_names(self) -> list[str]:
+        """The instructions in `meta/episodes`, in their order there."""
+        return list(dict.fromkeys(task for row in self.rows for task in row.tasks))
 
     @cached_property
     def layout(self) -> Layout:
@@ -153,21 +182,25 @@ class LeRobotSource:
         fps, layout = self.meta.fps, self.layout
         if self.config.fps not in (None, fps):
             raise UserError(f"{self.name} was recorded at {fps:g} Hz: leave out --fps {self.config.fps:g}.")
-        task, rows = choose_task(self.rows, self.config.task, self.name)
+        tasks, rows = self._chosen()
         layout.say(f"{self.name}: LeRobot, {len(rows)} episodes, {fps:g} Hz")
         mixed = [row.index for row in rows if len(row.tasks) > 1]
-        if mixed:
+        if mixed and self.tasks is None:
             many = f"{len(mixed)} episodes, {mixed[0]} for one, have"
             say(f"  {many} other tasks, too: all of their steps are used, whichever task they are of")
+        if len(tasks) > 1:
+            say(f"  {len(tasks)} tasks ({listed(tasks)}); --task chooses some")
         if self.meta.total_episodes not in (None, 0, len(self.rows)):
             say(f"  info.json counts {self.meta.total_episodes} episodes, meta/episodes {len(self.rows)}")
         files = {place.file for row in rows for key, place in row.videos.items() if key in layout.arrays}
         for key in (c.key for c in layout.cameras if layout.arrays[c.key].dtype == "image"):
             files |= image_files(self.root, key)
-        return layout.info(self.name, fingerprint(self.root, self.meta, files), fps, task=task)
+        # Of episodes that are cut another store is made than before they were.
+        chosen = tasks[0] if len(tasks) == 1 and not (mixed and self.tasks) else list(self.config.task)
+        return layout.info(self.name, fingerprint(self.root, self.meta, files), fps, task=chosen or None)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
-        task, chosen = choose_task(self.rows, self.config.task, self.name)
+        _, chosen = self._chosen()
         rows = {row.index: row for row in chosen}
         wanted = existing(wanted, rows, self.name)
         keys = {key for group in self.layout.keys.values() for key in group}
@@ -183,7 +216,7 @@ class LeRobotSource:
                     raise BadEpisode(
                         f"Episode {index} has rows whose index contradicts its dataset_from_index"
                     )
-                episode = self._episode(rows[index], runs.get(index, []), task)
+                episode = self._episode(rows[index], runs.get(index, []))
                 if index in faults:
                     raise BadEpisode(faults[index])
                 episodes.append(episode)
@@ -240,7 +273,37 @@ class LeRobotSource:
             return {segment.episode: f"Episode {segment.episode} {said}" for segment in segments}
         return clock_faults(str(self.root / file), times, segments, self.meta.fps, absent)
 
-    def _episode(self, row: EpisodeRow, runs: list[Run], task: str | None) -> Episode:
+    def _chosen(self) -> tuple[list[str], list[EpisodeRow]]:
+        """The tasks that are wanted, all by default, and the episodes that have one of them."""
+        if not self.rows:
+            said = f"{self.name} has no episodes (meta/episodes is empty): record or download it again."
+            raise UserError(said)
+        wanted = wanted_tasks(self.task_names, self.config, self.name)
+        known = set(wanted)
+        return wanted, [row for row in self.rows if not self.config.task or known.intersection(row.tasks)]
+
+    def _task(self, row: EpisodeRow, run: Run) -> str | tuple[tuple[int, str], ...] | None:
+        """An episode's instruction, see `Episode.task`; raises BadEpisode."""
+        name = f"Episode {row.index}"
+        if len(self.task_names) < 2 or self.tasks is None or "task_index" not in run.columns:
+            wanted = [task for task in row.tasks if task in (self.config.task or row.tasks)]
+            if len(wanted) > 1:
+                lacking = "neither task_index nor meta/tasks.parquet say which step is of which"
+                raise BadEpisode(f"{name} has {len(row.tasks)} tasks, and {lacking}")
+            return next(iter(wanted), None)
+        numbers = run.column("task_index")
+        first = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist()]
+        for step in first:
+            if numbers[step] not in self.tasks:
+                there = f"meta/tasks.parquet lists {len(self.tasks)} tasks"
+                raise BadEpisode(f"{name} has task_index {numbers[step]:g} at step {step}, and {there}")
+            if row.tasks and self.tasks[numbers[step]] not in row.tasks:
+                said = f'"{self.tasks[numbers[step]]}" at step {step}, and meta/episodes {listed(row.tasks)}'
+                raise BadEpisode(f"{name} is of the task {said}")
+        spans = tuple((step, self.tasks[numbers[step]]) for step in first)
+        return spans if len(spans) > 1 else spans[0][1]
+
+    def _episode(self, row: EpisodeRow, runs: list[Run]) -> Episode:
         """An episode from its row in `meta/episodes` and its rows in the data files; raises BadEpisode."""
         name = f"Episode {row.index}"
         run = only_run(name, row, runs)
@@ -263,26 +326,9 @@ class LeRobotSource:
                 raise BadEpisode(f"{name} lacks its video: {self.root / place.file} is missing")
             origin[number] = place.file, place.start
         state, action = self.layout.vectors(lambda key: run.columns[key][0])
-        episode = Episode(row.index, state, action, times - times[0], origin, task)
+        episode = Episode(row.index, state, action, times - times[0], origin, self._task(row, run))
         refuse_unusable(name, episode, self.layout.names)
         return episode
-
-
-def choose_task(
-    rows: Sequence[EpisodeRow], task: str | None, source: str
-) -> tuple[str | None, list[EpisodeRow]]:
-    """A task, or the only one there is, if any, and its episodes."""
-    if not rows:
-        raise UserError(f"{source} has no episodes (meta/episodes is empty): record or download it again.")
-    tasks = list(dict.fromkeys(name for row in rows for name in row.tasks))
-    there = ", ".join(f'"{name}"' for name in tasks) or "none"
-    if task is not None and task not in tasks:
-        raise UserError(f'{source} has no task "{task}"{closest(task, tasks)}: it has {there}.')
-    if task is None and len(tasks) > 1:
-        raise UserError(
-            f"{source} has {len(tasks)} tasks, and one policy learns one: choose with --task ({there})."
-        )
-    return task or next(iter(tasks), None), [row for row in rows if task is None or task in row.tasks]
 
 
 def fingerprint(root: Path, meta: Meta, others: set[str]) -> str:

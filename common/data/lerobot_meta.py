@@ -183,6 +183,21 @@ def _row(row: dict[str, Any], cameras: Sequence[str], meta: Meta) -> EpisodeRow:
     )
 
 
+def read_tasks(root: Path) -> dict[int, str] | None:
+    """Instructions by the `task_index` of the steps that have them; None if the dataset lists none."""
+    file = root / "meta" / "tasks.parquet"
+    if not file.is_file():
+        return None
+    # The instructions are the index of a pandas table, whose column has had several names.
+    table = read_parquet(file, ["task_index"], ["task", "__index_level_0__"])
+    names = [name for name in table.column_names if name != "task_index"]
+    texts = table[names[0]].to_pylist() if names else []
+    numbers = table["task_index"].to_pylist()
+    if len(texts) != len(numbers) or not all(isinstance(text, str) for text in texts) or None in numbers:
+        raise UserError(f"{file} does not list instructions as texts with their task_index: record it again.")
+    return dict(zip(map(int, numbers), texts, strict=True))
+
+
 def files_below(folder: Path) -> list[Path]:
     """Parquet files in a folder, sorted; none that is hidden, as what macOS keeps, or in a hidden folder."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() == ".parquet")

@@ -43,7 +43,8 @@ def read_numbers(root: Path, widths: dict[str, int]) -> dict[int, list[Run]]:
     """Every run of rows with one episode index, by that index, with features of so many numbers a step."""
     found: dict[int, list[Run]] = {}
     for file in files_below(root / "data"):
-        table = read_parquet(file, [*widths, "timestamp", "frame_index", "episode_index"], ["index"])
+        needed, optional = ("timestamp", "frame_index", "episode_index"), ("index", "task_index")
+        table = read_parquet(file, [*widths, *needed], optional)
         columns = {}
         for key in table.column_names:
             dtype = np.float32 if key in widths else np.float64

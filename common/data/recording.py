@@ -19,6 +19,8 @@ class Demonstration(NamedTuple):
     """(L, A) float32."""
     images: Mapping[str, np.ndarray]
     """(L, H, W, 3) uint8 by camera."""
+    task: str
+    """The instruction."""
 
 
 def write_dataset(
@@ -26,7 +28,6 @@ def write_dataset(
     demonstrations: Iterable[Demonstration],
     *,
     fps: int,
-    task: str,
     state_names: Iterable[str],
     action_names: Iterable[str],
 ) -> Path:
@@ -57,7 +58,9 @@ def write_dataset(
             dataset = LeRobotDataset.create(name, fps, features, root=root, use_videos=False)
         for step, (state, action) in enumerate(zip(demonstration.state, demonstration.action, strict=True)):
             frames = {keys[camera]: views[step] for camera, views in demonstration.images.items()}
-            dataset.add_frame({"observation.state": state, "action": action, "task": task, **frames})
+            dataset.add_frame(
+                {"observation.state": state, "action": action, "task": demonstration.task, **frames}
+            )
         dataset.save_episode()
     dataset.finalize()
     return root

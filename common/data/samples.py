@@ -7,7 +7,7 @@ import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.data.store import EpisodeStore
+from common.data.tasks import draw_shares
 from common.data.workers import cores
 from common.errors import UserError
 from common.watch import SIGNALS
@@ -34,7 +35,12 @@ class Batch(NamedTuple):
     index: Tensor
     """(B,) int64, the step's number in the store."""
     extras: Mapping[str, Tensor] = MappingProxyType({})
-    """(B, ...) each, what caches have added to the store."""
+    """(B, ...) each, what caches have added to the store, and `task`."""
+
+    @property
+    def task(self) -> Tensor | None:
+        """(B,) int64, places in `EpisodeStore.instructions`, -1 for none; None if the policy is not told."""
+        return self.extras.get("task")
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with `function` applied to all of its tensors."""
@@ -76,7 +82,7 @@ class ChunkDataset(Dataset):
     The chunk of step i is the `horizon` actions from i + `action_offset` on; past the episode's end the last
     action is repeated and marked in `is_pad`. The `proprio_history` states end with that of step i; before
     the episode's start the first one is repeated. A step whose chunk lies wholly past the end is no sample.
-    `episodes` are counted in the store.
+    `episodes` are counted in the store. With `told`, batches have the instruction's number, `Batch.task`.
     """
 
     def __init__(
@@ -86,7 +92,9 @@ class ChunkDataset(Dataset):
         horizon: int,
         proprio_history: int = 1,
         action_offset: int = 0,
+        told: bool = False,
     ):
+        self.told = told
         self.store, self.horizon = store, horizon
         self.proprio_history, self.action_offset = proprio_history, action_offset
         self.episodes = np.asarray(episodes, np.int64)
@@ -102,6 +110,22 @@ class ChunkDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def groups(self) -> dict[str, Any]:
+        """The groups of samples that are drawn with a weight each, as `SampleStream` takes them."""
+        store = self.store
+        if store.task_weights is None and not store.task_balance:
+            return {"num_samples": self.part_samples, "weights": store.part_weights}
+        tasks = store.episode_task_numbers[store.episode_of(self.rows)] + 1  # 0 where none is stated
+        shape = len(self.part_samples), len(store.instructions) + 1
+        cells = store.part_of(self.rows) * shape[1] + tasks
+        counts = np.bincount(cells, minlength=shape[0] * shape[1])
+        samples = counts.reshape(shape).astype(float)
+        if store.part_weights is not None:
+            samples *= (np.array(store.part_weights) / np.maximum(samples.sum(1), 1))[:, None]
+        wanted = None if store.task_weights is None else np.array([0.0, *store.task_weights])
+        weights = draw_shares(samples, wanted, store.task_balance).reshape(-1)
+        return {"num_samples": counts, "weights": weights, "order": np.argsort(cells, kind="stable")}
 
     def __getitem__(self, index: int) -> Batch:
         """One sample, without the batch dimension."""
@@ -119,12 +143,15 @@ class ChunkDataset(Dataset):
             name: store.extra(name, rows, buffer(name, extra.shape, torch.float16))
             for name, extra in store.extras.items()
         }
+        if self.told:
+            extras["task"] = torch.from_numpy(store.episode_task_numbers[store.episode_of(rows)])
         images = store.images(rows, buffer("images", store.row_shape, torch.uint8))
         return Batch(images, *map(torch.from_numpy, (self.history(rows), actions, is_pad, rows)), extras)
 
     def on(self, store: EpisodeStore) -> ChunkDataset:
         """The same samples of a store that holds the same steps, with extras for instance."""
-        return ChunkDataset(store, self.episodes, self.horizon, self.proprio_history, self.action_offset)
+        shape = (self.horizon, self.proprio_history, self.action_offset)
+        return ChunkDataset(store, self.episodes, *shape, told=self.told)
 
     def chunks(self, rows: np.ndarray, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Actions (B, T, A) and is_pad (B, T) of the chunks that begin at the steps `rows` of the store.
@@ -150,14 +177,16 @@ class SampleStream(Sampler):
     and the stream can begin anywhere. Micro-batch k of a rank covers the B positions from
     start + k * B * world + rank * B.
 
-    An epoch of one dataset is a permutation of its samples. Of several with weights, it holds each in
-    proportion to its weight, and each goes through its own permutations from epoch to epoch.
+    An epoch without weights is a permutation of all samples. With weights between groups of samples, such as
+    datasets or tasks, it holds each group in proportion to its weight, and each goes through its own
+    permutations from epoch to epoch.
 
     Args:
-        num_samples: samples of each dataset; n in all.
+        num_samples: samples of each group; n in all.
         batch_size: B, per rank.
         start: samples that all ranks together have already consumed.
-        weights: one per dataset; None draws every sample once an epoch.
+        weights: one per group; None draws every sample once an epoch.
+        order: (n,), the samples group by group; None: their numbers are in that order.
     """
 
     def __init__(
@@ -169,7 +198,9 @@ class SampleStream(Sampler):
         world: int = 1,
         start: int = 0,
         weights: Sequence[float] | None = None,
+        order: np.ndarray | None = None,
     ):
+        self.order = order
         self.total, self.batch_size, self.seed = int(sum(num_samples)), batch_size, seed
         self.rank, self.world, self.start = rank, world, start
         self.parts = [self.total] if weights is None else list(map(int, num_samples))
@@ -198,7 +229,7 @@ class SampleStream(Sampler):
 
     def _epoch(self, epoch: int) -> np.ndarray:
         """The samples of an epoch, in order."""
-        if len(self.parts) == 1:
+        if len(self.parts) == 1 and self.order is None:
             return np.random.default_rng((self.seed, epoch)).permutation(self.total)
         drawn, first = [], 0
         for part, (size, quota) in enumerate(zip(self.parts, self.quotas, strict=True)):
@@ -209,24 +240,28 @@ class SampleStream(Sampler):
             ]
             drawn.append(first + np.concatenate([np.empty(0, np.int64), *orders])[offset : offset + quota])
             first += size
-        return np.random.default_rng((self.seed, epoch)).permutation(np.concatenate(drawn).astype(np.int64))
+        drawn = np.random.default_rng((self.seed, epoch)).permutation(np.concatenate(drawn).astype(np.int64))
+        return drawn if self.order is None else self.order[drawn]
 
 
 def split_episodes(store: EpisodeStore, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted numbers of the training and the held-out episodes, split dataset by dataset.
 
     With a positive fraction and more than one episode, at least one of a dataset is held out; one is always
-    left to train.
+    left to train. The parts of an episode that was cut stay together.
     """
     train, val, first = [], [], 0
-    for count in store.part_episodes:
+    for length in store.part_episodes:
+        numbers = store.episode_indices[first : first + length]
+        recorded = np.cumsum(np.diff(numbers, prepend=numbers[:1]) != 0)  # which recorded episode each is of
+        count = recorded[-1] + 1 if length else 0
         held_out = 0
         if val_fraction > 0 and count > 1:
             held_out = min(max(1, round(count * val_fraction)), count - 1)
-        order = first + np.random.default_rng(seed).permutation(count)
-        train.append(order[held_out:])
-        val.append(order[:held_out])
-        first += count
+        chosen = np.isin(recorded, np.random.default_rng(seed).permutation(count)[:held_out])
+        train.append(first + np.flatnonzero(~chosen))
+        val.append(first + np.flatnonzero(chosen))
+        first += length
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(val))
 
 
@@ -269,10 +304,11 @@ def make_loader(
         )
     if num_workers is None:  # copying is faster than handing over, decoding is not
         num_workers = min(8, max(1, cores() // world)) if dataset.store.storage == "jpeg" else 0
-    weights = dataset.store.part_weights
     return DataLoader(
         dataset,
-        batch_sampler=SampleStream(dataset.part_samples, batch_size, seed, rank, world, start, weights),
+        batch_sampler=SampleStream(
+            batch_size=batch_size, seed=seed, rank=rank, world=world, start=start, **dataset.groups()
+        ),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,

@@ -62,7 +62,7 @@ class Episode:
         state, action: (L, P) and (L, A) float32, in recorded units.
         timestamps: (L,) float64, seconds since its first step.
         origin: where its frames lie, for `Source.frames`; as JSON can hold it.
-        task: the instruction, if the dataset states one.
+        task: the instruction, if the dataset states one; where it changes, each one with its first step.
     """
 
     index: int
@@ -70,7 +70,7 @@ class Episode:
     action: np.ndarray
     timestamps: np.ndarray
     origin: Any
-    task: str | None = None
+    task: str | tuple[tuple[int, str], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.state)

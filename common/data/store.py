@@ -19,6 +19,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,8 +68,12 @@ class EpisodeStore:
         episode_rows, episode_checksums: (E,) int64, the first row in the dataset's file of frames, and the
             CRC-32 of all the episode's rows there.
         frame_files: one for each dataset.
+        episode_tasks: the instruction of each episode, None where none is stated. Before `cut_at_tasks`, one
+            that changes is a list of parts, each a first step and an instruction.
         part_episodes, part_weights: of each dataset, how many episodes it has, and how often its samples are
             drawn, relative to the others; None: as often as they are there.
+        task_weights, task_balance: how often samples of each of the `instructions` are drawn, relative to the
+            others; or how much alike, see `draw_shares`.
         state_rotations, action_rotations: what `re_express` has changed in the recorded vectors.
         extras: what caches have added, by its name in `Batch.extras`.
     """
@@ -96,6 +101,8 @@ class EpisodeStore:
     frame_files: tuple[Path, ...]
     part_episodes: tuple[int, ...]
     part_weights: tuple[float, ...] | None = None
+    task_weights: tuple[float, ...] | None = None
+    task_balance: float = 0.0
     state_rotations: Rotations | None = None
     action_rotations: Rotations | None = None
     extras: dict[str, Extra] = field(default_factory=dict)
@@ -242,6 +249,17 @@ class EpisodeStore:
     def task(self) -> str | None:
         """The instruction that all episodes share, if there is one."""
         return self.episode_tasks[0] if len(set(self.episode_tasks)) == 1 else None
+
+    @cached_property
+    def instructions(self) -> tuple[str, ...]:
+        """The instructions of its episodes, each once, in alphabetical order."""
+        return tuple(sorted({task for task in self.episode_tasks if task and task.strip()}))
+
+    @cached_property
+    def episode_task_numbers(self) -> np.ndarray:
+        """(E,) int64, the place of each episode's instruction in `instructions`; -1 where none is stated."""
+        place = {task: number for number, task in enumerate(self.instructions)}
+        return np.array([place.get(task, -1) for task in self.episode_tasks], np.int64)
 
     @property
     def row_shape(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")
 
 SIM_PACKAGES = ("metaworld", "gym_aloha", "gym_pusht", "mujoco", "dm_control", "pymunk", "pygame", "cv2")
-SIMULATORS = ("demo", "metaworld:TASK", "aloha:TASK", "pusht", "gymnasium:ID", "module:factory")
+SIMULATORS = ("demo", "demo-tasks", "metaworld:TASK", "aloha:TASK", "pusht", "gymnasium:ID", "module:factory")
 
 
 class Environment(Protocol):
@@ -30,7 +30,7 @@ class Environment(Protocol):
         fps: control steps per second, for videos; a policy acts at the rate it was trained at.
         max_steps: an episode is over after so many.
         state_names, action_names: meaning of the dimensions; empty where the simulator does not say.
-        task: the instruction.
+        task: the instruction; of an environment with several, that of the episode.
     """
 
     name: str
@@ -70,9 +70,9 @@ class EnvConfig:
     """Where to act."""
 
     env: MayChange[str | None] = None
-    """Environment to act in: `demo`, `metaworld:pick-place-v3`, `aloha:transfer-cube`, `pusht`,
-    `gymnasium:ID`, or `module:factory`, a function of yours that returns a gymnasium environment.
-    `evaluate.py` takes the built-in task for a run that was trained on it."""
+    """Environment to act in: `demo`, `demo-tasks`, `demo-tasks:INSTRUCTION`, `metaworld:pick-place-v3`,
+    `aloha:transfer-cube`, `pusht`, `gymnasium:ID`, or `module:factory`, a function of yours that returns a
+    gymnasium environment. `evaluate.py` takes the built-in task for a run that was trained on it."""
     env_map: MayChange[tuple[str, ...]] = ()
     """Which observations of the environment are the policy's cameras and state, as in
     `head=pixels/top state=agent_pos`; `head=render` is what the environment draws for people. Several make up
@@ -96,7 +96,8 @@ class EnvConfig:
 
     def in_place_of_demo(self, dataset: tuple[str, ...]) -> "EnvConfig":
         """The built-in task where nothing else is asked for and the dataset is its own."""
-        return replace(self, env="demo") if self.env is None and dataset == ("demo",) else self
+        ours = self.env is None and dataset in (("demo",), ("demo-tasks",))
+        return replace(self, env=dataset[0]) if ours else self
 
 
 def make_environment(config: EnvConfig, image_size: tuple[int, int]) -> Environment:
@@ -111,6 +112,10 @@ def make_environment(config: EnvConfig, image_size: tuple[int, int]) -> Environm
             from common.envs.demo import DemoEnvironment
 
             environment = DemoEnvironment(config.max_steps)
+        elif kind == "demo-tasks":
+            from common.envs.demo import TasksEnvironment
+
+            environment = TasksEnvironment(task or None, config.max_steps)
         elif kind == "metaworld":
             from common.envs.metaworld import MetaworldEnvironment
 

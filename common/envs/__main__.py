@@ -6,7 +6,14 @@ from common.config import cli, options
 from common.envs import EnvConfig, make_environment
 from common.errors import UserError
 
-ONE_OF_EACH = ("demo", "metaworld:pick-place-v3", "aloha:transfer-cube", "aloha:insertion", "pusht")
+ONE_OF_EACH = (
+    "demo",
+    "demo-tasks",
+    "metaworld:pick-place-v3",
+    "aloha:transfer-cube",
+    "aloha:insertion",
+    "pusht",
+)
 
 
 @options

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from common.data.demo import CAMERAS, FPS, MAX_STEPS, NAMES, TASK, Simulator, render
+from common.data.demo import CAMERAS, FPS, MAX_STEPS, NAMES, TASK, Simulator, expert_action, render
+from common.data.demo_tasks import TASKS, TasksSimulator
+from common.envs import one_of
 
 SIDES = {-1: "left", 1: "right"}
 
@@ -15,12 +17,13 @@ class DemoEnvironment:
     """One episode of `common/data/demo.py`; see `common.envs.Environment`."""
 
     name, fps, task, state_names, action_names = "demo", FPS, TASK, NAMES, NAMES
+    kind: type[Simulator] = Simulator
 
     def __init__(self, max_steps: int | None = None):
         self.max_steps = min(max_steps or MAX_STEPS, MAX_STEPS)
 
     def reset(self, seed: int, episode: int) -> None:
-        self.simulator = Simulator(1, seed, first=episode)
+        self.simulator = self.kind(1, seed, first=episode)
 
     def state(self) -> np.ndarray:
         return self.simulator.state[0]
@@ -29,7 +32,7 @@ class DemoEnvironment:
         return dict(zip(CAMERAS, self.simulator.images()[0], strict=True))
 
     def picture(self) -> np.ndarray:
-        return render(self.simulator.hands, self.simulator.targets, 144)[0, 0]
+        return render(self.simulator.hands, self.simulator.drawn, 144, self.simulator.colors)[0, 0]
 
     def step(self, action: np.ndarray) -> bool:
         self.simulator.step(action[None])
@@ -46,3 +49,26 @@ class DemoEnvironment:
 
     def expert(self) -> Callable[[], np.ndarray] | None:
         return None  # `common/data/demo.py` records its own demonstrations
+
+
+class TasksEnvironment(DemoEnvironment):
+    """One episode of `common/data/demo_tasks.py`: with an instruction of its own, or always the same one."""
+
+    name, kind = "demo-tasks", TasksSimulator
+
+    def __init__(self, task: str | None = None, max_steps: int | None = None):
+        super().__init__(max_steps)
+        self._only = None if task is None else TASKS.index(one_of(task, list(TASKS), self.name))
+
+    def reset(self, seed: int, episode: int) -> None:
+        super().reset(seed, episode if self._only is None else len(TASKS) * episode + self._only)
+        self._random = np.random.default_rng((seed, episode, 3))
+        self.task = self.simulator.tasks[0]
+
+    def facts(self) -> dict[str, bool | str]:
+        facts, wrong = super().facts(), bool(self.simulator.wrong[0])
+        return {**facts, "timeout": facts["timeout"] and not wrong, "wrong_target": wrong}
+
+    def expert(self) -> Callable[[], np.ndarray]:
+        sides = self._random.choice([-1, 1], (1, 2))
+        return lambda: expert_action(self.simulator.hands, self.simulator.aim(), sides)[0]

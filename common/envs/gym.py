@@ -58,7 +58,7 @@ class GymEnvironment:
         if not (limit or config.max_steps):
             raise UserError(f"--env {self.name} does not say when an episode is over: give --max-steps.")
         self.max_steps = config.max_steps or limit
-        self.task = self.name
+        self.task = getattr(self._env.unwrapped, "task_description", None) or self.name  # as LIBERO's have it
 
     def reset(self, seed: int, episode: int) -> None:
         observation, _ = self._env.reset(seed=seed + episode)

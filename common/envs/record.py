@@ -56,7 +56,6 @@ def main(config: Config) -> None:
         unfinished,
         demonstrate(environment, config.episodes, config.seed, config.hold),
         fps=round(environment.fps),
-        task=environment.task,
         state_names=environment.state_names,
         action_names=environment.action_names,
     )
@@ -101,7 +100,7 @@ def attempt(environment: Environment, seed: int, episode: int, hold: int = 0) ->
     if not environment.success():
         return None
     images = {camera: np.stack([view[camera] for view in views]) for camera in views[0]}
-    return Demonstration(np.stack(states), np.stack(actions), images)
+    return Demonstration(np.stack(states), np.stack(actions), images, environment.task)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""Instructions: how a policy of several tasks is told which one to do.
+
+A sentence becomes one vector or a few: learned for each known instruction, or what a frozen text encoder
+makes of it (`common/text.py`). `InfoEmbedder` puts them into the memory and, the last one, into the summary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import AfterValidator
+from torch import Tensor, nn
+
+from common.config import Share, options
+from common.console import say
+from common.data.store import EpisodeStore
+from common.data.tasks import listed
+from common.errors import UserError
+
+MOST_LEARNED = (
+    1000  # instructions: more are descriptions, each of a few episodes, which a text encoder must read
+)
+
+
+def _in_full(name: str | None) -> str | None:
+    """A model that lies here by its whole path: a run may be resumed from another working directory."""
+    if name in (None, "none", "index"):
+        return name
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
+@options
+class TaskConfig:
+    """How a policy of several tasks is told which one to do."""
+
+    task_encoder: Annotated[str | None, AfterValidator(_in_full)] = None
+    """`index`, a learned embedding of each instruction; `none`, the policy is not told; or a frozen text
+    encoder by name or folder, such as CLIP, SigLIP, T5 or a sentence encoder, which takes new sentences too.
+    Default: index where there are several instructions."""
+    task_tokens: Literal["pooled", "all"] = "pooled"
+    """Text encoders: a sentence as one vector, or also word by word."""
+    task_dropout: Share = 0.1
+    """Share of the training samples that lose their instruction, so that the policy can act without one."""
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """The instructions that a policy was trained on.
+
+    Attributes:
+        sentences: each once, in alphabetical order.
+        encoder: `index`, or the name of a text encoder.
+        droppable: whether the policy has learned to act without an instruction.
+        identity: what shows that a text encoder is the same one, see `TextEncoder`.
+        table: of a text encoder, (S, L, D) float32, L vectors of each sentence, the last for all of it.
+    """
+
+    sentences: tuple[str, ...]
+    encoder: str = "index"
+    droppable: bool = False
+    identity: tuple[Any, ...] = ()
+    table: Any = None
+
+    @classmethod
+    def of(cls, store: EpisodeStore, config: TaskConfig) -> Instructions | None:
+        """Those of a dataset; None where there is nothing to tell, or it is not to be told.
+
+        Raises:
+            UserError: for episodes without an instruction beside others that have one, texts that are not
+                UTF-8, too many to learn, or a text encoder that cannot be loaded.
+        """
+        sentences = store.instructions
+        if config.task_encoder == "none" or not sentences:
+            return None
+        silent = np.flatnonzero(store.episode_task_numbers < 0)
+        if len(silent):
+            stated = "none" if store.episode_tasks[silent[0]] is None else "an empty one"
+            raise UserError(
+                f"{store.source} has {len(silent)} episodes without instruction beside others that have one, "
+                f"the first is {store.episode_indices[silent[0]]}, which has {stated}: choose "
+                f"with --task, or give --task-encoder none."
+            )
+        broken = [sentence for sentence in sentences if "\ufffd" in sentence]
+        if broken:
+            raise UserError(
+                f'{store.source}: the instruction "{broken[0]}" is not UTF-8 text: write it again, or give '
+                f"--task-encoder none."
+            )
+        if len(sentences) < 2:
+            return None
+        encoder = config.task_encoder or "index"
+        if encoder == "index" and len(sentences) > MOST_LEARNED:
+            raise UserError(
+                f"{store.source} has {len(sentences)} different instructions, too many to learn each: give a "
+                f"text encoder as --task-encoder, choose with --task, or give --task-encoder none."
+            )
+        table, identity = None, ()
+        if encoder != "index":
+            from common.text import encode_once  # which needs what needs this module
+
+            table, identity = encode_once(store, encoder, config.task_tokens)
+        how = "a learned embedding of each" if table is None else f"encoded by {encoder}"
+        say(f"{len(sentences)} instructions, {how}: {listed(sentences, 3)}")
+        return cls(sentences, encoder, config.task_dropout > 0, identity, table)
+
+
+def drop_some(task: Tensor | None, config: TaskConfig) -> Tensor | None:
+    """Instructions (B,) of training samples, of which a share is lost: -1."""
+    if task is None or not config.task_dropout:
+        return task
+    lost = torch.rand(len(task), device=task.device) < config.task_dropout
+    return torch.where(lost, -1, task)
+
+
+class InstructionEmbedder(nn.Module):
+    """Vectors of instructions, and of none, which is learned in any case."""
+
+    def __init__(self, known: Instructions, d_model: int):
+        super().__init__()
+        if known.encoder == "index":
+            self.table = nn.Parameter(torch.randn(len(known.sentences), 1, d_model))
+            self.none, self.project = nn.Parameter(torch.randn(1, d_model)), nn.Identity()
+            return
+        # What all sentences share says nothing, and is most of what a text encoder gives.
+        tokens, whole = known.table[:, :-1], known.table[:, -1:]
+        centre = torch.cat(
+            [tokens.mean(dim=(0, 1), keepdim=True).expand_as(tokens[:1]), whole.mean(0)[None]], 1
+        )
+        scale = (known.table - centre).square().mean().sqrt().clamp(min=1e-6)
+        for name, value in (("centre", centre), ("scale", scale), ("table", (known.table - centre) / scale)):
+            self.register_buffer(name, value, persistent=False)  # the checkpoint has the table itself
+        self.none = nn.Parameter(torch.randn(known.table.shape[1:]))
+        self.project = nn.Linear(known.table.shape[2], d_model)
+
+    def forward(self, task: Tensor) -> Tensor:
+        """(B, L, D), the last for the whole sentence.
+
+        Args:
+            task: (B,), places of known sentences, -1 for none; or what the text encoder makes of any, (B, L,
+                D_text), NaN for none.
+        """
+        if task.is_floating_point():
+            vectors = (task - self.centre) / self.scale
+            return self.project(torch.where(vectors.isnan(), self.none, vectors))
+        vectors = self.table[task.clamp(min=0)]
+        return self.project(torch.where((task < 0)[:, None, None], self.none, vectors))

@@ -1,0 +1,150 @@
+"""Frozen text encoders of `transformers`: sentences become vectors, once, before training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import batched
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.console import say
+from common.data.source import hash_ends
+from common.data.store import EpisodeStore
+from common.errors import UserError
+from common.files import write_whole, writing_below
+from common.vision import brief, model_source, silence
+
+LONGEST = 256  # tokens of a sentence, if the encoder takes as many
+
+
+def encode_once(store: EpisodeStore, name: str, tokens: Literal["pooled", "all"]) -> tuple[Tensor, tuple]:
+    """The (S, L, D) vectors of a store's instructions, and the encoder's identity.
+
+    They are kept beside the store, so that they are computed once.
+    """
+    from filelock import FileLock
+    from safetensors.torch import load, save
+
+    encoder = TextEncoder(name)
+    content = json.dumps([encoder.identity, tokens, store.instructions])
+    file = store.path / f"texts-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
+    with writing_below(store.path), FileLock(store.path / ".texts.lock"):
+        if not file.exists():
+            table = encoder(store.instructions, 0 if tokens == "pooled" else None)
+            if not table.isfinite().all():
+                raise UserError(f"--task-encoder {name} gives numbers that are not finite: choose another.")
+            if len(table.flatten(1).unique(dim=0)) < len(table):
+                say(f"warning: {name} gives the same vectors for some instructions: a policy confuses them")
+            write_whole(file, save({"table": table}))
+        return load(file.read_bytes())["table"], encoder.identity
+
+
+class TextEncoder:
+    """A frozen text encoder of `transformers`, loaded when it is first needed.
+
+    A sentence as a whole is the pooled output of CLIP and SigLIP, which were trained on it, and the mean over
+    tokens of others.
+
+    Attributes:
+        identity: what its output follows from.
+    """
+
+    def __init__(self, name: str):
+        from transformers import AutoConfig
+
+        self.name, self._network = name, None
+        self._source, self._where, self._far = model_source(name)
+        with _explained(name, self._far):
+            if self._where["local_files_only"] and not self._far and not Path(self._source).exists():
+                raise OSError("there is no such folder")
+            self._config = AutoConfig.from_pretrained(self._source, **self._where)
+        weights = sorted(Path(self._source).glob("*.safetensors"))
+        # A folder may move; a model of the hub has a commit.
+        commit = getattr(self._config, "_commit_hash", None)
+        self.identity = tuple(map(hash_ends, weights)) or (name, commit)
+
+    @torch.no_grad()
+    def __call__(self, sentences: Sequence[str], tokens: int | None = 0) -> Tensor:
+        """(S, `tokens` + 1, D) float32 on the CPU; None takes as many tokens as the longest sentence has.
+
+        Shorter sentences are filled up with the vector of the whole.
+        """
+        if self._network is None:
+            self._load()
+        parts = [self._encode(list(part)) for part in batched(sentences, 32)]
+        if tokens is None:
+            tokens = max(int(seen.sum(1).max()) for _, seen, _ in parts)
+        return torch.cat([_in_front(*part, tokens) for part in parts])
+
+    def _encode(self, sentences: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors of tokens (B, L, D), which of them are real (B, L), and of the sentences (B, 1, D)."""
+        fixed = "siglip" in self._config.model_type  # trained on texts of one length, without a mask
+        options = {
+            "padding": "max_length" if fixed else True,
+            "truncation": True,
+            "max_length": self._longest,
+        }
+        given = self._tokenizer(sentences, return_tensors="pt", **options).to(self._network.device)
+        ids = given["input_ids"]
+        seen = given.get("attention_mask", torch.ones_like(ids)).bool()
+        if fixed:
+            seen = ids != self._tokenizer.pad_token_id
+        out = self._network(ids) if fixed else self._network(ids, attention_mask=seen.long())
+        vectors, pooled = out.last_hidden_state.float(), getattr(out, "pooler_output", None)
+        whole = (vectors * seen.unsqueeze(-1)).sum(1) / seen.sum(1, keepdim=True).clamp(min=1)
+        if pooled is not None and pooled.shape == whole.shape and "lip" in self._config.model_type:
+            whole = pooled.float()
+        return vectors.cpu(), seen.cpu(), whole.unsqueeze(1).cpu()
+
+    def _load(self) -> None:
+        import transformers
+        from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+
+        kind, composite = self._config.model_type, hasattr(self._config, "text_config")
+        auto = transformers.AutoModel
+        if kind == "siglip_text_model":
+            auto = transformers.SiglipTextModel
+        elif kind in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:  # of T5, the encoder alone
+            auto = transformers.AutoModelForTextEncoding
+        with _explained(self.name, self._far), silence():
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._source, **self._where)
+            network, report = auto.from_pretrained(
+                self._source, use_safetensors=True, output_loading_info=True, **self._where
+            )
+            unset = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+            if unset:
+                raise OSError(f"it holds no weights for {unset[0]}")
+            network = network.text_model if composite else network
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        text = getattr(self._config, "text_config", self._config)
+        self._longest = min(LONGEST, getattr(text, "max_position_embeddings", LONGEST))
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        self._network = network.float().eval().to(device)
+
+
+@contextmanager
+def _explained(name: str, far: bool) -> Iterator[None]:
+    """Within, whatever keeps a text encoder from loading becomes a sentence."""
+    try:
+        yield
+    except Exception as error:  # transformers and its tokenizers raise dozens of classes
+        reason = "it is not in the hub's cache here, and there is no connection: " * far + brief(error)
+        raise UserError(
+            f"--task-encoder {name} cannot be loaded ({type(error).__name__}: {reason}): give the folder of "
+            f"a downloaded text encoder, or --task-encoder index."
+        ) from None
+
+
+def _in_front(vectors: Tensor, seen: Tensor, whole: Tensor, tokens: int) -> Tensor:
+    """The real ones of (B, L, D) vectors first, `tokens` in all, each missing one the `whole`; then that."""
+    order = (~seen).long().argsort(dim=1, stable=True)[:, :tokens]
+    found = vectors.gather(1, order.unsqueeze(-1).expand(-1, -1, vectors.shape[2]))
+    found = torch.where(seen.gather(1, order).unsqueeze(-1), found, whole)
+    return torch.cat([found, whole.expand(-1, tokens - found.shape[1] + 1, -1)], dim=1)

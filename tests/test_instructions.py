@@ -1,0 +1,422 @@
+"""Policies that are told their task: what the network gets, what a robot must say, text encoders."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hdf5_factory import make_hdf5
+from lerobot_factory import make_dataset
+from running import SMALL, interrupt_after, lines, train, weights
+from test_scripts import SCRIPTS
+from text_factory import KINDS, make_encoder
+
+import evaluate
+import train_mi
+import train_naive_fm
+import train_vfp_moe
+from common import instructions
+from common.checkpoint import PolicySpec
+from common.config import parse
+from common.data import ChunkDataset, DataConfig, demo, open_dataset
+from common.data.demo_tasks import TasksSimulator
+from common.errors import UserError
+from common.inference import load_policy
+from common.instructions import InstructionEmbedder, Instructions, TaskConfig, drop_some
+from common.normalize import Normalizer
+from common.text import TextEncoder
+
+pytestmark = pytest.mark.usefixtures("accelerate_reset", "tiny_depth")
+CAMERAS = {f"observation.images.cam_{name}": (32, 32) for name in ("head", "left", "right")}
+TASKS = ("fold the towel", "open the box")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Eight short episodes of two tasks by turns."""
+    root = tmp_path_factory.mktemp("two") / "both"
+    lengths = (12, 9, 15, 11, 8, 10, 9, 12)
+    return make_dataset(root, lengths, CAMERAS, video=False, dims=(3, 3), names=None, tasks=TASKS)
+
+
+@pytest.fixture
+def told(tiny, two):
+    return [*tiny, "--dataset", str(two)]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return make_encoder(tmp_path_factory.mktemp("models") / "bert")
+
+
+def seen(**more):
+    """An observation of the small datasets."""
+    images = dict.fromkeys(("head", "left", "right"), np.full((32, 32, 3), 90, np.uint8))
+    return {"images": images, "state": np.array([3.0, 3.1, 3.2]), **more}
+
+
+# The network
+
+
+def test_learned_embeddings():
+    module = InstructionEmbedder(Instructions(("a", "b", "c")), 6)
+    out = module(torch.tensor([2, -1, 0]))
+    assert out.shape == (3, 1, 6)
+    assert torch.equal(out, torch.stack([module.table[2], module.none, module.table[0]]))
+
+
+def test_vectors_of_a_text_encoder_are_centred_and_mapped():
+    table = torch.randn(5, 3, 7) * 0.1 + 100 * torch.randn(7)
+    module = InstructionEmbedder(Instructions(tuple("abcde"), "some/model", table=table), 4)
+    torch.testing.assert_close(module.table[:, -1].mean(0), torch.zeros(7), atol=1e-3, rtol=0)
+    torch.testing.assert_close(module.table[:, :-1].mean((0, 1)), torch.zeros(7), atol=1e-3, rtol=0)
+    assert module.table.square().mean().item() == pytest.approx(1, rel=1e-3)
+    # by number and by vectors is the same; NaN is no instruction
+    rows = torch.stack([table[3], torch.full_like(table[0], torch.nan)])
+    torch.testing.assert_close(module(torch.tensor([3, -1])), module(rows))
+    assert torch.equal(module(torch.tensor([-1]))[0], module.project(module.none))
+    assert set(module.state_dict()) == {"none", "project.weight", "project.bias"}  # the table lies elsewhere
+
+
+def test_a_share_of_samples_loses_its_instruction():
+    task = torch.arange(20_000) % 7
+    lost = drop_some(task, TaskConfig(task_dropout=0.3))
+    assert (lost[lost >= 0] == task[lost >= 0]).all()
+    assert (lost < 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    before = torch.get_rng_state()
+    assert drop_some(None, TaskConfig()) is None
+    assert drop_some(task, TaskConfig(task_dropout=0.0)) is task
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_an_encoder_nothing_differs_from_a_single_task(script, tiny, two, tmp_path):
+    """The same numbers and pictures under one sentence, and under two that nobody is told."""
+    one = make_dataset(
+        tmp_path / "one", (12, 9, 15, 11, 8, 10, 9, 12), CAMERAS, video=False, dims=(3, 3), names=None
+    )
+    flags = ("--steps", 2, "--eval-every", 2)
+    first = train(script, [*tiny, "--dataset", str(one)], tmp_path / "a", *flags)
+    second = train(script, [*tiny, "--dataset", str(two)], tmp_path / "b", *flags, "--task-encoder", "none")
+    mine, reference = weights(first, 2), weights(second, 2)
+    assert mine.keys() == reference.keys()
+    assert all(torch.equal(mine[key], reference[key]) for key in mine)
+    assert lines(first, "val") == lines(second, "val")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_policy_is_told_and_resumes_exactly(script, told, tmp_path):
+    flags = ("--steps", 4, "--save-every", 2, "--eval-every", 2, "--task-balance", 1)
+    whole = train(script, told, tmp_path / "whole", *flags)
+    part = interrupt_after(whole, 2, tmp_path / "part")
+    train(script, [], None, "--resume", part)
+    mine, reference = weights(part, 4), weights(whole, 4)
+    assert all(torch.equal(mine[key], reference[key]) for key in reference)
+    assert lines(part) == lines(whole)
+    assert lines(part, "val") == lines(whole, "val")
+    policy = load_policy(whole, device="cpu", seed=0)
+    assert policy.spec.tasks.sentences == TASKS
+    # An untrained velocity is zero whatever is said: make it say something.
+    with torch.no_grad():
+        decoder = policy.model.action_decoder
+        torch.nn.init.normal_(decoder.velocity_out.weight)
+        for block in (*getattr(decoder, "blocks", ()), *getattr(decoder, "experts", ())):
+            torch.nn.init.normal_(block.modulation.weight, std=0.3)
+    chunks = []
+    for task in (TASKS[0], TASKS[1], " open  the box", None):
+        policy.reset(0)
+        chunks.append(policy.act(seen(task=task)))
+    assert np.array_equal(chunks[1], chunks[2])
+    different = [np.abs(chunks[i] - chunks[j]).max() for i, j in ((0, 1), (0, 3), (1, 3))]
+    assert min(different) > 1e-4
+    policy.reset(0)
+    together = policy.act_batch([seen(task=TASKS[0]), seen(task=None)])
+    assert together.shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize("script", [train_naive_fm, train_vfp_moe])
+def test_a_policy_learns_to_do_what_it_is_told(script, told):
+    """One and the same observation, from which one instruction leads up and the other down."""
+    flags = (*SMALL.get(script.__name__, "").split(), "--flow-samples", "4", "--task-dropout", "0.3")
+    config = parse(script.Config, [*told, *flags], "")
+    store = open_dataset(config.data)
+    data = ChunkDataset(store, range(store.num_episodes), config.horizon, told=True)
+    normalizer = Normalizer.fit(data)
+    torch.manual_seed(0)
+    policy = script.Policy(config, replace(PolicySpec.of(data), tasks=Instructions(TASKS, droppable=True)))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    task = torch.arange(8) % 2
+    way = torch.where(task == 0, 1.0, -1.0)[:, None, None]  # normalized
+    batch = data.__getitems__([0] * 8)
+    actions = normalizer.unnormalize_actions(way.expand(batch.actions.shape), batch.proprio)
+    batch = batch._replace(actions=actions, extras={"task": task})
+    for _ in range(200):
+        script.compute_loss(policy, batch, normalizer, config, train=True)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    seen, proprio = batch.images, normalizer.proprio(batch.proprio)
+    for said, wanted in ((task, way), (1 - task, -way)):
+        chunks = script.sample_actions(policy.eval(), seen, proprio, config, 4, task=said)
+        assert (chunks - wanted).abs().mean() < 0.5
+    unsure = torch.cat(
+        [script.sample_actions(policy, seen, proprio, config, 4, task=torch.full((8,), -1)) for _ in range(8)]
+    ).mean((1, 2))
+    assert unsure.max() > 0.3  # without an instruction, now this way, now that
+    assert unsure.min() < -0.3
+
+
+# A robot
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny, two, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "told"
+    return train(train_naive_fm, [*tiny, "--dataset", str(two)], folder, "--steps", 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, 'the policy needs a task: it was trained on "fold the towel", "open the box"'),
+        ({"task": "fold the towels"}, r'knows no task "fold the towels" \(did you mean fold the towel\?\)'),
+        ({"task": "  "}, "must be a sentence"),
+        ({"task": 3}, "must be a sentence"),
+    ],
+)
+def test_what_a_robot_must_say(run_dir, more, words):
+    with pytest.raises(ValueError, match=words):
+        load_policy(run_dir, device="cpu").act(seen(**more))
+
+
+def test_a_policy_that_never_lost_its_instruction_needs_one(told, tmp_path):
+    run_dir = train(train_naive_fm, told, tmp_path / "run", "--steps", 1, "--task-dropout", 0)
+    policy = load_policy(run_dir, device="cpu")
+    assert policy.act(seen(task=TASKS[0])).shape == (4, 3)
+    with pytest.raises(ValueError, match="the policy needs a task"):
+        policy.act(seen(task=None))
+
+
+def test_a_policy_of_one_task_needs_none(tiny, tmp_path):
+    policy = load_policy(train(train_naive_fm, tiny, tmp_path / "run", "--steps", 1), device="cpu")
+    assert policy.spec.tasks is None
+    assert policy.act(seen()).shape == policy.act(seen(task="anything")).shape == (4, 3)
+
+
+def test_another_task_takes_effect_at_once(run_dir):
+    policy = load_policy(run_dir, device="cpu")
+    said = []
+    real = policy.act_batch
+    policy.act_batch = lambda observations, *more: (
+        said.append(observations[0]["task"]) or real(observations, *more)
+    )
+    for task in (TASKS[0], TASKS[1], TASKS[1], TASKS[1], TASKS[0]):
+        policy.next_action(seen(task=task))
+    assert said == [TASKS[0], TASKS[1], TASKS[1], TASKS[0]]  # the third of them was due: half a chunk is two
+
+
+# Text encoders
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentences_become_vectors(kind, tmp_path):
+    encoder = TextEncoder(str(make_encoder(tmp_path / kind, kind)))
+    sentences = ["fold the towel", "open the box now please", "fold"]
+    pooled, words = encoder(sentences), encoder(sentences, None)
+    assert pooled.shape == (3, 1, 16)
+    assert words.shape == (3, 7, 16)  # five words, the end, and all of it
+    torch.testing.assert_close(words[:, -1:], pooled)
+    torch.testing.assert_close(
+        words[2, 2:], pooled[2].expand(5, -1)
+    )  # "fold" and the end are its only tokens
+    assert (words[2, 0] - words[2, 1]).abs().max() > 1e-3
+    alone = encoder(["open the box now please"], 3)  # however many are encoded together
+    torch.testing.assert_close(alone[0, :3], words[1, :3], atol=1e-5, rtol=1e-4)
+    assert (pooled[0] - pooled[1]).abs().max() > 1e-3
+
+
+def test_mean_over_real_tokens_and_trained_poolers(tmp_path):
+    bert = TextEncoder(str(make_encoder(tmp_path / "bert")))
+    words = bert(["fold", "open the box"], None)
+    torch.testing.assert_close(words[0, -1], words[0, :2].mean(0))
+    clip = TextEncoder(str(make_encoder(tmp_path / "clip", "clip")))
+    words = clip(["open the box"], None)
+    torch.testing.assert_close(words[0, -1], words[0, -2])  # CLIP's sentence is its end token
+
+
+@pytest.mark.parametrize("tokens", ["pooled", "all"])
+def test_a_policy_that_reads(told, bert, tmp_path, tokens, monkeypatch, capsys):
+    model = tmp_path / "bert"
+    shutil.copytree(bert, model)
+    flags = ("--steps", 2, "--save-every", 1, "--task-encoder", model, "--task-tokens", tokens)
+    flags = (*flags, "--cache-dir", tmp_path / "cache")
+    whole = train(train_vfp_moe, told, tmp_path / "run", *flags)
+    # The second start finds the vectors beside the store.
+    with monkeypatch.context() as patch:
+        patch.setattr(TextEncoder, "_load", lambda self: pytest.fail("encoded again"))
+        again = train(train_vfp_moe, told, tmp_path / "again", *flags)
+    assert all(torch.equal(weights(whole, 2)[key], value) for key, value in weights(again, 2).items())
+    shutil.rmtree(model)
+    # Neither resuming nor known sentences need the encoder.
+    part = interrupt_after(whole, 1, tmp_path / "part")
+    train(train_vfp_moe, [], None, "--resume", part)
+    assert all(torch.equal(weights(whole, 2)[key], value) for key, value in weights(part, 2).items())
+    capsys.readouterr()
+    policy = load_policy(whole, device="cpu", seed=0)
+    assert 'takes any instruction, and was trained on 2: "fold the towel"' in capsys.readouterr().out
+    known = policy.act(seen(task=TASKS[0]))
+    with pytest.raises(UserError, match=r"--task-encoder .*bert cannot be loaded"):
+        policy.act(seen(task="fold the box"))
+    policy = load_policy(whole, device="cpu", seed=0, text_encoder=str(bert))
+    assert np.array_equal(policy.act(seen(task=TASKS[0])), known)
+    length = 1 if tokens == "pooled" else 5
+    given = policy.told(["fold the box", TASKS[1], None, "fold the box"])
+    assert given.shape == (4, length, 16)
+    torch.testing.assert_close(given[1], policy.spec.tasks.table[1])
+    assert torch.equal(given[0], given[3])
+    assert given[2].isnan().all()
+    assert policy.act_batch([seen(task="fold the box"), seen(task=TASKS[1]), seen(task=None)]).shape[0] == 3
+    other = make_encoder(tmp_path / "other", seed=1)
+    policy = load_policy(whole, device="cpu", text_encoder=str(other))
+    with pytest.raises(UserError, match="is not the text encoder that the policy was trained with"):
+        policy.act(seen(task="fold the box"))
+    (whole / "checkpoints/step_0000002/policy/instructions.safetensors").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        load_policy(whole)
+
+
+def test_the_spec_survives_its_file(two, bert, tmp_path):
+    store = open_dataset(DataConfig((str(two),), cache_dir=tmp_path / "cache"))
+    known = Instructions.of(store, TaskConfig(task_encoder=str(bert)))
+    spec = PolicySpec(("head",), (4, 4), ("x",), ("dx",), 10.0, tasks=known)
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    settings = {"script": "x", "config": {}, "step": 0, "spec": spec.save(policy)}
+    (policy / "policy.json").write_text(json.dumps(settings))
+    again = PolicySpec.load(tmp_path)
+    assert torch.equal(again.tasks.table, known.table)
+    assert replace(again.tasks, table=None) == replace(known, table=None)
+
+
+# Bad input
+
+
+def test_what_cannot_be_told(tmp_path, monkeypatch):
+    root = make_hdf5(tmp_path / "d", (4, 3, 5))
+    options = {"cache_dir": tmp_path / "cache"}
+
+    def state(number, said):
+        with h5py.File(root / f"day_{number % 2}/episode_{number}.hdf5", "a") as file:
+            file.attrs["task"] = said
+
+    def known(encoder=None):
+        return Instructions.of(open_dataset(DataConfig((str(root),), **options)), TaskConfig(encoder))
+
+    assert known() is None
+    state(0, "fold")
+    with pytest.raises(UserError, match=r"has 2 episodes without instruction .*first is 1, which has none"):
+        known()
+    assert known("none") is None
+    state(1, "fold")
+    state(2, "fold")
+    assert known() is known("index") is None  # one task
+    state(2, np.bytes_("räume auf".encode("latin-1")))
+    with pytest.raises(UserError, match='instruction "r\ufffdume auf" is not UTF-8 text'):
+        known()
+    state(2, "open")
+    assert known().sentences == ("fold", "open")
+    monkeypatch.setattr(instructions, "MOST_LEARNED", 1)
+    with pytest.raises(UserError, match="has 2 different instructions, too many to learn each"):
+        known()
+    for encoder, why in ((tmp_path / "absent", "no such folder"), ("some/model", "there is no connection")):
+        with pytest.raises(UserError, match=f"cannot be loaded .*{why}"):
+            known(str(encoder))
+
+
+def test_an_empty_instruction_is_named(tmp_path):
+    root = make_dataset(tmp_path / "d", (4, 5, 6), video=False, tasks=("fold", "", "open"))
+    store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"1 episodes without .*first is 1, which has an empty one"):
+        Instructions.of(store, TaskConfig())
+
+
+def test_ten_thousand_sentences(tmp_path, bert, monkeypatch):
+    root = make_dataset(tmp_path / "d", (4, 5), video=False)
+    store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
+    many = tuple(f"fold the towel {number}" for number in range(10_000))
+    store = replace(
+        store,
+        episode_tasks=many,
+        episode_indices=np.arange(10_000),
+        episode_rows=np.zeros(10_000, np.int64),
+        episode_starts=np.arange(10_001),
+        state=np.zeros((10_000, 3), np.float32),
+    )
+    with pytest.raises(UserError, match="10000 different instructions, too many"):
+        Instructions.of(store, TaskConfig())
+    assert len(Instructions.of(store, TaskConfig(task_encoder=str(bert))).table) == 10_000
+
+
+def test_weights_that_a_text_encoder_lacks(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_encoder(tmp_path / "bert")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in tensors.items() if "attention" not in key}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"holds no weights for encoder.layer.0.attention"):
+        TextEncoder(str(folder))(["fold"])
+
+
+# Whole runs
+
+
+def test_a_dataset_of_lerobot_goes_through_to_evaluation(tiny, tmp_path, capsys):
+    root = demo.record(tmp_path / "table", demo.demonstrate(16, seed=0, kind=TasksSimulator))
+    flags = ["--dataset", root, "--cache-dir", tmp_path / "cache", "--steps", 1, "--batch-size", 8]
+    run_dir = train(train_naive_fm, tiny, tmp_path / "run", *flags)
+    argv = [run_dir, "--env", "demo-tasks", "--episodes", 4, "--sample-steps", 1, "--heldout-samples", 20]
+    evaluate.main(parse(evaluate.Config, [*map(str, argv)], "evaluate.py"))
+    results = json.loads((run_dir / "evaluation/results.json").read_text())
+    assert set(results["closed_loop"]) == {"1", "grey", "mismatched", "misled"}
+    each = results["closed_loop"]["1"]["tasks"]
+    assert list(each) == sorted(TasksSimulator(4, 0).tasks)
+    assert all(found["episodes"] == 1 for found in each.values())
+    heldout = results["heldout"]
+    total = sum(found["mae"] * found["steps"] for found in heldout["tasks"].values())
+    assert sum(found["steps"] for found in heldout["tasks"].values()) == heldout["steps"] == 20
+    assert total / 20 == pytest.approx(heldout["policy"]["mae"], rel=0.1)  # chunks differ in length
+    assert "misled" in heldout
+    said = capsys.readouterr().out
+    assert f"of 1: {sorted(each)[0]}" in said
+    assert "success, another task:" in said
+    argv[2] = "demo"
+    with pytest.raises(UserError, match=r"--env demo: the policy knows no task .*as evaluate.py --task"):
+        evaluate.main(parse(evaluate.Config, [*map(str, argv)], "evaluate.py"))
+
+
+def test_datasets_with_different_instructions_train_together(tiny, tmp_path):
+    roots = [
+        make_dataset(tmp_path / name, (12, 9), CAMERAS, video=False, dims=(3, 3), names=None, tasks=(task,))
+        for name, task in (("a", "fold"), ("b", "open"))
+    ]
+    flags = ("--dataset", *roots, "--cache-dir", tmp_path / "cache", "--steps", 1)
+    run_dir = train(train_naive_fm, tiny, tmp_path / "run", *flags)
+    assert load_policy(run_dir).spec.tasks.sentences == ("fold", "open")
+    moved = roots[1].rename(tmp_path / "elsewhere")
+    train(train_naive_fm, [], None, "--resume", run_dir, "--dataset", roots[0], moved, "--steps", 2)
+
+
+def test_demonstrations_are_scored_within_their_task(tiny, two, tmp_path):
+    flags = ("--dataset", two, "--steps", 1, "--backbone", "conv", "--neighbours", 1, "--best", 0.5)
+    argv = [flag for flag in tiny if flag not in ("--decoder-layers", "--flow-samples", "--sample-steps")]
+    argv = [*map(str, (*flags, "--cache-dir", tmp_path / "cache", "--log-every", 1, "--hang-timeout", 0))]
+    argv += ["--batch-size", "4", "--d-model", "16", "--num-heads", "2"]
+    run_dir = train(train_mi, argv, tmp_path / "run")
+    chosen = json.loads((run_dir / "episodes_top50.json").read_text())["episodes"]
+    assert len(chosen) == 4
+    assert sorted(number % 2 for number in chosen) == [0, 0, 1, 1]  # half of each task
+    with pytest.raises(UserError, match="4 episodes are too few for 3 nearest neighbours"):
+        train(train_mi, argv, tmp_path / "other", "--neighbours", 3)

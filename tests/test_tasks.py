@@ -1,0 +1,251 @@
+"""Instructions of episodes: where they are read, what is cut, chosen, named, and how often it is drawn."""
+
+import json
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hdf5_factory import make_hdf5
+from lerobot_factory import edit_column, edit_rows, make_dataset
+
+from common.config import from_dict
+from common.data import (
+    ChunkDataset,
+    DataConfig,
+    SampleStream,
+    inspect,
+    make_loader,
+    open_dataset,
+    split_episodes,
+)
+from common.data.tasks import draw_shares
+from common.errors import UserError
+
+DATA = "data/chunk-000/file-000.parquet"
+
+
+@pytest.fixture
+def open_(tmp_path):
+    def open_dataset_(*roots, **options):
+        return open_dataset(DataConfig(tuple(map(str, roots)), cache_dir=tmp_path / "cache", **options))
+
+    return open_dataset_
+
+
+def write_tasks(root, tasks, numbers=None):
+    """meta/tasks.parquet as LeRobot writes it: pandas' index holds the texts."""
+    import pandas as pd
+
+    numbers = range(len(tasks)) if numbers is None else numbers
+    pd.DataFrame({"task_index": list(numbers)}, index=pd.Index(tasks, name="task")).to_parquet(
+        root / "meta/tasks.parquet"
+    )
+
+
+@pytest.fixture
+def changing(tmp_path):
+    """Episode 1 picks in its steps 0 to 2 and places in 3 to 8; episode 0 picks, 2 places."""
+    root = make_dataset(tmp_path / "d", (4, 9, 6), video=False, episodes_per_file=3)
+    write_tasks(root, ["pick", "place"])
+    edit_column(root / DATA, "task_index", lambda rows: [0] * 4 + [0] * 3 + [1] * 6 + [1] * 6)
+
+    def name(rows):
+        for row, tasks in zip(rows, (["pick"], ["place", "pick"], ["place"]), strict=True):
+            row["tasks"] = tasks
+
+    edit_rows(root, name)
+    return root
+
+
+def test_an_episode_is_cut_where_its_task_changes(changing, open_, capsys):
+    store = open_(changing)
+    assert store.episode_tasks == ("pick", "pick", "place", "place")
+    assert store.episode_indices.tolist() == [0, 1, 1, 2]
+    assert store.episode_starts.tolist() == [0, 4, 7, 13, 19]
+    said = capsys.readouterr().out
+    assert "1 episodes, 1 for one, change their task and are cut there: 3 episodes become 4" in said
+    batch = ChunkDataset(store, range(4), 4, told=True).__getitems__([5, 7])
+    assert batch.is_pad.tolist() == [[False, False, True, True], [False] * 4]  # no chunk leaves its task
+    assert batch.task.tolist() == [0, 1]
+    assert batch.proprio[1, 0, 0] == 7  # the step itself: the second part begins there
+    assert store.images(np.array([7])).shape[0] == 1
+
+
+def test_parts_of_other_tasks_are_left_out(changing, open_):
+    store = open_(changing, task=("place",))
+    assert store.episode_starts.tolist() == [0, 6, 12]
+    assert store.state[:, 0].tolist() == [*range(7, 13), *range(13, 19)]
+    assert store.task == "place"
+    assert ChunkDataset(store, [0], 2).__getitems__([0]).task is None
+    both = open_(changing, task=("place", "pick"))
+    assert both.num_episodes == 4
+    with pytest.raises(UserError, match=r'no task "plac" \(did you mean place\?\): it has "pick", "place"'):
+        open_(changing, task=("pick", "plac"))
+
+
+def test_the_parts_of_an_episode_are_held_out_together(changing, open_):
+    store = open_(changing)
+    for seed in range(6):
+        train, held_out = split_episodes(store, 0.3, seed)
+        assert sorted([*train, *held_out]) == [0, 1, 2, 3]
+        assert set(held_out.tolist()) in ({0}, {1, 2}, {3})
+
+
+def test_steps_whose_task_nobody_knows(changing, open_):
+    (changing / "meta/tasks.parquet").unlink()
+    with pytest.raises(UserError, match=r"^Episode 1 has 2 tasks, and neither task_index nor meta/tasks"):
+        open_(changing)
+    assert open_(changing, skip_bad_episodes=True).episode_tasks == ("pick", "place")
+
+
+def test_a_task_index_beyond_the_table(changing, open_):
+    edit_column(changing / DATA, "task_index", lambda rows: rows[:13] + [7] * 6)
+    message = "^Episode 2 has task_index 7 at step 0, and meta/tasks.parquet lists 2 tasks"
+    with pytest.raises(UserError, match=message):
+        open_(changing)
+    edit_column(changing / DATA, "task_index", lambda rows: rows[:13] + [0] * 6)
+    with pytest.raises(UserError, match=r'^Episode 2 is of the task "pick" at step 0, and meta/episodes'):
+        open_(changing)
+
+
+def test_texts_that_are_not_utf_8(changing, open_):
+    texts = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")]
+    )
+    table = pa.table({"task_index": [0], "task": texts})
+    pq.write_table(table, changing / "meta/tasks.parquet")
+    with pytest.raises(UserError, match=r"tasks.parquet cannot be read"):
+        open_(changing)
+
+
+def test_inspect_lists_tasks(changing, open_):
+    lines = inspect.describe(open_(changing))
+    at = next(i for i, line in enumerate(lines) if line.startswith("  2 tasks"))
+    assert [line.split() for line in lines[at + 1 : at + 3]] == [["2", "7", "pick"], ["2", "12", "place"]]
+
+
+def test_instructions_of_hdf5(tmp_path, open_):
+    root = make_hdf5(tmp_path / "d", (4, 3, 5, 4), layout="robomimic")
+    with h5py.File(root / "demos.hdf5", "a") as file:
+        file["data"].attrs["env_args"] = json.dumps({"env_name": "Lift", "env_kwargs": {"control_freq": 20}})
+        file["data/demo_1"].attrs["lang"] = "lift the\n cube"
+        file["data/demo_2"].attrs["ep_meta"] = json.dumps({"lang": "open the drawer", "layout": 3})
+        file["data/demo_3/note/text"] = np.array([b"close it"])
+        file["data/demo_0"].attrs["model_file"] = "<xml/>" * 1000
+    assert open_(root).episode_tasks == ("Lift", "lift the cube", "open the drawer", "Lift")
+    assert open_(root, task_key="note/text").episode_tasks == (None, None, None, "close it")
+    assert open_(root, task_key="lang").episode_tasks == (None, "lift the cube", None, None)
+    with pytest.raises(UserError, match=r"--task-key words: .* no such text, only .*lang"):
+        open_(root, task_key="words")
+
+
+def test_hdf5_instructions_in_another_code(tmp_path, open_):
+    root = make_hdf5(tmp_path / "d", (4, 3))
+    with h5py.File(root / "day_0/episode_0.hdf5", "a") as file:
+        file.attrs["task"] = np.bytes_("räume auf".encode("latin-1"))
+    assert open_(root).episode_tasks == ("r�ume auf", None)
+
+
+def test_datasets_without_instructions_go_by_their_names(tmp_path, open_, capsys):
+    names, lengths = ("fold_towel", "a/cups", "b/cups"), ((4, 3), (3, 4), (5, 4))
+    roots = [make_hdf5(tmp_path / name, length) for name, length in zip(names, lengths, strict=True)]
+    assert open_(roots[0]).task is None
+    store = open_(*roots)
+    assert store.instructions == ("a cups", "b cups", "fold towel")
+    assert store.episode_tasks == ("fold towel",) * 2 + ("a cups",) * 2 + ("b cups",) * 2
+    assert f'{roots[0]} states no instruction: it goes by its name, "fold towel"' in capsys.readouterr().out
+    with h5py.File(roots[0] / "day_0/episode_0.hdf5", "a") as file:
+        file.attrs["task"] = "fold it"
+    assert open_(*roots[:2]).episode_tasks == ("fold it", None, "cups", "cups")
+    assert open_(roots[1], roots[1]).instructions == ("cups",)
+
+
+def test_tasks_of_several_datasets_are_chosen(tmp_path, open_):
+    roots = [make_dataset(tmp_path / name, (4, 5, 6), tasks=tasks, video=False) for name, tasks in
+             (("a", ("fold", "lift")), ("b", ("lift", "open")), ("c", ("shut",)))]  # fmt: skip
+    store = open_(*roots[:2], task=("fold", "open"))
+    assert store.episode_tasks == ("fold", "fold", "open")
+    with pytest.raises(UserError, match='c has no task "fold": it has "shut"'):
+        open_(*roots, task=("fold", "open"))
+    with pytest.raises(UserError, match='there is no task "wash", only "fold", "open"'):
+        open_(*roots[:2], task=("fold", "open", "wash"))
+
+
+# How often each is drawn
+
+
+def drawn(store, count, **more):
+    dataset = ChunkDataset(store, range(store.num_episodes), 2, told=True)
+    loader = iter(make_loader(dataset, 8, seed=3, num_workers=0, **more))
+    return dataset, [next(loader) for _ in range(count)]
+
+
+def test_weights_between_tasks(tmp_path, open_):
+    root = make_dataset(tmp_path / "d", (20, 10, 20, 10, 20), tasks=("fold", "lift"), video=False)
+    store = open_(root, task=("lift", "fold"), task_weights=(3.0, 1.0))
+    assert store.task_weights == (1.0, 3.0)  # in the order of `instructions`
+    dataset, batches = drawn(store, 100)  # ten epochs of 80
+    tasks = np.concatenate([batch.task.numpy() for batch in batches])
+    assert np.bincount(tasks).tolist() == [200, 600]
+    counts = np.bincount(np.concatenate([batch.index.numpy() for batch in batches]), minlength=80)
+    fold = dataset.store.episode_task_numbers[dataset.store.episode_of(np.arange(80))] == 0
+    assert np.ptp(counts[fold]) <= 1  # within a task, every sample equally often
+    assert np.ptp(counts[~fold]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("balance", "shares"), [(0.0, [0.75, 0.25]), (1.0, [0.5, 0.5]), (0.5, [0.634, 0.366])]
+)
+def test_tasks_are_balanced(tmp_path, open_, balance, shares):
+    root = make_dataset(tmp_path / "d", (20, 10, 20, 10, 20), tasks=("fold", "lift"), video=False)
+    _, batches = drawn(open_(root, task_balance=balance), 200)
+    tasks = np.concatenate([batch.task.numpy() for batch in batches])
+    np.testing.assert_allclose(np.bincount(tasks) / len(tasks), shares, atol=0.01)
+
+
+def test_without_weights_the_order_is_that_of_all_samples(tmp_path, open_):
+    root = make_dataset(tmp_path / "d", (20, 10, 20), tasks=("fold", "lift"), video=False)
+    dataset, batches = drawn(open_(root), 6)
+    plain = iter(SampleStream([50], 8, 3))
+    assert [batch.index.tolist() for batch in batches] == [
+        dataset.rows[next(plain)].tolist() for _ in range(6)
+    ]
+
+
+def test_a_stream_of_weighted_tasks_can_begin_anywhere(tmp_path, open_):
+    root = make_dataset(tmp_path / "d", (20, 10, 20, 10), tasks=("fold", "lift"), video=False)
+    store = open_(root, task_balance=1.0)
+    _, whole = drawn(store, 30)
+    for skipped in (1, 7, 8, 23):
+        _, later = drawn(store, 3, start=8 * skipped)
+        assert [b.index.tolist() for b in later] == [b.index.tolist() for b in whole[skipped : skipped + 3]]
+
+
+def test_shares_of_tasks_and_datasets():
+    samples = np.array([[30.0, 10.0, 0.0], [0.0, 40.0, 0.0]])  # two datasets; nobody does the third task
+    np.testing.assert_allclose(draw_shares(samples, None, 0.0), samples)
+    equal = draw_shares(samples, None, 1.0)
+    np.testing.assert_allclose(equal, [[1, 0.2, 0], [0, 0.8, 0]])  # a task is divided as its samples are
+    np.testing.assert_allclose(draw_shares(samples, np.array([2.0, 1.0, 5.0]), 0.0).sum(0), [2, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task_weights": (1.0,)}, "one positive number for each --task"),
+        ({"task": ("a", "b"), "task_weights": (1.0, 0.0)}, "one positive number for each --task"),
+        ({"task": ("a",), "task_weights": (1.0,), "task_balance": 0.5}, "give one of them"),
+        ({"task_balance": 1.5}, "--task-balance is 1.5"),
+    ],
+)
+def test_weights_that_are_none(options, message):
+    with pytest.raises(UserError, match=message):
+        DataConfig(**options)
+
+
+def test_what_earlier_runs_wrote_down():
+    assert from_dict(DataConfig, {"task": "fold"}).task == ("fold",)
+    assert from_dict(DataConfig, {"task": None}).task == ()
+    assert from_dict(DataConfig, {"task": ["fold", "lift"]}).task == ("fold", "lift")
