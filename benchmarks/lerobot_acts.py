@@ -8,7 +8,7 @@ chunk, of which as much is executed as LeRobot would execute.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +78,32 @@ class LeRobotPolicy:
         """(3, H, W) in [0, 1], as LeRobot's datasets give it."""
         frames = {self.spec.camera(key): frame for key, frame in images.items()}
         return torch.from_numpy(frames[name]).permute(2, 0, 1).float() / 255
+
+
+def training_steps(dataset: Path, options: Mapping) -> Iterator[None]:
+    """What `lerobot-train` does between two batches of 8, with its ACT; yields after every step."""
+    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.train import TrainPipelineConfig
+    from lerobot.datasets.factory import make_dataset
+    from lerobot.policies.factory import make_policy, make_policy_config, make_pre_post_processors
+
+    offline = {"device": "cpu", "push_to_hub": False, "pretrained_backbone_weights": None}
+    config = make_policy_config("act", **offline, **options)
+    pipeline = TrainPipelineConfig(
+        DatasetConfig(repo_id=f"local/{dataset.name}", root=str(dataset)), policy=config
+    )
+    data = make_dataset(pipeline)
+    policy = make_policy(config, ds_meta=data.meta).train()
+    before, _ = make_pre_post_processors(config, dataset_stats=data.meta.stats)
+    optimizer = config.get_optimizer_preset().build(policy.get_optim_params())
+    while True:
+        for batch in torch.utils.data.DataLoader(data, batch_size=8, shuffle=True, drop_last=True):
+            loss, _ = policy(before(batch))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
 
 
 if __name__ == "__main__":

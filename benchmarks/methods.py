@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def main(config: Config) -> None:
         method: [collect(folder_of(config.runs, method, seed)) for seed in config.seeds]
         for method in config.methods
     }
-    seconds = measure_steps(config.methods)
+    seconds = measure_steps({method: training_steps(method) for method in config.methods})
     ablations = {
         method: [collect(folder_of(config.runs, method, config.seeds[0]))] for method in config.ablations
     }
@@ -156,36 +157,37 @@ def call(command: list, threads: int, folder: Path) -> None:
     print(f"{folder.name}: {command[0]} took {(time.perf_counter() - started) / 60:.1f} min", flush=True)
 
 
-def measure_steps(methods: tuple[str, ...], rounds: int = 15, turn_steps: int = 2) -> dict[str, float]:
-    """Seconds of a training step of each method with its demo configuration, on one thread."""
+def measure_steps(
+    loops: dict[str, Iterator[None]], rounds: int = 15, turn_steps: int = 2
+) -> dict[str, float]:
+    """Processor seconds of a training step of each loop, on one thread."""
     import torch
 
     torch.set_num_threads(1)
-    loops, times = {method: training_steps(method) for method in methods}, {method: [] for method in methods}
+    times: dict[str, list[float]] = {name: [] for name in loops}
     for turn in range(rounds + 1):
-        for method, loop in loops.items():
-            start = time.perf_counter()
+        for name, loop in loops.items():
+            start = time.process_time()
             for _ in range(turn_steps):
                 next(loop)
             if turn:  # the first turn warms up
-                times[method].append((time.perf_counter() - start) / turn_steps)
-    return {method: statistics.median(values) for method, values in times.items()}
+                times[name].append((time.process_time() - start) / turn_steps)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
-def training_steps(method: str):
+def training_steps(method: str, *flags: str) -> Iterator[None]:
     """What a script does between two batches, without what Accelerate adds; yields after every step."""
-    import importlib
-
     import torch
 
     from common.checkpoint import PolicySpec
     from common.config import parse
     from common.data import ChunkDataset, make_loader, open_dataset
+    from common.inference import load_script
     from common.normalize import Normalizer
     from common.optim import AveragedPolicy, GradientClipper, build_optimizer
 
-    script = importlib.import_module(script_of(method).removesuffix(".py"))
-    config = parse(script.Config, ["--config", str(config_file(method))], script_of(method))
+    script = load_script(script_of(method))
+    config = parse(script.Config, ["--config", str(config_file(method)), *flags], script_of(method))
     store = open_dataset(config.data)
     data = ChunkDataset(store, range(store.num_episodes), config.horizon)
     normalizer = Normalizer.fit(data)

@@ -9,15 +9,13 @@ one core to train. The last checkpoint acts in the same 100 fresh episodes, in t
 in `docs/simulators.json`: the plan can be carried out in parts, on several machines, by several processes at
 once. The table and the figure in `docs/benchmarks.md` are drawn from that file.
 
-Time is counted in steps. What a step costs is measured once for each method: the processor time of a longer
-training less that of a shorter one, the methods taking turns. Nothing else should run then.
+Time is counted in steps. What a step costs is measured once for each method, in processor time of one thread,
+the methods taking turns in one process. Nothing else should run then.
 """
 
 import fcntl
 import json
 import os
-import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -31,7 +29,8 @@ from pydantic import PositiveInt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.methods import count_parameters
+from benchmarks import lerobot_acts
+from benchmarks.methods import count_parameters, measure_steps, training_steps
 from benchmarks.simulators_report import write_report
 from common.checkpoint import find
 from common.config import cli, options
@@ -43,7 +42,6 @@ RESULTS = ROOT / "docs" / "simulators.json"
 BUDGET = 20 * 60  # seconds of one core to train
 DEMONSTRATIONS, EPISODES, BLIND = 50, 100, 40
 MAX_STEPS = {"metaworld": 300}  # several times what an expert needs; ALOHA's own are 400
-SHORT, LONG = 10, 40  # steps, to measure what one costs
 
 TASKS = {
     "pick-place": "metaworld:pick-place-v3",
@@ -57,11 +55,11 @@ TASKS = {
 SAMPLE_STEPS = {"train_regression": (1,), "train_two_step": (2, 1), "act": (1,), "act-100": (1,)}
 FORKS = ("train_regression", "train_two_step", "train_mean_flow")
 LEROBOT = {
-    "act": "--policy.type=act --policy.chunk_size=16 --policy.n_action_steps=8 --batch_size=8",
-    "act-100": "--policy.type=act --policy.chunk_size=100 --policy.n_action_steps=100 --batch_size=8",
-}
+    "act": {"chunk_size": 16, "n_action_steps": 8},
+    "act-100": {"chunk_size": 100, "n_action_steps": 100},
+}  # options of its policies beside its defaults
 OFFLINE = (
-    "--policy.push_to_hub=false --policy.device=cpu --wandb.enable=false "
+    "--policy.type=act --batch_size=8 --policy.push_to_hub=false --policy.device=cpu --wandb.enable=false "
     "--policy.pretrained_backbone_weights=null --num_workers=0 --log_freq=100000"
 )
 
@@ -169,7 +167,7 @@ def train_command(job: Job, runs: Path, folder: Path, steps: int) -> list:
             f"--steps={steps}",
             f"--save_freq={steps}",
             f"--seed={job.seed}",
-            *LEROBOT[job.method].split(),
+            *(f"--policy.{name}={value}" for name, value in LEROBOT[job.method].items()),
             *OFFLINE.split(),
         ]
     place = "examples/" if job.method in FORKS else ""
@@ -182,21 +180,21 @@ def train_command(job: Job, runs: Path, folder: Path, steps: int) -> list:
     ]
 
 
-def measure(kinds: list[str], runs: Path, rounds: int = 2) -> None:
+def measure(kinds: list[str], runs: Path) -> None:
     """Processor seconds of a training step of each kind, in turns."""
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for turn in range(rounds):
-        for kind in kinds:
-            simulator, method = kind.split(":")
-            task = next(task for task, env in TASKS.items() if env.startswith(simulator))
-            spent = []
-            for steps in (SHORT, LONG):
-                folder = runs / "cost" / f"{simulator}-{method}-{turn}-{steps}"
-                spent.append(call(train_command(Job(task, method, 0), runs, folder, steps)))
-            times[kind].append((spent[1] - spent[0]) / (LONG - SHORT))
-            print(f"{kind}: {times[kind][-1]:.3f} s a step", flush=True)
+    loops = {}
+    for kind in kinds:
+        simulator, method = kind.split(":")
+        task = next(task for task, env in TASKS.items() if env.startswith(simulator))
+        record(task, runs)
+        data = runs / "data" / task
+        if method in LEROBOT:
+            loops[kind] = lerobot_acts.training_steps(data, LEROBOT[method])
+        else:
+            loops[kind] = training_steps(f"{method}:simulators", "--dataset", str(data))
     with changing() as results:
-        results["seconds"] |= {kind: statistics.median(seconds) for kind, seconds in times.items()}
+        results["seconds"] |= measure_steps(loops)
+    print(f"seconds a step: {read()['seconds']}", flush=True)
 
 
 def make(job: Job, runs: Path) -> None:
@@ -231,15 +229,12 @@ def make(job: Job, runs: Path) -> None:
     print(f"{job.name}: {steps} steps, {(time.time() - started) / 60:.0f} min", flush=True)
 
 
-def call(command: list) -> float:
-    """Run on one core; processor seconds that were spent."""
+def call(command: list) -> None:
+    """Run on one core."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(map(str, command[1:4]))} failed: {done.stderr.strip()[-1500:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 if __name__ == "__main__":
