@@ -1,6 +1,6 @@
 """A trained policy for a robot: camera images and joint states in, actions in recorded units out.
 
-policy = load_policy("runs/vfp-20260301-101500")
+policy = load_policy("runs/vfp-20260301-101500")    # or an exported one: a folder, or "user/name" on the hub
 chunk = policy.act({"images": {"head": rgb, "left": rgb, "right": rgb}, "state": joints})    # (T, A)
 """
 
@@ -8,11 +8,14 @@ import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from common import exported
 from common.checkpoint import PolicySpec, find, load_components, read_settings, refuse_damaged
 from common.config import from_dict
 from common.data.frames import resize_rgb
@@ -23,45 +26,88 @@ ROOT = Path(__file__).resolve().parents[1]
 FAR = 3.0  # standard deviations outside the recorded range: a state that the policy knows nothing about
 
 
+class Blank(NamedTuple):
+    """A policy without its weights."""
+
+    model: nn.Module
+    config: Any
+    spec: PolicySpec
+    script: ModuleType
+
+
 def load_policy(
     run: str | Path,
     checkpoint: str = "last",
     device: str | torch.device | None = None,
     seed: int | None = None,
 ) -> "RobotPolicy":
-    """Load the policy of a run folder, ready to act.
+    """Load a policy, ready to act.
 
     Args:
-        checkpoint: `last`, or the number of a saved step.
+        run: run folder, or what `lerobot_policy_flow.export` wrote: a folder, or its name on the hub.
+        checkpoint: of a run: `last`, or the number of a saved step.
         device: where to compute; the accelerator if there is one, else the CPU.
         seed: makes sampled actions repeatable; None draws new noise on every start.
     """
-    path = find(Path(run), checkpoint)
-    refuse_damaged(path, "policy/")
-    settings = read_settings(path)
-    spec = PolicySpec.from_json(settings["spec"])
-    module = load_script(settings["script"])
-    if not hasattr(module, "sample_actions"):
-        raise UserError(f"{run} was trained by {settings['script']}, which trains no policy: it cannot act.")
-    config = from_dict(module.Config, settings["config"])
+    if path := exported.find(run):
+        if checkpoint != "last":
+            raise UserError(f"{run} is exported, and holds no step but one: leave out the checkpoint.")
+        found = exported.read(path)
+        settings, blank = found.settings, build(found.settings, run)
+        normalizer = fill(blank, found.weights, found.statistics, path)
+    else:
+        path = find(Path(run), checkpoint)
+        refuse_damaged(path, "policy/")
+        settings = read_settings(path)
+        blank = build(settings, run)
+        load_components(blank.model, path / "policy")
+        normalizer = Normalizer.load(path / "policy" / "stats.safetensors", blank.config.normalization)
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = module.Policy(config, spec, pretrained=False)
-    load_components(model, path / "policy")
-    normalizer = Normalizer.load(path / "policy" / "stats.safetensors", config.normalization)
-    policy = RobotPolicy(model, normalizer, config, spec, module, torch.device(device), seed)
+    policy = RobotPolicy(blank.model, normalizer, *blank[1:], torch.device(device), seed)
     policy.checkpoint, policy.trained_steps = path, settings["step"]
     return policy
 
 
-def load_script(name: str):
+def build(settings: dict, source: str | Path) -> Blank:
+    """The policy that a `policy.json` describes; `source` is what messages call it."""
+    spec = PolicySpec.from_json(settings["spec"])
+    module = load_script(settings["script"])
+    if not hasattr(module, "sample_actions"):
+        raise UserError(
+            f"{source} was trained by {settings['script']}, which trains no policy: it cannot act."
+        )
+    config = from_dict(module.Config, settings["config"])
+    return Blank(module.Policy(config, spec, pretrained=False), config, spec, module)
+
+
+def fill(
+    blank: Blank, weights: dict[str, Tensor], statistics: dict[str, Tensor], source: str | Path
+) -> Normalizer:
+    """Load an exported policy's weights, which must agree in names and shapes; its statistics."""
+    try:
+        blank.model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"The weights in {source} do not fit their network ({reason}): export the run again, with the "
+            f"script that trained it."
+        ) from None
+    try:
+        return Normalizer.of_tensors(statistics, blank.config.normalization)
+    except KeyError as error:
+        raise UserError(f"{source} lacks the statistics {error}: export the run again.") from None
+
+
+def load_script(name: str) -> ModuleType:
     """Import a script by the name in a checkpoint; only a `train_*.py` that lies beside `common/`."""
     scripts = sorted(path.name for path in ROOT.glob("train_*.py"))
     if name not in scripts:
         raise UserError(
             f"The policy was trained by {name!r}, which is not in {ROOT}; there are {', '.join(scripts)}."
         )
-    return importlib.import_module(Path(name).stem)  # found where `common` was found
+    # Found where `common` was found, which a distribution has inside of a package.
+    return importlib.import_module(f"{__package__.removesuffix('common')}{Path(name).stem}")
 
 
 class RobotPolicy:
