@@ -106,3 +106,22 @@ def parts(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
         for prefix in (MODEL, STATISTICS)
     )
     return weights, statistics
+
+
+def require_pushable(name: str, script: str) -> None:
+    """Refuse, before a run of a script starts, what could not be pushed to the hub at its end."""
+    from huggingface_hub import get_token
+
+    from common.inference import load_script
+
+    require_hub_name(name, "--push-to-hub")
+    if not hasattr(load_script(script), "sample_actions"):
+        raise UserError(f"--push-to-hub {name}: {script} trains no policy, leave it out.")
+    if get_token() is None:
+        raise UserError(f"--push-to-hub {name} needs a login: `hf auth login`, or the variable HF_TOKEN.")
+
+
+def require_hub_name(name: str, flag: str) -> None:
+    """Refuse a name that the hub cannot have."""
+    if not re.fullmatch(HUB_NAME, name):
+        raise UserError(f"{flag} {name}: write owner/name, as in me/fold-towel.")

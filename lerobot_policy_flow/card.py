@@ -21,18 +21,19 @@ PICTURES = (
     "latents.png",
     "depth.png",
 )
-ABOUT_THE_PLACE = {  # options that say where and how a run was done, not what was learned
-    *("run_dir", "resume", "config", "cache_dir", "num_workers", "ingest_workers", "tracker", "project"),
+# Options that say where and how a run was done, not what was learned.
+ABOUT_THE_PLACE = {
     *(
-        "log_every",
-        "eval_every",
-        "eval_samples",
-        "save_every",
-        "keep",
-        "keep_every",
+        "run_dir",
+        "resume",
+        "config",
+        "cache_dir",
+        "num_workers",
+        "ingest_workers",
         "max_time",
         "hang_timeout",
     ),
+    *("tracker", "project", "push_to_hub", "keep", "keep_every", "log_every", "save_every"),
 }
 
 

@@ -25,7 +25,7 @@ from common.checkpoint import PolicySpec
 from common.config import UserPath, cli, options, to_dict
 from common.console import say
 from common.errors import UserError
-from common.exported import HUB_NAME
+from common.exported import require_hub_name
 from common.files import completed_checkpoints
 from common.inference import RobotPolicy, load_policy
 from common.vision import brief
@@ -58,7 +58,8 @@ def main(config: Config) -> None:
     export(config.run, config.out, config.images, config.checkpoint, config.hub)
     say(f"exported: {config.out}")
     if config.hub is not None:
-        say(f"pushed: {push(config.out, config.hub)}")
+        again = f"hf upload {config.hub} {config.out}"
+        say(f"pushed: {push(config.out, config.hub, again)}")
 
 
 def export(
@@ -148,14 +149,20 @@ def without_places(config: dict) -> dict:
     }
 
 
-def require_hub_name(name: str, flag: str) -> None:
-    """Refuse a name that the hub cannot have, before there is anything to lose."""
-    if not re.fullmatch(HUB_NAME, name):
-        raise UserError(f"{flag} {name}: write owner/name, as in me/fold-towel.")
+def push_run(run: Path, name: str) -> str:
+    """Export a run's policy and upload it; its address."""
+    with tempfile.TemporaryDirectory() as folder:
+        export(run, Path(folder) / "export", hub=name)
+        again = f"python -m lerobot_policy_flow.export {run} DIR --hub {name}"
+        return push(Path(folder) / "export", name, again)
 
 
-def push(folder: Path, name: str) -> str:
-    """Upload an export to the hub, where it replaces what is there; its address."""
+def push(folder: Path, name: str, again: str) -> str:
+    """Upload an export to the hub, where its files replace those that are there; its address.
+
+    Args:
+        again: the command that does it later, for the message if the hub does not take it now.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -164,8 +171,8 @@ def push(folder: Path, name: str) -> str:
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload policy")
     except Exception as error:  # the hub's client has dozens of classes, of three libraries
         raise UserError(
-            f"{folder} could not be pushed to {name} ({brief(error)}): check the connection and "
-            f"`hf auth login`, then `hf upload {name} {folder}`."
+            f"The policy could not be pushed to {name} ({brief(error)}): check connection and login, then "
+            f"`{again}`."
         ) from None
     return f"{api.endpoint}/{name}"
 
