@@ -23,17 +23,8 @@ PICTURES = (
 )
 # Options that say where and how a run was done, not what was learned.
 ABOUT_THE_PLACE = {
-    *(
-        "run_dir",
-        "resume",
-        "config",
-        "cache_dir",
-        "num_workers",
-        "ingest_workers",
-        "max_time",
-        "hang_timeout",
-    ),
-    *("tracker", "project", "push_to_hub", "keep", "keep_every", "log_every", "save_every"),
+    *("run_dir", "resume", "config", "cache_dir", "num_workers", "ingest_workers", "max_time"),
+    *("tracker", "project", "push_to_hub", "keep", "keep_every", "log_every", "save_every", "hang_timeout"),
 }
 
 

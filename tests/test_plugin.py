@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import lerobot_policy_flow
 import train_cfg_vqvae
-import train_mi
 import train_naive_fm
 import train_vfp
 import train_vfp_depth
 import train_vfp_moe
+from common.checkpoint import seal
 from common.config import parse
 from common.data.recording import Demonstration, write_dataset
 from common.errors import UserError
@@ -40,7 +40,7 @@ CASES = {
     "vfp_moe": (train_vfp_moe, ()),
     "everything": (
         train_vfp_depth,
-        "--proprio-history 3 --relative-actions --rotation quaternion->6d --action-offset 2".split(),
+        ("--proprio-history", 3, "--action-offset", 2, "--relative-actions", "--rotation", "quaternion->6d"),
     ),
 }
 
@@ -103,7 +103,8 @@ def observations(seed, size=(28, 28)):
     """What one robot sees, step after step, as `next_action` takes it."""
     rng = np.random.default_rng(seed)
     while True:
-        state = rng.normal([0, 0, 0, 0, 0, 2], 0.3).astype(np.float32)
+        state = rng.normal([0, 0, 0, 0, 0, 2], 0.1).astype(np.float32)
+        state[2:] /= np.linalg.norm(state[2:])
         yield {"images": {c: rng.integers(0, 256, (*size, 3), np.uint8) for c in CAMERAS}, "state": state}
 
 
@@ -148,15 +149,12 @@ def test_five_episodes_at_once(exported, case):
     for _ in range(9):
         seen = [next(stream) for stream in streams]
         actions = post(policy.select_action(pre(batch_of(seen)))).numpy()
-        states, look = (
-            np.stack([o["state"] for o in seen]),
-            lambda which, s=seen: [s[e]["images"] for e in which],
-        )
-        np.testing.assert_array_equal(actions, together.next_actions(np.arange(5), states, look))
+        states, images = np.stack([o["state"] for o in seen]), [o["images"] for o in seen]
+        expected = together.next_actions(np.arange(5), states, lambda _, images=images: images)
+        np.testing.assert_array_equal(actions, expected)
         for e in range(5):
-            one = alone[e].next_actions(
-                np.array([0]), states[e : e + 1], lambda _, s=seen, e=e: [s[e]["images"]]
-            )
+            look = lambda _, images=images, e=e: images[e : e + 1]  # noqa: E731
+            one = alone[e].next_actions(np.array([0]), states[e : e + 1], look)
             np.testing.assert_allclose(actions[e], one[0], rtol=1e-3, atol=1e-4)
     with pytest.raises(UserError, match="There are 2 episodes where there were 5"):
         policy.select_action(pre(batch_of(seen[:2])))
@@ -243,11 +241,7 @@ def with_prefix(policy, monkeypatch, max_delay=3):
     """Let a policy pass for one that was trained to continue chunks; the prefixes that it is given."""
     prefixes = []
 
-    class Spec(type(policy._blank.spec)):
-        pass
-
-    spec = policy._blank.spec
-    object.__setattr__(spec, "max_delay", max_delay)
+    object.__setattr__(policy._blank.spec, "max_delay", max_delay)
 
     def act(self, observation, sample_steps=None, clip=False, prefix=None):
         prefixes.append(prefix)
@@ -263,6 +257,7 @@ def test_a_chunk_continues_what_is_left_of_the_one_before(exported, monkeypatch,
     assert supports_rtc_inference(policy)
     batch = pre(batch_of([next(observations(0))]))
     left = torch.arange(24.0).view(4, 6) + 1
+    capsys.readouterr()
     policy.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=left)
     policy.predict_action_chunk(batch, inference_delay=0, prev_chunk_left_over=left)
     policy.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=None)
@@ -270,14 +265,12 @@ def test_a_chunk_continues_what_is_left_of_the_one_before(exported, monkeypatch,
     policy.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=padded)
     assert capsys.readouterr().out == ""
     policy.predict_action_chunk(batch, inference_delay=9, prev_chunk_left_over=left)
-    assert (
-        "a chunk takes 9 control steps, and the policy was trained to continue 3" in capsys.readouterr().out
-    )
+    assert "takes 9 control steps, and the policy was trained to continue 3" in capsys.readouterr().out
     lengths = [None if prefix is None else len(prefix) for prefix in prefixes]
     assert lengths == [2, None, None, 1, 3]
     np.testing.assert_array_equal(prefixes[0], left[:2])
+    two = pre(batch_of([next(observations(e)) for e in range(2)]))
     with pytest.raises(UserError, match="A chunk of one episode can be continued, and there are 2"):
-        two = pre(batch_of([next(observations(e)) for e in range(2)]))
         policy.predict_action_chunk(two, inference_delay=2, prev_chunk_left_over=left)
 
 
@@ -318,14 +311,18 @@ def test_pictures_go_by_the_names_that_are_asked_for(exported, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_has_no_policy_is_not_exported(tiny, recorded, tmp_path, accelerate_reset):
+def test_what_has_no_policy_is_not_exported(exported, tmp_path):
     with pytest.raises(UserError, match="holds no finished checkpoint"):
         main(tmp_path, tmp_path / "out")
-    flags = ("--latent-dim", 4, "--dataset", recorded, "--steps", 1)
-    config = {"script": "train_mi.py", "step": 1, "config": {}}
-    run = shutil.copytree  # a run of train_mi.py differs in what policy.json says
-    del flags, config, run
-    assert not hasattr(train_mi, "sample_actions")
+    run = shutil.copytree(exported("vfp")[0], tmp_path / "run", symlinks=True)
+    file = run / "checkpoints" / "last" / "policy" / "policy.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "script": "train_mi.py"}))
+    seal(run / "checkpoints" / "last")
+    with pytest.raises(UserError, match=r"was trained by train_mi\.py, which trains no policy"):
+        main(run, tmp_path / "out")
+    with pytest.raises(UserError, match="write owner/name"):
+        main(run, tmp_path / "out", "--hub", "towel")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_saved_by_lerobot_again_is_the_same(exported, tmp_path):
@@ -342,7 +339,7 @@ def test_an_export_saved_by_lerobot_again_is_the_same(exported, tmp_path):
 
 
 def test_an_export_says_nothing_of_folders_here_and_names_what_was_learned(exported, recorded, cache_dir):
-    run, folder = exported("vfp")
+    _, folder = exported("vfp")
     assert str(cache_dir) not in (folder / "config.json").read_text()
     card = (folder / "README.md").read_text()
     for words in ("fold the towel", "quat_w", "28x28", "train_vfp.py", "--horizon 8", "Not evaluated"):
@@ -424,7 +421,7 @@ def test_other_cameras_states_and_actions_are_refused(copy):
     one = {key: value for key, value in batch.items() if not key.endswith("wrist")}
     with pytest.raises(UserError, match=r"has no observation.images.wrist, .* with --rename_map"):
         policy.select_action(pre(one))
-    with pytest.raises(UserError, match="has no observation.state"):
+    with pytest.raises(UserError, match=r"has no observation\.state, which"):
         policy.select_action({key: value for key, value in batch.items() if "state" not in key})
     with pytest.raises(UserError, match=r"has 3 numbers, and the policy was trained on 6 \(x, y, quat_x"):
         policy.select_action(pre({**batch, "observation.state": torch.zeros(1, 3)}))
@@ -436,17 +433,17 @@ def test_other_cameras_states_and_actions_are_refused(copy):
     with pytest.raises(UserError, match="and its policy sees front, wrist: export it again with --images"):
         in_lerobot(copy)
     edit(copy, **{**features, "output_features": {"action": {"type": "ACTION", "shape": [7]}}})
-    with pytest.raises(UserError, match="gives 6 actions .* and 7 are taken here"):
+    with pytest.raises(UserError, match=r"gives 6 actions .* and 7 are taken here"):
         in_lerobot(copy)
 
 
 def test_lerobot_does_not_train_these_policies(copy):
     policy, _, _ = in_lerobot(copy)
     for call in (policy.get_optim_params, policy.config.get_optimizer_preset, lambda: policy.forward({})):
-        with pytest.raises(UserError, match="python train_vfp.py --init-from EXPORT does"):
+        with pytest.raises(UserError, match=r"python train_vfp\.py --init-from EXPORT does"):
             call()
     config = PreTrainedConfig.get_choice_class("flow")(device="cpu")
-    with pytest.raises(UserError, match="give --policy.path"):
+    with pytest.raises(UserError, match=r"give --policy\.path"):
         get_policy_class("flow")(config)
 
 
