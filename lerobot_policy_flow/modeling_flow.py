@@ -111,8 +111,10 @@ class FlowPolicy(PreTrainedPolicy):
             raise UserError(
                 f"There are {len(states)} episodes where there were {self._controller.num}: call reset()."
             )
+        tasks = self._tasks(batch, len(states))
+        more = {} if tasks is None else {"tasks": tasks}
         which = np.arange(len(states))
-        actions = self._controller.next_actions(which, states, lambda _: self._pictures(batch))
+        actions = self._controller.next_actions(which, states, lambda _: self._pictures(batch), **more)
         return torch.from_numpy(actions).to(self.robot.device)
 
     def supports_rtc(self) -> bool:
@@ -140,6 +142,8 @@ class FlowPolicy(PreTrainedPolicy):
         """
         states, pictures = self._states(batch), self._pictures(batch)
         observations = [{"images": i, "state": s} for i, s in zip(pictures, states, strict=True)]
+        for observation, task in zip(observations, self._tasks(batch, len(states)) or (), strict=False):
+            observation["task"] = task
         prefix = self._prefix(inference_delay, prev_chunk_left_over, len(states))
         options = (self.config.sample_steps, self.config.clip)
         if len(observations) == 1:
@@ -159,7 +163,7 @@ class FlowPolicy(PreTrainedPolicy):
             return "it was not trained to continue a chunk"
         if spec.proprio_history > 1:
             return f"it sees {spec.proprio_history} states, and LeRobot hands over one"
-        return "its chunks begin later than now" if spec.action_offset else None
+        return None
 
     def _prefix(self, delay: int | None, left_over: Tensor | None, episodes: int) -> np.ndarray | None:
         """The actions, (d, A), that will be executed before the new chunk is there; None without any."""
@@ -169,17 +173,26 @@ class FlowPolicy(PreTrainedPolicy):
             raise UserError(f"The policy cannot act in real time ({why}): use --inference.type=sync.")
         if episodes != 1:
             raise UserError(f"A chunk of one episode can be continued, and there are {episodes}.")
+        spec = self._blank.spec
         left = left_over.reshape(-1, left_over.shape[-1]).float().cpu().numpy()
         real = np.flatnonzero(left.any(axis=1))  # LeRobot fills up with rows of zeros
-        left = left[: real[-1] + 1] if len(real) else left[:0]
-        if delay > self._blank.spec.max_delay and not self._said:
+        first, last = spec.action_offset, min(delay, spec.action_offset + spec.max_delay)
+        if last < delay and not self._said:
             self._said = True
             say(
                 f"warning: a chunk takes {delay} control steps, and the policy was trained to continue "
-                f"{self._blank.spec.max_delay}: expect jumps, or lower --policy.sample_steps"
+                f"{spec.max_delay} actions: expect jumps, or lower --policy.sample_steps"
             )
-        prefix = left[: min(delay, self._blank.spec.max_delay)]
-        return prefix if len(prefix) else None
+        if not len(real) or first >= last:
+            return None
+        return left[np.minimum(np.arange(first, last), real[-1])]  # without another, the robot holds its last
+
+    def _tasks(self, batch: Mapping[str, Any], episodes: int) -> list[str | None] | None:
+        """The instruction of each episode, if the policy is told any."""
+        if getattr(self._blank.spec, "tasks", None) is None:
+            return None
+        tasks = batch.get("task") or ""
+        return [task or None for task in ([tasks] * episodes if isinstance(tasks, str) else tasks)]
 
     def _states(self, batch: Mapping[str, Tensor]) -> np.ndarray:
         """(B, K', P), as many states as are given, the present one last."""

@@ -267,8 +267,12 @@ def test_a_chunk_continues_what_is_left_of_the_one_before(exported, monkeypatch,
     policy.predict_action_chunk(batch, inference_delay=9, prev_chunk_left_over=left)
     assert "takes 9 control steps, and the policy was trained to continue 3" in capsys.readouterr().out
     lengths = [None if prefix is None else len(prefix) for prefix in prefixes]
-    assert lengths == [2, None, None, 1, 3]
+    assert lengths == [2, None, None, 2, 3]
     np.testing.assert_array_equal(prefixes[0], left[:2])
+    np.testing.assert_array_equal(prefixes[3], left[[0, 0]])  # without another, a robot holds its last action
+    object.__setattr__(policy._blank.spec, "action_offset", 1)  # whose chunks begin a step later
+    policy.predict_action_chunk(batch, inference_delay=3, prev_chunk_left_over=left)
+    np.testing.assert_array_equal(prefixes[-1], left[1:3])
     two = pre(batch_of([next(observations(e)) for e in range(2)]))
     with pytest.raises(UserError, match="A chunk of one episode can be continued, and there are 2"):
         policy.predict_action_chunk(two, inference_delay=2, prev_chunk_left_over=left)
@@ -284,6 +288,21 @@ def test_policies_that_cannot_continue_a_chunk_refuse(exported, monkeypatch):
     policy, _, _ = in_lerobot(exported("everything")[1])
     with_prefix(policy, monkeypatch)
     assert not supports_rtc_inference(policy)  # it sees states that LeRobot does not hand over
+
+
+def test_policies_of_several_tasks_hear_the_instruction(exported, monkeypatch):
+    policy, pre, _ = in_lerobot(exported("vfp")[1])
+    object.__setattr__(policy._blank.spec, "tasks", ("fold the towel",))
+    heard, action = [], np.zeros((1, 6), np.float32)
+    act = lambda self, seen, *_: heard.append(seen["task"]) or action  # noqa: E731
+    next_actions = lambda self, *_, tasks: heard.append(tasks) or action  # noqa: E731
+    monkeypatch.setattr(RobotPolicy, "act", act)
+    monkeypatch.setattr(Controller, "next_actions", next_actions)
+    batch = batch_of([next(observations(0))])
+    policy.predict_action_chunk(pre(batch))
+    policy.select_action(pre({**batch, "task": ""}))
+    policy.select_action(pre({**batch, "task": "fold the towel"}))
+    assert heard == ["fold the towel", [None], ["fold the towel"]]
 
 
 # Exports
