@@ -1,4 +1,4 @@
-"""LeRobot's own commands with our plug-ins, in an environment that has nothing of this checkout: `make plugin`.
+"""LeRobot's commands with our plug-ins, in an environment that has nothing of this checkout: `make plugin`.
 
 Policies are trained and exported here, and act there; `PLUGIN_PYTHON` names that environment's Python.
 """
@@ -135,7 +135,7 @@ def exports(work, arm, poses, tiny):
     plans = {script.__name__: (script, arm, ()) for script in SCRIPTS}
     plans["everything"] = (train_vfp_depth, poses, EVERYTHING)
     for name, (script, dataset, flags) in plans.items():
-        made[name] = work / name, work / f"{name}-export"
+        made[name] = work / "runs" / name, work / "exports" / name
         flags = ("--dataset", dataset, "--horizon", 8, *flags, "--steps", 2)
         train(script, tiny, made[name][0], *flags)
         export(*made[name])

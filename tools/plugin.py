@@ -1,30 +1,37 @@
-"""Make .venv-plugin: LeRobot, its simulators and our plug-ins, installed as a user would, and nothing else.
+"""Environments beside .venv, each for one question; called by `make plugin` and `make lowest`.
 
-Called by `make plugin`, which then tries LeRobot's commands there (tests/test_installed.py).
+plugin      .venv-plugin: LeRobot, its simulators and our plug-ins, installed as a user would; nothing else
+lowest      .venv-lowest: the oldest versions that requirements.txt allows
 """
 
 import os
 import subprocess
+import sys
 
 import setup  # of this folder
 
-VENV = os.path.join(setup.ROOT, ".venv-plugin")
 OURS = ("lerobot_policy_flow", "lerobot_env_flow", "tests/lerobot_robot_paper")
 
 
-def main():
+def main(what="plugin"):
     python = setup.find_python()
-    uv = setup.find_uv(python)
-    environment = dict(setup.uv_environment(python), VIRTUAL_ENV=VENV)
-    if not os.path.exists(VENV):
+    uv, venv = setup.find_uv(python), os.path.join(setup.ROOT, ".venv-" + what)
+    environment = dict(setup.uv_environment(python), VIRTUAL_ENV=venv)
+    if not os.path.exists(venv):
         choice = ["--python", python] if python else ["--managed-python", "--python", setup.VERSIONS[0]]
-        subprocess.check_call([uv, "venv", "--quiet", *choice, VENV], env=environment)
-    folders = [os.path.join(setup.ROOT, folder) for folder in OURS]
-    # The same version may hold other code now.
-    again = [word for folder in OURS for word in ("--reinstall-package", os.path.basename(folder))]
-    install = [uv, "pip", "install", "--quiet", *again, *folders, "lerobot[core_scripts]"]
+        subprocess.check_call([uv, "venv", "--quiet", *choice, venv], env=environment)
+    install = [uv, "pip", "install", "--quiet"]
+    if what == "lowest":
+        install += ["--resolution", "lowest-direct", "-r", os.path.join(setup.ROOT, "requirements.txt")]
+    else:
+        for folder in OURS:  # the same version may hold other code now
+            install += ["--reinstall-package", os.path.basename(folder), os.path.join(setup.ROOT, folder)]
+        install += ["lerobot[core_scripts]"]
     subprocess.check_call(install, env=environment)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(*sys.argv[1:])
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: setting up failed ({error}): see above.")
