@@ -60,7 +60,7 @@ plugin: tools
 		.venv/bin/python -m pytest -m slow tests/test_installed.py
 
 # The oldest versions that requirements.txt allows, in an environment of their own, and the tests that they decide.
-LOWEST = tests/test_config.py tests/test_inference.py tests/test_optim.py tests/test_plugin.py tests/test_vision.py
+LOWEST = tests/test_config.py tests/test_inference.py tests/test_optim.py tests/test_vision.py
 
 lowest: tools
 	.venv/bin/python tools/plugin.py lowest

@@ -32,15 +32,8 @@ pytestmark = [
 ]
 SCRIPTS = (train_naive_fm, train_vfp, train_vfp_depth, train_cfg_vqvae, train_vfp_moe)
 POSE = ("x", "y", "quat_x", "quat_y", "quat_z", "quat_w")
-EVERYTHING = (
-    "--proprio-history",
-    3,
-    "--action-offset",
-    2,
-    "--relative-actions",
-    "--rotation",
-    "quaternion->6d",
-)
+EVERYTHING = ("--proprio-history", 3, "--action-offset", 2, "--relative-actions")
+EVERYTHING += ("--rotation", "quaternion->6d")
 ARM = ("--env.type=flow", "--env.task=metaworld:push-v3", "--env.episode_length=6")
 ARM += ("--env.observation_height=56", "--env.observation_width=56")
 SEED = 11  # of torch's generator
@@ -95,7 +88,7 @@ def run(*command, cwd, code=0):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "home"), "OMP_NUM_THREADS": "1"}
     command = [Path(PYTHON).parent / command[0], *map(str, command[1:])]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1200)
     said = done.stdout + done.stderr
     assert (done.returncode == 0) == (code == 0), said[-4000:]
     return said
