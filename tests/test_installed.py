@@ -185,8 +185,8 @@ def test_every_policy_acts_as_it_does_here_to_the_bit(exports, work):
 
 
 def test_lerobot_eval_runs_to_its_end_with_each_policy(exports, work):
-    """The first by the command itself, with two processes of environments, as LeRobot does it unless it is told
-    otherwise; the others by what it calls, in one process, since LeRobot takes long to start."""
+    """The first by the command itself, with environments in processes of their own, as is its default; the
+    others by what it calls, in one process, since LeRobot takes long to start."""
     count = ("--eval.n_episodes=2", "--eval.batch_size=2", "--seed=3", "--policy.device=cpu")
     names = [script.__name__ for script in SCRIPTS]
     commands = {
