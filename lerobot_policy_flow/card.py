@@ -77,15 +77,15 @@ def _what_it_learned_from(policy: RobotPolicy, about: dict, config: FlowConfig) 
     spec = policy.spec
     rotations = spec.state_rotations
     states = rotations.recorded if rotations else spec.state_names
-    seen = f"{spec.proprio_history} states, " if spec.proprio_history > 1 else "state, "
+    history = f"{spec.proprio_history} states" if spec.proprio_history > 1 else "state"
     later = f", from {spec.action_offset} steps later on" if spec.action_offset else ""
+    pictures = ", ".join(f"`{key}` ({camera})" for key, camera in config.cameras.items())
     rows = {
         "data": about.get("dataset", "unknown"),
         "fingerprint of the data": about.get("fingerprint", "unknown"),
         "task": spec.task or "one",
-        "pictures": ", ".join(f"`{key}` ({camera})" for key, camera in config.cameras.items())
-        + f", {spec.image_size[0]}x{spec.image_size[1]}",
-        seen.removesuffix(", "): ", ".join(states),
+        "pictures": f"{pictures}, {spec.image_size[0]}x{spec.image_size[1]}",
+        history: ", ".join(states),
         "action": ", ".join(config.action_feature_names),
         "chunk": f"{policy.horizon} actions at {spec.fps:g} Hz{later}",
         "step": policy.trained_steps,
