@@ -286,6 +286,6 @@ def test_the_packages_are_what_was_built(work):
         "python", "-c", "import lerobot_policy_flow, sys; print(lerobot_policy_flow.__file__)", cwd=work
     )
     assert str(Path(PYTHON).parents[1]) in said
-    assert sys.prefix not in said
+    assert f"{sys.prefix}/" not in said
     export = ("python", "-m", "lerobot_policy_flow.export", work / "nothing", work / "out")
     assert "holds no finished checkpoint" in run(*export, cwd=work, code=1)
