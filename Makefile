@@ -1,6 +1,8 @@
 # make demo       set up, record demonstrations, train train_vfp.py on them, evaluate (about ten minutes on two cores)
 # make test       set up, lint, test
 # make sim        install simulators for `evaluate.py --env`, and try them
+# make plugin     LeRobot and our plug-ins in an environment of their own, and LeRobot's commands in it
+# make lowest     try the lower bounds of requirements.txt
 # make test-all   the same, and the slow tests: several processes, processes that hang, files mutated at random
 
 RUN ?= runs/demo
@@ -9,7 +11,7 @@ CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 PYTHON = $(shell for p in python3 /usr/bin/python3 python $(HOME)/.pyenv/versions/3*/bin/python; do \
 	"$$p" -c 'f""' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: setup tools sim demo test test-all lint format
+.PHONY: setup tools sim demo plugin lowest test test-all lint format
 
 setup: .venv/.installed
 
@@ -50,6 +52,19 @@ SLOW = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
 
 test-all: test
 	$(SLOW) || $(SLOW) --last-failed
+
+# What `pip install ./lerobot_policy_flow` gives a user, see docs/lerobot.md: nothing of this checkout is on its path.
+plugin: tools
+	.venv/bin/python tools/plugin.py
+	PLUGIN_PYTHON=$(CURDIR)/.venv-plugin/bin/python OMP_NUM_THREADS=$(CORES) \
+		.venv/bin/python -m pytest -m slow tests/test_installed.py
+
+# The oldest versions that requirements.txt allows, in an environment of their own, and the tests that they decide.
+LOWEST = tests/test_config.py tests/test_inference.py tests/test_optim.py tests/test_vision.py
+
+lowest: tools
+	.venv/bin/python tools/plugin.py lowest
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -m "not slow" $(LOWEST)
 
 lint: tools
 	.venv/bin/ruff check .

@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common import exported
 from common.config import to_dict
 from common.console import say
 from common.data import ChunkDataset
@@ -408,30 +410,30 @@ def load_components(policy: nn.Module, folder: Path) -> None:
 
 
 def initialise(policy: nn.Module, sources: tuple[str, ...]) -> None:
-    """Start from the weights of other runs (`--init-from`).
+    """Start from the weights of other policies (`--init-from`).
 
     Args:
-        sources: each a run folder (every component that both policies have), or `component=SOURCE` with a
-            run folder, a `.safetensors` file or a `.pt` state dict.
+        sources: each a run folder or an exported policy (every component that both policies have), or
+            `component=SOURCE` with one of these, a `.safetensors` file or a `.pt` state dict.
 
     Raises:
         UserError: if a source is missing or its shapes do not fit.
     """
     components = dict(policy.named_children())
     for source in sources:
-        for name, file in _files_of(source, components).items():
-            pickled = file.suffix in (".pt", ".pth")
+        for name, (file, read) in _weights_of(source, components).items():
             try:
-                weights = torch.load(file, "cpu", weights_only=True) if pickled else load_file(file)
-                components[name].load_state_dict(weights)
+                components[name].load_state_dict(read())
             except Exception as error:
                 raise UserError(
                     f"--init-from: {file} does not fit the component {name} ({_reason(error)})."
                 ) from None
 
 
-def _files_of(source: str, components: dict[str, nn.Module]) -> dict[str, Path]:
-    """Files of weights that an `--init-from` names, by component."""
+def _weights_of(
+    source: str, components: dict[str, nn.Module]
+) -> dict[str, tuple[Path, Callable[[], dict[str, Tensor]]]]:
+    """Weights that an `--init-from` names, by component: where they are, and what reads them."""
     name, equals, where = source.partition("=")
     if not equals or (name not in components and Path(source).expanduser().exists()):
         name, where = "", source  # a run, whose path may have a "=" in it
@@ -440,25 +442,49 @@ def _files_of(source: str, components: dict[str, nn.Module]) -> dict[str, Path]:
             f"--init-from {source}: there is no component {name!r}; there are {', '.join(components)}."
         )
     path = Path(where).expanduser()
+    if export := exported.find(where):
+        there = _by_component(exported.read(export).weights)
+        found = {part: (export, partial(dict, weights)) for part, weights in there.items()}
+        return _chosen(found, name, source, components)
     if not path.exists():
         raise UserError(
-            f"--init-from {source}: {path} does not exist; give a run folder or a file of weights."
+            f"--init-from {source}: {path} does not exist; give a run folder, an exported policy or a file "
+            f"of weights."
         )
     if not path.is_dir():
         if not name:
             raise UserError(
                 f"--init-from {source}: write component=FILE to say which component the file is for."
             )
-        return {name: path}
+        return {name: (path, partial(_read_weights, path))}
     last = find(path)
     refuse_damaged(last, "policy/")
-    there = {file.stem: file for file in sorted(last.glob("policy/*.safetensors")) if file.name not in OTHERS}
-    found = {n: there[n] for n in ([name] if name else components) if n in there}
+    files = {file.stem: file for file in sorted(last.glob("policy/*.safetensors")) if file.name not in OTHERS}
+    return _chosen({part: (f, partial(load_file, f)) for part, f in files.items()}, name, source, components)
+
+
+def _chosen[T](there: dict[str, T], name: str, source: str, components: dict[str, nn.Module]) -> dict[str, T]:
+    """Those that are asked for: the one of that name, or, without one, those that the policy has, too."""
+    found = {part: there[part] for part in ([name] if name else components) if part in there}
     if not found:
         raise UserError(
-            f"--init-from {source}: no component to take from {path}, which has {', '.join(there)}."
+            f"--init-from {source}: no component to take from there, which has {', '.join(there)}."
         )
     return found
+
+
+def _by_component(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """A policy's state dict, as one for each of its components."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        component, _, rest = key.partition(".")
+        found.setdefault(component, {})[rest] = tensor
+    return found
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    pickled = file.suffix in (".pt", ".pth")
+    return torch.load(file, "cpu", weights_only=True) if pickled else load_file(file)
 
 
 def freeze(policy: nn.Module, names: tuple[str, ...]) -> None:

@@ -99,7 +99,8 @@ class RunConfig:
     config: MayChange[UserPath | None] = None
     """JSON file to take the configuration from, a run's config.json or one of configs/; flags override."""
     init_from: tuple[str, ...] = ()
-    """Weights to start from: RUN, component=RUN, component=FILE.safetensors or component=FILE.pt."""
+    """Weights to start from: RUN, component=RUN, component=FILE.safetensors or component=FILE.pt; instead of
+    a RUN also an exported policy, its folder or its name on the hub."""
     freeze: tuple[str, ...] = ()
     """Components that are not trained."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -135,6 +136,9 @@ class RunConfig:
     """Where metrics go in addition to metrics.jsonl."""
     project: MayChange[str] = "flow-policies"
     """Project name for wandb."""
+    push_to_hub: MayChange[str | None] = None
+    """Name on the hub, as owner/name, to which the policy is pushed at the end of the run; see
+    docs/lerobot.md."""
 
 
 def cli[T](main: Callable[[Any], None], config_type: type[T], argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """A trained policy for a robot: camera images and joint states in, actions in recorded units out.
 
-policy = load_policy("runs/vfp-20260301-101500")
+policy = load_policy("runs/vfp-20260301-101500")    # or an exported one: a folder, or "user/name" on the hub
 chunk = policy.act({"images": {"head": rgb, "left": rgb, "right": rgb}, "state": joints})    # (T, A)
 
 One that was trained on several tasks also needs the "task", as in {"task": "fold the towel", ...}.
@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from common import flow
+from common import exported, flow
 from common.checkpoint import PolicySpec, find, load_components, read_settings, refuse_damaged
 from common.config import from_dict
 from common.console import say
@@ -36,6 +37,15 @@ Join = Literal["blocking", "naive", "ensemble", "prefix"]
 FAR = 3.0  # standard deviations outside the recorded range: a state that the policy knows nothing about
 
 
+class Blank(NamedTuple):
+    """A policy without its weights."""
+
+    model: nn.Module
+    config: Any
+    spec: PolicySpec
+    script: ModuleType
+
+
 def load_policy(
     run: str | Path,
     checkpoint: str = "last",
@@ -45,10 +55,11 @@ def load_policy(
     precision: Literal["no", "bf16"] = "no",
     text_encoder: str | None = None,
 ) -> "RobotPolicy":
-    """Load the policy of a run folder, ready to act.
+    """Load a policy, ready to act.
 
     Args:
-        checkpoint: `last`, or the number of a saved step.
+        run: run folder, or what `lerobot_policy_flow.export` wrote: a folder, or its name on the hub.
+        checkpoint: of a run: `last`, or the number of a saved step.
         device: where to compute; the accelerator if there is one, else the CPU.
         seed: makes sampled actions repeatable; None draws new noise on every start.
         compile: compile the components with torch.compile: the first chunk takes minutes, and so does the
@@ -57,39 +68,74 @@ def load_policy(
         text_encoder: where the text encoder of the instructions is now, if it has moved; it is loaded only
             for sentences that the policy was not trained on.
     """
-    path = find(Path(run), checkpoint)
-    refuse_damaged(path, "policy/")
-    settings = read_settings(path)
-    spec = PolicySpec.load(path)
-    module = load_script(settings["script"])
-    if not hasattr(module, "sample_actions"):
-        raise UserError(f"{run} was trained by {settings['script']}, which trains no policy: it cannot act.")
-    config = from_dict(module.Config, settings["config"])
+    if path := exported.find(run):
+        if checkpoint != "last":
+            raise UserError(f"{run} is exported, and holds no step but one: leave out the checkpoint.")
+        found = exported.read(path)
+        settings, blank = found.settings, build(found.settings, run)
+        normalizer = fill(blank, found.weights, found.statistics, path)
+    else:
+        path = find(Path(run), checkpoint)
+        refuse_damaged(path, "policy/")
+        settings = read_settings(path)
+        blank = build(settings, run, PolicySpec.load(path))
+        load_components(blank.model, path / "policy")
+        normalizer = Normalizer.load(path / "policy" / "stats.safetensors", blank.config.normalization)
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = module.Policy(config, spec, pretrained=False)
-    load_components(model, path / "policy")
-    normalizer = Normalizer.load(path / "policy" / "stats.safetensors", config.normalization)
-    policy = RobotPolicy(model, normalizer, config, spec, module, torch.device(device), seed)
+    policy = RobotPolicy(blank.model, normalizer, *blank[1:], torch.device(device), seed)
     policy.checkpoint, policy.trained_steps, policy.precision = path, settings["step"], precision
     if compile:
         for component in policy.model.children():
             component.compile(dynamic=False)
-    if spec.tasks is not None and spec.tasks.encoder != "index":
-        policy.text_encoder = text_encoder or spec.tasks.encoder
-        known = listed(spec.tasks.sentences)
-        say(f"{run} takes any instruction, and was trained on {len(spec.tasks.sentences)}: {known}")
+    tasks = blank.spec.tasks
+    if tasks is not None and tasks.encoder != "index":
+        policy.text_encoder = text_encoder or tasks.encoder
+        known = listed(tasks.sentences)
+        say(f"{run} takes any instruction, and was trained on {len(tasks.sentences)}: {known}")
     return policy
 
 
-def load_script(name: str):
+def build(settings: dict, source: str | Path, spec: PolicySpec | None = None) -> Blank:
+    """The policy that a `policy.json` describes; `source` is what messages call it."""
+    spec = spec or PolicySpec.from_json(settings["spec"])
+    module = load_script(settings["script"])
+    if not hasattr(module, "sample_actions"):
+        raise UserError(
+            f"{source} was trained by {settings['script']}, which trains no policy: it cannot act."
+        )
+    config = from_dict(module.Config, settings["config"])
+    return Blank(module.Policy(config, spec, pretrained=False), config, spec, module)
+
+
+def fill(
+    blank: Blank, weights: dict[str, Tensor], statistics: dict[str, Tensor], source: str | Path
+) -> Normalizer:
+    """Load an exported policy's weights, which must agree in names and shapes; its statistics."""
+    try:
+        blank.model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"The weights in {source} do not fit their network ({reason}): export the run again, with the "
+            f"script that trained it."
+        ) from None
+    try:
+        return Normalizer.of_tensors(statistics, blank.config.normalization)
+    except KeyError as error:
+        raise UserError(f"{source} lacks the statistics {error}: export the run again.") from None
+
+
+def load_script(name: str) -> ModuleType:
     """Import a script by the name in a checkpoint; only a `train_*.py` beside `common/` or in `examples/`."""
     scripts = {path.name: path.relative_to(ROOT) for path in ROOT.glob("examples/train_*.py")}
     scripts |= {path.name: path.relative_to(ROOT) for path in ROOT.glob("train_*.py")}
     if name not in scripts:
         there = ", ".join(sorted(scripts))
         raise UserError(f"The policy was trained by {name!r}, which is not in {ROOT}; there are {there}.")
-    return importlib.import_module(".".join(scripts[name].with_suffix("").parts))  # found as `common` was
+    # Found where `common` was found, which a distribution has inside of a package.
+    place = ".".join(scripts[name].with_suffix("").parts)
+    return importlib.import_module(f"{__package__.removesuffix('common')}{place}")
 
 
 def _spaced(sentence: str) -> str:

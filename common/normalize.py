@@ -290,28 +290,36 @@ class Normalizer(nn.Module):
         base = proprio[:, -1:].float().index_select(-1, self.relative_to.clamp(min=0))
         return base * (self.relative_to >= 0)
 
-    def save(self, path: Path) -> None:
-        """Write the statistics as safetensors: `state.mean`, `action.q99`, ..."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The statistics by name: `state.mean`, `action.q99`, ...; `of_tensors` is the inverse."""
         tensors = {f"{name}.{key}": x for name, part in self.statistics.items() for key, x in part.items()}
         tensors["action_range"] = self.action_range
         if self.relative_to is not None:
             tensors["relative_to"] = self.relative_to
         if self.poses:
             tensors["poses"] = torch.tensor(self.poses)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], mode: Normalization) -> Self:
+        """A KeyError if one is missing."""
+        parts = [{key: tensors[f"{n}.{key}"] for key in STATISTICS} for n in ("state", "action")]
+        for name, part in zip(("state", "action"), parts, strict=True):
+            part["floor"] = tensors.get(f"{name}.floor", torch.zeros_like(part["std"]))
+        poses = tensors["poses"].tolist() if "poses" in tensors else ()
+        relative_to, poses = tensors.get("relative_to"), [tuple(pose) for pose in poses]
+        return cls(*parts, tensors["action_range"], mode, relative_to, poses)
+
+    def save(self, path: Path) -> None:
+        """Write the statistics as safetensors."""
+        save_file(self.tensors(), path)
 
     @classmethod
     def load(cls, path: Path, mode: Normalization) -> Self:
         """Read what `save` wrote; a UserError names a file that is missing or holds no statistics."""
         try:
-            tensors = load_file(path)
-            parts = [{key: tensors[f"{n}.{key}"] for key in STATISTICS} for n in ("state", "action")]
-            for name, part in zip(("state", "action"), parts, strict=True):
-                part["floor"] = tensors.get(f"{name}.floor", torch.zeros_like(part["std"]))
-            action_range = tensors["action_range"]
+            return cls.of_tensors(load_file(path), mode)
         except Exception as error:
             raise UserError(
                 f"{path} holds no normalization statistics ({error}): use another checkpoint."
             ) from None
-        poses = tensors["poses"].tolist() if "poses" in tensors else ()
-        return cls(*parts, action_range, mode, tensors.get("relative_to"), [tuple(pose) for pose in poses])

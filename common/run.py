@@ -36,7 +36,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from common import checkpoint, flow, optim
+from common import checkpoint, exported, flow, optim
 from common.accelerator import make_accelerator
 from common.checkpoint import PolicySpec
 from common.config import to_dict
@@ -86,6 +86,8 @@ def start_run(config: Any, script: str) -> "Run":
 
     Works alone, under `accelerate launch` and under `torchrun`.
     """
+    if config.run.push_to_hub is not None:
+        exported.require_pushable(config.run.push_to_hub, Path(script).name)
     with meeting(config.run.hang_timeout):
         accelerator = make_accelerator(config.run, config.optim.grad_accumulation)
     return Run(config, Path(script), accelerator)
@@ -437,10 +439,10 @@ class Run:
             self._saved_step = self.step
 
     def close(self) -> None:
-        """Release what the run holds. Exits with code 75 if the run was stopped before its end.
+        """Release what the run holds; push its policy. Exits with code 75 if it was stopped before its end.
 
         Raises:
-            UserError: if the last checkpoint could not be written.
+            UserError: if the last checkpoint could not be written, or the hub does not take the policy.
         """
         leaving = self.stopping and self.step < self.total_steps
         self._at("closing the tracker")
@@ -459,6 +461,10 @@ class Run:
                 f"--resume {self.folder}"
             )
             sys.exit(EXIT_STOPPED)
+        if self.is_main and self.config.run.push_to_hub is not None:
+            from lerobot_policy_flow.export import push_run
+
+            say(f"pushed: {push_run(self.folder, self.config.run.push_to_hub)}")
 
 
 def _new_folder(path: Path) -> Path:

@@ -40,6 +40,8 @@ def save_model(folder, kind):
             )
         )
     elif kind == "radio":
+        if not hasattr(t, "RadioModel"):
+            pytest.skip("this version of transformers has no C-RADIO")
         model = t.RadioModel(
             t.RadioConfig(**{k: v for k, v in TINY.items() if k != "intermediate_size"}, max_img_size=128)
         )

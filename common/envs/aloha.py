@@ -34,7 +34,7 @@ class AlohaEnvironment:
     State and action are the 14 joint positions, radians, with grippers from 0 (closed) to 1 (open).
     """
 
-    fps, state_names, action_names = float(FPS), NAMES, NAMES
+    fps, state_names, action_names, cameras = float(FPS), NAMES, NAMES, CAMERAS
 
     def __init__(self, task: str, image_size: tuple[int, int], max_steps: int | None = None):
         import gym_aloha.constants

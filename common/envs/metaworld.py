@@ -21,6 +21,7 @@ class MetaworldEnvironment:
     fps = 80.0
     state_names = ("x", "y", "z", "gripper")
     action_names = ("dx", "dy", "dz", "gripper")
+    cameras = ("corner2", "gripper")
 
     def __init__(self, task: str, image_size: tuple[int, int], max_steps: int | None = None):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS

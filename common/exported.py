@@ -1,0 +1,127 @@
+"""Exported policies, in a folder or on the hub: found and read here, written by `lerobot_policy_flow`.
+
+    config.json         LeRobot's settings, and as `run` what a checkpoint's policy.json holds
+    model.safetensors   weights as `model.<component>.<name>`, statistics as `statistics.<part>.<name>`
+
+Nothing that is read can run code, and nothing of LeRobot is needed to read it.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from common.errors import UserError
+from common.files import read_json
+from common.vision import brief, hub_answers
+
+TYPE, VERSION = "flow", 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MODEL, STATISTICS = "model.", "statistics."
+HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+
+
+class Exported(NamedTuple):
+    """What an exported policy is made from."""
+
+    settings: dict
+    """`script`, `spec`, `config` and `step`, as in a checkpoint's `policy.json`."""
+    weights: dict[str, Tensor]
+    """State dict of the policy."""
+    statistics: dict[str, Tensor]
+    """What `Normalizer.tensors` gave."""
+
+
+def find(name: str | Path) -> Path | None:
+    """Folder of an exported policy; None for the name of something else, as a run folder.
+
+    A hub name is downloaded into the hub's cache.
+
+    Raises:
+        UserError: if the hub has no such policy, or does not answer.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path if (path / WEIGHTS).is_file() else None
+    if not re.fullmatch(HUB_NAME, str(name)):
+        return None
+    from huggingface_hub import snapshot_download
+
+    far = not hub_answers(str(name))
+    try:
+        folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS], local_files_only=far))
+    except Exception as error:  # the hub's client has dozens of classes, of three libraries
+        reason = "it is not in the hub's cache here, and there is no connection" if far else brief(error)
+        raise UserError(
+            f"{name} is no folder here and cannot be had from the hub ({reason}): check the name, and "
+            f"`hf auth login` if it is private."
+        ) from None
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{name} on the hub has no {WEIGHTS}: give one that this project exported.")
+    return folder
+
+
+def read(folder: Path) -> Exported:
+    """What an exported policy holds; a UserError if it is another's, of another version, or damaged."""
+    try:
+        config = read_json(folder / CONFIG)
+        kind, version, settings = config.get("type"), config.get("version"), config.get("run")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / CONFIG} cannot be read ({error}): export the run again.") from None
+    if kind != TYPE:
+        raise UserError(f"{folder} holds a policy of type {kind!r}: give one that this project exported.")
+    require_version(version, folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except Exception as error:
+        raise UserError(
+            f"{folder / WEIGHTS} cannot be read ({brief(error)}): export the run again."
+        ) from None
+    return Exported(require_settings(settings, folder), *parts(tensors))
+
+
+def require_version(version: object, where: object) -> None:
+    """Refuse what another version has exported."""
+    if version != VERSION:
+        raise UserError(
+            f"{where} was exported in version {version} of the format, and this is version {VERSION}: export "
+            f"the run again, or use the version that wrote it."
+        )
+
+
+def require_settings(settings: object, where: object) -> dict:
+    """What an export says of its run, if nothing is missing."""
+    there = settings if isinstance(settings, dict) else {}
+    if missing := {"script", "spec", "config", "step"} - there.keys():
+        raise UserError(f"{where} has no {', '.join(sorted(missing))} of its run: export it again.")
+    return there
+
+
+def parts(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and statistics among the tensors of an export."""
+    weights, statistics = (
+        {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+        for prefix in (MODEL, STATISTICS)
+    )
+    return weights, statistics
+
+
+def require_pushable(name: str, script: str) -> None:
+    """Refuse, before a run of a script starts, what could not be pushed to the hub at its end."""
+    from huggingface_hub import get_token
+
+    from common.inference import load_script
+
+    require_hub_name(name, "--push-to-hub")
+    if not hasattr(load_script(script), "sample_actions"):
+        raise UserError(f"--push-to-hub {name}: {script} trains no policy, leave it out.")
+    if get_token() is None:
+        raise UserError(f"--push-to-hub {name} needs a login: `hf auth login`, or the variable HF_TOKEN.")
+
+
+def require_hub_name(name: str, flag: str) -> None:
+    """Refuse a name that the hub cannot have."""
+    if not re.fullmatch(HUB_NAME, name):
+        raise UserError(f"{flag} {name}: write owner/name, as in me/fold-towel.")
