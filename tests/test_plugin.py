@@ -28,6 +28,7 @@ from common.config import parse
 from common.data.recording import Demonstration, write_dataset
 from common.errors import UserError
 from common.inference import Controller, RobotPolicy, load_policy
+from common.instructions import Instructions
 from lerobot_policy_flow import export
 
 NAMES = ("x", "y", "quat_x", "quat_y", "quat_z", "quat_w")
@@ -292,7 +293,7 @@ def test_policies_that_cannot_continue_a_chunk_refuse(exported, monkeypatch):
 
 def test_policies_of_several_tasks_hear_the_instruction(exported, monkeypatch):
     policy, pre, _ = in_lerobot(exported("vfp")[1])
-    object.__setattr__(policy._blank.spec, "tasks", ("fold the towel",))
+    object.__setattr__(policy._blank.spec, "tasks", Instructions(("fold", "fold the towel")))
     heard, action = [], np.zeros((1, 6), np.float32)
     act = lambda self, seen, *_: heard.append(seen["task"]) or action  # noqa: E731
     next_actions = lambda self, *_, tasks: heard.append(tasks) or action  # noqa: E731
