@@ -365,7 +365,7 @@ def prefix_in(request: Mapping[str, Any], episode: RobotPolicy) -> dict[str, np.
     """The actions that will be executed meanwhile, as an argument of `RobotPolicy.act`, if there are any."""
     if request.get("prefix") is None:
         return {}
-    most, width = getattr(episode.spec, "max_delay", 0), len(recorded_names(episode)[1])
+    most, width = episode.spec.max_delay, len(recorded_names(episode)[1])
     prefix = numbers(request["prefix"], "the prefix")
     if prefix.ndim != 2 or prefix.shape[1] != width or not np.isfinite(prefix).all():
         raise ValueError(f"the prefix is an array of finite numbers (d, {width}), got {prefix.shape}")

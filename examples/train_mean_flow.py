@@ -27,6 +27,7 @@ from common import flow, losses, vision
 from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, RunConfig, Share, cli, options
 from common.data import Batch, ChunkDataset, DataConfig
+from common.instructions import TaskConfig, drop_some
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
 from common.rollout import RolloutConfig, success_rate
@@ -44,6 +45,7 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=lambda: OptimConfig(schedule="schedule-free"))
     run: Flat[RunConfig] = field(default_factory=RunConfig)
     rollout: Flat[RolloutConfig] = field(default_factory=RolloutConfig)
+    tasks: Flat[TaskConfig] = field(default_factory=TaskConfig)
 
     horizon: PositiveInt = 16
     """Actions predicted per chunk, in control steps."""
@@ -69,7 +71,7 @@ class Config:
     attention: Literal["causal", "full"] = "causal"
     """Self-attention among the actions of a chunk: each sees itself and earlier ones, or all."""
     sample_steps: MayChange[PositiveInt] = 10
-    """Steps from noise to data when sampling actions."""
+    """Integration steps when sampling actions."""
 
 
 class Policy(nn.Module):
@@ -87,23 +89,24 @@ class Policy(nn.Module):
         widths = [(self.backbone.token_dim, self.backbone.summary_dim)] * len(spec.cameras)
         size = Size(config.d_model, config.num_heads)
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
-        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers)
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, tasks=spec.tasks)
         causal = config.attention == "causal"
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal, latent_dim=1)
         # The derivative in t of an embedding with high frequencies would drown all else.
         self.action_decoder.time = TimeEmbedding(config.d_model, max_frequency=10.0)
 
-    def observe(self, images: Tensor, proprio: Tensor) -> Context:
+    def observe(self, images: Tensor, proprio: Tensor, task: Tensor | None = None) -> Context:
         """What the decoder needs of an observation, computed once however often the decoder runs.
 
         Args:
             images: (B, N, 3, H, W) float in [0, 1].
             proprio: (B, K, P), normalized.
+            task: which instruction, see `InstructionEmbedder`.
         """
         tokens, summary = self.backbone(images.flatten(0, 1))  # all cameras at once, (B * N, ...)
         tokens, summary = (x.unflatten(0, images.shape[:2]).unbind(1) for x in (tokens, summary))
         views = list(zip(tokens, summary, strict=True))
-        return self.action_decoder.context(self.info_embedder(views, proprio))
+        return self.action_decoder.context(self.info_embedder(views, proprio, task=task))
 
     def forward(
         self,
@@ -114,9 +117,10 @@ class Policy(nn.Module):
         images: Tensor,
         proprio: Tensor,
         is_pad: Tensor | None = None,
+        task: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Average velocity (B * M, T, A) from t to r, and its derivative in t along the path."""
-        context = self.observe(images, proprio)
+        context = self.observe(images, proprio, task)
 
         def average(x: Tensor, t: Tensor) -> Tensor:
             return self.action_decoder(x, t, context, is_pad, latent=(r - t).unsqueeze(1))
@@ -149,7 +153,7 @@ def compute_loss(
     """MeanFlow loss over the actions within the episode, and its parts to log.
 
     Args:
-        train: augment images.
+        train: augment images, drop instructions.
         count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
         x_0, t, r: noise (B * M, T, A) and flow times (B * M,), M for each sample; all, or none to draw them.
     """
@@ -162,8 +166,9 @@ def compute_loss(
         x_0 = torch.randn_like(x_1)
         t, r = sample_times(len(x_1), x_1.device, config)  # (B * M,) each
     x_t, velocity = flow.linear_path(x_0, x_1, t)
+    task = drop_some(batch.task, config.tasks) if train else batch.task
     proprio = normalizer.proprio(batch.proprio)
-    average, derivative = policy(x_t, t, r, velocity, images, proprio, is_pad)
+    average, derivative = policy(x_t, t, r, velocity, images, proprio, is_pad, task)
     target = velocity + (r - t)[:, None, None] * derivative.detach()
     count = None if count is None else count * flow_samples
     loss = losses.masked_mse(average, target, ~is_pad, count)
@@ -179,12 +184,14 @@ def sample_actions(
     steps: int | None = None,
     generator: flow.Generators = None,
     x_0: Tensor | None = None,
+    task: Tensor | None = None,
 ) -> Tensor:
     """Sample one normalized action chunk per observation.
 
     Args:
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
+        task: which instruction, see `InstructionEmbedder`.
         steps: equal steps from noise to data, instead of the configured number.
         generator: source of the noise, on the device of the images, or one for each of them.
         x_0: the noise itself, (B, T, A).
@@ -193,7 +200,7 @@ def sample_actions(
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
     """
     decoder = policy.action_decoder
-    context = policy.observe(vision.to_float(images), proprio)
+    context = policy.observe(vision.to_float(images), proprio, task)
     shape = (len(images), config.horizon, decoder.action_in.in_features)
     if x_0 is None:
         x_0 = flow.noise(shape, images.device, generator)
@@ -221,9 +228,8 @@ def evaluate(
         noise, *times = (drawn[picked].to(run.device) for drawn in (x_0, t, r))
         with run.autocast():
             loss, _ = compute_loss(policy, batch, normalizer, config, False, None, noise, *times)
-            sampled = sample_actions(
-                policy, batch.images, normalizer.proprio(batch.proprio), config, x_0=noise
-            )
+            proprio = normalizer.proprio(batch.proprio)
+            sampled = sample_actions(policy, batch.images, proprio, config, x_0=noise, task=batch.task)
         target = normalizer.actions(batch.actions, batch.proprio)
         error = losses.masked_l1(sampled, target, ~batch.is_pad)
         sums += torch.stack([loss, error, torch.ones_like(loss)]) * (~batch.is_pad).sum()
@@ -233,7 +239,7 @@ def evaluate(
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization)
+    data = run.load_data(config.horizon, config.normalization, config.tasks)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
 

@@ -24,6 +24,7 @@ from common import losses, vision
 from common.checkpoint import PolicySpec
 from common.config import Flat, RunConfig, cli, options
 from common.data import Batch, ChunkDataset, DataConfig
+from common.instructions import TaskConfig, drop_some
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
 from common.rollout import RolloutConfig, success_rate
@@ -41,6 +42,7 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=lambda: OptimConfig(schedule="schedule-free"))
     run: Flat[RunConfig] = field(default_factory=RunConfig)
     rollout: Flat[RolloutConfig] = field(default_factory=RolloutConfig)
+    tasks: Flat[TaskConfig] = field(default_factory=TaskConfig)
 
     horizon: PositiveInt = 16
     """Actions predicted per chunk, in control steps."""
@@ -74,27 +76,27 @@ class Policy(nn.Module):
         size = Size(config.d_model, config.num_heads)
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
         self.chunk = chunk
-        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers)
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, tasks=spec.tasks)
         causal = config.attention == "causal"
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal)
 
-    def observe(self, images: Tensor, proprio: Tensor) -> Context:
+    def observe(self, images: Tensor, proprio: Tensor, task: Tensor | None = None) -> Context:
         """What the decoder needs of an observation, computed once however often the decoder runs.
 
         Args:
             images: (B, N, 3, H, W) float in [0, 1].
             proprio: (B, K, P), normalized.
+            task: which instruction, see `InstructionEmbedder`.
         """
         tokens, summary = self.backbone(images.flatten(0, 1))  # all cameras at once, (B * N, ...)
         tokens, summary = (x.unflatten(0, images.shape[:2]).unbind(1) for x in (tokens, summary))
         views = list(zip(tokens, summary, strict=True))
-        return self.action_decoder.context(self.info_embedder(views, proprio))
+        return self.action_decoder.context(self.info_embedder(views, proprio, task=task))
 
-    def forward(self, images: Tensor, proprio: Tensor, is_pad: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, proprio: Tensor, is_pad: Tensor | None, task: Tensor | None) -> Tensor:
         """Chunks (B, T, A)."""
-        context = self.observe(images, proprio)
         x_t = torch.zeros(len(images), *self.chunk, device=images.device)
-        return self.action_decoder(x_t, x_t[:, 0, 0], context, is_pad)
+        return self.action_decoder(x_t, x_t[:, 0, 0], self.observe(images, proprio, task), is_pad)
 
 
 def compute_loss(
@@ -108,12 +110,13 @@ def compute_loss(
     """Squared error over the actions within the episode, and its parts to log.
 
     Args:
-        train: augment images.
+        train: augment images, drop instructions.
         count: real actions to divide by: `run.real_actions`. None: those of the batch.
     """
     images = vision.augment(batch.images, config.vision) if train else vision.to_float(batch.images)
     x_1 = normalizer.actions(batch.actions, batch.proprio)  # (B, T, A)
-    chunks = policy(images, normalizer.proprio(batch.proprio), batch.is_pad)
+    task = drop_some(batch.task, config.tasks) if train else batch.task
+    chunks = policy(images, normalizer.proprio(batch.proprio), batch.is_pad, task)
     loss = losses.masked_mse(chunks, x_1, ~batch.is_pad, count)
     return loss, {"loss/chunk": loss}
 
@@ -126,18 +129,20 @@ def sample_actions(
     config: Config,
     steps: int | None = None,
     generator=None,
+    task: Tensor | None = None,
 ) -> Tensor:
     """One normalized action chunk per observation.
 
     Args:
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
+        task: which instruction, see `InstructionEmbedder`.
         steps, generator: of no use here.
 
     Returns:
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
     """
-    return policy(vision.to_float(images), proprio).float()
+    return policy(vision.to_float(images), proprio, None, task).float()
 
 
 @torch.no_grad()
@@ -154,7 +159,8 @@ def evaluate(
     for _, batch in run.evenly_spaced(dataset, num):
         with run.autocast():
             loss, _ = compute_loss(policy, batch, normalizer, config, train=False)
-            sampled = sample_actions(policy, batch.images, normalizer.proprio(batch.proprio), config)
+            proprio = normalizer.proprio(batch.proprio)
+            sampled = sample_actions(policy, batch.images, proprio, config, task=batch.task)
         target = normalizer.actions(batch.actions, batch.proprio)
         error = losses.masked_l1(sampled, target, ~batch.is_pad)
         sums += torch.stack([loss, error, torch.ones_like(loss)]) * (~batch.is_pad).sum()
@@ -164,7 +170,7 @@ def evaluate(
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization)
+    data = run.load_data(config.horizon, config.normalization, config.tasks)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
 

@@ -27,6 +27,7 @@ from common import flow, losses, vision
 from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, RunConfig, cli, options
 from common.data import Batch, ChunkDataset, DataConfig
+from common.instructions import TaskConfig, drop_some
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
 from common.rollout import RolloutConfig, success_rate
@@ -46,6 +47,7 @@ class Config:
     optim: Flat[OptimConfig] = field(default_factory=lambda: OptimConfig(schedule="schedule-free"))
     run: Flat[RunConfig] = field(default_factory=RunConfig)
     rollout: Flat[RolloutConfig] = field(default_factory=RolloutConfig)
+    tasks: Flat[TaskConfig] = field(default_factory=TaskConfig)
 
     horizon: PositiveInt = 16
     """Actions predicted per chunk, in control steps."""
@@ -80,21 +82,22 @@ class Policy(nn.Module):
         widths = [(self.backbone.token_dim, self.backbone.summary_dim)] * len(spec.cameras)
         size = Size(config.d_model, config.num_heads)
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
-        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers)
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, tasks=spec.tasks)
         causal = config.attention == "causal"
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal)
 
-    def observe(self, images: Tensor, proprio: Tensor) -> Context:
+    def observe(self, images: Tensor, proprio: Tensor, task: Tensor | None = None) -> Context:
         """What the decoder needs of an observation, computed once however often the decoder runs.
 
         Args:
             images: (B, N, 3, H, W) float in [0, 1].
             proprio: (B, K, P), normalized.
+            task: which instruction, see `InstructionEmbedder`.
         """
         tokens, summary = self.backbone(images.flatten(0, 1))  # all cameras at once, (B * N, ...)
         tokens, summary = (x.unflatten(0, images.shape[:2]).unbind(1) for x in (tokens, summary))
         views = list(zip(tokens, summary, strict=True))
-        return self.action_decoder.context(self.info_embedder(views, proprio))
+        return self.action_decoder.context(self.info_embedder(views, proprio, task=task))
 
     def forward(
         self,
@@ -103,9 +106,10 @@ class Policy(nn.Module):
         images: Tensor,
         proprio: Tensor,
         is_pad: Tensor | None = None,
+        task: Tensor | None = None,
     ) -> Tensor:
         """Chunks (B * M, T, A) from x_t (B * M, T, A), t (B * M,), for M draws per observation."""
-        return self.action_decoder(x_t, t, self.observe(images, proprio), is_pad)
+        return self.action_decoder(x_t, t, self.observe(images, proprio, task), is_pad)
 
 
 def compute_loss(
@@ -120,7 +124,7 @@ def compute_loss(
     """Squared errors of both steps over the actions within the episode, and its parts to log.
 
     Args:
-        train: augment images.
+        train: augment images, drop instructions.
         count: real actions to divide by: `run.real_actions`. None: those of the batch.
         x_0: noise (B, T, A); None to draw it.
     """
@@ -131,9 +135,9 @@ def compute_loss(
     x_t = torch.stack([torch.zeros_like(x_1), x_1 + (1 - TAU) * x_0], dim=1).flatten(0, 1)  # (2 B, T, A)
     t = torch.tensor([0, TAU], device=x_1.device).repeat(len(x_1))
     scale = torch.tensor([TAU, 1 - TAU], device=x_1.device).repeat(len(x_1))[:, None, None]
-    chunks = policy(
-        x_t, t, images, normalizer.proprio(batch.proprio), batch.is_pad.repeat_interleave(2, dim=0)
-    )
+    is_pad = batch.is_pad.repeat_interleave(2, dim=0)
+    task = drop_some(batch.task, config.tasks) if train else batch.task
+    chunks = policy(x_t, t, images, normalizer.proprio(batch.proprio), is_pad, task)
     error = (chunks - x_1.repeat_interleave(2, dim=0)) / scale
     first, second = error.unflatten(0, (-1, 2)).unbind(1)
     parts = {
@@ -151,12 +155,14 @@ def sample_actions(
     config: Config,
     steps: int | None = None,
     generator: flow.Generators = None,
+    task: Tensor | None = None,
 ) -> Tensor:
     """One normalized action chunk per observation.
 
     Args:
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
+        task: which instruction, see `InstructionEmbedder`.
         steps: 1 or 2, instead of the configured number.
         generator: of no use here.
 
@@ -164,7 +170,7 @@ def sample_actions(
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
     """
     decoder = policy.action_decoder
-    context = policy.observe(vision.to_float(images), proprio)
+    context = policy.observe(vision.to_float(images), proprio, task)
     start = torch.zeros(len(images), config.horizon, decoder.action_in.in_features, device=images.device)
     chunk = decoder(start, start[:, 0, 0], context).float()
     if (steps or config.sample_steps) == 1:
@@ -189,7 +195,8 @@ def evaluate(
         noise = x_0[picked].to(run.device)
         with run.autocast():
             loss, _ = compute_loss(policy, batch, normalizer, config, train=False, x_0=noise)
-            sampled = sample_actions(policy, batch.images, normalizer.proprio(batch.proprio), config)
+            proprio = normalizer.proprio(batch.proprio)
+            sampled = sample_actions(policy, batch.images, proprio, config, task=batch.task)
         target = normalizer.actions(batch.actions, batch.proprio)
         error = losses.masked_l1(sampled, target, ~batch.is_pad)
         sums += torch.stack([loss, error, torch.ones_like(loss)]) * (~batch.is_pad).sum()
@@ -199,7 +206,7 @@ def evaluate(
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization)
+    data = run.load_data(config.horizon, config.normalization, config.tasks)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
 

@@ -159,7 +159,7 @@ class FlowPolicy(PreTrainedPolicy):
     def _why_no_rtc(self) -> str | None:
         """Why chunks cannot continue another; None if they can."""
         spec = self._blank.spec
-        if getattr(spec, "max_delay", 0) == 0:
+        if spec.max_delay == 0:
             return "it was not trained to continue a chunk"
         if spec.proprio_history > 1:
             return f"it sees {spec.proprio_history} states, and LeRobot hands over one"
@@ -189,7 +189,7 @@ class FlowPolicy(PreTrainedPolicy):
 
     def _tasks(self, batch: Mapping[str, Any], episodes: int) -> list[str | None] | None:
         """The instruction of each episode, if the policy is told any."""
-        if getattr(self._blank.spec, "tasks", None) is None:
+        if self._blank.spec.tasks is None:
             return None
         tasks = batch.get("task") or ""
         return [task or None for task in ([tasks] * episodes if isinstance(tasks, str) else tasks)]
