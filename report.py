@@ -34,7 +34,7 @@ from common.files import completed_checkpoints, read_json, write_whole
 from common.plots import read_lines
 
 LARGEST_FILE = 32e6  # bytes: a larger picture or film is named, not embedded
-MOST_POINTS = 2000  # of a curve
+MOST_POINTS = 1000  # of a curve, each to six digits: full ones make reports of many runs slow to open
 MOST_NESTED = 50  # levels of JSON
 MEDIA = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}
 LOGARITHMIC = ("loss", "grad_norm", "error", "action_mae")
@@ -109,6 +109,7 @@ def main(config: Config) -> None:
         "overview": table("Runs", [overview(run) for run in runs]),
         "differing": Table("What differs", differing),
         "curves": curves(runs),
+        "same_data": len({shown(held_out(run)) for run in runs}) == 1,
         "rates": result_tables(runs, "success", rate_cell),
         "differences": differences,
         "not_compared": not_compared,
@@ -222,7 +223,7 @@ def holding(values: dict, key: str, path: tuple[str, ...] = ()) -> Iterator[tupl
 
 
 def table(title: str, columns: list[dict[str, Cell]], open: bool = True) -> Table:
-    names = dict.fromkeys(chain.from_iterable(columns))
+    names = dict.fromkeys(chain.from_iterable(sorted(columns, key=len, reverse=True)))
     return Table(title, {name: [column.get(name) for column in columns] for name in names}, open)
 
 
@@ -274,10 +275,15 @@ def overview(run: Run) -> dict[str, Cell]:
         "data": Cell(shown(about.get("dataset", ""))),
         "code": Cell(shown(about.get("git_commit", ""))[:10], more=patch),
         "seed": Cell(shown(run.options.get("seed", ""))),
-        "steps skipped": number(skipped, f"stopped by them: {bad_samples(samples)}" if samples else ""),
+        "steps skipped": number(skipped, bad_samples(samples)),
         "resumed": Cell("yes" if run.options.get("resume") else "no"),
         "checkpoints": Cell(", ".join(steps) or "none"),
     }
+
+
+def held_out(run: Run) -> list[Any]:
+    """What decides which episodes a run holds out."""
+    return [run.about.get("fingerprint"), run.options.get("val_fraction"), run.options.get("seed")]
 
 
 def state(run: Run, last: dict[str, Any]) -> str:
@@ -291,10 +297,12 @@ def state(run: Run, last: dict[str, Any]) -> str:
     return f"not finished{words} at {time:%Y-%m-%d %H:%M}"
 
 
-def bad_samples(samples: Any) -> str:
-    first = samples[0] if isinstance(samples, list) and isinstance(samples[0], dict) else {}
-    place = ", ".join(f"{key} {shown(first[key])}" for key in ("episode", "frame") if key in first)
-    return f"{len(samples)} samples in bad_steps.json, the first {place}"
+def bad_samples(listed: Any) -> str:
+    """What bad_steps.json lists, in words."""
+    if not isinstance(listed, list) or not listed or not isinstance(listed[0], dict):
+        return ""
+    place = ", ".join(f"{key} {shown(listed[0].get(key))}" for key in ("episode", "frame"))
+    return f"{len(listed)} samples in bad_steps.json, the first: {place}"
 
 
 # Curves
@@ -309,7 +317,9 @@ def curves(runs: list[Run]) -> dict[str, Any]:
             stride = max(-(-len(lines) // MOST_POINTS), 1)
             every, lines = max(every, stride), lines[::-stride][::-1]  # the newest is among them
             for name in sorted({name for line in lines for name in line} - {"step", "split"}):
-                known = [(line["step"], line[name]) for line in lines if is_number(line.get(name))]
+                known = [
+                    (line["step"], float(f"{line[name]:.6g}")) for line in lines if is_number(line.get(name))
+                ]
                 if known:
                     x, y = zip(*known, strict=True)
                     panels.setdefault(name, []).append({"run": i, "split": split, "x": x, "y": y})

@@ -30,9 +30,8 @@ class Page:
         os.close(to_browser)
         os.close(from_browser)
         self._numbers, self._buffer, self._session, self.complaints = count(1), b"", None, []
-        target = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        options = {"targetId": target["targetId"], "flatten": True}
-        self._session = self("Target.attachToTarget", **options)["sessionId"]
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self(f"{domain}.enable")
 
@@ -72,8 +71,8 @@ class Page:
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self("Emulation.setEmulatedMedia", features=[feature])
         self("Page.navigate", url=path.absolute().as_uri())
-        while self._receive().get("method") != "Page.loadEventFired":
-            pass
+        loaded = "document.readyState === 'complete' ? done() : addEventListener('load', done)"
+        self.run(f"new Promise(done => {loaded})")
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def run(self, script: str):
