@@ -421,7 +421,11 @@ def own_outcomes(run: Run) -> dict[str, str]:
     """Outcomes in closed loop by number of sampling steps."""
     found = ((path, rates.get("outcomes")) for path, rates in holding(run.results, "success"))
     own = {path[1]: text for path, text in found if len(path) == 2 and path[0] == "closed_loop"}
-    return {name: text for name, text in own.items() if name.isdigit() and re.fullmatch("[01]+", str(text))}
+    return {
+        name: text
+        for name, text in own.items()
+        if name.isdigit() and isinstance(text, str) and re.fullmatch("[01]+", text)
+    }
 
 
 # Mutual information, pictures, films

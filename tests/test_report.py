@@ -265,6 +265,7 @@ WRONG = {
     },
     "heldout": {"policy": {"mae": True, "per_dimension": [1, 2]}, "mean": {"mae": float("nan")}},
     "latency_ms": {"10": {"median": 10**400}, "1": {"median": 3}},
+    "env": "demo",
     "</script><script>alert(1)</script>": {"success": 0.5},
     "\ud800": "\ud800",
 }
@@ -280,6 +281,7 @@ def test_values_of_the_wrong_type_do_no_harm(tmp_path):
     (run / "metrics.jsonl").write_text(
         json.dumps(line) + "\n" + json.dumps({"step": 1, "split": ["val"]}) + "\n"
     )
+    write(tmp_path, run, make_run(tmp_path / "a", seed=None))
     text = write(tmp_path, run)
     page = Reader(text)
     assert page.values["Success in closed loop", "1 sampling step", 1] == [1.0]
