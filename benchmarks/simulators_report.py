@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.methods import insert
+from common.compare import compare
 
 COLUMNS = ("10", "2", "1")  # sampling steps
 COMPARED = (
@@ -88,35 +89,15 @@ def comparisons(found: dict[str, dict[str, list[dict]]]) -> str:
                 a = "".join(run["closed_loop"][its]["outcomes"] for run, _ in pairs)
                 b = "".join(run["closed_loop"][others]["outcomes"] for _, run in pairs)
                 names = f"{label(one)}, {its} | {label(other)}, {others}"
-                rows.append((f"{task} | {names}", a, b, paired_test(a, b)))
-    corrected = holm([p for *_, p in rows])
+                rows.append((f"{task} | {names}", (a, b)))
     lines = [
         "| task | policy, sampling steps | other | difference, points | p, corrected | |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for (names, a, b, _), p in zip(rows, corrected, strict=True):
-        difference = 100 * (a.count("1") - b.count("1")) / len(a)
-        verdict = "distinguishable" if p < 0.05 else "not distinguishable"
-        lines.append(f"| {names} | {difference:+.1f} | {p:.2g} | {verdict} |")
+    differences = compare([outcomes for _, outcomes in rows])
+    for (names, _), found in zip(rows, differences, strict=True):
+        lines.append(f"| {names} | {found.points:+.1f} | {found.p:.2g} | {found.verdict} |")
     return "\n".join(lines)
-
-
-def paired_test(a: str, b: str) -> float:
-    """Exact McNemar test: p of outcomes that differ as unevenly as these, if neither policy were better."""
-    from scipy.stats import binomtest
-
-    only_a = sum(x > y for x, y in zip(a, b, strict=True))
-    only_b = sum(x < y for x, y in zip(a, b, strict=True))
-    return binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """P-values that hold for all comparisons together (Holm 1979)."""
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(np.argsort(p_values)):
-        largest = max(largest, min((len(p_values) - rank) * p_values[i], 1.0))
-        corrected[i] = largest
-    return corrected
 
 
 def draw(found: dict[str, dict[str, list[dict]]], path: Path) -> None:

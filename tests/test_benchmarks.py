@@ -151,14 +151,6 @@ def outcomes(runs):
     }
 
 
-def test_paired_tests_agree_with_closed_forms():
-    assert simulators_report.paired_test("1111111100", "0000000000") == pytest.approx(2 * 0.5**8)
-    assert simulators_report.paired_test("10", "01") == 1.0
-    assert simulators_report.paired_test("1100", "1100") == 1.0
-    assert simulators_report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert simulators_report.holm([0.6, 0.9]) == [1.0, 1.0]
-
-
 def test_every_run_of_the_plan_can_be_made():
     jobs = simulators.plan()
     assert len(jobs) == len(set(jobs)) == 49
