@@ -23,13 +23,11 @@ def reset():
     GradientState._reset_state()
 
 
-def fitting(script, tiny):
-    """The flags without the options of a flow, where a script has none: of pairs, as `tiny` is."""
-    pairs = zip(tiny[::2], tiny[1::2], strict=True)
-    absent = {"--flow-samples", "--sample-steps"} - {
-        f"--{f.name.replace('_', '-')}" for f in fields(script.Config)
-    }
-    return [part for pair in pairs if pair[0] not in absent for part in pair]
+def fitting(script, flags):
+    """The flags without the options of a flow, where a script has none; each has one value."""
+    known = {f"--{f.name.replace('_', '-')}" for f in fields(script.Config)}
+    absent = {"--flow-samples", "--sample-steps"} - known
+    return [f for i, f in enumerate(flags) if f not in absent and (i == 0 or flags[i - 1] not in absent)]
 
 
 def train(script, tiny, run_dir, *more):

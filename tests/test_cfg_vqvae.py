@@ -75,7 +75,7 @@ def test_the_share_of_dropped_latents_follows_its_ramp(tiny):
     config, policy, batch, normalizer = prepare(tiny, *flags)
     seen = []
 
-    def look(x_t, t, images, proprio, actions, is_pad, train, dropped):
+    def look(x_t, t, images, proprio, actions, is_pad, train, dropped, task):
         seen.append(dropped.unflatten(0, (4, 501)))
         raise InterruptedError
 
