@@ -1,6 +1,7 @@
 """Acting in closed loop: episodes side by side, what a policy is shown, and environments that misbehave."""
 
 import importlib
+import sys
 import time
 from dataclasses import replace
 
@@ -401,7 +402,9 @@ def test_cameras_of_a_simulator_are_renamed_or_refused(entry, sentence):
 
 
 def test_a_simulator_that_is_not_installed_says_how(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "metaworld", None)
+    for name in [name for name in sys.modules if name.startswith("metaworld.")]:  # another test's
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "metaworld", None)
     with pytest.raises(UserError, match=r"pip install -r requirements-sim.txt"):
         make_environment(EnvConfig(env="metaworld:push-v3"), (8, 8))
 

@@ -1,6 +1,7 @@
 """The policy server: what robots send it, and what becomes of those that send something else."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -60,7 +61,12 @@ def served(run_dir, key=None, change=lambda policy: None, **options):
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()
     assert started.wait(PATIENCE)
-    server.stop = lambda: loops[0].call_soon_threadsafe(server.stopping.set)
+
+    def stop():
+        with contextlib.suppress(RuntimeError):  # it has stopped, and its loop is closed
+            loops[0].call_soon_threadsafe(server.stopping.set)
+
+    server.stop = stop
     port = listener.getsockname()[1]
     while True:  # until it listens
         try:
