@@ -1,7 +1,6 @@
 """The policy server: what robots send it, and what becomes of those that send something else."""
 
 import asyncio
-import contextlib
 import os
 import random
 import signal
@@ -63,7 +62,7 @@ def served(run_dir, key=None, change=lambda policy: None, **options):
     assert started.wait(PATIENCE)
 
     def stop():
-        with contextlib.suppress(RuntimeError):  # it has stopped, and its loop is closed
+        with suppress(RuntimeError):  # it has stopped, and its loop is closed
             loops[0].call_soon_threadsafe(server.stopping.set)
 
     server.stop = stop
