@@ -27,6 +27,8 @@ ABOUT_THE_PLACE = {
     *("tracker", "project", "push_to_hub", "keep", "keep_every", "log_every", "save_every", "hang_timeout"),
 }
 
+BLIND = {"grey": "grey pictures", "mismatched": "pictures of another episode", "misled": "told another task"}
+
 
 def write_card(folder: Path, policy: RobotPolicy, run: Path, config: FlowConfig, name: str) -> None:
     """Write README.md, and the run's pictures beside it.
@@ -56,6 +58,11 @@ def write_card(folder: Path, policy: RobotPolicy, run: Path, config: FlowConfig,
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
+def public(dataset: str) -> str:
+    """A dataset as others may know it: its name on the hub, or of a folder here the last part."""
+    return Path(dataset).name if dataset.startswith(("/", "~", ".")) or Path(dataset).exists() else dataset
+
+
 def _read(path: Path) -> dict:
     """A JSON file of the run; nothing, if it is not there."""
     try:
@@ -81,9 +88,9 @@ def _what_it_learned_from(policy: RobotPolicy, about: dict, config: FlowConfig) 
     later = f", from {spec.action_offset} steps later on" if spec.action_offset else ""
     pictures = ", ".join(f"`{key}` ({camera})" for key, camera in config.cameras.items())
     rows = {
-        "data": about.get("dataset", "unknown"),
+        "data": ", ".join(map(public, policy.config.data.dataset)),
         "fingerprint of the data": about.get("fingerprint", "unknown"),
-        "task": spec.task or "one",
+        "task": "; ".join(spec.tasks.sentences) if spec.tasks else spec.task or "one",
         "pictures": f"{pictures}, {spec.image_size[0]}x{spec.image_size[1]}",
         history: ", ".join(states),
         "action": ", ".join(config.action_feature_names),
@@ -101,7 +108,7 @@ def _results(results: dict, checkpoint: str) -> str:
         return "## Results\n\nNot evaluated: `python evaluate.py RUN` before the export puts results here."
     lines = []
     for name, found in results.get("closed_loop", {}).items():
-        what = f"{name} sampling steps" if name.isdigit() else f"{name} pictures"
+        what = f"{name} sampling steps" if name.isdigit() else BLIND.get(name, name)
         success, low, high = (100 * found[name] for name in ("success", "low", "high"))
         rate = f"{success:.1f} % [{low:.1f}, {high:.1f}]"
         lines.append(f"| {what} | {rate} | {found['episodes']} | {found['steps']:.0f} |")
@@ -145,6 +152,7 @@ chunk = policy.act({{"images": {{{images}}}, "state": state}})  # {shape}
 def _how_it_was_trained(policy: RobotPolicy, about: dict) -> str:
     """The command line again, with every option that is not its default."""
     given = flat_options(to_dict(policy.config))
+    given["dataset"] = [public(name) for name in given["dataset"]]
     usual = flat_options(to_dict(type(policy.config)()))
     flags = [
         f"--{option.replace('_', '-')}" + ("" if value is True else f" {shown(value)}")

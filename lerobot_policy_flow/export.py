@@ -29,7 +29,7 @@ from common.exported import require_hub_name
 from common.files import completed_checkpoints
 from common.inference import RobotPolicy, load_policy
 from common.vision import brief
-from lerobot_policy_flow.card import write_card
+from lerobot_policy_flow.card import public, write_card
 from lerobot_policy_flow.configuration_flow import FlowConfig
 from lerobot_policy_flow.modeling_flow import FlowPolicy
 from lerobot_policy_flow.processor_flow import make_flow_pre_post_processors
@@ -148,10 +148,12 @@ def flow_config(policy: RobotPolicy, cameras: dict[str, str]) -> FlowConfig:
 def without_places(config: dict) -> dict:
     """A run's options less the folders it used here: they are nobody's business on the hub."""
     places = {"run": ("run_dir", "resume", "config"), "data": ("cache_dir",)}
-    return config | {
+    kept = {
         group: {name: value for name, value in config[group].items() if name not in names}
         for group, names in places.items()
     }
+    kept["data"]["dataset"] = [public(name) for name in kept["data"]["dataset"]]
+    return config | kept
 
 
 def push_run(run: Path, name: str) -> str:

@@ -360,8 +360,11 @@ def test_an_export_saved_by_lerobot_again_is_the_same(exported, tmp_path):
 
 def test_an_export_says_nothing_of_folders_here_and_names_what_was_learned(exported, recorded, cache_dir):
     _, folder = exported("vfp")
-    assert str(cache_dir) not in (folder / "config.json").read_text()
     card = (folder / "README.md").read_text()
+    for text in ((folder / "config.json").read_text(), card):
+        assert str(cache_dir) not in text
+        assert str(recorded.parent) not in text
+        assert recorded.name in text
     for words in ("fold the towel", "quat_w", "28x28", "train_vfp.py", "--horizon 8", "Not evaluated"):
         assert words in card
 
