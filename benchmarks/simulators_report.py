@@ -25,7 +25,9 @@ def write_report(results: dict, plan: Sequence, folder: Path) -> None:
     done = [job for job in plan if job.name in results["runs"]]
     found: dict[str, dict[str, list[dict]]] = {}
     for job in sorted(done, key=lambda job: job.seed):
-        found.setdefault(job.task, {}).setdefault(job.method, []).append(results["runs"][job.name])
+        found.setdefault(job.task, {}).setdefault(job.method, []).append(
+            results["runs"][job.name] | {"seed": job.seed}
+        )
     text = f"{len(done)} of {len(plan)} runs of the plan are made.\n\n" + success_table(found)
     text += "\n\n" + comparisons(found)
     insert(folder / "benchmarks.md", text + "\n\n![success with 95 % intervals](benchmarks.png)")
@@ -85,11 +87,14 @@ def comparisons(found: dict[str, dict[str, list[dict]]]) -> str:
     for task, methods in found.items():
         for (one, its), (other, others) in COMPARED:
             if one in methods and other in methods:
-                pairs = list(zip(methods[one], methods[other], strict=False))  # seeds that both have
+                pairs = [(x, y) for x in methods[one] for y in methods[other] if x["seed"] == y["seed"]]
                 a = "".join(run["closed_loop"][its]["outcomes"] for run, _ in pairs)
                 b = "".join(run["closed_loop"][others]["outcomes"] for _, run in pairs)
                 names = f"{label(one)}, {its} | {label(other)}, {others}"
-                rows.append((f"{task} | {names}", (a, b)))
+                if pairs:
+                    rows.append((f"{task} | {names}", (a, b)))
+    if not rows:
+        return "No two policies to compare yet."
     lines = [
         "| task | policy, sampling steps | other | difference, points | p, corrected | |",
         "| --- | --- | --- | --- | --- | --- |",
