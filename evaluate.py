@@ -102,7 +102,10 @@ def main(config: Config) -> None:
 
     results["heldout"] = evaluate_heldout(policy, config, folder)
     if config.simulator.env:
-        results["env"] = config.simulator.env
+        num = min(config.parallel, config.episodes)
+        first = make_environments(config.simulator, policy.spec.image_size, num)[0]
+        results |= {"env": config.simulator.env, "max_steps": first.max_steps}
+        results |= {"execute_steps": config.execute_steps, "task": config.task}
         results["closed_loop"] = evaluate_closed_loop(policy, config, folder)
     results["latency_ms"] = measure_latency(policy, config)
     if config.guidance:

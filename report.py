@@ -36,6 +36,8 @@ from common.plots import read_lines
 LARGEST_FILE = 32e6  # bytes: a larger picture or film is named, not embedded
 MOST_POINTS = 1000  # of a curve, each to six digits: full ones make reports of many runs slow to open
 MOST_NESTED = 50  # levels of JSON
+EPISODES = ("env", "seed", "max_steps")  # what decides which episodes an evaluation acts in
+ABOUT_EVALUATION = (*EPISODES, "execute_steps", "task", "device")
 MEDIA = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}
 LOGARITHMIC = ("loss", "grad_norm", "error", "action_mae")
 WORDS = {
@@ -250,7 +252,7 @@ def overview(run: Run) -> dict[str, Cell]:
     """What a run is, how far it is, its newest metrics, faults, resumes, checkpoints."""
     about, last, results = run.about, run.train[-1] if run.train else {}, run.results
     evaluated = ", ".join(
-        f"{key} {shown(results[key])}" for key in ("env", "seed", "device") if key in results
+        f"{key} {shown(results[key])}" for key in ABOUT_EVALUATION if results.get(key) is not None
     )
     patch = "with changes, see changes.patch" if (run.folder / "changes.patch").is_file() else ""
     cells = {
@@ -405,14 +407,14 @@ def paired(runs: list[Run]) -> tuple[list[tuple[str, int, int, Difference]], lis
     found, pairs, not_compared = [], [], []
     outcomes = [own_outcomes(run) for run in runs]
     for (i, one), (j, other) in combinations(enumerate(runs), 2):
-        same = all(one.results.get(key) == other.results.get(key) for key in ("env", "seed"))
+        same = all(one.results.get(key) == other.results.get(key) for key in EPISODES)
         both = [steps for steps in outcomes[i] if steps in outcomes[j] and same]
         for steps in both:
             a, b = zip(*zip(outcomes[i][steps], outcomes[j][steps], strict=False), strict=True)
             found.append((words(("closed_loop", steps)), i, j))  # episodes have the same numbers, from 0
             pairs.append(("".join(a), "".join(b)))
         if outcomes[i] and outcomes[j] and not both:
-            what = "number of sampling steps" if same else "environment and seed"
+            what = "number of sampling steps" if same else "environment, seed and --max-steps"
             not_compared.append(f"{one.name} and {other.name} were not evaluated with the same {what}.")
     return [(*what, difference) for what, difference in zip(found, compare(pairs), strict=True)], not_compared
 

@@ -16,6 +16,7 @@ the methods taking turns in one process. Nothing else should run then.
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -198,7 +199,10 @@ def measure(kinds: list[str], runs: Path) -> None:
 
 
 def make(job: Job, runs: Path) -> None:
-    """Train and evaluate a run, unless its result is there; an interrupted one of ours goes on."""
+    """Train and evaluate a run, unless its result is there.
+
+    One that was interrupted goes on, if it is ours; one of LeRobot's begins again.
+    """
     if job.name in read()["runs"]:
         return
     seconds = read()["seconds"][kind_of(job)]
@@ -206,6 +210,7 @@ def make(job: Job, runs: Path) -> None:
     command = train_command(job, runs, folder, steps)
     if job.method in LEROBOT:
         if not (folder / "checkpoints" / "last").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # it saves at its end alone, and refuses a folder
             call(command)
         command = [sys.executable, __file__.replace("simulators.py", "lerobot_acts.py")]
         command += [folder, "--dataset", runs / "data" / job.task]

@@ -8,6 +8,7 @@ Nothing that is read can run code, and nothing of LeRobot is needed to read it.
 
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 from safetensors.torch import load_file
@@ -115,10 +116,19 @@ def require_pushable(name: str, script: str) -> None:
     from common.inference import load_script
 
     require_hub_name(name, "--push-to-hub")
-    if not hasattr(load_script(script), "sample_actions"):
+    found = load_script(script)
+    if not hasattr(found, "sample_actions"):
         raise UserError(f"--push-to-hub {name}: {script} trains no policy, leave it out.")
+    require_carried(found)
     if get_token() is None:
         raise UserError(f"--push-to-hub {name} needs a login: `hf auth login`, or the variable HF_TOKEN.")
+
+
+def require_carried(script: ModuleType) -> None:
+    """Refuse a script that a distribution does not take along: LeRobot could not load its policies."""
+    path = Path(script.__file__)
+    if path.parent != Path(__file__).resolve().parents[1]:
+        raise UserError(f"{path.name} is no script beside common/: copy it there, and train, to export.")
 
 
 def require_hub_name(name: str, flag: str) -> None:

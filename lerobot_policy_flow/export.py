@@ -25,7 +25,7 @@ from common.checkpoint import PolicySpec
 from common.config import UserPath, cli, options, to_dict
 from common.console import say
 from common.errors import UserError
-from common.exported import require_hub_name
+from common.exported import require_carried, require_hub_name
 from common.files import completed_checkpoints
 from common.inference import RobotPolicy, load_policy
 from common.vision import brief
@@ -79,6 +79,7 @@ def export(
     if not completed_checkpoints(run):
         raise UserError(f"{run} holds no finished checkpoint: give the folder of a run that has saved one.")
     policy = load_policy(run, checkpoint, device="cpu")
+    require_carried(policy.script)
     if policy.spec.tasks is not None and policy.spec.tasks.table is not None:
         raise UserError(
             f"{run} was told its tasks by {policy.spec.tasks.encoder}, which LeRobot has no place for: train "

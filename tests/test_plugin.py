@@ -27,8 +27,10 @@ from common.checkpoint import seal
 from common.config import parse
 from common.data.recording import Demonstration, write_dataset
 from common.errors import UserError
+from common.exported import require_carried
 from common.inference import Controller, RobotPolicy, load_policy
 from common.instructions import Instructions
+from examples import train_regression
 from lerobot_policy_flow import export
 
 NAMES = ("x", "y", "quat_x", "quat_y", "quat_z", "quat_w")
@@ -343,6 +345,12 @@ def test_what_has_no_policy_is_not_exported(exported, tmp_path):
     with pytest.raises(UserError, match="write owner/name"):
         main(run, tmp_path / "out", "--hub", "towel")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_script_that_the_plugin_does_not_carry_is_not_exported():
+    require_carried(train_vfp)
+    with pytest.raises(UserError, match=r"train_regression\.py is no script beside common/: copy it there"):
+        require_carried(train_regression)
 
 
 def test_an_export_saved_by_lerobot_again_is_the_same(exported, tmp_path):

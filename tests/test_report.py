@@ -181,8 +181,12 @@ def test_pairs_have_the_same_episodes(tmp_path):
     values = Reader(page).values
     assert values["differences", "10 sampling steps", 4] == [4]  # the episodes that both have
     assert values["differences", "10 sampling steps", 5] == [3]
-    assert page.count("were not evaluated with the same environment and seed") == 2
+    assert page.count("were not evaluated with the same environment, seed and --max-steps") == 2
     assert "p is corrected for 2\ncomparisons" in page
+    file = b / "evaluation" / "results.json"  # episodes that may last longer are others
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_steps": 500}))
+    page = write(tmp_path, a, b, c)
+    assert page.count("were not evaluated with the same environment, seed and --max-steps") == 3
 
 
 def test_long_curves_are_thinned_and_keep_their_end(tmp_path, monkeypatch):
