@@ -142,7 +142,7 @@ class RunConfig:
 
 
 def cli[T](main: Callable[[Any], None], config_type: type[T], argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and run a script: what its last line calls. Exit codes: see README."""
+    """Parse the command line and run a script: what its last line calls. Exit codes: see docs/running.md."""
     script = Path(sys.modules[config_type.__module__].__file__)
     try:
         main(parse(config_type, list(sys.argv[1:] if argv is None else argv), script.name))

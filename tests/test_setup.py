@@ -189,6 +189,11 @@ def test_without_a_python_uv_is_told_to_download_one(machine, monkeypatch):
     assert "--managed-python --python 3.12" in machine.calls()[0]
 
 
+def test_the_environment_has_a_pip_of_its_own(machine):
+    machine.main()
+    assert "--seed" in machine.calls()[0].split()
+
+
 def test_settings_of_pip_reach_uv_and_are_not_written_down(machine, monkeypatch):
     listed = (
         "global.cert='/certs/file'\nglobal.index-url='https://name:secret@example.org/one'\n"

@@ -154,7 +154,8 @@ def main(more=()):
         choice = ["--python", python] if python else ["--managed-python", "--python", VERSIONS[0]]
         if python is None:
             print("no Python {} on this machine: uv downloads one".format(" or ".join(VERSIONS)), flush=True)
-        subprocess.check_call([uv, "venv", "--quiet", *choice, VENV], env=environment)
+        # With pip: in an active .venv without one, `pip install` would install into another Python.
+        subprocess.check_call([uv, "venv", "--quiet", "--seed", *choice, VENV], env=environment)
     # A package that was cut off while it was copied can look installed: only a finished .venv is kept.
     open(unfinished, "w").close()
     files = ["requirements.txt", *more]
