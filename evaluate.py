@@ -100,12 +100,13 @@ def main(config: Config) -> None:
     results["device"] = str(policy.device)
     print(f"{config.run}, {policy.checkpoint.name}, on {policy.device}")
 
-    results["heldout"] = evaluate_heldout(policy, config, folder)
-    if config.simulator.env:
+    if config.simulator.env:  # made first: one that is missing is reported before minutes of other work
         num = min(config.parallel, config.episodes)
         first = make_environments(config.simulator, policy.spec.image_size, num)[0]
         results |= {"env": config.simulator.env, "max_steps": first.max_steps}
         results |= {"execute_steps": config.execute_steps, "task": config.task}
+    results["heldout"] = evaluate_heldout(policy, config, folder)
+    if config.simulator.env:
         results["closed_loop"] = evaluate_closed_loop(policy, config, folder)
     results["latency_ms"] = measure_latency(policy, config)
     if config.guidance:

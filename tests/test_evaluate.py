@@ -129,6 +129,20 @@ def test_a_dataset_that_has_moved_is_named(tmp_path, tiny):
         evaluate.main(moved)
 
 
+def test_a_missing_simulator_is_reported_before_other_work(tmp_path, monkeypatch):
+    policy = SimpleNamespace(
+        config=train_vfp.Config(),
+        spec=SimpleNamespace(image_size=(8, 8)),
+        checkpoint=tmp_path,
+        trained_steps=1,
+    )
+    policy.script, policy.device = train_vfp, "cpu"
+    monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: policy)
+    monkeypatch.setattr(evaluate, "evaluate_heldout", lambda *_: pytest.fail("held-out episodes came first"))
+    with pytest.raises(UserError, match="--env nowhere:make"):
+        evaluate.main(parse(evaluate.Config, [str(tmp_path), "--env", "nowhere:make"], "evaluate.py"))
+
+
 @pytest.mark.parametrize("option", ["--sample-steps", "--episodes", "--heldout-samples"])
 def test_numbers_below_one_are_refused(option, tmp_path):
     with pytest.raises(UserError, match=option):
