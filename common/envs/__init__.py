@@ -26,11 +26,11 @@ class Environment(Protocol):
     """One copy of a task.
 
     Attributes:
-        name: what messages call it.
+        name: used in messages.
         fps: control steps per second, for videos; a policy acts at the rate it was trained at.
-        max_steps: an episode is over after so many.
-        state_names, action_names: meaning of the dimensions; empty where the simulator does not say.
-        task: the instruction; of an environment with several, that of the episode.
+        max_steps: an episode ends after this many.
+        state_names, action_names: names of the dimensions; empty if the simulator does not give them.
+        task: the instruction; if the environment has several, that of the current episode.
     """
 
     name: str
@@ -41,28 +41,28 @@ class Environment(Protocol):
     task: str
 
     def reset(self, seed: int, episode: int) -> None:
-        """Start an episode; the same numbers give the same one."""
+        """Start an episode; the same numbers always give the same one."""
 
     def state(self) -> np.ndarray:
         """(P,) float32."""
 
     def images(self) -> dict[str, np.ndarray]:
-        """What each camera sees now, (H, W, 3) uint8; drawn only when it is asked for."""
+        """What each camera sees now, (H, W, 3) uint8; rendered only when this is called."""
 
     def picture(self) -> np.ndarray:
         """(H, W, 3) uint8, a view for people."""
 
     def step(self, action: np.ndarray) -> bool:
-        """Take one control step; whether the episode is over, apart from `max_steps`."""
+        """Take one control step; returns whether the episode is over, not counting `max_steps`."""
 
     def success(self) -> bool:
-        """Whether the task is done, now or, where the simulator says so, earlier in the episode."""
+        """Whether the task is solved, now or, if the simulator counts that, earlier in the episode."""
 
     def facts(self) -> dict[str, bool | str]:
-        """What else there is to say of an episode that is over, for instance how it failed."""
+        """More about a finished episode, such as how it failed."""
 
     def expert(self) -> Callable[[], np.ndarray] | None:
-        """A demonstrator of the episode that has just been reset, which gives the next action; or None."""
+        """An expert for the episode that has just been reset, which returns the next action; or None."""
 
 
 @options
@@ -72,36 +72,36 @@ class EnvConfig:
     env: MayChange[str | None] = None
     """Environment to act in: `demo`, `demo-tasks`, `demo-tasks:INSTRUCTION`, `metaworld:pick-place-v3`,
     `aloha:transfer-cube`, `pusht`, `gymnasium:ID`, or `module:factory`, a function of yours that returns a
-    gymnasium environment. `evaluate.py` takes the built-in task for a run that was trained on it."""
+    gymnasium environment. Default in `evaluate.py`: the built-in task, if the run was trained on it."""
     env_map: MayChange[tuple[str, ...]] = ()
-    """Which observations of the environment are the policy's cameras and state, as in
-    `head=pixels/top state=agent_pos`; `head=render` is what the environment draws for people. Several make up
-    the state as `state=agent_pos+object`. Default: by their names."""
+    """Which observations of the environment become the policy's cameras and state, such as
+    `head=pixels/top state=agent_pos`; `head=render` is the environment's own view for people. Join several
+    into the state with `state=agent_pos+object`. Default: matched by name."""
     max_steps: MayChange[PositiveInt | None] = None
-    """Steps after which an episode has failed. Default: what the environment says."""
+    """Steps after which an episode counts as failed. Default: the environment's own limit."""
     success_reward: MayChange[float | None] = None
     """An episode succeeds when a step's reward reaches this, in environments that do not report success."""
 
     def mapping(self) -> dict[str, str]:
-        """`env_map` as the environment's key by the policy's name."""
+        """`env_map` as a dictionary from the policy's names to the environment's keys."""
         found = {}
         for entry in self.env_map:
             name, equals, key = entry.partition("=")
             if not (name and equals and key):
                 raise UserError(
-                    f"--env-map {entry}: write NAME=KEY, as in head=pixels/top or state=agent_pos."
+                    f"--env-map {entry}: write NAME=KEY, such as head=pixels/top or state=agent_pos."
                 )
             found[name] = key
         return found
 
     def in_place_of_demo(self, dataset: tuple[str, ...]) -> "EnvConfig":
-        """The built-in task where nothing else is asked for and the dataset is its own."""
+        """The same, with the built-in task as `env` if none is given and the dataset is the built-in one."""
         ours = self.env is None and dataset in (("demo",), ("demo-tasks",))
         return replace(self, env=dataset[0]) if ours else self
 
 
 def make_environment(config: EnvConfig, image_size: tuple[int, int]) -> Environment:
-    """The environment that is asked for; `image_size` (H, W) is for simulators that can draw any size.
+    """Make the environment; `image_size` (H, W) is for simulators that can render any size.
 
     Raises:
         UserError: if it does not exist, is not installed, or cannot be made.
@@ -124,7 +124,7 @@ def make_environment(config: EnvConfig, image_size: tuple[int, int]) -> Environm
             from common.envs.aloha import AlohaEnvironment
 
             environment = AlohaEnvironment(task, image_size, config.max_steps)
-        else:  # which maps all of its observations itself
+        else:  # maps its observations itself
             from common.envs.gym import GymEnvironment, factory
 
             return GymEnvironment(config, factory(config.env, image_size))
@@ -137,14 +137,12 @@ def make_environment(config: EnvConfig, image_size: tuple[int, int]) -> Environm
 
 
 class Renamed:
-    """An environment whose cameras have other names, by (new name, its name)."""
+    """An environment with renamed cameras; `names` maps new names to its own."""
 
     def __init__(self, environment: Environment, names: dict[str, str]):
         self._environment, self._names = environment, names
         if "state" in names:
-            raise UserError(
-                f"--env-map state: the state of {environment.name} is what it is; map its cameras."
-            )
+            raise UserError(f"--env-map state: the state of {environment.name} is fixed; map cameras only.")
 
     def __getattr__(self, name: str):
         return getattr(self._environment, name)
@@ -154,13 +152,13 @@ class Renamed:
         for key in self._names.values():
             if key not in images:
                 raise UserError(
-                    f"--env-map {key}: {self.name} has no such camera, it has {', '.join(images)}."
+                    f"--env-map {key}: {self.name} has no such camera; it has {', '.join(images)}."
                 )
         return {name: images[key] for name, key in self._names.items()}
 
 
 def one_of(name: str, known: list[str], what: str) -> str:
-    """The name, if it is known; a UserError with the closest one otherwise."""
+    """Return the name if it is known; otherwise raise a UserError that suggests the closest one."""
     if name in known:
         return name
     there = ", ".join(known[:60])
@@ -168,7 +166,7 @@ def one_of(name: str, known: list[str], what: str) -> str:
 
 
 def import_factory(place: str) -> Callable:
-    """The function `module:factory`, from the working directory or installed."""
+    """Import the function `module:factory`, from the working directory or an installed package."""
     module, _, name = place.partition(":")
     sys.path.insert(0, os.getcwd())
     try:

@@ -1,4 +1,4 @@
-"""Try the simulators: `python -m common.envs` draws a picture in each and says what failed."""
+"""Try the simulators: `python -m common.envs` renders a picture in each and reports what failed."""
 
 import time
 
@@ -18,7 +18,7 @@ ONE_OF_EACH = (
 
 @options
 class Config:
-    """Draw a picture in every simulator."""
+    """Render a picture in every simulator."""
 
 
 def main(config: Config) -> None:

@@ -102,7 +102,7 @@ class AlohaEnvironment:
         return np.concatenate([arms[:, :6], finger, -finger], axis=1).reshape(-1)
 
     def touching(self) -> set[tuple[str, str]]:
-        """Pairs of bodies in contact, each pair in both orders; bodies of an arm are called by its side."""
+        """Pairs of bodies in contact, in both orders; an arm's bodies go by the name of its side."""
         pairs = set()
         for contact in self.data.contact[: self.data.ncon]:
             names = [self.model.geom(geom).name for geom in (contact.geom1, contact.geom2)]
@@ -122,14 +122,14 @@ class AlohaEnvironment:
         return {}
 
     def expert(self) -> Callable[[], np.ndarray]:
-        """A demonstrator that knows where the objects are; its plan is as long as an episode usually is."""
+        """An expert that knows where the objects are; its plan is as long as a usual episode."""
         plan = insertion if self._task == "insertion" else transfer
         actions = iter(plan(self.model, self.data.qpos.copy(), max(self.max_steps, STEPS)))
         return lambda: next(actions)
 
 
 class Waypoint(NamedTuple):
-    """Where a gripper shall be at a step: tip (3,) in meters, pitch below the horizon and roll in degrees."""
+    """Gripper pose wanted at a step: tip (3,) in meters, pitch below the horizon and roll in degrees."""
 
     step: int
     tip: Sequence[float]
@@ -150,7 +150,7 @@ def transfer(model, qpos: np.ndarray, steps: int) -> np.ndarray:
     """
     x, y, _ = qpos[16:19]
     meet, height = np.array([0.02, 0.5, 0.28]), 0.02
-    beside = np.array([-0.04, 0.0, 0.0])  # meters: the left hand waits so far from the cube
+    beside = np.array([-0.04, 0.0, 0.0])  # meters: where the left hand waits, relative to the cube
     away = meet - 3 * beside
     right = [
         START["right"],
@@ -200,13 +200,13 @@ def insertion(model, qpos: np.ndarray, steps: int) -> np.ndarray:
 
 
 def both_arms(model, qpos: np.ndarray, left: Sequence[Waypoint], right: Sequence[Waypoint], steps: int):
-    """Joint positions, (steps, 14), of two ways."""
+    """Joint positions, (steps, 14), that follow the two hands' waypoints."""
     arms = [follow(model, qpos, side, way, steps) for side, way in zip(SIDES, (left, right), strict=True)]
     return np.concatenate(arms, axis=1).astype(np.float32)
 
 
 def follow(model, qpos: np.ndarray, side: str, way: Sequence[Waypoint], steps: int) -> np.ndarray:
-    """Joint positions, (steps, 7), that lead a gripper along its way, by damped least squares."""
+    """Joint positions, (steps, 7), that move a gripper along its waypoints, by damped least squares."""
     import mujoco
 
     data, body = mujoco.MjData(model), model.body(f"vx300s_{side}/gripper_link").id

@@ -1,4 +1,4 @@
-"""Any gymnasium environment as one to act in."""
+"""Acting in any gymnasium environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUCCESS = ("is_success", "success")
 
 
 def factory(name: str, image_size: tuple[int, int]) -> Callable[[], gymnasium.Env]:
-    """What makes the environment `pusht`, `gymnasium:ID` or `module:factory`."""
+    """The function that makes the environment `pusht`, `gymnasium:ID` or `module:factory`."""
     kind, _, rest = name.partition(":")
     if name == "pusht":
         importlib.import_module("gym_pusht")
@@ -87,7 +87,7 @@ class GymEnvironment:
         if key is None:
             raise UserError(
                 f"--env {self.name} does not report success (info has {', '.join(info) or 'nothing'}): give "
-                f"--success-reward, the reward from which on an episode counts as one."
+                f"--success-reward, the reward at which an episode counts as a success."
             )
         return bool(info[key])
 
@@ -98,8 +98,8 @@ class GymEnvironment:
             named = [key for key in vectors if key.rpartition("/")[2] in STATES]
             if len(named) != 1 and len(vectors) != 1:
                 raise UserError(
-                    f"--env {self.name} has several vectors ({self._listed()}): say with --env-map state=KEY "
-                    f"which one is the policy's state."
+                    f"--env {self.name} has several vectors ({self._listed()}): choose with "
+                    f"--env-map state=KEY which one is the policy's state."
                 )
             keys = (named if len(named) == 1 else vectors)[0]
         return np.concatenate([self._get(key).reshape(-1) for key in keys.split("+")]).astype(np.float32)
@@ -139,7 +139,7 @@ class GymEnvironment:
 
 
 def _flat(observation: Any, place: str = ""):
-    """(path, array) of everything in nested dictionaries."""
+    """Yield (path, array) for every array in nested dictionaries."""
     if isinstance(observation, dict):
         for key, value in observation.items():
             yield from _flat(value, f"{place}/{key}" if place else str(key))
