@@ -180,6 +180,8 @@ class InfoEmbedder(nn.Module):
             self.missing = nn.Parameter(torch.randn(len(widths), d_model) * 0.02)
         self.encoder = Encoder(size, num_layers)
         self.instruction = None if tasks is None else InstructionEmbedder(tasks, d_model)
+        if tasks is not None:
+            self.gain = zeroed(nn.Linear(d_model, d_model))
 
     def forward(
         self,
@@ -198,15 +200,20 @@ class InfoEmbedder(nn.Module):
             task: see `InstructionEmbedder`; needed if there is one.
         """
         memory = [self.proprio_in(proprio) + self.proprio_position]
-        for n, (tokens, summary) in enumerate(views):
-            tokens = torch.cat([self.tokens_in[n](tokens), self.summary_in[n](summary).unsqueeze(1)], dim=1)
-            if dropped is not None:
-                tokens = torch.where(dropped[:, n, None, None], self.missing[n], tokens)
-            memory.append(tokens + self.camera_embedding[n])
+        told = None
         if self.instruction is not None:
             if task is None:
                 raise ValueError("the policy was made for several instructions: give `task`")
-            memory.append(self.instruction(task))
+            told = self.instruction(task)
+        for n, (tokens, summary) in enumerate(views):
+            tokens = torch.cat([self.tokens_in[n](tokens), self.summary_in[n](summary).unsqueeze(1)], dim=1)
+            if told is not None:
+                tokens = tokens * (1 + self.gain(told[:, -1:]))
+            if dropped is not None:
+                tokens = torch.where(dropped[:, n, None, None], self.missing[n], tokens)
+            memory.append(tokens + self.camera_embedding[n])
+        if told is not None:
+            memory.append(told)
         summary = memory[0].sum(dim=1) + sum(tokens[:, -1] for tokens in memory[1:])
         return Observation(self.encoder(torch.cat(memory, dim=1)), summary)
 
