@@ -81,7 +81,7 @@ def main(config: Config) -> None:
 
 def make_dataset(config: Config) -> list[str]:
     """Record the demonstrations once; what was done to each, or "good"."""
-    episodes = demo.demonstrate(config.episodes, config.seed)
+    episodes = list(demo.demonstrate(config.episodes, config.seed))
     random = np.random.default_rng(config.seed)
     ways = ["good"] * len(episodes)
     bad = random.permutation(len(episodes))[: len(episodes) // 3]

@@ -147,7 +147,7 @@ def test_the_environment_follows_gymnasium():
 
 
 def test_demonstrations_show_all_modes_and_come_to_rest():
-    episodes = demo.demonstrate(60, seed=0)
+    episodes = list(demo.demonstrate(60, seed=0))
     sides = []
     for episode in episodes:
         assert episode.state.shape == episode.action.shape == (len(episode.images["cam_head"]), 4)
@@ -170,7 +170,7 @@ def test_the_recording_is_a_lerobot_dataset(tmp_path):
     from lerobot.datasets import LeRobotDataset
 
     dataset = LeRobotDataset("demo/bimanual", root=root)
-    episode = demo.demonstrate(2, seed=0)[0]
+    episode = next(demo.demonstrate(2, seed=0))
     item = dataset[5]
     np.testing.assert_allclose(item["observation.state"], episode.state[5])
     np.testing.assert_allclose(item["action"], episode.action[5])

@@ -119,7 +119,7 @@ def test_the_environment_says_its_task_and_has_an_expert():
 
 
 def test_demonstrations_come_to_rest_on_what_was_asked():
-    episodes = demo.demonstrate(16, seed=0, kind=TasksSimulator)
+    episodes = list(demo.demonstrate(16, seed=0, kind=TasksSimulator))
     targets = TasksSimulator(16, seed=0).targets
     for i, episode in enumerate(episodes):
         assert episode.task == TASKS[i]

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from common.instructions import Instructions
 from common.transformer import (
     ActionDecoder,
     Attention,
@@ -143,8 +144,8 @@ def test_grid_positions_are_distinct_and_row_major():
     assert torch.equal(y_part, y_part[:, :1].expand_as(y_part))  # sin(y) is the same along a row
 
 
-def embedder(droppable=False):
-    return InfoEmbedder([(6, 5), (6, 5)], (2, 3), Size(16, 4), 1, droppable)
+def embedder(droppable=False, tasks=None):
+    return InfoEmbedder([(6, 5), (6, 5)], (2, 3), Size(16, 4), 1, droppable, tasks).double()
 
 
 def test_the_memory_holds_states_and_every_camera():
@@ -156,6 +157,24 @@ def test_the_memory_holds_states_and_every_camera():
     assert observation.summary.shape == (3, 16)
     for swapped, plain in zip(model(views[::-1], proprio), observation, strict=True):
         assert not torch.allclose(swapped, plain)  # cameras are told apart
+
+
+def test_an_instruction_scales_what_the_cameras_say():
+    model = embedder(tasks=Instructions(("left", "right")))
+    views = [[(torch.randn(2, 7, 6).double(), torch.randn(2, 5).double())] * 2 for _ in range(2)]
+    proprio, task = torch.randn(2, 2, 3).double(), torch.tensor([0, 1])
+
+    def difference():
+        one, other = (model(seen, proprio, task=task).summary for seen in views)
+        return one - other
+
+    unscaled = difference()  # a new network does not scale yet
+    seen = [model.summary_in[n](views[0][n][1]) - model.summary_in[n](views[1][n][1]) for n in range(2)]
+    torch.testing.assert_close(unscaled, sum(seen))
+    torch.nn.init.normal_(model.scale.weight)
+    scale = 1 + model.scale(model.instruction.table[task, 0])
+    torch.testing.assert_close(difference(), scale * unscaled)
+    assert not torch.allclose(scale[0], scale[1])
 
 
 def test_a_lost_camera_leaves_nothing_of_what_it_saw():

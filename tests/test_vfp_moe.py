@@ -229,7 +229,7 @@ def test_a_run_draws_its_experts_and_so_does_its_evaluation(tiny, tmp_path, acce
 
 
 def test_modes_of_demonstrations_are_read_off_their_states():
-    episodes = demo.demonstrate(24, seed=3)
+    episodes = list(demo.demonstrate(24, seed=3))
     modes = experts.modes([episode.state for episode in episodes])
     sides = np.random.default_rng((3, 24, 1)).choice([-1, 1], (24, 2))  # as the demonstrator drew them
     assert (modes == (sides > 0) @ [2, 1]).all()

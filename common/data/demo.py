@@ -12,7 +12,7 @@ The constants define the task's difficulty and must not change: success rates ar
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import gymnasium
@@ -209,8 +209,8 @@ class BimanualEnv(gymnasium.Env):
         return {"success": bool(success[0]), "collided": bool(collided[0]), "sides": sides[0].copy()}
 
 
-def demonstrate(num_episodes: int, seed: int, kind: type[Simulator] = Simulator) -> list[Demonstration]:
-    """Demonstrations by the expert, each passing its obstacles on random sides."""
+def demonstrate(num_episodes: int, seed: int, kind: type[Simulator] = Simulator) -> Iterator[Demonstration]:
+    """Demonstrations by the expert, each passing its obstacles on random sides; drawn one at a time."""
     simulator = kind(num_episodes, seed)
     rng = np.random.default_rng((seed, num_episodes, 1))
     sides = rng.choice([-1, 1], (num_episodes, 2))
@@ -226,20 +226,18 @@ def demonstrate(num_episodes: int, seed: int, kind: type[Simulator] = Simulator)
         simulator.success[:] = False  # a demonstration goes on to the target's centre and rests there
         simulator.step(action)
     hands, actions = np.stack(hands, 1), np.stack(actions, 1)  # (E, L, 2, 2), (E, L, 4)
-    episodes = []
     for i, n in enumerate(length):
         targets = np.broadcast_to(simulator.drawn[i], (n, *simulator.drawn[i].shape))
         state = hands[i, :n].reshape(n, 4).astype(np.float32)
         action = actions[i, :n].astype(np.float32)
         views = render(hands[i, :n], targets, colors=simulator.colors).swapaxes(0, 1)
         images = dict(zip(CAMERAS, views, strict=True))
-        episodes.append(Demonstration(state, action, images, simulator.tasks[i]))
-    return episodes
+        yield Demonstration(state, action, images, simulator.tasks[i])
 
 
-def record(root: Path, demonstrations: list[Demonstration]) -> Path:
-    """Write demonstrations as a LeRobot v3 dataset at `root`, which must not exist yet."""
-    shown = tqdm(demonstrations, desc="recording demonstrations", unit="episode")
+def record(root: Path, demonstrations: Iterable[Demonstration], total: int | None = None) -> Path:
+    """Write demonstrations, `total` for the progress bar, as a LeRobot v3 dataset at `root`, a new folder."""
+    shown = tqdm(demonstrations, desc="recording demonstrations", unit="episode", total=total)
     return write_dataset(root, shown, fps=FPS, state_names=NAMES, action_names=NAMES)
 
 
@@ -255,6 +253,6 @@ def ensure_recorded(
         if not root.exists():
             unfinished = root.with_suffix(".recording")
             shutil.rmtree(unfinished, ignore_errors=True)
-            record(unfinished, demonstrate(number, seed=0, kind=kind))
+            record(unfinished, demonstrate(number, seed=0, kind=kind), number)
             unfinished.rename(root)
     return root

@@ -16,7 +16,7 @@ COLORS = {"red": (214, 48, 49), "blue": (39, 86, 205), "green": (34, 120, 48), "
 TASKS = tuple(f"left to {left}, right to {right}" for left in COLORS for right in COLORS)
 SLOTS = np.array([-0.3, -0.1, 0.1, 0.3])  # of the targets beside each other, within TARGET_X_SPREAD
 APPROACH_Y = 0.5  # the demonstrator comes from straight below, lest it touches another target
-NUM_DEMONSTRATIONS = 400  # 25 for each instruction
+NUM_DEMONSTRATIONS = 1600  # 100 for each instruction
 
 
 class TasksSimulator(Simulator):
