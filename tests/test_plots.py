@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,25 @@ def test_pictures_are_drawn_of_little(num, tmp_path):
         (tmp_path / name).mkdir()
         draw(tmp_path / name / "a.png")
         assert_drawn(tmp_path / name / "a.png")
+
+
+def test_success_in_closed_loop_has_a_curve_of_its_own(tmp_path, monkeypatch):
+    """Beside the number of steps it would be a flat line at zero."""
+    lines = [{"step": step, "split": "train", "loss": 1.0} for step in (1, 2, 3)]
+    for step, success in ((1, 0.25), (3, 0.75)):
+        lines.append({"step": step, "split": "val", "rollout/success": success, "rollout/steps": 90.0})
+        lines.append({"step": step, "split": "val", "loss": 1.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *_: figures.append(figure))
+    plots.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    drawn = {
+        axis.get_title(): {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+        for axis in figures[0].axes
+    }
+    assert drawn["success in closed loop"] == {"success": [[1, 0.25], [3, 0.75]]}
+    assert drawn["rollout"] == {"steps": [[1, 90], [3, 90]]}
+    assert drawn["loss"].keys() == {"loss", "held out: loss"}
 
 
 def test_principal_components_are_the_directions_of_largest_variance():
