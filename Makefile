@@ -38,7 +38,7 @@ plan:
 	@echo "make demo takes about ten minutes on two CPU cores. It"
 	@echo "  1. installs Python packages into .venv, once: some minutes, 2 GB for CPUs alone or 6 GB with CUDA libraries"
 	@echo "  2. records 200 demonstrations of the built-in task, once: 0.5 GB below $${XDG_CACHE_HOME:-~/.cache}/flow-policies"
-	@echo "  3. trains train_vfp.py on them for 1,400 steps: 0.2 GB in $(RUN)"
+	@echo "  3. trains train_vfp.py on them for 1,400 steps: 0.1 GB in $(RUN)"
 	@echo "  4. evaluates it in 200 fresh episodes: errors, pictures, films and results.json in $(RUN)/evaluation"
 	@echo "Stop it at any time with Ctrl-C: make demo resumes."
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from common import plots
 from common.data import Batch
+from common.film import write_gif
 from common.normalize import Normalizer, fit_statistics
 from common.plots import draw_chunks, draw_features, draw_latents, draw_reconstructions, draw_scores
 
@@ -92,3 +93,6 @@ def test_a_full_disk_costs_the_picture_and_leaves_the_one_before(tmp_path, monke
     draw_latents(tmp_path / "a.png", torch.eye(3), {"code": torch.arange(3)})
     assert "a.png is not drawn (No space left on device)" in capsys.readouterr().out
     assert (tmp_path / "a.png").read_bytes() == b"before"
+    write_gif(tmp_path / "a.gif", np.zeros((2, 8, 8, 3), np.uint8), fps=10)
+    assert "a.gif is not drawn (No space left on device)" in capsys.readouterr().out
+    assert not (tmp_path / "a.gif").exists()
