@@ -1,4 +1,5 @@
 # make demo       set up, record demonstrations, train train_vfp.py on them, evaluate (about ten minutes on two cores)
+# make setup      set up; with CUDA=1 for GPUs that this machine does not have itself
 # make test       set up, lint, test
 # make sim        install simulators for `evaluate.py --env`, and try them
 # make plugin     LeRobot and our plug-ins in an environment of their own, and LeRobot's commands in it
@@ -11,7 +12,7 @@ CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 PYTHON = $(shell for p in python3 /usr/bin/python3 python $(HOME)/.pyenv/versions/3*/bin/python; do \
 	"$$p" -c 'f""' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: setup tools sim demo plugin lowest test test-all lint format
+.PHONY: setup tools sim plan demo plugin lowest test test-all lint format
 
 setup: .venv/.installed
 
@@ -33,9 +34,17 @@ sim: .venv/.installed-sim
 	.venv/bin/python -m common.envs
 	@touch $@
 
+plan:
+	@echo "make demo takes about ten minutes on two CPU cores. It"
+	@echo "  1. installs Python packages into .venv, once: some minutes, 2 GB for CPUs alone or 6 GB with CUDA libraries"
+	@echo "  2. records 200 demonstrations of the built-in task, once: 0.5 GB below $${XDG_CACHE_HOME:-~/.cache}/flow-policies"
+	@echo "  3. trains train_vfp.py on them for 1,400 steps: 0.1 GB in $(RUN)"
+	@echo "  4. evaluates it in 200 fresh episodes: errors, pictures, films and results.json in $(RUN)/evaluation"
+	@echo "Stop it at any time with Ctrl-C: make demo resumes."
+
 # An interrupted demo resumes, a finished one is only evaluated again; make demo RUN=runs/other
 # starts another. The launcher would leave cores idle if it were not told how many there are.
-demo: setup
+demo: plan setup
 	OMP_NUM_THREADS=$(CORES) .venv/bin/accelerate launch --num_processes 1 --num_machines 1 \
 		--mixed_precision no --dynamo_backend no \
 		train_vfp.py --config configs/train_vfp/demo.json --run-dir $(RUN) --resume auto

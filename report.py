@@ -35,6 +35,7 @@ from common.plots import read_lines
 
 LARGEST_FILE = 32e6  # bytes: a larger picture or film is named, not embedded
 MOST_POINTS = 1000  # of a curve, each to six digits: full ones make reports of many runs slow to open
+MOST_RESUMES = 10  # that are listed
 MOST_NESTED = 50  # levels of JSON
 EPISODES = ("env", "seed", "max_steps")  # what decides which episodes an evaluation acts in
 ABOUT_EVALUATION = (*EPISODES, "execute_steps", "task", "device")
@@ -239,7 +240,7 @@ def number(value: Any, more: str = "") -> Cell:
 def option_cells(run: Run) -> dict[str, Cell]:
     """Options, then data, code, machine and versions."""
     names = {name: value for name, value in run.options.items() if name not in ("run_dir", "resume")}
-    rest = {key: value for key, value in run.about.items() if key != "config"}
+    rest = {key: value for key, value in run.about.items() if key not in ("config", "resumes")}
     return {" ".join(path): Cell(shown(value)) for path, value in [*leaves(names), *leaves(rest)]}
 
 
@@ -264,7 +265,9 @@ def overview(run: Run) -> dict[str, Cell]:
     }
     for line in run.val:  # the newest of each metric wins
         known = {
-            f"newest held-out {name}": value for name, value in line.items() if name not in ("step", "split")
+            f"newest {'' if name.startswith('rollout/') else 'held-out '}{name}": value
+            for name, value in line.items()
+            if name not in ("step", "split")
         }
         cells |= {
             name: number(value, f"step {line['step']}") for name, value in known.items() if is_number(value)
@@ -278,7 +281,7 @@ def overview(run: Run) -> dict[str, Cell]:
         "code": Cell(shown(about.get("git_commit", ""))[:10], more=patch),
         "seed": Cell(shown(run.options.get("seed", ""))),
         "steps skipped": number(skipped, bad_samples(samples)),
-        "resumed": Cell("yes" if run.options.get("resume") else "no"),
+        "resumed": resumed(run),
         "checkpoints": Cell(", ".join(steps) or "none"),
     }
 
@@ -297,6 +300,19 @@ def state(run: Run, last: dict[str, Any]) -> str:
         return f"finished at {time:%Y-%m-%d %H:%M}"
     words = f", {left / 60:.0f} minutes left" if is_number(left) else ""
     return f"not finished{words} at {time:%Y-%m-%d %H:%M}"
+
+
+def resumed(run: Run) -> Cell:
+    """How often a run was resumed, and the newest of these; what it had reached before is trained again."""
+    listed = run.about.get("resumes")
+    found = [x for x in listed if isinstance(x, dict)] if isinstance(listed, list) else []
+    if not found:
+        return Cell("yes" if run.options.get("resume") else "no")
+    told = [
+        f"{shown(x.get('time'))} from step {shown(x.get('step'))}, having reached {shown(x.get('reached'))}"
+        for x in found[-MOST_RESUMES:]
+    ]
+    return Cell(f"{len(found)} time{'s' * (len(found) > 1)}", len(found), "; ".join(told))
 
 
 def bad_samples(listed: Any) -> str:
@@ -463,6 +479,7 @@ def media(runs: list[Run]) -> dict[str, list[tuple[int, str, str]]]:
         evaluation = run.folder / "evaluation"
         films = sorted(evaluation.glob("*.mp4"))
         films += [path for path in sorted(evaluation.glob("*.gif")) if path.with_suffix(".mp4") not in films]
+        films += sorted(run.folder.glob("*.gif"))  # of rollouts while training
         pictures = [path for path in sorted(run.folder.glob("*.png")) if path.name != "curves.png"]
         for path in [*films, *sorted(evaluation.glob("*.png")), *pictures]:
             if url := data_url(run, path):

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from common.config import Precision, RunConfig
+from common.console import say
 from common.errors import UserError
 from common.files import read_json
 from common.watch import patience
@@ -45,6 +46,11 @@ def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerat
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # image sizes do not change during a run
+    elif torch.version.cuda is None and os.path.exists("/dev/nvidiactl"):  # set up on another machine
+        say(
+            "warning: this machine has an NVIDIA GPU, but PyTorch's CPU build is installed: to use the GPU, "
+            "run `rm -r .venv; make setup` here"
+        )
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise sums depend on the streams
         torch.backends.cudnn.benchmark = False  # it may choose another algorithm in the next run

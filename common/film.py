@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from common.plots import write_picture
 
 GREEN, RED, WHITE = (46, 160, 67), (207, 34, 46), (255, 255, 255)
 RIM = 4  # pixels around each episode; coloured once it is over
@@ -50,10 +53,12 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def write_gif(path: Path, frames: np.ndarray, fps: float, colors: int = 64) -> None:
-    """Write frames (F, H, W, 3) uint8 as a GIF, at most 20 frames a second of them."""
+    """Write frames (F, H, W, 3) uint8 as a GIF, at most 20 frames a second of them; see `write_picture`."""
     from PIL import Image
 
     stride = max(1, round(fps / 20))
     images = [Image.fromarray(frame).quantize(colors) for frame in frames[::stride]]
     duration = round(1000 * stride / fps)
-    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0)
+    content = io.BytesIO()
+    images[0].save(content, "gif", save_all=True, append_images=images[1:], duration=duration, loop=0)
+    write_picture(path, content.getvalue())

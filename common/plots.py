@@ -42,12 +42,17 @@ def grid(num: int, columns: int, size: tuple[float, float], **sharing) -> tuple[
 
 
 def save_figure(figure: Figure, path: Path, title: str = "") -> None:
-    """Write a figure as PNG, whole or not at all; says so if it cannot be written."""
+    """Write a figure as PNG; see `write_picture`."""
     figure.suptitle(title, fontsize=11)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100)
+    write_picture(path, content.getvalue())
+
+
+def write_picture(path: Path, content: bytes) -> None:
+    """Write the content of a picture's file, whole or not at all; says so if it cannot be written."""
     try:
-        write_whole(path, content.getvalue())
+        write_whole(path, content)
     except OSError as error:
         say(f"warning: {path} is not drawn ({error.strerror or error})")
 
@@ -208,7 +213,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def draw_curves(path: Path, picture: Path) -> None:
-    """Draw metrics.jsonl: loss, held-out error, gradient norms, learning rates, speed.
+    """Draw metrics.jsonl: loss, held-out error, gradient norms, learning rates, speed, success of rollouts.
 
     What a method logs in addition, named `group/name`, gets a panel for each group.
     """
@@ -218,6 +223,9 @@ def draw_curves(path: Path, picture: Path) -> None:
     groups: dict[str, list[str]] = {}
     for name in sorted({key for line in lines for key in line if "/" in key}):
         groups.setdefault(name.split("/")[0], []).append(name)
+    if "rollout/success" in groups.get("rollout", ()):  # it would lie flat beside numbers of steps
+        groups["rollout"].remove("rollout/success")
+        groups["success in closed loop"] = ["rollout/success"]
     held_out = {key for line in lines if line["split"] == "val" for key in line if "/" not in key}
     drawn = [
         ("loss", sorted({"loss", *held_out} - {"step", "split"})),
@@ -241,7 +249,8 @@ def draw_curves(path: Path, picture: Path) -> None:
 
 def _plot(axis: Axes, lines: list[dict], name: str, log: bool) -> None:
     """A metric against steps, held out with dots; a logarithmic scale if `log` and anything is positive."""
-    for split, label, style in (("train", "", {}), ("val", "held out: ", {"marker": "o", "ms": 3})):
+    evaluated = "" if name.startswith("rollout/") else "held out: "
+    for split, label, style in (("train", "", {}), ("val", evaluated, {"marker": "o", "ms": 3})):
         known = [line for line in lines if line["split"] == split and line.get(name) is not None]
         values = {line["step"]: line[name] for line in known}
         if values:

@@ -23,6 +23,7 @@ from common.data.rotation import Rotations
 from common.data.source import reason
 from common.envs import EnvConfig, Environment, make_environment
 from common.errors import EXIT_HUNG, UserError
+from common.film import side_by_side, write_gif
 from common.inference import Controller, Join, RobotPolicy
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 HANG_SECONDS = 120.0
 FILM_FPS = 20  # pictures a second of a film, at most
 AT_ONCE = 10  # episodes that act together while training
+FILMED = 4  # of these, by the main process
 ROLLOUT_SEED = 2_000_000  # `evaluate.py` takes 1,000,000, and experts record from 0 on
 GREY = 128
 Eyes = Literal["own", "grey", "other"]
@@ -148,6 +150,8 @@ def success_rate(
 ) -> dict[str, float]:
     """Success in `--rollout-episodes`, to log; a script calls it in its loop, on all processes.
 
+    A film of some of the episodes replaces `rollouts.gif` in the run folder.
+
     Training noise is left alone, and so are the episodes of `evaluate.py`: whoever chooses a checkpoint by
     these may still trust those.
 
@@ -162,7 +166,11 @@ def success_rate(
     policy = RobotPolicy(model, data.normalizer, config, data.spec, script, run.device)
     environments = make_environments(options.simulator, data.spec.image_size, min(len(numbers), AT_ONCE))
     with run.autocast():
-        episodes = roll_out(policy, environments, numbers, ROLLOUT_SEED)
+        film = FILMED * run.world if run.is_main else 0  # every run.world-th episode is this process's
+        episodes = roll_out(policy, environments, numbers, ROLLOUT_SEED, film=film)
+    if run.is_main:
+        films, outcomes = zip(*[(e.frames, e.success) for e in episodes if e.frames], strict=True)
+        write_gif(run.folder / "rollouts.gif", side_by_side(films, outcomes), episodes[0].film_fps)
     sums = [len(episodes), *(sum(getattr(e, name) for e in episodes) for name in ("success", "steps"))]
     count, wins, steps = run.sum(torch.tensor(sums, device=run.device)).tolist()
     return {"rollout/success": wins / count, "rollout/steps": steps / count}

@@ -55,6 +55,7 @@ from common.errors import EXIT_STOPPED, UserError
 from common.files import read_json, write_json, write_whole
 from common.instructions import Instructions, TaskConfig
 from common.normalize import Normalization, Normalizer
+from common.plots import read_lines
 from common.tracking import Tracker
 from common.watch import PREPARING, HangWatch, StopRequests, meeting
 
@@ -301,9 +302,18 @@ class Run:
         values |= {"fingerprint": store.fingerprint, "dataset": store.source, "processes": self.world}
         values["device"] = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         values["mixed_precision"] = self.accelerator.mixed_precision
+        if self.resuming:
+            values["resumes"] = [*read_json(folder / "config.json").get("resumes", []), self._resume()]
         write_json(folder / "config.json", values)
         if changes:
             write_whole(folder / "changes.patch", changes.encode(errors="replace"))
+
+    def _resume(self) -> dict[str, Any]:
+        """From which step this run is resumed, what step it had reached before, and when."""
+        path = self.config.run.run_dir / "metrics.jsonl"
+        reached = [line["step"] for line in read_lines(path)] if path.exists() else []
+        time = datetime.now().astimezone().isoformat(timespec="seconds")
+        return {"step": self.step, "reached": max(reached, default=self.step), "time": time}
 
     # A step
 

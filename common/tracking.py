@@ -1,8 +1,11 @@
-"""Metrics of a run: metrics.jsonl always, a tracker by choice, a progress bar, curves.png.
+"""Metrics of a run: metrics.jsonl always, a tracker by choice, a line of progress, curves.png.
 
 `metrics.jsonl` holds one JSON object a line: {"step", "split": "train" | "val", metrics...}. Training
 metrics are means over the steps since the line before and over all processes, of the values that were
 finite; null if none was.
+
+A tracker also gets every PNG and GIF that the run folder holds after an evaluation: `curves.png`, what the
+method draws, the film of the newest rollouts.
 """
 
 import errno
@@ -11,22 +14,26 @@ import math
 import os
 import resource
 import sys
+import textwrap
 import threading
 import time
 import uuid
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from common.config import flat_options
+from common.config import to_dict
 from common.console import say
 from common.errors import UserError
-from common.files import read_json, write_whole
+from common.files import checksum, read_json, write_whole
 from common.plots import draw_curves, read_lines
 
 SERVICE_SECONDS = 30.0
@@ -34,6 +41,8 @@ SERVICE_SECONDS = 30.0
 FINISH_SECONDS = 300.0
 """How long the end of a run waits for a tracker's server to take the last metrics; they stay on disk."""
 OFFLINE = {"mode": "offline", "resume": None, "settings": {"silent": True}}
+SUCCESS = "rollout/success"  # see `common.rollout.success_rate`
+PROGRESS = "{n_fmt}/{total_fmt} |{bar}| {remaining} left, {rate_fmt}{postfix}"  # fits into 80 columns
 
 
 class Tracker:
@@ -56,12 +65,17 @@ class Tracker:
         if config.run.tracker != "none":
             start_tracker(accelerator, run_dir, config, start_step)
         self._since = self._started = self._paused = time.perf_counter()
+        self._success: float | None = None  # of the newest rollouts
+        self._step, self._evaluated, self._tracker_failed = start_step, False, False
+        self._sent = _pictures(run_dir)
+        quiet = not (accelerator.is_main_process and sys.stderr.isatty())
+        options = {"initial": start_step, "smoothing": 0, "dynamic_ncols": True}
+        self._bar = tqdm(total=total_steps, bar_format=PROGRESS, disable=quiet, **options)
         if accelerator.is_main_process:
             kept = keep_lines_up_to(run_dir / "metrics.jsonl", start_step)
             self._elapsed_before = max((line.get("elapsed_s", 0.0) for line in kept), default=0.0)
+            self._success = next((x[SUCCESS] for x in reversed(kept) if SUCCESS in x), None)
             self._lines = Lines(run_dir / "metrics.jsonl")
-            quiet = not sys.stderr.isatty()
-            self._bar = tqdm(None, run_dir.name, total_steps, initial=start_step, unit="step", disable=quiet)
         if start_step:
             self._restore(run_dir / "checkpoints" / f"step_{start_step:07d}" / "state")
 
@@ -99,6 +113,7 @@ class Tracker:
         self._paused = time.perf_counter()
 
     def resume_clock(self) -> None:
+        self._send_pictures()
         self._since += time.perf_counter() - self._paused
 
     def add(self, metrics: dict[str, Tensor | float]) -> None:
@@ -119,6 +134,7 @@ class Tracker:
         """Take in whether a step was skipped, 1 or 0; called once a step."""
         in_row, most, last = self._skipped
         self._steps_seen += 1
+        self._bar.update()
         in_row = (in_row + 1) * bad
         last = torch.where(in_row > most, float(self._steps_seen), last)
         self._skipped = torch.stack([in_row, torch.maximum(in_row, most), last])
@@ -173,40 +189,98 @@ class Tracker:
         return means, waited, round(most), round(last)
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
-        """Refresh the progress bar or, where there is no terminal, print a line that suits a log file."""
-        loss = f"{metrics.get('loss', math.nan):.4f}"
+        """Refresh the line of progress or, where there is no terminal, print one that suits a log file."""
         rate = max((x for name, x in metrics.items() if name.startswith("lr/")), default=math.nan)
-        self._bar.n = step
-        self._bar.set_postfix(loss=loss, lr=f"{rate:.1e}", refresh=True)
+        success = "" if self._success is None else f"  success {100 * self._success:.0f} %"
+        text = f"loss {metrics.get('loss', math.nan):.4f}{success}  lr {rate:.1e}"
+        self._bar.set_postfix_str(text)
         if self._bar.disable:
             say(
-                f"step {step}/{self.total_steps}  loss {loss}  lr {rate:.1e}  "
+                f"step {step}/{self.total_steps}  {text}  "
                 f"{metrics['samples_per_s']:.0f} samples/s  {metrics['eta_s'] / 60:.1f} min left"
             )
 
     def log_validation(self, step: int, metrics: dict[str, float]) -> None:
-        """Write metrics of held-out episodes and redraw the curves."""
+        """Write metrics of held-out episodes, or of rollouts, and redraw the curves."""
         self._write(step, "val", metrics)
+        self._evaluated = True
         if self.accelerator.is_main_process:
+            self._success = metrics.get(SUCCESS, self._success)
             text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            say(f"step {step}  held out: {text}")
+            say(f"step {step}  {'acting' if SUCCESS in metrics else 'held out'}: {text}")
             draw_curves(self.run_dir / "metrics.jsonl", self.run_dir / "curves.png")
 
     def _write(self, step: int, split: str, metrics: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self._lines.append({"step": step, "split": split, **finite})
-        try:
+        self._step = step
+        with self._tracking():
             self.accelerator.log({f"{split}/{name}": value for name, value in metrics.items()}, step=step)
-        except OSError as error:  # metrics.jsonl has them all
-            say(f"warning: the tracker cannot write ({error.strerror or error})")
+
+    @contextmanager
+    def _tracking(self):
+        """Within, an error of the tracker is a warning: the run folder has everything."""
+        try:
+            yield
+            self._tracker_failed = False
+        except Exception as error:  # also of a service that was killed
+            if not self._tracker_failed:
+                say(f"warning: the tracker cannot write ({getattr(error, 'strerror', None) or error})")
+            self._tracker_failed = True
+
+    def _send_pictures(self) -> None:
+        """Give the tracker the pictures and films that were drawn since the last time, once evaluated."""
+        trackers = self.accelerator.trackers if self.accelerator.is_main_process else []
+        if not (trackers and self._evaluated):
+            return
+        self._evaluated, before, self._sent = False, self._sent, _pictures(self.run_dir)
+        new = [path for path, content in self._sent.items() if content != before.get(path)]
+        for tracker, path in product(trackers, new):
+            with self._tracking():
+                _send_picture(tracker, path, self._step)
 
     def close(self) -> None:
+        self._bar.close()
         if self.accelerator.is_main_process:
-            self._bar.close()
             self._lines.close()
             draw_curves(self.run_dir / "metrics.jsonl", self.run_dir / "curves.png")
+        self._evaluated = True
+        self._send_pictures()
+        for tracker in self.accelerator.trackers:
+            with self._tracking():
+                tracker.finish()
+        self.accelerator.trackers = []
         self.accelerator.end_training()
+
+
+def _pictures(run_dir: Path) -> dict[Path, int]:
+    """Checksums of the pictures and films directly in a run folder."""
+    paths = sorted(path for path in run_dir.iterdir() if path.suffix in (".png", ".gif"))
+    return {path: checksum(path) for path in paths if path.is_file()}
+
+
+def _send_picture(tracker: GeneralTracker, path: Path, step: int) -> None:
+    """Give a tracker a PNG or GIF as it is on disk.
+
+    TensorBoard plays a GIF that is logged as an image: so does its `add_video`, which needs MoviePy for it.
+    """
+    name = f"media/{path.stem}"
+    if tracker.name == "wandb":
+        import wandb
+
+        film = path.suffix == ".gif"
+        tracker.log({name: wandb.Video(path, format="gif") if film else wandb.Image(path)}, step=step)
+    else:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        with Image.open(path) as picture:
+            width, height = picture.size
+        image = Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes()
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        tracker.tracker.file_writer.add_summary(summary, step)
 
 
 def _peak_memory_gb() -> float:
@@ -268,11 +342,7 @@ def start_tracker(accelerator: Accelerator, run_dir: Path, config, start_step: i
     Raises:
         UserError: if it does not start.
     """
-    name = config.run.tracker
-    settings = {
-        key: value if isinstance(value, int | float | str | bool) else json.dumps(value)
-        for key, value in flat_options(config).items()
-    }
+    name, settings = config.run.tracker, to_dict(config)
     accelerator.log_with = [name]
     accelerator.project_configuration.logging_dir = str(run_dir)
     try:
@@ -283,7 +353,7 @@ def start_tracker(accelerator: Accelerator, run_dir: Path, config, start_step: i
             options = {"purge_step": start_step + 1} if start_step else {}
             accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": options})
             if accelerator.is_main_process:
-                text = "\n".join(f"    {key}: {value}" for key, value in settings.items())
+                text = textwrap.indent(json.dumps(settings, indent=2), "    ")  # Markdown's code
                 accelerator.get_tracker("tensorboard", unwrap=True).add_text("config", text, start_step)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -330,11 +400,13 @@ def _wandb_options(run_dir: Path, start_step: int) -> dict:
         identity.parent.mkdir(exist_ok=True)
         identity.write_text(uuid.uuid4().hex[:12])
     options = {"name": run_dir.name, "id": identity.read_text(), "dir": str(run_dir)}
-    if wandb.setup().settings.mode in ("offline", "disabled") or wandb.api.api_key:
-        return options | {"resume": "allow", "settings": {"finish_timeout": FINISH_SECONDS}}
+    chosen = wandb.setup().settings.mode in ("offline", "disabled")
+    if chosen or wandb.api.api_key:
+        resume = None if chosen else "allow"
+        return options | {"resume": resume, "settings": {"finish_timeout": FINISH_SECONDS}}
     _say_offline("not logged in", run_dir)
     return options | OFFLINE
 
 
 def _say_offline(why: str, run_dir: Path) -> None:
-    say(f"wandb: {why}, so kept offline; send it with `wandb sync {run_dir}/wandb/offline-run-*`")
+    say(f"wandb: {why}, so kept offline; send it with `wandb sync --append {run_dir}/wandb/offline-run-*`")

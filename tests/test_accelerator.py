@@ -55,6 +55,16 @@ def test_a_variable_that_contradicts_a_flag_is_refused(variable, value, way_out,
         assert f"ACCELERATE_{variable}" in sentence
 
 
+@pytest.mark.parametrize(("cuda", "device", "warned"), [(None, True, 1), ("13.0", True, 0), (None, False, 0)])
+def test_a_gpu_that_pytorch_was_not_built_for_is_named(cuda, device, warned, monkeypatch, capsys):
+    real = os.path.exists
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(os.path, "exists", lambda path: device if "nvidiactl" in str(path) else real(path))
+    make_accelerator(RunConfig())
+    assert capsys.readouterr().out.count("`rm -r .venv; make setup`") == warned
+
+
 def test_variables_that_agree_change_nothing(monkeypatch):
     """What `accelerate launch` sets where it is told nothing."""
     said = {"GRADIENT_ACCUMULATION_STEPS": "2", "DYNAMO_BACKEND": "NO", "USE_FSDP": "false"}

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -494,6 +495,18 @@ def test_the_run_folder_says_what_ran(tiny, tmp_path):
     assert saved["config"]["run"]["seed"] == 0
     assert {"torch", "accelerate", "python"} <= saved["versions"].keys()
     assert len(saved["fingerprint"]) > 8
+
+
+def test_a_run_knows_when_it_was_resumed_and_what_it_had_reached(tiny, tmp_path):
+    whole = train(train_vfp, tiny, tmp_path / "whole", "--steps", 4, "--save-every", 2)
+    assert "resumes" not in json.loads((whole / "config.json").read_text())
+    run = interrupt_after(whole, 2, tmp_path / "part")
+    for step, last in ((2, 4), (4, 5)):
+        train(train_vfp, tiny, None, "--resume", run, "--steps", last)
+        resumes = json.loads((run / "config.json").read_text())["resumes"]
+        assert (resumes[-1]["step"], resumes[-1]["reached"]) == (step, 4)
+        assert abs(datetime.fromisoformat(resumes[-1]["time"]).timestamp() - time.time()) < 600
+    assert len(resumes) == 2
 
 
 @pytest.mark.real("git")

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from PIL import Image
 
 from common import plots
 from common.data import Batch
+from common.film import write_gif
 from common.normalize import Normalizer, fit_statistics
 from common.plots import draw_chunks, draw_features, draw_latents, draw_reconstructions, draw_scores
 
@@ -50,6 +53,25 @@ def test_pictures_are_drawn_of_little(num, tmp_path):
         assert_drawn(tmp_path / name / "a.png")
 
 
+def test_success_in_closed_loop_has_a_curve_of_its_own(tmp_path, monkeypatch):
+    """Beside the number of steps it would be a flat line at zero."""
+    lines = [{"step": step, "split": "train", "loss": 1.0} for step in (1, 2, 3)]
+    for step, success in ((1, 0.25), (3, 0.75)):
+        lines.append({"step": step, "split": "val", "rollout/success": success, "rollout/steps": 90.0})
+        lines.append({"step": step, "split": "val", "loss": 1.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *_: figures.append(figure))
+    plots.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    drawn = {
+        axis.get_title(): {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+        for axis in figures[0].axes
+    }
+    assert drawn["success in closed loop"] == {"success": [[1, 0.25], [3, 0.75]]}
+    assert drawn["rollout"] == {"steps": [[1, 90], [3, 90]]}
+    assert drawn["loss"].keys() == {"loss", "held out: loss"}
+
+
 def test_principal_components_are_the_directions_of_largest_variance():
     points = np.random.default_rng(0).normal(size=(500, 3)) * [1, 10, 3] + 100
     components, share = plots.principal_components(points, 2)
@@ -71,3 +93,6 @@ def test_a_full_disk_costs_the_picture_and_leaves_the_one_before(tmp_path, monke
     draw_latents(tmp_path / "a.png", torch.eye(3), {"code": torch.arange(3)})
     assert "a.png is not drawn (No space left on device)" in capsys.readouterr().out
     assert (tmp_path / "a.png").read_bytes() == b"before"
+    write_gif(tmp_path / "a.gif", np.zeros((2, 8, 8, 3), np.uint8), fps=10)
+    assert "a.gif is not drawn (No space left on device)" in capsys.readouterr().out
+    assert not (tmp_path / "a.gif").exists()

@@ -236,6 +236,38 @@ def test_runs_of_train_mi_show_their_scores(tmp_path):
     assert shown == {n: round(3 - n / 7, 6) for n in (*range(10), *range(20, 30))}
 
 
+def test_resumes_and_rollouts_of_a_run_are_reported(tmp_path):
+    run = make_run(tmp_path / "a")
+    about = json.loads((run / "config.json").read_text())
+    about["resumes"] = [
+        {"step": n, "reached": n + 5, "time": f"2026-11-26T{n:02}:00:00"} for n in range(1, 13)
+    ]
+    (run / "config.json").write_text(json.dumps(about))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "split": "val", "rollout/success": 0.65, "rollout/steps": 31.5}\n')
+    Image.new("P", (6, 4)).save(run / "rollouts.gif")
+    text = write(tmp_path, run)
+    page = Reader(text)
+    assert page.values["Runs", "resumed", 1] == [12]
+    assert page.texts["Runs", "resumed", 1][0] == "12 times"
+    told = page.texts["Runs", "resumed", 1][1]
+    assert told.startswith("2026-11-26T03:00:00 from step 3, having reached 8; 2026-11-26T04")
+    assert page.values["Runs", "newest rollout/success", 1] == [0.65]
+    curve = next(panel for panel in page.curves["panels"] if panel["name"] == "rollout/success")
+    assert (curve["series"][0]["x"], curve["series"][0]["y"], curve["first"]) == ([40], [0.65], True)
+    assert "resumes" not in " ".join(row for title, row, _ in page.texts if title == "Options")
+    film = base64.b64encode((run / "rollouts.gif").read_bytes()).decode()
+    assert f"data:image/gif;base64,{film}" in text
+
+
+@pytest.mark.parametrize(("resumes", "said"), [(None, "no"), ("x", "no"), ([1, {}], "1 time")])
+def test_resumes_that_are_damaged_do_no_harm(resumes, said, tmp_path):
+    run = make_run(tmp_path / "a")
+    about = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(about | {"resumes": resumes}))
+    assert Reader(write(tmp_path, run)).texts["Runs", "resumed", 1][0] == said
+
+
 DAMAGE = {
     "config.json": b'{"script": ',
     "metrics.jsonl": b'{"step": "x", "split": "train"}\nnonsense\n{"step": 1, "split": "train"}\n',

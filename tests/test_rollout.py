@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from running import lines, train, weights
 
 import train_naive_fm
@@ -424,6 +425,8 @@ def test_rollouts_while_training_are_logged_and_change_nothing(script, tiny, tmp
         (2, 1, 6),
         (4, 1, 6),
     ]
+    with Image.open(acting / "rollouts.gif") as film:  # three episodes of six steps, their ends linger
+        assert (film.n_frames, film.size) == (6 + 1, (160, 40))
     one, other = weights(plain, 4), weights(acting, 4)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

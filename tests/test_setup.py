@@ -1,16 +1,22 @@
 """`make setup`: finds a Python that works and a uv, and takes no cut-off set-up for a finished one."""
 
 import ast
+import functools
+import http.server
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+REAL_PATH = os.environ["PATH"]
 
 
 @pytest.fixture
@@ -223,6 +229,123 @@ def test_settings_of_pip_reach_uv_and_are_not_written_down(machine, monkeypatch)
     assert not any(b"example.org" in path.read_bytes() for path in written)
 
 
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index on this machine; `offer(name, version)` adds a wheel."""
+    folder = tmp_path / "index"
+
+    def offer(name, version):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        about = f"{name}-{version}.dist-info"
+        with zipfile.ZipFile(folder / name / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{about}/RECORD", f"{about}/METADATA,,\n{about}/WHEEL,,\n{about}/RECORD,,\n")
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    monkeypatch.setattr(handler.func, "log_message", lambda *_: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield offer
+        server.shutdown()
+
+
+@pytest.fixture
+def no_gpu(setup, monkeypatch):
+    """A machine without an NVIDIA GPU, and requirements as this project has them."""
+    monkeypatch.setattr(setup, "NVIDIA", ("/nowhere",))
+    monkeypatch.delenv("CUDA", raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    text = "torch>=2.11,<2.12   # and why\nnumpy\ntorchvision>=0.26,<0.27\n"
+    (Path(setup.ROOT) / "requirements.txt").write_text(text)
+    return setup
+
+
+PLAIN, CPU, CUDA = ("2.11.1", "0.26.1"), ("2.11.1+cpu", "0.26.1+cpu"), ("2.11.1+cu130", "0.26.1+cu130")
+NEWER = ("2.12.0+cpu", "0.27.0+cpu")
+
+
+@pytest.mark.parametrize(
+    ("offered", "gpu", "installed", "said"),
+    [
+        (
+            (PLAIN, CPU, NEWER),
+            "",
+            CPU,
+            "about 2 GB: PyTorch's CPU build, since this machine has no NVIDIA GPU",
+        ),
+        ((CPU, CUDA), "", CPU, "make setup CUDA=1"),
+        ((CPU, CUDA), "told", CUDA, "about 6 GB with CUDA libraries)"),
+        ((CPU, CUDA), "device", CUDA, "about 6 GB with CUDA libraries)"),
+        ((CPU, CUDA), "cluster", CUDA, "about 6 GB with CUDA libraries)"),
+        (
+            (PLAIN, NEWER),
+            "",
+            PLAIN,
+            "about 6 GB with CUDA libraries, since the package index has no CPU build",
+        ),
+    ],
+)
+def test_without_a_gpu_the_cpu_build_that_the_index_has_is_taken(
+    no_gpu, index, tmp_path, monkeypatch, capfd, offered, gpu, installed, said
+):
+    uv = shutil.which("uv", path=f"{REAL_PATH}{os.pathsep}{ROOT}/.venv-tools/bin")
+    if uv is None:
+        pytest.skip("there is no uv: make setup installs it")
+    monkeypatch.setattr(no_gpu, "find_uv", lambda python: uv)
+    monkeypatch.setattr(no_gpu, "find_python", lambda: THIS)
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv-cache"))
+    if gpu == "device":
+        monkeypatch.setattr(no_gpu, "NVIDIA", ("/nowhere", os.devnull))
+    if gpu == "cluster":
+        executable(tmp_path / "a" / "sbatch", "exit 0")
+    if gpu == "told":
+        monkeypatch.setenv("CUDA", "1")
+    index("numpy", "1.0")
+    for versions in offered:
+        for name, version in zip(("torch", "torchvision"), versions, strict=False):
+            index(name, version)
+    no_gpu.main()
+    assert said in capfd.readouterr().out
+    site = Path(no_gpu.VENV) / "lib" / "python{}.{}".format(*sys.version_info[:2]) / "site-packages"
+    found = [next(site.glob(f"{name}-*.dist-info")).name for name in ("torch", "torchvision")]
+    assert found == [f"torch-{installed[0]}.dist-info", f"torchvision-{installed[1]}.dist-info"]
+    no_gpu.main()  # again: what is there stays
+    assert all((site / name).is_dir() for name in found)
+
+
+ANSWERS = """
+case "$1 $2 $*" in
+  "pip compile"*--torch-backend*) [ "$REACHED" ] && printf 'torch==2.11.1+cpu\ntorchvision==0.26.1+cpu\n';;
+  "pip compile"*) [ "$REACHED" = late ] && exec sleep 60
+    read line; case "$line" in *+cpu*) exit 1;; *) printf 'torch==2.11.1\ntorchvision==0.26.1\n';; esac;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reached", "backend"),
+    [("", "1", True), ("UV_INDEX", "1", False), ("", "", False), ("", "late", True)],
+)
+def test_pytorchs_own_index_is_asked_where_none_was_chosen(
+    no_gpu, machine, tmp_path, monkeypatch, chosen, reached, backend
+):
+    executable(tmp_path / "a" / "uv", UV + ANSWERS)
+    bare = executable(tmp_path / "bare", f'case "$2" in *importlib*) exit 1;; esac; {PYTHON}')
+    monkeypatch.setenv("FAKE_PYTHON", bare)
+    monkeypatch.setenv("REACHED", reached)
+    monkeypatch.setattr(machine, "ANSWER_SECONDS", 1 if reached == "late" else 60)
+    if chosen:
+        monkeypatch.setenv(chosen, "https://example.org/simple")
+    machine.main()
+    _, *asked, install = machine.calls()
+    assert sum("--torch-backend cpu" in call for call in asked) == (not chosen)
+    assert ("torch==2.11.1+cpu torchvision==0.26.1+cpu --torch-backend cpu" in install) == backend
+    assert install.startswith("pip install --quiet")
+
+
 def test_an_old_python_can_read_the_script():
     ast.parse((ROOT / "tools" / "setup.py").read_text(), feature_version=(3, 8))
 
@@ -234,8 +357,8 @@ def make(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
 
-    def run(**environment):
-        command = ["make", "-n", "setup"]
+    def run(*goals, **environment):
+        command = ["make", "-n", *(goals or ["setup"])]
         # These tests may themselves be run by make, which would leave its marks on a make below it.
         env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
         env |= environment
@@ -252,6 +375,21 @@ def test_make_sets_up_once_and_again_when_the_requirements_change(make, tmp_path
     later = (tmp_path / ".venv" / ".installed").stat().st_mtime + 10
     os.utime(tmp_path / "requirements.txt", (later, later))
     assert "tools/setup.py" in make().stdout
+
+
+def test_the_demo_says_first_what_it_will_do_and_take(make):
+    text = make("demo", "RUN=runs/mine").stdout
+    before, _, after = text.partition("tools/setup.py")
+    for words in (
+        "about ten minutes",
+        "2 GB for CPUs alone or 6 GB with CUDA",
+        "0.5 GB",
+        "runs/mine/evaluation",
+    ):
+        assert words in before
+    assert "train_vfp.py --config configs/train_vfp/demo.json --run-dir runs/mine" in after
+    steps = json.loads((ROOT / "configs" / "train_vfp" / "demo.json").read_text())["config"]["optim"]["steps"]
+    assert f"for {steps:,} steps" in before
 
 
 def test_make_passes_over_a_python_that_does_not_start(make, tmp_path):

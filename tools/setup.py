@@ -6,11 +6,14 @@ A Python that the packages work with is looked for by running what might be one,
 be shims that fail; only if there is none, uv downloads one. uv itself is the system's, or comes through pip,
 which is fetched where it is missing. Settings of pip and uv (index, certificates) are honoured and never
 written down.
+
+Without an NVIDIA device, PyTorch's CPU build is installed, if one is offered: see `cpu_build`.
 """
 
 import ast
 import glob
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +37,16 @@ USABLE = (  # ordinary CPython, with the modules that one built from source may 
     "import sys, bz2, ctypes, lzma, ssl; assert '%d.%d' % sys.version_info[:2] in {}; "
     "assert sys.implementation.name == 'cpython' and 't' not in sys.abiflags"
 )
+NVIDIA = ("/dev/nvidiactl", "/dev/dxg")  # the driver, on Linux and on Windows' Linux
+GPU_COMMANDS = ("nvidia-smi", "sbatch")  # a cluster's login node has no GPU, but its jobs have
+PYTORCH = ("torch", "torchvision")  # both must be of the same build
+NOT_CPU = "from importlib.metadata import version; assert '+cpu' not in version('torch')"
+CPU_SIZE = (
+    "2 GB: PyTorch's CPU build, since this machine has no NVIDIA GPU; for GPUs of other machines, run "
+    "`rm -r .venv; make setup CUDA=1`"
+)
+ANSWER_SECONDS = 90  # that an index has
+IMPATIENT = {"UV_HTTP_TIMEOUT": "10", "UV_HTTP_RETRIES": "0"}  # with an index that may be out of reach
 PIP_TO_UV = {  # settings that pip's users have and uv does not read
     "index-url": "UV_DEFAULT_INDEX",
     "extra-index-url": "UV_INDEX",
@@ -115,13 +128,18 @@ def find_uv(python):
     return local
 
 
+def chose_index(environment):
+    """Whether uv is told, by variables or a file, where packages come from."""
+    files = ("~/.config/uv/uv.toml", "/etc/uv/uv.toml", environment.get("UV_CONFIG_FILE", ""))
+    return any(os.path.exists(os.path.expanduser(file)) for file in files) or any(
+        name.startswith("UV_") and "INDEX" in name for name in environment
+    )
+
+
 def uv_environment(python):
     """The environment for uv: the present one, with pip's settings where uv has none of its own."""
     environment = dict(os.environ)
-    files = ("~/.config/uv/uv.toml", "/etc/uv/uv.toml", os.environ.get("UV_CONFIG_FILE", ""))
-    if any(os.path.exists(os.path.expanduser(file)) for file in files) or any(
-        name.startswith("UV_") and "INDEX" in name for name in environment
-    ):
+    if chose_index(environment):
         return environment
     command = [python or sys.executable, "-m", "pip", "config", "list"]
     answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -136,6 +154,49 @@ def uv_environment(python):
     if "UV_INDEX" in environment:  # as pip does it: the best version of all indexes
         environment.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
     return environment
+
+
+def wants_cuda():
+    """Whether PyTorch is to use NVIDIA's GPUs: this machine's, or others', if `make setup CUDA=1` says so."""
+    told = os.environ.get("CUDA") or os.environ.get("UV_TORCH_BACKEND")  # the second is uv's own choice
+    return bool(told) or any(map(os.path.exists, NVIDIA)) or any(map(shutil.which, GPU_COMMANDS))
+
+
+def cpu_build(uv, python, environment):
+    """Arguments by which uv installs PyTorch's CPU build, in a version that requirements.txt allows, or [].
+
+    The index in use is asked first. The public default index has no such build: where no index was chosen,
+    PyTorch's own is tried, which uv knows. Those who chose an index want packages from there alone. An index
+    that does not answer counts as one that has none.
+    """
+    with open(os.path.join(ROOT, "requirements.txt")) as file:
+        lines = [line.split("#")[0].strip() for line in file]
+    wanted = [line for line in lines if re.split("[^a-z]", line)[0] in PYTORCH]
+
+    def newest(requirements, *more, **settings):
+        """The newest that an index has of each, as NAME==VERSION; [] if it lacks one."""
+        if not requirements:
+            return []
+        options = ["--quiet", "--no-deps", "--no-header", "--no-annotate", "--python", python]
+        try:
+            answer = subprocess.run(
+                [uv, "pip", "compile", *options, *more, "-"],
+                input="\n".join(requirements).encode(),
+                env=dict(environment, **settings),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=ANSWER_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return []
+        return answer.stdout.decode().split() if answer.returncode == 0 else []
+
+    found = newest([name.split("+")[0] + "+cpu" for name in newest(wanted)])
+    if found or chose_index(environment):
+        return found
+    backend = ["--torch-backend", "cpu"]
+    found = newest(wanted, *backend, **IMPATIENT)
+    return [*found, *backend] if found else []
 
 
 def main(more=()):
@@ -158,10 +219,15 @@ def main(more=()):
         subprocess.check_call([uv, "venv", "--quiet", "--seed", *choice, VENV], env=environment)
     # A package that was cut off while it was copied can look installed: only a finished .venv is kept.
     open(unfinished, "w").close()
-    files = ["requirements.txt", *more]
-    print("installing {} into .venv (about 6 GB with CUDA libraries)".format(", ".join(files)), flush=True)
+    files, size, build = ["requirements.txt", *more], "6 GB with CUDA libraries", []
+    if sys.platform != "linux":
+        size = "2 GB"
+    elif not wants_cuda() and not works(installed, NOT_CPU):  # what is there already stays
+        build = cpu_build(uv, installed, environment)
+        size = CPU_SIZE if build else size + ", since the package index has no CPU build of PyTorch"
+    print("installing {} into .venv (about {})".format(", ".join(files), size), flush=True)
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
-    command = [uv, "pip", "install", *quiet, "--python", installed]
+    command = [uv, "pip", "install", *quiet, *build, "--python", installed]
     for name in files:
         command += ["-r", os.path.join(ROOT, name)]
     subprocess.check_call(command, env=environment)
