@@ -131,19 +131,19 @@ def of_processes(dataset: Path, count: int) -> dict[str, float]:
     computed = sum(one["fits"] for one in found)
     return {
         "processes that compute": computed,
-        **{n: sum(one[n] for one in found) for n in ("cpu", "private")},
+        **{n: sum(one[n] for one in found) for n in ("cpu", "own")},
     }
 
 
 def child(dataset: Path) -> dict[str, float]:
-    """Open a dataset and its statistics: whether they were computed here, processor seconds, private GB."""
+    """Open a dataset and its statistics: whether they were computed here, processor seconds, own GB."""
     fit, fits = Normalizer.fit, []
     Normalizer.fit = lambda *args, **named: fits.append(1) or fit(*args, **named)
-    before, began = memory()["private"], time.process_time()
+    before, began = memory()["own"], time.process_time()
     store = open_dataset(DataConfig((str(dataset),), cache_dir=dataset.parent))
     Normalizer.fit_once(ChunkDataset(store, np.arange(store.num_episodes), 16), "mean-std")
-    used = memory()["private"] - before
-    return {"fits": len(fits), "cpu": time.process_time() - began, "private": used}
+    used = memory()["own"] - before
+    return {"fits": len(fits), "cpu": time.process_time() - began, "own": used}
 
 
 def table(head: str, sizes: tuple[int, ...], rows: dict[str, list[float]], unit: str) -> str:

@@ -6,9 +6,9 @@
 
 Each start is a process of its own; the first of them keeps what the others read, and has a table of its own
 where a dataset is made up, which takes 300 bytes a step of the disk. Processor seconds are those of the whole
-process and hardly depend on what else a machine does; wall-clock seconds are what somebody waits. `private`
-is memory that the process shares with no other, `resident` has what it shares, too, such as pages of mapped
-files. With --publish, the medians go into docs/performance.md.
+process and hardly depend on what else a machine does; wall-clock seconds are what somebody waits. `own` is
+memory behind which there is no file; `resident` has pages of mapped files, too, which processes share, and
+`peak` is the most of that until then. With --publish, the medians go into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -148,9 +148,8 @@ def memory() -> dict[str, float]:
     """Gigabytes of this process: see the module's docstring."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     kilobytes = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
-    private = kilobytes["Private_Dirty"] + kilobytes["Private_Clean"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"private": private / 1e6, "resident": kilobytes["Rss"] / 1e6, "peak": peak / 1e6}
+    return {"own": kilobytes["Anonymous"] / 1e6, "resident": kilobytes["Rss"] / 1e6, "peak": peak / 1e6}
 
 
 def start(arguments: list[str]) -> dict[str, dict[str, float]]:
@@ -213,13 +212,13 @@ def launch(arguments: list[str]) -> dict[str, dict[str, float]]:
 def table(title: str, starts: list[dict]) -> str:
     """Medians of several starts."""
     lines = [
-        f"| {title} | wall s | processor s | private GB | resident GB | peak GB |",
+        f"| {title} | wall s | processor s | own GB | resident GB | peak GB |",
         "| --- |" + " ---: |" * 5,
     ]
     for name in starts[0]:
         values = [
             statistics.median(start[name][what] for start in starts)
-            for what in ("wall", "cpu", "private", "resident", "peak")
+            for what in ("wall", "cpu", "own", "resident", "peak")
         ]
         lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
     return "\n".join(lines)

@@ -1,8 +1,10 @@
 """What a start computes once and keeps: statistics beside the store, checksums; and what it never trusts."""
 
+import ast
 import json
 import os
 import resource
+import runpy
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -300,3 +302,27 @@ def test_too_many_open_files_are_explained():
     said, code = explain(OSError(24, "Too many open files", "/data/frames.bin"))
     assert said == "Too many files are open (/data/frames.bin): allow more with `ulimit -n`."
     assert code == 1
+
+
+# Threads
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [*sorted(path.name for path in ROOT.glob("train_*.py")), "evaluate.py", "serve.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_say_how_threads_wait_before_they_import_torch(script):
+    imports = [
+        x for x in ast.parse((ROOT / script).read_text()).body if isinstance(x, ast.Import | ast.ImportFrom)
+    ]
+    first = next(x for x in imports if getattr(x, "module", None) != "__future__")
+    assert ast.unparse(first) == "import common"
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "passive"), ("active", "active")])
+def test_threads_wait_passively_unless_a_user_says_otherwise(monkeypatch, before, after):
+    monkeypatch.setenv("OMP_WAIT_POLICY", before or "")
+    if before is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    runpy.run_path(str(ROOT / "common" / "__init__.py"))
+    assert os.environ["OMP_WAIT_POLICY"] == after
