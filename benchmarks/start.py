@@ -2,7 +2,7 @@
 
     python benchmarks/start.py                                # the built-in task
     python benchmarks/start.py --dataset FOLDER
-    python benchmarks/start.py --steps 1_000_000 10_000_000   # made-up datasets of so many steps
+    python benchmarks/start.py --steps 1_000_000 10_000_000   # and made-up datasets of so many steps
 
 Each start is a process of its own; the first of them keeps what the others read, and has a table of its own
 where a dataset is made up, which takes 300 bytes a step of the disk. Processor seconds are those of the whole
@@ -14,7 +14,6 @@ memory behind which there is no file; `resident` has pages of mapped files, too,
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,7 +40,7 @@ class Options:
     dataset: str = "demo"
     """What to start on."""
     steps: tuple[int, ...] = ()
-    """Make up datasets of so many steps instead, with states and actions of 14 dimensions."""
+    """Make up datasets of so many steps, too, with states and actions of 14 dimensions."""
     length: int = 300
     """Steps an episode of them."""
     rounds: int = 3
@@ -147,9 +146,10 @@ class Phases:
 def memory() -> dict[str, float]:
     """Gigabytes of this process: see the module's docstring."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    lines += [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     kilobytes = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"own": kilobytes["Anonymous"] / 1e6, "resident": kilobytes["Rss"] / 1e6, "peak": peak / 1e6}
+    found = {"own": "Anonymous", "resident": "Rss", "peak": "VmHWM"}
+    return {name: kilobytes[key] / 1e6 for name, key in found.items()}
 
 
 def start(arguments: list[str]) -> dict[str, dict[str, float]]:
@@ -229,17 +229,15 @@ def main(options: Options) -> None:
         print(json.dumps(start(json.loads(options.child))))
         return
     flags = ["--steps", "1000", "--batch-size", str(options.batch_size), "--dataset"]
-    tables = []
+    launch([*flags, options.dataset])
+    warm = [launch([*flags, options.dataset]) for _ in range(options.rounds)]
+    tables = [table(f"{Path(options.dataset).name}, warm", warm)]
     for steps in options.steps:
         with tempfile.TemporaryDirectory() as folder:
             make_up(Path(folder) / "dataset", Path(folder), steps, options.length)
             made = [*flags, f"{folder}/dataset", "--cache-dir", folder]
             tables.append(table(f"{steps:,} steps, first start", [launch(made)]))
             tables.append(table(f"{steps:,} steps, warm", [launch(made) for _ in range(options.rounds)]))
-    if not options.steps:
-        launch([*flags, options.dataset])
-        warm = [launch([*flags, options.dataset]) for _ in range(options.rounds)]
-        tables.append(table(f"{Path(options.dataset).name}, warm", warm))
     text = "\n\n".join(tables)
     print(text)
     if options.publish:
