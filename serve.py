@@ -10,6 +10,7 @@ All clients share one model, and each has an episode of its own. One thread comp
 A request that cannot be answered gets a sentence in its place; the connection, and all others, stay usable.
 """
 
+import common  # isort: skip  # noqa: F401  (before PyTorch: says how its threads wait)
 import asyncio
 import errno
 import hmac

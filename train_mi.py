@@ -20,6 +20,7 @@ averages noise away and shares its course with its neighbours. Of several tasks,
         --episodes-file runs/mi-20260301-101500/episodes_top80.json
 """
 
+import common  # isort: skip  # noqa: F401  (before PyTorch: says how its threads wait)
 import json
 import math
 import os

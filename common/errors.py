@@ -36,6 +36,8 @@ def explain(error: Exception) -> tuple[str, int] | None:
         ), EXIT_OUT_OF_MEMORY
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"The disk is full ({error.filename or text}): free disk space and start again.", 1
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return f"Too many files are open ({error.filename or text}): allow more with `ulimit -n`.", 1
     # The pipe from a process that loads data can break before anybody has noticed that it died.
     broken = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
     if broken or (runtime and re.search(r"DataLoader worker \(pid", text)):

@@ -1,19 +1,23 @@
 """Files that are whole or absent, what is on the disk for certain, and disks that are full."""
 
 import errno
+import hashlib
 import json
 import os
+import resource
 import shutil
+import time
 import uuid
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 
 CHECKSUMS = "checksums.json"  # of a checkpoint: is there once all its files are
+SETTLED_SECONDS = 2.0  # file systems count the time in steps, of up to two seconds
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -58,6 +62,54 @@ def checksum(path: Path) -> int:
     return value
 
 
+def unchanged_while(files: Iterable[Path]) -> list | None:
+    """What stays the same as long as files do: their names, sizes, inodes and times, as JSON can hold it.
+
+    None if one was changed in the last seconds: another change at once could leave it the same times.
+    """
+    found = [(str(file), file.stat()) for file in files]
+    if any(abs(time.time() - status.st_ctime) < SETTLED_SECONDS for _, status in found):
+        return None
+    return [[name, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for name, s in found]
+
+
+def computed_once(path: Path, key: Any, compute: Callable[[], Any]) -> Any:
+    """The value of `compute`, as JSON can hold it, kept in the file `path` for whoever gives the same key.
+
+    Other processes that ask for it meanwhile wait, and read. A file that is damaged or has another key is
+    not trusted, but written anew. With no key (None), or where nothing can be written, nothing is kept.
+    """
+    from filelock import FileLock
+
+    if key is None:
+        return compute()
+    key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    if (value := _kept(path, key)) is not None:
+        return value
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = lock.acquire()
+    except OSError:  # a folder that cannot be written
+        held = nullcontext()
+    with held:
+        if (value := _kept(path, key)) is None:
+            value = compute()
+            with suppress(OSError):
+                content = {"key": key, "crc32": zlib.crc32(json.dumps(value).encode()), "value": value}
+                write_whole(path, json.dumps(content).encode())
+    return value
+
+
+def _kept(path: Path, key: str) -> Any:
+    """What `computed_once` has kept under a key; None if there is nothing, or nothing to trust."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = read_json(path)
+        if (found["key"], found["crc32"]) == (key, zlib.crc32(json.dumps(found["value"]).encode())):
+            return found["value"]
+    return None
+
+
 def sync(folder: Path) -> None:
     """Wait until all files below a folder are on disk, not only in the page cache."""
     for path in [*folder.rglob("*"), folder]:
@@ -84,6 +136,13 @@ def require_space(folder: Path, needed: int, what: str, remedy: str) -> None:
             f"{what} {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB free: free disk "
             f"space, move --cache-dir, or choose {remedy}."
         )
+
+
+def allow_many_open() -> None:
+    """Have as many files open as the system allows at most; usually it begins with 1,024."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # a system that states no limit, and has one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
 
 
 @contextmanager

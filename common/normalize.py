@@ -4,9 +4,11 @@ Quantiles are computed here, from the data: those stored in a LeRobot dataset ar
 quantiles, which are not the quantiles of the whole.
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -15,26 +17,24 @@ from torch import Tensor, nn
 
 from common.console import say
 from common.data import GRIPPER, ChunkDataset, EpisodeStore
-from common.data.motion import (
-    cautions,
-    differences_already,
-    idle_dimensions,
-    usual_spread,
-    without_extremes,
-)
+from common.data.motion import Motion, cautions, differences_already, slabs, usual_spread, without_extremes
 from common.data.rotation import TARGET_DIM
 from common.errors import UserError
+from common.files import checksum, computed_once
 
 Normalization = Literal["mean-std", "min-max", "quantile"]
 POSE = 3 + TARGET_DIM  # numbers in a position and a re-expressed rotation
 STATISTICS = ("mean", "std", "min", "max", "q01", "q99")
+FORMULAS = ("normalize.py", "data/motion.py", "data/rotation.py", "data/samples.py")  # what makes statistics
 
 
 def fit_statistics(values: np.ndarray) -> dict[str, Tensor]:
     """`STATISTICS` of each dimension of (S, D) recorded steps, accumulated in float64: (D,) float32 each."""
-    exact = values.astype(np.float64)
-    quantiles = np.quantile(exact, [0.01, 0.99], axis=0)
-    found = exact.mean(0), exact.std(0), exact.min(0), exact.max(0), *quantiles
+    parts = []
+    for exact in slabs(values):
+        quantiles = np.quantile(exact, [0.01, 0.99], axis=0)
+        parts.append((exact.mean(0), exact.std(0), exact.min(0), exact.max(0), *quantiles))
+    found = map(np.concatenate, zip(*parts, strict=True))
     return {name: torch.from_numpy(x.astype(np.float32)) for name, x in zip(STATISTICS, found, strict=True)}
 
 
@@ -136,15 +136,30 @@ def shared_dimensions(state_names: Sequence[str], action_names: Sequence[str]) -
     )
 
 
+def in_blocks(rows: np.ndarray) -> list[np.ndarray]:
+    """Steps a few thousand at a time: their chunks, whole, can be many gigabytes."""
+    return np.array_split(rows, max(len(rows) // 4096, 1))
+
+
+def relative_chunks(dataset: ChunkDataset, dim: int, of: int) -> np.ndarray:
+    """All real actions of chunks in a dimension, less the state at which the chunk begins: (S,) float32.
+
+    `of` is the dimension of the state.
+    """
+    parts = []
+    for rows in in_blocks(dataset.rows):
+        chunks, is_pad = dataset.chunks(rows, dim)
+        parts.append((chunks - dataset.store.state[rows, of][:, None])[~is_pad])
+    return np.concatenate(parts)
+
+
 def relative_pose_chunks(dataset: ChunkDataset, start: int, of: int) -> np.ndarray:
     """All real poses of chunks, as seen from the states at which the chunks begin: (S, 9) float32.
 
     `start` and `of` are where the pose begins in action and state.
     """
     parts = []
-    for rows in np.array_split(
-        dataset.rows, max(len(dataset.rows) // 4096, 1)
-    ):  # whole, they can be gigabytes
+    for rows in in_blocks(dataset.rows):
         chunks, is_pad = dataset.chunks(rows)
         frame = torch.from_numpy(dataset.store.state[rows, of : of + POSE])
         poses = in_frame(torch.from_numpy(chunks[..., start : start + POSE]), frame)
@@ -191,6 +206,7 @@ class Normalizer(nn.Module):
         idle_floor: float = 0.1,
         mask: Sequence[str] = (),
         relative_poses: bool = False,
+        say: Callable[[str], None] = say,
     ) -> Self:
         """Fit on the steps of a dataset, each counted once whatever the datasets' weights.
 
@@ -201,17 +217,20 @@ class Normalizer(nn.Module):
 
         Args:
             relative, mask, relative_poses: see `DataConfig`.
+            say: what takes the lines.
 
         Raises:
             UserError: if the action never changes, so that there is nothing to learn.
         """
         store, rows = dataset.store, dataset.rows
-        recorded = {"state": store.state[rows], "action": store.action[rows + dataset.action_offset]}
-        if (recorded["action"] == recorded["action"][:1]).all():
-            raise UserError(f"The action of {store.source} never changes: choose another with --action-keys.")
-        statistics = {part: fit_statistics(values) for part, values in recorded.items()}
-        spread = {part: without_extremes(values).std(0) for part, values in recorded.items()}
+        episodes, statistics, motion = store.episode_of(rows), {}, {}
+        for part, steps in (("state", rows), ("action", rows + dataset.action_offset)):
+            values = getattr(store, part)[steps]
+            statistics[part], motion[part] = fit_statistics(values), Motion.of(values, episodes)
+        spread = {part: found.spread.copy() for part, found in motion.items()}
         action, pairs, poses = statistics["action"], None, []
+        if torch.equal(action["min"], action["max"]):
+            raise UserError(f"The action of {store.source} never changes: choose another with --action-keys.")
         action_range = torch.stack([action["min"], action["max"]])
         if relative:
             pairs = shared_dimensions(store.state_names, store.action_names)
@@ -237,18 +256,15 @@ class Normalizer(nn.Module):
                         action[name][start + i] = value[0]
                     spread["action"][start + i] = without_extremes(values).std()
             for dim in np.flatnonzero(pairs >= 0):
-                # One dimension after the other: all chunks at once can be many gigabytes.
-                chunks, is_pad = dataset.chunks(rows, dim)
-                differences = (chunks - store.state[rows, pairs[dim]][:, None])[~is_pad]
+                differences = relative_chunks(dataset, dim, pairs[dim])
                 for name, value in fit_statistics(differences[:, None]).items():
                     action[name][dim] = value[0]
                 spread["action"][dim] = without_extremes(differences[:, None]).std()
             pairs = torch.from_numpy(pairs)
         for line in cautions(store, dataset.action_offset, relative):
             say(line)
-        episodes = store.episode_of(rows)
         for part, names in (("state", store.state_names), ("action", store.action_names)):
-            idle = idle_dimensions(recorded[part], episodes)
+            idle = motion[part].idle
             floor = idle_floor * usual_spread(spread[part])
             statistics[part]["floor"] = torch.where(torch.from_numpy(idle), floor, 0.0)
             if floor and idle.any():
@@ -260,6 +276,31 @@ class Normalizer(nn.Module):
                 way = "leave their episodes out, or give --normalization quantile"
                 say(f"{part}: a few extreme steps set the scale of {found}: {way}")
         return cls(*statistics.values(), action_range, mode, pairs, poses)
+
+    @classmethod
+    def fit_once(
+        cls, dataset: ChunkDataset, mode: Normalization, relative: bool = False, *options: Any
+    ) -> Self:
+        """`fit`, once for all runs and processes that ask for the same: the result lies beside the store."""
+        store = dataset.store
+        of_store = store.fingerprint, store.arrays_checksums, store.state_names, store.action_names
+        rotations = repr((store.state_rotations, store.action_rotations))
+        horizon = dataset.horizon if relative else None
+        samples = dataset.episodes.tolist(), dataset.action_offset, horizon
+        code = [checksum(Path(__file__).parent / name) for name in FORMULAS]
+        versions = np.__version__, torch.__version__
+        key = [*of_store, rotations, *samples, mode, relative, *options, code, versions]
+
+        def compute() -> list:
+            lines: list[str] = []
+            fitted = cls.fit(dataset, mode, relative, *options, say=lines.append)
+            return [lines, {name: tensor.tolist() for name, tensor in fitted.tensors().items()}]
+
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        lines, tensors = computed_once(store.path / f"statistics-{name}.json", key, compute)
+        for line in lines:
+            say(line)
+        return cls.of_tensors({name: torch.tensor(values) for name, values in tensors.items()}, mode)
 
     def proprio(self, proprio: Tensor) -> Tensor:
         """(..., P) in recorded units -> unitless float32."""

@@ -189,7 +189,7 @@ class Run:
             normalizer = Normalizer.load(path, normalization)
         else:
             relative = options.relative_actions, options.idle_floor, options.relative_mask
-            normalizer = Normalizer.fit(train, normalization, *relative, options.relative_poses)
+            normalizer = Normalizer.fit_once(train, normalization, *relative, options.relative_poses)
         normalizer = normalizer.to(self.device)
         spec = replace(PolicySpec.of(train, backbone_config), tasks=known, max_delay=delay.max_delay)
         self._to_predict = flow.share_to_predict(horizon, delay)

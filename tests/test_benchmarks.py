@@ -4,12 +4,14 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from benchmarks import simulators, simulators_report
+from benchmarks import scale, simulators, simulators_report, start
+from common.data import DataConfig, open_dataset
 from common.errors import UserError
 
 
@@ -201,3 +203,31 @@ def test_policies_that_are_told_are_compared_with_one_that_is_not():
     assert "chance is 6.2" in text
     assert "| index | 85.0 (90.0, 80.0) | 85.0 (90.0, 80.0) | 6.0 (5.0, 7.0) | 25.0 (25.0, 25.0) |" in text
     assert "| none | 6.2 (6.2, 6.2) | 6.2 (6.2, 6.2) |  |" in text
+
+
+def test_a_made_up_dataset_has_its_store(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    path = start.make_up(tmp_path / "dataset", tmp_path, 60, 20, size=8, cameras=2)
+    store = open_dataset(DataConfig((str(tmp_path / "dataset"),), cache_dir=tmp_path))
+    assert store.path == path
+    assert (store.num_steps, store.num_episodes, store.cameras) == (60, 3, ("0", "1"))
+    assert store.images(np.array([0, 59])).shape == (2, 2, 3, 8, 8)
+    assert 0.04 < (store.state - store.action).std() < 0.06
+
+
+def test_what_was_measured_goes_between_its_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "DOCS", tmp_path / "page.md")
+    marks = "<!-- measured, {0}: begin -->\nold\n<!-- measured, {0}: end -->\n"
+    start.DOCS.write_text(f"# Page\n{marks.format('start')}between\n{marks.format('scale')}after\n")
+    start.insert("scale", "| new |")
+    text = start.DOCS.read_text()
+    assert text.startswith(
+        f"# Page\n{marks.format('start')}between\n<!-- measured, scale: begin -->\n\n| new |\n\n<!--"
+    )
+    assert text.endswith("end -->\nafter\n")
+
+
+def test_exponents_are_those_of_the_largest_sizes():
+    assert scale.slope((1, 10, 100), [5, 3, 300]) == pytest.approx(2)
+    line = scale.table("episodes", (10, 1_000), {"a cost": [2.0, 20.0]}, ", ms").splitlines()[-1]
+    assert line == "| a cost, ms | 2 | 20 | 0.50 |"

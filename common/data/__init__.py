@@ -20,6 +20,7 @@ from common.data.store import EpisodeStore
 from common.data.tasks import cut_at_tasks, name_tasks, weigh_tasks
 from common.data.workers import kept_pool
 from common.errors import UserError
+from common.files import allow_many_open
 
 # What other modules import from here, beside the names below.
 __all__ = ["Batch", "ChunkDataset", "SampleStream", "evenly_spaced", "make_loader", "split_episodes"]
@@ -163,6 +164,7 @@ def open_dataset(config: DataConfig) -> EpisodeStore:
     Raises:
         UserError: if a dataset cannot be found, read or used as configured.
     """
+    allow_many_open()  # each store is a file that stays open
     with kept_pool():
         stores = [ensure_store(stores_folder(config), request_store(name, config)) for name in config.dataset]
     stores = [cut_at_tasks(store, config.task) for store in stores]
@@ -185,16 +187,16 @@ def stores_folder(config: DataConfig) -> Path:
 
 def open_source(name: str, config: DataConfig) -> Source:
     """One of the datasets, in whatever format it is."""
-    from common.data import demo_tasks
-    from common.data.demo import ensure_recorded
     from common.data.hdf5 import Hdf5Source, holds_hdf5
     from common.data.lerobot import LeRobotSource, recorded_here
     from common.data.zarr import ZarrSource, is_zarr
 
     path = Path(name).expanduser()
     if name in BUILT_IN:
-        recorded = ensure_recorded if name == "demo" else demo_tasks.ensure_recorded
-        return LeRobotSource(recorded(config.cache_dir), name, config)
+        from common.data import demo, demo_tasks  # the simulator takes a while to import
+
+        task = demo if name == "demo" else demo_tasks
+        return LeRobotSource(task.ensure_recorded(config.cache_dir), name, config)
     if (path / "meta" / "info.json").is_file():
         return LeRobotSource(path, str(path.resolve()), config)
     if is_zarr(path):

@@ -90,7 +90,7 @@ class _Features:
 
     def missing(self, steps: np.ndarray) -> np.ndarray:
         """Those of the steps whose features are not there, or are of other frames."""
-        rows, done, marks = self.store.places[steps], np.zeros(len(steps), np.int64), _marks(self.file.parent)
+        rows, done, marks = self.store.places(steps), np.zeros(len(steps), np.int64), _marks(self.file.parent)
         there = rows < min(len(marks), _size(self.file) // self.row_bytes)
         done[there] = marks[rows[there], 0]
         return steps[done != self._frames_mark(steps)]
@@ -112,7 +112,7 @@ class _Features:
             done.truncate(min(done.tell(), 16 * (_size(self.file) // self.row_bytes)))
         RawRows.make_room(self.file, rows, self.shape, 2)
         RawRows.make_room(folder / DONE, rows, (2,), 8)
-        numbers = self.store.places[missing] // BLOCK
+        numbers = self.store.places(missing) // BLOCK
         blocks = {number: missing[numbers == number] for number in np.unique(numbers).tolist()}
         for patient in (False, True):  # first what nobody works on, then wait for what others do
             for number in list(blocks):
@@ -146,7 +146,7 @@ class _Features:
                 raise UserError(
                     f"The features of {self.store.source} are not finite: the weights are broken."
                 )
-            rows = self.store.places[here]
+            rows = self.store.places(here)
             checksums = [zlib.crc32(np.ascontiguousarray(row)) for row in features]
             _write(self.file, rows, features)  # first, so that nothing is marked that is not on the disk
             _write(self.file.with_name(DONE), rows, np.stack([self._frames_mark(here), checksums], axis=1))

@@ -55,6 +55,7 @@ from common.data.source import (
 from common.data.tasks import listed, wanted_tasks
 from common.data.video_clock import TOLERANCE, Segment, clock_faults
 from common.errors import UserError
+from common.files import computed_once, unchanged_while
 
 if TYPE_CHECKING:
     from common.data import DataConfig
@@ -197,7 +198,8 @@ class LeRobotSource:
             files |= image_files(self.root, key)
         # Of episodes that are cut another store is made than before they were.
         chosen = tasks[0] if len(tasks) == 1 and not (mixed and self.tasks) else list(self.config.task)
-        return layout.info(self.name, fingerprint(self.root, self.meta, files), fps, task=chosen or None)
+        found = fingerprint(self.root, self.meta, files, self.config.cache_dir / "hashes")
+        return layout.info(self.name, found, fps, task=chosen or None)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
         _, chosen = self._chosen()
@@ -331,8 +333,12 @@ class LeRobotSource:
         return episode
 
 
-def fingerprint(root: Path, meta: Meta, others: set[str]) -> str:
-    """Hash of what the dataset contains: features, parquet files, and size, head and tail of others in it."""
+def fingerprint(root: Path, meta: Meta, others: set[str], kept: Path) -> str:
+    """Hash of what the dataset contains: features, parquet files, and size, head and tail of others in it.
+
+    Those of parquet files, which can hold all pictures, are kept in a folder as long as the files are as
+    they were.
+    """
 
     def hash_whole(path: Path) -> str:
         with path.open("rb") as file:
@@ -341,6 +347,8 @@ def fingerprint(root: Path, meta: Meta, others: set[str]) -> str:
     tables = [file for part in ("meta", "data") for file in files_below(root / part)]
     files = [*tables, *(root / name for name in sorted(others))]
     with ThreadPoolExecutor(8) as pool:  # hashing and reading release the interpreter's lock
-        parts = [*pool.map(hash_whole, tables), *pool.map(hash_ends, files[len(tables) :])]
+        file = kept / f"{hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]}.json"
+        whole = computed_once(file, unchanged_while(tables), lambda: list(pool.map(hash_whole, tables)))
+        parts = [*whole, *pool.map(hash_ends, files[len(tables) :])]
     names = [file.relative_to(root).as_posix() for file in tables] + sorted(others)
     return hashlib.sha256(json.dumps([meta.model_dump(), names, parts], sort_keys=True).encode()).hexdigest()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,12 +23,22 @@ BLACK = 10  # a frame without a brighter pixel is black
 FEW = 8  # episodes or dimensions to name in a line
 
 
+def slabs(values: np.ndarray) -> Iterator[np.ndarray]:
+    """(S, D) as float64, two or three dimensions at a time: all of them can be many gigabytes.
+
+    Not one by one: NumPy adds up a single column in another order, and so rounds differently.
+    """
+    count = values.shape[1]
+    edges = [*range(0, max(count - 1, 1), 2), count]
+    return (values[:, first:last].astype(np.float64) for first, last in pairwise(edges))
+
+
 def without_extremes(values: np.ndarray) -> np.ndarray:
     """(S, D) as float64 with the lowest and the highest 0.1 % of each dimension, at least one, cut off.
 
     A sensor that fails for a step reports thousands of times what is usual; motion lasts longer than that.
     """
-    exact = values.astype(np.float64)
+    exact = np.asarray(values, np.float64)
     low = np.quantile(exact, EXTREME_SHARE, axis=0, method="higher")
     high = np.quantile(exact, 1 - EXTREME_SHARE, axis=0, method="lower")
     return np.clip(exact, np.minimum(low, high), np.maximum(low, high))
@@ -35,6 +47,36 @@ def without_extremes(values: np.ndarray) -> np.ndarray:
 def usual_spread(spread: np.ndarray) -> float:
     """The median of those (D,) standard deviations that reach a hundredth of the largest."""
     return float(np.median(spread[spread >= 1e-2 * spread.max()]))
+
+
+class Motion(NamedTuple):
+    """How (S, D) recorded steps move, extremes apart: (D,) each."""
+
+    spread: np.ndarray
+    """Standard deviation."""
+    noise: np.ndarray
+    """Root mean square of the change from step to step."""
+    level: np.ndarray
+    """Absolute value of the mean."""
+    varies: np.ndarray
+    """Whether it is not constant, bool."""
+
+    @classmethod
+    def of(cls, values: np.ndarray, episodes: np.ndarray) -> Motion:
+        """`episodes`, (S,), has the episode of each step."""
+        within, parts = np.diff(episodes) == 0, []
+        for exact in map(without_extremes, slabs(values)):
+            steps = np.diff(exact, axis=0)[within]
+            noise = np.sqrt((steps**2).sum(0) / max(len(steps), 1))
+            parts.append((exact.std(0), noise, np.abs(exact.mean(0)), exact.max(0) > exact.min(0)))
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+    @property
+    def idle(self) -> np.ndarray:
+        """See `idle_dimensions`."""
+        spread, usual = self.spread, usual_spread(self.spread)
+        noisy = (self.noise > 0.5 * spread) | (spread < 1e-3 * self.level)
+        return ((spread < 1e-4 * usual) | ((spread < 1e-2 * usual) & noisy)) & self.varies
 
 
 def idle_dimensions(values: np.ndarray, episodes: np.ndarray) -> np.ndarray:
@@ -53,13 +95,7 @@ def idle_dimensions(values: np.ndarray, episodes: np.ndarray) -> np.ndarray:
         values: (S, D), recorded.
         episodes: (S,), the episode of each step.
     """
-    exact = without_extremes(values)
-    spread, usual = exact.std(0), usual_spread(exact.std(0))
-    steps = np.diff(exact, axis=0)[np.diff(episodes) == 0]
-    noise = np.sqrt((steps**2).sum(0) / max(len(steps), 1))
-    noisy = (noise > 0.5 * spread) | (spread < 1e-3 * np.abs(exact.mean(0)))
-    idle = (spread < 1e-4 * usual) | ((spread < 1e-2 * usual) & noisy)
-    return idle & (exact.max(0) > exact.min(0))
+    return Motion.of(values, episodes).idle
 
 
 @dataclass(frozen=True)
@@ -154,8 +190,13 @@ def oddities(store: EpisodeStore) -> list[str]:
 
 def copies(store: EpisodeStore) -> list[str]:
     """Episodes with the same numbers as an earlier one, in lines for people."""
-    found: dict[bytes, list[int]] = {}
-    for e, (first, last) in enumerate(pairwise(store.episode_starts)):
+    lengths = np.diff(store.episode_starts)
+    middle = store.episode_starts[:-1] + lengths // 2  # one step of each: few that differ agree in it
+    steps = zip(lengths.tolist(), store.state[middle], store.action[middle], strict=True)
+    glimpses = [(length, state.tobytes(), action.tobytes()) for length, state, action in steps]
+    often, found = Counter(glimpses), {}
+    for e in (e for e, glimpse in enumerate(glimpses) if often[glimpse] > 1):
+        first, last = store.episode_starts[e : e + 2]
         numbers = store.state[first:last].tobytes() + store.action[first:last].tobytes()
         found.setdefault(hashlib.sha256(numbers).digest(), []).append(e)
     groups = [_named(store, group) for group in found.values() if len(group) > 1]
@@ -213,11 +254,11 @@ def jumps(part: str, recorded: np.ndarray, store: EpisodeStore) -> list[str]:
     A jump is more than half of the dimension's range, or more than 15 % of it and undone in the next step,
     and twenty times its usual change; so a binary gripper does not jump.
     """
-    change = np.diff(recorded.astype(np.float64), axis=0)
-    change[store.episode_starts[1:-1] - 1] = 0  # from one episode to the next
     found: dict[tuple[int, ...], list[str]] = {}  # dimensions by the episodes in which they jump
     names = getattr(store, f"{part}_names")
-    for name, delta, values in zip(names, change.T, recorded.T, strict=True):
+    for name, values in zip(names, recorded.T, strict=True):
+        delta = np.diff(values.astype(np.float64))
+        delta[store.episode_starts[1:-1] - 1] = 0  # from one episode to the next
         size, extent = np.abs(delta), float(np.ptp(values))
         moving = size[size > 0]
         if extent == 0 or not len(moving):

@@ -6,6 +6,8 @@ A store is a folder:
     episodes.jsonl          where each episode's frames lie, and their checksum, see common/data/ingest.py
     arrays.safetensors      state, action, timestamps, and the place of every episode
     features-*/             features of frozen networks, see common/data/features.py
+    statistics-*.json       what normalization has found, see common/normalize.py
+    checked.json            the checksum that the arrays were found to have
     meta.json               source, fingerprint, cameras, names, tasks; written last: then it is finished
 
 `python -m common.data.store` inspects, verifies and deletes stores.
@@ -16,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -30,13 +31,14 @@ from torch import Tensor
 from common.data.rotation import Rotations, parse
 from common.data.rows import ROWS, RawRows, Storage
 from common.errors import UserError
-from common.files import read_json
+from common.files import checksum, computed_once, read_json, unchanged_while
 
 # The package imports this module before `python -m common.data.store` runs it, which Python would remark on.
 warnings.filterwarnings("ignore", "'common.data.store' found in sys.modules")
 
 FORMAT = 4
 META, ARRAYS, FRAMES = "meta.json", "arrays.safetensors", "frames.bin"
+CHECKED = "checked.json"
 OF_STEPS = ("state", "action", "timestamps")
 OF_EPISODES = ("episode_indices", "episode_rows", "episode_checksums")
 
@@ -67,6 +69,7 @@ class EpisodeStore:
         episode_indices: (E,) int64, the episodes' numbers in their source.
         episode_rows, episode_checksums: (E,) int64, the first row in the dataset's file of frames, and the
             CRC-32 of all the episode's rows there.
+        arrays_checksums: CRC-32 of each dataset's arrays, all of them.
         frame_files: one for each dataset.
         episode_tasks: the instruction of each episode, None where none is stated. Before `cut_at_tasks`, one
             that changes is a list of parts, each a first step and an instruction.
@@ -99,6 +102,7 @@ class EpisodeStore:
     episode_rows: np.ndarray
     episode_checksums: np.ndarray
     frame_files: tuple[Path, ...]
+    arrays_checksums: tuple[int, ...]
     part_episodes: tuple[int, ...]
     part_weights: tuple[float, ...] | None = None
     task_weights: tuple[float, ...] | None = None
@@ -108,14 +112,12 @@ class EpisodeStore:
     extras: dict[str, Extra] = field(default_factory=dict)
 
     def __post_init__(self):
-        shifts = np.repeat(self.episode_rows - self.episode_starts[:-1], np.diff(self.episode_starts))
-        places = np.arange(self.num_steps) + shifts  # (S,), row of each step in its dataset's file
         frames = [ROWS[self.storage](file, self.row_shape) for file in self.frame_files]
         extras = {
             name: [RawRows(file, extra.shape, np.float16) for file in extra.files]
             for name, extra in self.extras.items()
         }
-        self.__dict__.update(places=places, frames=frames, _extras=extras)
+        self.__dict__.update(frames=frames, _extras=extras)
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -126,18 +128,23 @@ class EpisodeStore:
 
     @classmethod
     def open(cls, path: Path | str) -> EpisodeStore:
-        """Open the store in the folder `path`; a UserError if it is unfinished or damaged."""
-        from safetensors.numpy import load
+        """Open the store in the folder `path`; a UserError if it is unfinished or damaged.
+
+        The arrays are read as they are needed, and all processes of a machine share their memory. That they
+        are what was written is made sure of once, as long as their file does not change.
+        """
+        from safetensors.torch import load_file
 
         path = Path(path)
         problem = defect(path)
         if problem is None:
-            meta, payload = read_json(path / META), (path / ARRAYS).read_bytes()
-            if zlib.crc32(payload) != meta["arrays_crc32"]:
+            meta, file = read_json(path / META), path / ARRAYS
+            found = computed_once(path / CHECKED, unchanged_while([file]), lambda: checksum(file))
+            if found != meta["arrays_crc32"]:
                 problem = f"{ARRAYS} is not what was written"
         if problem:
             raise UserError(f"The episode store {path} cannot be read ({problem}): delete it to rebuild it.")
-        arrays = load(payload)
+        arrays = {name: tensor.numpy() for name, tensor in load_file(file).items()}
         names = ("image_size", "state_names", "action_names", "episode_tasks", "skipped")
         return cls(
             path=path,
@@ -148,6 +155,7 @@ class EpisodeStore:
             **{name: tuple(meta[name]) for name in names},
             **arrays,
             frame_files=(path / FRAMES,),
+            arrays_checksums=(meta["arrays_crc32"],),
             part_episodes=(len(arrays["episode_indices"]),),
         )
 
@@ -197,7 +205,7 @@ class EpisodeStore:
                         f"{show(its)}: one run learns from datasets that agree in them."
                     )
         arrays = {n: np.concatenate([getattr(s, n) for s in stores]) for n in (*OF_STEPS, *OF_EPISODES)}
-        names = ("episode_tasks", "frame_files", "part_episodes", "skipped")
+        names = ("episode_tasks", "frame_files", "arrays_checksums", "part_episodes", "skipped")
         tuples = {name: tuple(x for store in stores for x in getattr(store, name)) for name in names}
         lengths = np.concatenate([np.diff(store.episode_starts) for store in stores])
         parts = json.dumps([store.fingerprint for store in stores])
@@ -283,6 +291,11 @@ class EpisodeStore:
         """The episode of each step: int64 of the same shape."""
         return np.searchsorted(self.episode_starts, rows, side="right") - 1
 
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """The row of each step in its dataset's file: int64 of the same shape."""
+        episodes = self.episode_of(rows)
+        return rows + (self.episode_rows[episodes] - self.episode_starts[episodes])
+
     def images(self, rows: np.ndarray, out: Tensor | None = None) -> Tensor:
         """Frames of all cameras at the steps `rows`, (B,) int64: (B, N, 3, H, W) uint8.
 
@@ -304,7 +317,7 @@ class EpisodeStore:
 
     def _gather(self, files: Sequence[RawRows], rows: np.ndarray, out: Tensor) -> Tensor:
         """Copy the steps `rows` out of the files of the datasets."""
-        places, parts = self.places[rows], self.part_of(rows)
+        places, parts = self.places(rows), self.part_of(rows)
         for part in np.unique(parts).tolist():
             slots = np.flatnonzero(parts == part)
             files[part].read(places[slots], out.numpy(), slots)

@@ -1,0 +1,103 @@
+"""What OMP_WAIT_POLICY=passive does to the speed of training on a CPU, on an idle machine and a busy one.
+
+    python benchmarks/waiting.py
+    python benchmarks/waiting.py --busy 0 2 4
+
+Two processes train the same policy, one with threads that wait passively and one with PyTorch's default. They
+take turns, so that whatever else a machine does slows both alike; the result is the median over turns of the
+ratio of their speeds. `--busy` processes compute meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+POLICIES = {"passive": {"OMP_WAIT_POLICY": "passive"}, "default": {}}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare ways for threads to wait."""
+
+    busy: tuple[int, ...] = (0, 2)
+    """Processes that compute meanwhile, one number after the other."""
+    rounds: int = 12
+    """Turns of each."""
+    turn_steps: int = 10
+    """Steps a turn."""
+    threads: int = os.cpu_count() or 1
+    batch_size: int = 16
+    child: bool = False
+    """For the processes that this one starts."""
+
+
+def train(options: Options) -> None:
+    """Train `turn_steps` steps whenever a line comes in; answer with samples per second."""
+    import torch  # before anything of this project, which would say how threads wait
+
+    import train_vfp
+    from benchmarks.step import bare_loop
+    from common.run import start_run
+
+    torch.set_num_threads(options.threads)
+    config = train_vfp.Config()
+    config = replace(config, optim=replace(config.optim, batch_size=options.batch_size))
+    run = start_run(config, train_vfp.__file__)
+    steps = bare_loop(config, run, run.load_data(config.horizon, config.normalization))
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(options.turn_steps):
+            next(steps)
+        print("speed", options.turn_steps * options.batch_size / (time.perf_counter() - began), flush=True)
+
+
+def turn(process: subprocess.Popen) -> float:
+    """Samples per second in the next turn of a process."""
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return next(float(line.split()[1]) for line in process.stdout if line.startswith("speed "))
+
+
+def main(options: Options) -> None:
+    if options.child:
+        train(options)
+        return
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment["OMP_NUM_THREADS"] = str(options.threads)
+    command = [sys.executable, *sys.argv, "--child"]
+    trained = {
+        name: subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**environment, **policy}
+        )
+        for name, policy in POLICIES.items()
+    }
+    print(f"samples/s of {options.threads} threads with batches of {options.batch_size}, medians of turns")
+    for count in options.busy:
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+        try:
+            turns = [{name: turn(one) for name, one in trained.items()} for _ in range(options.rounds + 1)][
+                1:
+            ]
+        finally:
+            for process in busy:
+                process.kill()
+        speeds = ", ".join(f"{name} {statistics.median(t[name] for t in turns):.1f}" for name in trained)
+        ratio = statistics.median(t["passive"] / t["default"] for t in turns)
+        print(f"{count} other processes: {speeds}, ratio {ratio:.3f}", flush=True)
+    for process in trained.values():
+        process.stdin.close()
+        process.wait()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
