@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
-from methods import insert
 
+from benchmarks.methods import insert
 from common import losses, optim
 from common.config import cli, options, parse
 from common.run import Run

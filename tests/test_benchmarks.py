@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import train_vfp_moe
 from benchmarks import simulators, simulators_report
 from common.errors import UserError
 
@@ -201,3 +202,21 @@ def test_policies_that_are_told_are_compared_with_one_that_is_not():
     assert "chance is 6.2" in text
     assert "| index | 85.0 (90.0, 80.0) | 85.0 (90.0, 80.0) | 6.0 (5.0, 7.0) | 25.0 (25.0, 25.0) |" in text
     assert "| none | 6.2 (6.2, 6.2) | 6.2 (6.2, 6.2) |  |" in text
+
+
+def test_launches_are_counted_by_phase(tiny, tmp_path, accelerate_reset):
+    module = benchmark("launches")
+    flags = list(tiny)
+    at = flags.index("--batch-size")
+    flags = " ".join(flags[:at] + flags[at + 2 :])
+    wanted, original = ("train_naive_fm", "train_vfp_moe"), train_vfp_moe.compute_loss
+    module.main(module.Config(scripts=wanted, flags=flags, out=tmp_path / "table.md"))
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "table.md").read_text().splitlines() if "`" in line]
+    assert len(rows) == 2
+    for name, *cells in rows:
+        *phases, step, ten, one = (int(cell.strip(" *") or 0) for cell in cells)
+        assert step == sum(phases)
+        assert phases[2] > phases[0] > 50  # backward, forward
+        assert (phases[1] > 40 * 20) == ("moe" in name)  # Sinkhorn
+        assert (ten - one) % 9 == 0  # of nine steps more
+    assert train_vfp_moe.compute_loss is original  # nothing stays changed
