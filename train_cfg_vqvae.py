@@ -41,7 +41,7 @@ from common.data import Batch, ChunkDataset, DataConfig
 from common.instructions import TaskConfig, drop_some
 from common.latent import CodebookLatent, Inferred
 from common.normalize import Normalization, Normalizer
-from common.optim import OptimConfig
+from common.optim import OptimConfig, ramp
 from common.rollout import RolloutConfig, success_rate
 from common.run import Run, start_run
 from common.transformer import (
@@ -201,7 +201,7 @@ def compute_loss(
     batch: Batch,
     normalizer: Normalizer,
     config: Config,
-    progress: float = 1.0,
+    progress: float | Tensor = 1.0,
     *,
     train: bool,
     count: Tensor | None = None,
@@ -233,7 +233,7 @@ def compute_loss(
 
     dropped = None
     if train:
-        share = config.cfg_dropout * min(progress / max(config.cfg_ramp, 1e-9), 1.0)
+        share = config.cfg_dropout * ramp(progress, config.cfg_ramp)
         dropped = torch.rand(len(images), flow_samples, device=images.device) < share
         dropped = F.pad(dropped, (1, 0)).flatten()  # the one-step prediction is with the latent
     velocity_pred, latent = policy(x_t, t, images, proprio, chunks, batch.is_pad, train, dropped, task)
@@ -376,10 +376,11 @@ def main(config: Config) -> None:
     data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
+    objective = run.compiled(compute_loss)
 
     while run.step < run.total_steps and not run.stopping:
         for batch in run.micro_batches():  # of one step; sets run.real_actions
-            loss, metrics = compute_loss(
+            loss, metrics = objective(
                 run.model, batch, data.normalizer, config, run.progress, train=True, count=run.real_actions
             )
             run.backward(loss)

@@ -423,10 +423,11 @@ def main(config: Config) -> None:
     if not run.resuming:
         model.fit_average(data.train)
     optimizer, scheduler, average = run.prepare(model, data)
+    objective = run.compiled(compute_loss)
 
     while run.step < run.total_steps and not run.stopping:
         for batch in run.micro_batches():  # of one step; sets run.real_actions
-            loss, metrics = compute_loss(run.model, batch, data.normalizer, config, train=True)
+            loss, metrics = objective(run.model, batch, data.normalizer, config, train=True)
             run.backward(loss)
             run.log(metrics)
         run.log(run.clip_gradients())  # gradients are complete only here

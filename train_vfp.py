@@ -240,10 +240,11 @@ def main(config: Config) -> None:
     data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
+    objective = run.compiled(compute_loss)
 
     while run.step < run.total_steps and not run.stopping:
         for batch in run.micro_batches():  # of one step; sets run.real_actions
-            loss, metrics = compute_loss(
+            loss, metrics = objective(
                 run.model, batch, data.normalizer, config, train=True, count=run.real_actions
             )
             run.backward(loss)

@@ -138,7 +138,8 @@ class Policy(nn.Module):
         views = [getattr(self, f"{c}_backbone")(images[:, n]) for n, c in enumerate(self.cameras)]
         views += [(tokens, tokens.mean(dim=1)) for tokens in depth.float().unbind(1)]
         if dropped is not None:
-            dropped = torch.cat([dropped, dropped[:, self.depth_cameras]], dim=1)
+            depth_dropped = [dropped[:, n : n + 1] for n in self.depth_cameras]
+            dropped = torch.cat([dropped, *depth_dropped], dim=1)
         return self.action_decoder.context(self.info_embedder(views, proprio, dropped, task))
 
     def forward(
@@ -292,11 +293,12 @@ def main(config: Config) -> None:
     optimizer, scheduler, average = run.prepare(policy, data)
     if run.is_main:
         draw_depth(policy, data.train, run.folder / "depth.png")
+    objective = run.compiled(compute_loss)
 
     while run.step < run.total_steps and not run.stopping:
         for batch in run.micro_batches():  # of one step; sets run.real_actions
             batch = with_depth(batch, policy)
-            loss, metrics = compute_loss(
+            loss, metrics = objective(
                 run.model, batch, data.normalizer, config, train=True, count=run.real_actions
             )
             run.backward(loss)

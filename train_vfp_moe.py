@@ -44,7 +44,7 @@ from common.errors import UserError
 from common.instructions import TaskConfig, drop_some
 from common.latent import CodebookLatent, Inferred, NormalLatent, Usage, first_latents
 from common.normalize import Normalization, Normalizer
-from common.optim import OptimConfig
+from common.optim import OptimConfig, ramp
 from common.rollout import RolloutConfig, success_rate
 from common.run import Run, start_run
 from common.transformer import (
@@ -306,7 +306,7 @@ def compute_loss(
     batch: Batch,
     normalizer: Normalizer,
     config: Config,
-    progress: float = 1.0,
+    progress: float | Tensor = 1.0,
     *,
     train: bool,
     count: Tensor | None = None,
@@ -348,7 +348,7 @@ def compute_loss(
     one_step = start + torch.einsum("be,ebta->bta", gates[:, 0], velocity_pred[:, :, 0].float())  # (B, T, A)
     transport = losses.chunk_transport(one_step, chunks, proprio[:, -1], batch.is_pad, config.transport_blur)
     divergence = latent.divergence.mean(dim=0)  # of each dimension
-    beta = config.kl_weight * min(progress / max(config.kl_warmup, 1e-9), 1.0)
+    beta = (config.kl_weight * ramp(progress, config.kl_warmup)).float()
     loss = (
         velocity_loss
         + beta * divergence.clamp(min=config.free_bits).sum()
@@ -368,7 +368,7 @@ def compute_loss(
 
 
 def weigh_experts(
-    logits: Tensor, config: Config, progress: float, train: bool
+    logits: Tensor, config: Config, progress: float | Tensor, train: bool
 ) -> tuple[Tensor, Tensor, dict]:
     """How much each expert learns from a sample, (B, E); the gate's own losses; what to log of it.
 
@@ -377,7 +377,7 @@ def weigh_experts(
     """
     noisy = logits + config.gate_noise * torch.randn_like(logits) if train else logits
     probabilities = noisy.softmax(dim=1)
-    trust = min(progress / max(config.gate_warmup, 1e-9), 1.0)
+    trust = ramp(progress, config.gate_warmup)
     weights = trust * probabilities + (1 - trust) / config.num_experts
     z_loss, balance = losses.router_z_loss(noisy), losses.load_balance(probabilities)
     metrics = {
@@ -526,15 +526,17 @@ def main(config: Config) -> None:
     data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
+    objective = run.compiled(compute_loss)
 
     while run.step < run.total_steps and not run.stopping:
         for batch in run.micro_batches():  # of one step; sets run.real_actions
-            loss, metrics = compute_loss(
+            loss, metrics = objective(
                 run.model, batch, data.normalizer, config, run.progress, train=True, count=run.real_actions
             )
             run.backward(loss)
-            policy.latent.count(run.sum(metrics.pop("latent")))
-            policy.gate.usage.counts += run.sum(metrics.pop("experts"))
+            counted = run.sum(torch.cat([metrics.pop("latent"), metrics.pop("experts")]))
+            policy.latent.count(counted[: -config.num_experts])
+            policy.gate.usage.counts += counted[-config.num_experts :]
             run.log(metrics)
         run.log(run.clip_gradients())  # gradients are complete only here
         optimizer.step()

@@ -11,7 +11,7 @@ from typing import get_args
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from common.config import Precision, RunConfig
 from common.console import say
@@ -32,8 +32,12 @@ def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerat
     # The launcher's own hints about defaults say nothing that a user of these scripts can act on.
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+    # On CUDA, all buffers follow from what all processes know: batch norm is of all of them, and methods sum
+    # what they count. On a CPU there is no such batch norm: process 0 has the buffers.
+    cuda = torch.cuda.is_available()
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=not cuda, gradient_as_bucket_view=True)
     accelerator = Accelerator(
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience(config.hang_timeout))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience(config.hang_timeout)), ddp],
         mixed_precision=_precision(config),
         gradient_accumulation_steps=grad_accumulation,
         cpu=not torch.accelerator.is_available(),

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
@@ -24,6 +25,7 @@ import tyro
 from docstring_parser import parse_from_object
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -44,6 +46,7 @@ MayChange = Annotated[T, MAY_CHANGE]
 """An option that may differ when a run is resumed; any other would make it a different experiment."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["no", "bf16", "fp16"]
+Compile = Literal["no", "default", "graphs"]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 """A path; a leading ~ is the home folder, which the shell leaves alone in `--flag=~/folder`."""
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
@@ -85,6 +88,11 @@ def _sentence(error: ValidationError) -> str:
     if not name:
         return f"{reason.rstrip('.')}."
     return f"--{name.replace('_', '-')} is {shown(first['input'])}: it {reason.rstrip('.')}."
+
+
+def _once_a_flag(value: Any) -> Any:
+    """What `--compile` was in files of older versions."""
+    return {False: "no", True: "default"}[value] if isinstance(value, bool) else value
 
 
 @options
@@ -130,8 +138,10 @@ class RunConfig:
     mixed_precision: MayChange[Precision | None] = None
     """Precision of forward and backward (default: what `accelerate launch` says, else that of the run that is
     resumed, else no)."""
-    compile: MayChange[bool] = False
-    """Compile the policy with torch.compile: a slow first step, then faster ones."""
+    compile: MayChange[Annotated[Compile, BeforeValidator(_once_a_flag)]] = "no"
+    """default: compile policy, augmentation and loss with torch.compile, a slow first step, then faster ones.
+    graphs: also launch them as CUDA graphs, which pays where networks are small; needs --grad-accumulation 1.
+    Without a value: default."""
     tracker: MayChange[Literal["none", "wandb", "tensorboard"]] = "none"
     """Where metrics go in addition to metrics.jsonl."""
     project: MayChange[str] = "flow-policies"
@@ -173,6 +183,9 @@ def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
         base = _with_run(read_config(config_type, path, script), run_dir=None, resume=None, config=None)
         return _without_rival(base, argv)
 
+    if issubclass(get_type_hints(config_type).get("run", object), RunConfig):  # not serve.py's --compile
+        followed = pairwise([*argv, "-"])
+        argv = [x for w, n in followed for x in (w, "default")[: 1 + (w == "--compile" and n[:1] == "-")]]
     config = from_flags(None)  # also answers --help, and refuses bad flags
     run = getattr(config, "run", None)
     if not isinstance(run, RunConfig):

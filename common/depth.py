@@ -242,7 +242,8 @@ class DepthBackbone(nn.Module):
 
     def of_cameras(self, images: Tensor, cameras: Sequence[int]) -> Tensor:
         """Features (B, C, L, token_dim) of C cameras of images (B, N, 3, H, W)."""
-        chosen = images[:, list(cameras)]
+        # Slices: an index that comes as a list is copied to the device, which is waited for.
+        chosen = torch.stack([images[:, n] for n in cameras], dim=1)
         return self(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])
 
     def identity(self) -> dict:

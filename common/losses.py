@@ -107,13 +107,10 @@ def sinkhorn_divergence(
             costs = torch.stack([_squared_distances(*pair) for pair in ((x, y), (x, x), (y, y))])
             largest = costs.amax().clamp(min=blur**2)
             fall = torch.linspace(0, 2, iterations, device=x.device, dtype=dtype).clamp(max=1)
-            f = g = torch.zeros_like(costs[:, 0])  # potentials of the three problems, (3, B)
-            for epsilon in largest * (blur**2 / largest) ** fall:
-                new = _soft_min(costs.mT, f, log_weight, epsilon)
-                # Symmetric problems have f = g, and converge fast by going half of the way.
-                g = torch.cat([new[:1], (new[1:] + g[1:]) / 2])
-                f = torch.cat([_soft_min(costs[:1], g[:1], log_weight, epsilon), g[1:]])
-            epsilon = blur**2
+            f = torch.zeros_like(costs[:, 0])  # potentials of the three problems, (3, B)
+            for negative in -largest * (blur**2 / largest) ** fall:
+                g_xy = sinkhorn_step(f, costs, log_weight, negative)
+            g, epsilon = torch.cat([g_xy[None], f[1:]]), blur**2
             log_plan = log_weight[:, None] + log_weight + (f[0, :, None] + g[0] - costs[0]) / epsilon
             error = (log_plan.exp().sum(dim=0) - weight).abs().sum()
             f_yy = _soft_min(costs[2], g[2], log_weight, epsilon)
@@ -122,6 +119,25 @@ def sinkhorn_divergence(
         # OT = sum_i w_i f_i + sum_j w_j g_j
         divergence = (weight * (f_xy + g[0] - (f_xx + g[1]) / 2 - (f_yy + g[2]) / 2)).sum()
     return Transport(torch.where(total > 0, divergence, 0.0), torch.where(total > 0, error, 0.0))
+
+
+def sinkhorn_step(f: Tensor, costs: Tensor, log_weight: Tensor, negative: Tensor) -> Tensor:
+    """One iteration on the potentials f (3, B) of the problems (x, y), (x, x) and (y, y), in place.
+
+    `costs` are (3, B, B), and `negative` is -epsilon. Symmetric problems have f = g, and converge fast by
+    going half of the way. Returns the first problem's g, (B,).
+    """
+
+    def soft_min(cost: Tensor, potential: Tensor) -> Tensor:
+        # `_soft_min` to the bit, in fewer launches: here are neither derivatives nor sums without weight.
+        scaled = torch.addcdiv(log_weight, cost - potential.unsqueeze(-2), negative)
+        largest = scaled.amax(dim=-1, keepdim=True)
+        return (scaled - largest).exp_().sum(dim=-1).log_().add_(largest.squeeze(-1)).mul_(negative)
+
+    g = soft_min(costs.mT, f)
+    f[1:].add_(g[1:]).mul_(0.5)
+    f[0] = soft_min(costs[0], g[0])
+    return g[0]
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:

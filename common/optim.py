@@ -18,6 +18,8 @@ from common.config import MayChange, Share, options
 from common.errors import UserError
 
 DEFAULT_STEPS = 20_000
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes."""
 
 
 @options
@@ -149,6 +151,11 @@ def lr_factor(step: int, total_steps: int, schedule: str, warmup_steps: int | No
     return 1.0 if schedule == "constant" else cosine(1, 0, (step - warmup) / rest)
 
 
+def ramp(progress: float | Tensor, over: float) -> Tensor:
+    """What rises from 0 to 1 over a share of training, at `progress`; a scalar, float64, on the CPU."""
+    return (torch.as_tensor(progress, dtype=torch.float64) / max(over, 1e-9)).clamp(max=1.0)
+
+
 def build_scheduler(
     optimizer: torch.optim.Optimizer, policy: nn.Module, config: OptimConfig, total_steps: int, step: int
 ) -> LambdaLR:
@@ -206,10 +213,12 @@ class GradientClipper:
 
     def _before_step(self) -> None:
         """Note what the optimizer is about to change: weights and, from the second step on, moments."""
-        known_good = self.bad.device.type == "cpu" and not self.bad  # there, looking waits for nothing
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = [x for p in weights for x in self.optimizer.state.get(p, {}).values() if torch.is_tensor(x)]
-        self._state = _Snapshot([] if known_good else [*weights, *moments])
+        self._state = _Snapshot([] if self._known_good() else [*weights, *moments])
+
+    def _known_good(self) -> bool:
+        return self.bad.device.type == "cpu" and not self.bad  # there, looking waits for nothing
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Tensor]:
@@ -218,40 +227,57 @@ class GradientClipper:
         Returns norms before clipping, scalars on the device: `grad_norm` of the whole, and
         `grad_norm/<component>` of each trained component.
         """
-        norms, parameters = {}, []
-        for name, component in self.policy.named_children():
-            trained = [p for p in component.parameters() if p.grad is not None]
-            if trained:
-                norms[f"grad_norm/{name}"] = nn.utils.get_total_norm([p.grad for p in trained])
-                parameters += trained
+        named = self.policy.named_children()
+        grads = {name: [p.grad for p in part.parameters() if p.grad is not None] for name, part in named}
+        grads = {name: part for name, part in grads.items() if part}
+        everything = [grad for part in grads.values() for grad in part]
+        # What torch.nn.utils computes of a component, of all of them at once: few launches.
+        single = torch.stack(torch._foreach_norm(everything)).split([len(part) for part in grads.values()])
+        norms = {f"grad_norm/{name}": part.norm() for name, part in zip(grads, single, strict=True)}
         total = torch.stack(list(norms.values())).norm()
         self.bad = ~torch.isfinite(total)
-        nn.utils.clip_grads_with_norm_(parameters, self.max_norm, total)
+        torch._foreach_mul_(everything, (self.max_norm / (total + 1e-6)).clamp(max=1.0))
         if self._fused:
             self.optimizer.found_inf = self.bad.float()
             self.optimizer.grad_scale = None
-        else:  # the step is undone afterwards; until then nothing may become NaN
-            for parameter in parameters:
-                parameter.grad = torch.where(self.bad, 0.0, parameter.grad)
+        else:  # the step is undone afterwards; the moments that the first one makes may not become NaN
+            for group in _as_integers(everything):  # whose product with 0 is 0, unlike that of NaN
+                torch._foreach_mul_(group, (~self.bad).to(group[0].dtype))
         self._buffers.restore_where(self.bad)
         return {"grad_norm": total, **norms}
 
 
+def _as_integers(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors seen as integers, those of the same width together.
+
+    Arithmetic of many tensors at once chooses between numbers that can be NaN: `where` takes a launch each.
+    """
+    groups: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        width = tensor.dtype.itemsize
+        groups.setdefault(width, []).append(tensor.view(INTEGERS[width]))
+    return list(groups.values())
+
+
 class _Snapshot:
-    """Values of tensors, and the way back to them."""
+    """Values of tensors, and the way back to them, in few launches whatever their number."""
 
     @torch.no_grad()
     def __init__(self, tensors: list[Tensor]):
-        self.tensors, self.before = tensors, [torch.empty_like(tensor) for tensor in tensors]
-        if tensors:
-            torch._foreach_copy_(self.before, tensors)
+        self.now = _as_integers(tensors)
+        self.before = [[torch.empty_like(tensor) for tensor in group] for group in self.now]
+        for before, now in zip(self.before, self.now, strict=True):
+            torch._foreach_copy_(before, now)
 
     @torch.no_grad()
     def restore_where(self, condition: Tensor) -> None:
-        """Go back if the condition, a bool scalar on the device, holds."""
-        if self.tensors:
-            pairs = zip(self.before, self.tensors, strict=True)
-            torch._foreach_copy_(self.tensors, [torch.where(condition, b, now) for b, now in pairs])
+        """Go back if the condition, a bool scalar on the device, holds. Values are then forgotten."""
+        for before, now in zip(self.before, self.now, strict=True):
+            back = condition.to(now[0].dtype)
+            torch._foreach_mul_(before, back)
+            torch._foreach_mul_(now, 1 - back)
+            torch._foreach_add_(now, before)
+        self.now, self.before = [], []  # gives the memory back
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ those that every script has.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -61,6 +61,8 @@ from common.watch import PREPARING, HangWatch, StopRequests, meeting
 
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "lerobot", "safetensors", "numpy", "av")
 NO_DELAY = flow.DelayConfig()
+COMPILE = {"default": {"dynamic": False}, "graphs": {"dynamic": False, "mode": "reduce-overhead"}}
+"""Options of torch.compile."""
 
 
 class Data(NamedTuple):
@@ -89,6 +91,11 @@ def start_run(config: Any, script: str) -> "Run":
     """
     if config.run.push_to_hub is not None:
         exported.require_pushable(config.run.push_to_hub, Path(script).name)
+    if config.run.compile == "graphs" and config.optim.grad_accumulation > 1:
+        raise UserError(
+            "--compile graphs keeps the gradients of one batch only: use --grad-accumulation 1 with a larger "
+            "--batch-size, or --compile default."
+        )
     with meeting(config.run.hang_timeout):
         accelerator = make_accelerator(config.run, config.optim.grad_accumulation)
     return Run(config, Path(script), accelerator)
@@ -128,9 +135,12 @@ class Run:
         set_seed(config.run.seed)  # weights are initialised alike on all processes
 
     @property
-    def progress(self) -> float:
-        """Share of the training that was completed before the current step, in [0, 1)."""
-        return (self.step - 1) / self.total_steps
+    def progress(self) -> Tensor:
+        """Share of the training that was completed before the current step, in [0, 1); float64, on the CPU.
+
+        A tensor, since code that was compiled for one number would be compiled again for the next.
+        """
+        return torch.tensor((self.step - 1) / self.total_steps, dtype=torch.float64)
 
     # What there is to learn from
 
@@ -238,8 +248,8 @@ class Run:
         raw_optimizer = optim.build_optimizer(policy, config.optim)
         self.average = optim.AveragedPolicy(policy, raw_optimizer, config.optim.ema_decay)
 
-        if config.run.compile:
-            policy.compile()
+        if config.run.compile != "no":
+            policy.compile(**COMPILE[config.run.compile])
         self._at("joining the processes' policies")
         self.model, optimizer = accelerator.prepare(policy, raw_optimizer)
         self.model.train()
@@ -339,6 +349,16 @@ class Run:
             with self.accelerator.accumulate(self.model):
                 yield batch.to(self.device)
 
+    def compiled(self, compute_loss: Callable) -> Callable:
+        """A script's loss function, compiled as `--compile` says.
+
+        With several processes DDP stands between it and the policy, which is then compiled alone.
+        """
+        mode = self.config.run.compile
+        return (
+            compute_loss if mode == "no" or self.world > 1 else torch.compile(compute_loss, **COMPILE[mode])
+        )
+
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient to those of the step's other batches, whose mean is the step's; log it."""
         self.tracker.add({"loss": loss})
@@ -373,6 +393,7 @@ class Run:
             UserError: if too many steps in a row had to be skipped.
         """
         self.samples += self.global_batch
+        self.tracker.flush()
         logged: dict[str, float] = {}
         if self.due(self.config.run.log_every):
             logged, skipped, last = self.tracker.log(self.step, self.samples, self._rates)

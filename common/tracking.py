@@ -18,6 +18,7 @@ import textwrap
 import threading
 import time
 import uuid
+from collections import Counter
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from itertools import product
@@ -56,7 +57,8 @@ class Tracker:
         self, accelerator: Accelerator, run_dir: Path, config, total_steps: int, start_step=0, start_samples=0
     ):
         self.accelerator, self.run_dir, self.total_steps = accelerator, run_dir, total_steps
-        self._sums: dict[tuple[str, ...], Tensor] = {}  # of metrics added together: (2, n), sums and counts
+        self._new: dict[str, Tensor] = {}  # metrics since the last `flush`
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # of metrics flushed together: (2, n), sums and counts
         # Steps that were skipped: in a row until now, most in a row since the last line, the last of these.
         self._skipped = torch.zeros(3, device=accelerator.device)
         self._steps_seen = self._start_step = start_step
@@ -84,6 +86,7 @@ class Tracker:
 
         So a run that is resumed between two lines writes the same lines as one that was left alone.
         """
+        self.flush()
         sums = [[list(names), values.tolist()] for names, values in self._sums.items()]
         content = {"sums": sums, "skipped": self._skipped.tolist()}
         file = folder / f"metrics_{self.accelerator.process_index}.json"
@@ -117,18 +120,26 @@ class Tracker:
         self._since += time.perf_counter() - self._paused
 
     def add(self, metrics: dict[str, Tensor | float]) -> None:
-        """Take in scalars; they stay on the device until the next `log`.
+        """Take in scalars, which are read by the next `flush`, and stay on the device until the next `log`.
 
         Values that are not finite are left out: one bad step does not blank its line.
         """
-        device = self.accelerator.device
+        if not self._new.keys().isdisjoint(metrics):  # of another micro-batch
+            self.flush()
+        self._new |= {name: x.detach() if torch.is_tensor(x) else x for name, x in metrics.items()}
+
+    def flush(self) -> None:
+        """Add what came in since the last call to the sums, in few launches; called at the end of a step."""
+        if not self._new:
+            return
+        device, names = self.accelerator.device, tuple(self._new)
         values = torch.stack(
-            [torch.as_tensor(x, dtype=torch.float32, device=device).detach() for x in metrics.values()]
+            [torch.as_tensor(x, dtype=torch.float32, device=device) for x in self._new.values()]
         )
         finite = values.isfinite()
         entry = torch.stack([torch.where(finite, values, 0.0), finite.float()])
-        names = tuple(metrics)
         self._sums[names] = self._sums[names] + entry if names in self._sums else entry
+        self._new = {}
 
     def count_skipped(self, bad: Tensor) -> None:
         """Take in whether a step was skipped, 1 or 0; called once a step."""
@@ -170,19 +181,19 @@ class Tracker:
 
     def _take_means(self) -> tuple[dict[str, float], float, int, int]:
         """Means over all processes, seconds waited for data, steps skipped in a row; then begins anew."""
+        self.flush()
         sums = torch.cat([torch.zeros(2, 0, device=self.accelerator.device), *self._sums.values()], dim=1)
         waited = torch.tensor([self._waited], device=self.accelerator.device)
         # One copy from the device and one exchange between processes, whatever the number of metrics.
         numbers = self.accelerator.reduce(torch.cat([sums.flatten(), waited, self._skipped])).tolist()
-        totals, counts = numbers[: sums.shape[1]], numbers[sums.shape[1] : sums.numel()]
-        names = [name for group in self._sums for name in group]
-        means = {
-            name: total / count if count else math.nan
-            for name, total, count in zip(names, totals, counts, strict=True)
-        }
+        totals, counts = Counter(), Counter()  # a name is in several groups if it did not come at every step
+        for i, name in enumerate(name for group in self._sums for name in group):
+            totals[name] += numbers[i]
+            counts[name] += numbers[sums.shape[1] + i]
+        means = {name: total / counts[name] if counts[name] else math.nan for name, total in totals.items()}
         world = self.accelerator.num_processes
         if "bad_step" in means:
-            means["bad_steps"] = round(means.pop("bad_step") * counts[names.index("bad_step")] / world)
+            means["bad_steps"] = round(means.pop("bad_step") * counts["bad_step"] / world)
         waited, _, most, last = (number / world for number in numbers[sums.numel() :])
         self._skipped[1] = self._skipped[0]  # those in a row go on into the next line
         self._sums, self._waited = {}, 0.0

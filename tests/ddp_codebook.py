@@ -8,6 +8,7 @@ import sys
 import torch
 
 import train_cfg_vqvae
+from common import accelerator
 from common.config import parse
 from common.latent import CodebookLatent
 from common.run import Run
@@ -29,11 +30,16 @@ def main(argv: list[str]) -> None:
         mine = torch.stack([vectors.detach(), moments, average.model.latent.vectors])
         everyone = run.accelerator.gather(mine[None])
         assert all(torch.equal(theirs, everyone[0]) for theirs in everyone), "processes differ"
+        buffers = torch.cat([x.flatten().float() for x in run.accelerator.unwrap_model(run.model).buffers()])
+        everyone = run.accelerator.gather(buffers[None])
+        assert all(torch.equal(theirs, everyone[0]) for theirs in everyone), "processes differ in buffers"
         assert all(samples == 8 for samples, _ in counted), "counts are not those of all processes"
         run.accelerator.print(f"replaced {sum(replaced for _, replaced in counted)}")
         original(run)
 
     CodebookLatent.end_window, Run.close = end_window, close
+    handler = accelerator.DistributedDataParallelKwargs  # as on a GPU, where DDP does not send buffers
+    accelerator.DistributedDataParallelKwargs = lambda **kw: handler(**{**kw, "broadcast_buffers": False})
     train_cfg_vqvae.main(parse(train_cfg_vqvae.Config, argv, "train_cfg_vqvae.py"))
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import train_vfp_moe
 from benchmarks import scale, simulators, simulators_report, start
 from common.data import DataConfig, open_dataset
 from common.errors import UserError
@@ -231,3 +232,21 @@ def test_exponents_are_those_of_the_largest_sizes():
     assert scale.slope((1, 10, 100), [5, 3, 300]) == pytest.approx(2)
     line = scale.table("episodes", (10, 1_000), {"a cost": [2.0, 20.0]}, ", ms").splitlines()[-1]
     assert line == "| a cost, ms | 2 | 20 | 0.50 |"
+
+
+def test_launches_are_counted_by_phase(tiny, tmp_path, accelerate_reset):
+    module = benchmark("launches")
+    flags = list(tiny)
+    at = flags.index("--batch-size")
+    flags = " ".join(flags[:at] + flags[at + 2 :])
+    wanted, original = ("train_naive_fm", "train_vfp_moe"), train_vfp_moe.compute_loss
+    module.main(module.Config(scripts=wanted, flags=flags, out=tmp_path / "table.md"))
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "table.md").read_text().splitlines() if "`" in line]
+    assert len(rows) == 2
+    for name, *cells in rows:
+        *phases, step, ten, one = (int(cell.strip(" *") or 0) for cell in cells)
+        assert step == sum(phases)
+        assert phases[2] > phases[0] > 50  # backward, forward
+        assert (phases[1] > 40 * 20) == ("moe" in name)  # Sinkhorn
+        assert (ten - one) % 9 == 0  # of nine steps more
+    assert train_vfp_moe.compute_loss is original  # nothing stays changed

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
 from common.optim import (
@@ -161,6 +162,52 @@ def test_gradients_are_clipped_as_a_whole_and_reported_by_component(policy):
     assert not clip.bad
     clipped = torch.cat([p.grad.flatten() for p in policy.parameters()])
     torch.testing.assert_close(clipped, torch.cat([g.flatten() for g in grads]) / total, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_clipping_is_that_of_torch_and_leaves_gradients_where_they_are(policy, bad):
+    """DDP's gradients are views of what it sends: a new tensor in their place would be copied there again."""
+    policy(100 * torch.randn(8, 4)).square().sum().backward()
+    grads = [p.grad for p in policy.parameters()]
+    if bad:
+        grads[-1][..., 0] = math.nan
+    expected = [grad.clone() for grad in grads]
+    norms = GradientClipper(policy, build_optimizer(policy, OptimConfig(schedule="schedule-free")), 1.0)()
+    assert all(p.grad is grad for p, grad in zip(policy.parameters(), grads, strict=True))
+    if bad:
+        assert all((grad == 0).all() for grad in grads)
+        return
+    theirs = [nn.Parameter(torch.empty_like(grad)) for grad in expected]
+    for parameter, grad in zip(theirs, expected, strict=True):
+        parameter.grad = grad.clone()
+    nn.utils.clip_grads_with_norm_(theirs, 1.0, norms["grad_norm"])
+    assert all(torch.equal(grad, p.grad) for grad, p in zip(grads, theirs, strict=True))
+    assert torch.equal(norms["grad_norm/head_backbone"], nn.utils.get_total_norm(expected[:2]))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "schedule-free"])
+def test_a_step_launches_as_much_for_many_tensors_as_for_few(schedule, monkeypatch):
+    class Count(TorchDispatchMode):
+        num = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.num += not any(name in str(func) for name in ("view", "empty", "detach"))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(GradientClipper, "_known_good", lambda self: False)  # nor does a GPU's
+    launches = []
+    for layers in (1, 20):
+        policy = nn.ModuleDict({"net": nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))})
+        optimizer = build_optimizer(policy, OptimConfig(schedule=schedule))
+        clip = GradientClipper(policy, optimizer, 1.0)
+        for _ in range(2):  # the first makes the moments
+            policy["net"](torch.randn(8, 4)).square().mean().backward()
+            with Count() as count:
+                clip.begin_step()
+                clip()
+                optimizer.step()
+        launches.append(count.num)
+    assert launches[0] == launches[1] < 60
 
 
 def everything(policy, optimizer):

@@ -95,6 +95,19 @@ def test_a_line_holds_means_speed_and_rates(accelerator, run_dir, clock):
     assert later["data_wait_share"] == 0
 
 
+def test_means_are_of_every_micro_batch_and_step_that_had_a_value(accelerator, run_dir):
+    tracker = Tracker(accelerator, run_dir, Config(), 10)
+    for losses in ((1.0, 3.0), (5.0, 11.0)):
+        for loss in losses:
+            tracker.add({"loss": torch.tensor(loss)})
+            tracker.add({"part": math.nan if loss == 3 else 2 * loss})
+        tracker.add({"norm": loss, **({"window": 7.0} if loss == 11 else {})})
+        tracker.flush()
+    line, _, _ = tracker.log(2, 2, {})
+    tracker.close()
+    assert (line["loss"], line["part"], line["norm"], line["window"]) == (5.0, 34 / 3, 7.0, 7.0)
+
+
 def test_collecting_does_not_wait_for_the_device(accelerator, run_dir, monkeypatch):
     tracker = Tracker(accelerator, run_dir, Config(), 10)
 
