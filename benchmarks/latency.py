@@ -24,6 +24,7 @@ from typing import get_args
 import numpy as np
 import torch
 from pydantic import PositiveInt
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -129,15 +130,20 @@ def measure(group: Group, size: tuple[int, int], config: Config) -> dict:
                 found = matched.peer(kind, chosen | more, size, config.device)
                 shown = f"LeRobot {NAMES[kind]}" + (f", {name}" if name else "")
                 counts[shown] = sum(p.numel() for p in found.model.parameters())
-                if compiled:
-                    for place in COMPILED[kind]:
-                        found.model.get_submodule(place).compile(dynamic=False)
+                for network in networks(kind, found) if compiled else ():
+                    network.compile(dynamic=False)
                 ways[f"{shown}{mark}"] = their_way(found, matched.seen(kind, size))
     for name, act in ways.items():  # warms up, and compiles
         start = time.perf_counter()
         act()
         print(f"{name}: first chunk after {time.perf_counter() - start:.1f} s", flush=True)
     return {"counts": counts, "times": by_turns(ways, config.rounds)}
+
+
+def networks(kind: str, found: Peer) -> list[nn.Module]:
+    """What to compile of a policy of LeRobot."""
+    parts = [found.model.get_submodule(place) for place in COMPILED[kind]]
+    return [part for one in parts for part in (one if isinstance(one, nn.ModuleList) else [one])]
 
 
 def our_way(policy: RobotPolicy, frames: np.ndarray, steps: int) -> Callable[[], np.ndarray]:

@@ -1,6 +1,6 @@
 """Training beside LeRobot's: samples a second, time to the first step, memory, on one dataset and machine.
 
-    python benchmarks/peers.py                                     # about an hour on two idle cores
+    python benchmarks/peers.py                                     # 70 minutes on two idle cores
     python benchmarks/peers.py --rounds 1 --steps 8 --warm-up 2 --episodes 2 --length 40 --out /tmp
 
 `lerobot-train` with ACT, diffusion and multi-task DiT (flow matching), and scripts of ours, each a process of
@@ -92,7 +92,7 @@ class Turn(NamedTuple):
     largest_gib: float
     """Peak resident memory of the largest process."""
     all_gib: float
-    """Peak memory of all processes together, what they share counted once."""
+    """Peak memory of all processes together, without mapped files, which they can share."""
 
 
 def main(config: Config) -> None:
@@ -217,10 +217,10 @@ def watch(words: list, run: Path, environment: dict, steps: int) -> Turn:
             said.append(line)
             if step_ended(line):
                 ends.append(time.perf_counter() - start)
+    except BaseException:  # an interruption takes the training along
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     finally:
-        if process.poll() is None and sys.exc_info()[0] is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
         sampling.join()
     if code or len(ends) != steps:
@@ -262,8 +262,9 @@ def sample_memory(process: subprocess.Popen, peaks: list[float]) -> None:
         together = 0.0
         for pid in family(process.pid):
             with suppress(OSError):  # it may end meanwhile
-                peaks[0] = max(peaks[0], in_gib(f"/proc/{pid}/status", "VmHWM"))
-                together += in_gib(f"/proc/{pid}/smaps_rollup", "Pss")
+                status = Path(f"/proc/{pid}/status").read_text()
+                peaks[0] = max(peaks[0], in_gib(status, "VmHWM"))
+                together += in_gib(status, "RssAnon") + in_gib(status, "RssShmem")
         peaks[1] = max(peaks[1], together)
         time.sleep(0.5)
 
@@ -278,9 +279,9 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def in_gib(path: str, name: str) -> float:
+def in_gib(status: str, name: str) -> float:
     """A figure that the kernel gives in kB."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path(path).read_text(), re.MULTILINE)
+    found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
     return int(found[1]) / 2**20 if found else 0.0
 
 

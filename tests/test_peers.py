@@ -153,6 +153,7 @@ def test_rounds_are_compared_with_the_best_peer_of_the_round():
 
 
 def test_chunks_take_turns():
+    assert not parse(latency.Config, ["--no-compile"], "latency.py").compile
     order = []
     ways = {name: (lambda name=name: order.append(name)) for name in "ab"}
     times = latency.by_turns(ways, rounds=2, least=0.0)
