@@ -82,7 +82,6 @@ def main(config: Config) -> None:
     ablations = {
         method: [collect(folder_of(config.runs, method, config.seeds[0]))] for method in config.ablations
     }
-    config.out.mkdir(parents=True, exist_ok=True)
     text = table(results, seconds, config.seeds)
     if ablations:
         text += "\n\n" + ablation_table(results, ablations, config.seeds[0])
@@ -308,6 +307,7 @@ def insert(path: Path, text: str, section: str | None = None) -> None:
     at = old.index(heading)
     before, _, rest = old[at:].partition(BEGIN)
     after = rest.partition(END)[2]
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{old[:at]}{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 

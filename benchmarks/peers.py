@@ -317,7 +317,7 @@ def group_table(group: Group, results: dict, config: Config) -> str:
     lines = [
         "| | parameters | GFLOP a sample | samples/s | of the best peer | with the start | first step, "
         "cold | warm | of the quickest peer | waits for data | memory | all processes |",
-        "| " + "--- | " * 12,
+        "|" + " --- |" * 12,
     ]
     for name, figures in turns.items():
         fact = results[f"{group}:{name}"]
