@@ -177,7 +177,7 @@ def main(config: Config) -> None:
             f"| `{name}.py` | {' | '.join('' if cell in (0, None) else str(cell) for cell in cells)} |"
         )
         print(lines[-1], flush=True)
-    insert(config.out, "\n".join(lines))
+    insert(config.out, "\n".join(lines), "The training step")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,6 @@ def main(config: Config) -> None:
     ablations = {
         method: [collect(folder_of(config.runs, method, config.seeds[0]))] for method in config.ablations
     }
-    config.out.mkdir(parents=True, exist_ok=True)
     text = table(results, seconds, config.seeds)
     if ablations:
         text += "\n\n" + ablation_table(results, ablations, config.seeds[0])
@@ -296,12 +295,20 @@ def ablation_table(results: dict[str, list[dict]], ablations: dict[str, list[dic
     return "\n".join(lines)
 
 
-def insert(path: Path, text: str) -> None:
-    """Put the measured part between its marks, leaving what people wrote around it."""
-    old = path.read_text() if path.exists() else f"{BEGIN}\n{END}\n"
-    before, _, rest = old.partition(BEGIN)
+def insert(path: Path, text: str, section: str | None = None) -> None:
+    """Put the measured part between its marks, leaving what people wrote around it.
+
+    Of a page with several such parts, `section` is the heading above the one that is meant.
+    """
+    heading = f"\n## {section}\n" if section else ""
+    old = path.read_text() if path.exists() else ""
+    if not old or heading not in old:
+        old += f"{heading}\n{BEGIN}\n{END}\n".removeprefix("\n" * (not heading))
+    at = old.index(heading)
+    before, _, rest = old[at:].partition(BEGIN)
     after = rest.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{old[:at]}{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 def draw(results: dict[str, list[dict]], path: Path) -> None:

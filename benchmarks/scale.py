@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_naive_fm
 import train_vfp_moe
-from benchmarks.start import insert, make_up, memory
+from benchmarks.methods import insert
+from benchmarks.start import DOCS, make_up, memory
 from common.checkpoint import PolicySpec
 from common.data import ChunkDataset, DataConfig, make_loader, open_dataset, open_source
 from common.data.motion import copies
@@ -196,7 +197,7 @@ def main(options: Options) -> None:
     text = "\n\n".join(tables)
     print(text)
     if options.publish:
-        insert("scale", text)
+        insert(DOCS, text, "How costs grow")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.methods import insert
+
 DIMS = 14
 MADE_OF = 500_000  # steps that are made up at once
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
@@ -241,15 +243,7 @@ def main(options: Options) -> None:
     text = "\n\n".join(tables)
     print(text)
     if options.publish:
-        insert("start", text)
-
-
-def insert(name: str, text: str) -> None:
-    """Put what was measured between its marks in docs/performance.md, leaving what people wrote around it."""
-    begin, end = f"<!-- measured, {name}: begin -->", f"<!-- measured, {name}: end -->"
-    before, _, rest = DOCS.read_text().partition(begin)
-    after = rest.partition(end)[2]
-    DOCS.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+        insert(DOCS, text, "From launch to the first step")
 
 
 if __name__ == "__main__":

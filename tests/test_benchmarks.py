@@ -216,18 +216,6 @@ def test_a_made_up_dataset_has_its_store(tmp_path, monkeypatch):
     assert 0.04 < (store.state - store.action).std() < 0.06
 
 
-def test_what_was_measured_goes_between_its_marks(tmp_path, monkeypatch):
-    monkeypatch.setattr(start, "DOCS", tmp_path / "page.md")
-    marks = "<!-- measured, {0}: begin -->\nold\n<!-- measured, {0}: end -->\n"
-    start.DOCS.write_text(f"# Page\n{marks.format('start')}between\n{marks.format('scale')}after\n")
-    start.insert("scale", "| new |")
-    text = start.DOCS.read_text()
-    assert text.startswith(
-        f"# Page\n{marks.format('start')}between\n<!-- measured, scale: begin -->\n\n| new |\n\n<!--"
-    )
-    assert text.endswith("end -->\nafter\n")
-
-
 def test_exponents_are_those_of_the_largest_sizes():
     assert scale.slope((1, 10, 100), [5, 3, 300]) == pytest.approx(2)
     line = scale.table("episodes", (10, 1_000), {"a cost": [2.0, 20.0]}, ", ms").splitlines()[-1]
