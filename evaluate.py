@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common import plots
 from common.config import Flat, UserPath, cli, options
-from common.data import ChunkDataset, open_dataset, split_episodes
+from common.data import ChunkDataset, EpisodeStore, open_dataset, split_episodes
 from common.data.tasks import listed
 from common.envs import EnvConfig
 from common.errors import UserError
@@ -195,11 +195,16 @@ def held_out_data(policy: RobotPolicy, config: Config) -> tuple | None:
     train_episodes, held_out = split_episodes(store, data.val_fraction, policy.config.run.seed)
     if len(held_out) == 0:
         return None
-    chunking = (policy.horizon, data.proprio_history, data.action_offset)
-    train_set = ChunkDataset(store, train_episodes, *chunking, told=told)
-    val_set = ChunkDataset(store, held_out, *chunking, told=told)
+    train_set, val_set = (samples_of(policy, store, part) for part in (train_episodes, held_out))
     num = min(config.heldout_samples, len(val_set))
     return store, train_set, val_set, np.linspace(0, len(val_set) - 1, num).astype(int)
+
+
+def samples_of(policy: RobotPolicy, store: EpisodeStore, episodes: np.ndarray) -> ChunkDataset:
+    """Samples of some episodes, as the policy was trained on them."""
+    data, told = policy.config.data, policy.spec.tasks is not None
+    shape = (policy.horizon, data.proprio_history, data.action_offset)
+    return ChunkDataset(store, episodes, *shape, told, data.image_history, data.image_stride)
 
 
 def chunk_error(
@@ -267,18 +272,10 @@ def trivial_predictions(
 
 def draw_heldout(policy: RobotPolicy, store, episode: int, config: Config, path: Path) -> None:
     """One held-out episode: every action dimension as recorded, and the chunks sampled along the way."""
-    data = policy.config.data
-    dataset = ChunkDataset(
-        store,
-        np.array([episode]),
-        policy.horizon,
-        data.proprio_history,
-        data.action_offset,
-        told=policy.spec.tasks is not None,
-    )
+    dataset = samples_of(policy, store, np.array([episode]))
     starts = np.arange(0, len(dataset), max(policy.horizon // 2, 1))
     chunks = sample_chunks(policy, dataset, starts, config).numpy()
-    recorded = store.action[dataset.rows + data.action_offset]
+    recorded = store.action[dataset.rows + dataset.action_offset]
     names = policy.spec.action_names
     figure, axes = plots.grid(len(names), min(4, len(names)), (4, 2.3))
     seconds = np.arange(len(recorded)) / store.fps

@@ -203,10 +203,12 @@ class Server:
     def in_words(self) -> str:
         spec, state = self.policy.spec, recorded_names(self.policy)[0]
         history = f" of the last {spec.proprio_history} steps" if spec.proprio_history > 1 else ""
+        step = ", the step" if spec.image_history > 1 else ""
         return (
             f"serves {self.config.run}, {self.policy.checkpoint.name}, on {self.policy.device}: "
             f"{self.policy.horizon} actions for {spec.fps:g} Hz in {self.latency:.1f} ms; an observation "
-            f"holds images {', '.join(spec.cameras)} (RGB, uint8) and the state{history}: {', '.join(state)}"
+            f"holds images {', '.join(spec.cameras)} (RGB, uint8){step} and the state{history}: "
+            f"{', '.join(state)}"
         )
 
     def metadata(self) -> dict[str, Any]:
@@ -304,7 +306,13 @@ class Server:
             raise ValueError("reset is true or false")
         if resets and not request:
             return {"reset": True}
+        watches = request.pop("watch", False)
+        if not isinstance(watches, bool):
+            raise ValueError("watch is true or false")
         observation, prefix = observation_in(request), prefix_in(request, episode)
+        if watches:
+            episode.watch(observation)
+            return {"watched": True}
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
             actions = episode.act(observation, self.config.sample_steps, self.config.clip, **prefix)
@@ -341,7 +349,7 @@ def observation_in(request: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(task, str):
             raise ValueError(f"a task is a text, and not a {type(task).__name__}")
         observation["task"] = task
-    return observation
+    return observation | ({"step": request["step"]} if "step" in request else {})
 
 
 def upright(frame: np.ndarray) -> np.ndarray:

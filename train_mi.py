@@ -409,6 +409,8 @@ def estimate_again(config: Config) -> None:
 
 
 def main(config: Config) -> None:
+    if config.data.image_history > 1:
+        raise UserError("train_mi.py looks at single frames: leave out --image-history.")
     if config.estimate_only is not None:
         if os.environ.get("RANK", "0") == "0":
             estimate_again(config)

@@ -88,7 +88,7 @@ class Policy(nn.Module):
         self.backbone = vision.build_backbone(
             config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
         )
-        widths = [(self.backbone.token_dim, self.backbone.summary_dim)] * len(spec.cameras)
+        widths = [(self.backbone.token_dim, self.backbone.summary_dim)] * spec.views
         size = Size(config.d_model, config.num_heads)
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
         self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, tasks=spec.tasks)
@@ -103,9 +103,7 @@ class Policy(nn.Module):
             proprio: (B, K, P), normalized.
             task: which instruction, see `InstructionEmbedder`.
         """
-        tokens, summary = self.backbone(images.flatten(0, 1))  # all cameras at once, (B * N, ...)
-        tokens, summary = (x.unflatten(0, images.shape[:2]).unbind(1) for x in (tokens, summary))
-        views = list(zip(tokens, summary, strict=True))
+        views = vision.look([self.backbone], images)  # all cameras at once
         return self.action_decoder.context(self.info_embedder(views, proprio, task=task))
 
     def forward(

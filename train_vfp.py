@@ -96,7 +96,7 @@ class Policy(nn.Module):
                 config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
             )
             self.add_module(f"{camera}_backbone", backbone)
-            widths.append((backbone.token_dim, backbone.summary_dim))
+            widths += [(backbone.token_dim, backbone.summary_dim)] * spec.image_history
         size = Size(config.d_model, config.num_heads)
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
         layers, tasks = config.encoder_layers, spec.tasks
@@ -115,7 +115,7 @@ class Policy(nn.Module):
             dropped: (B, N), True where a sample has lost a camera.
             task: which instruction, see `InstructionEmbedder`.
         """
-        views = [getattr(self, f"{c}_backbone")(images[:, n]) for n, c in enumerate(self.cameras)]
+        views = vision.look([getattr(self, f"{camera}_backbone") for camera in self.cameras], images)
         return self.action_decoder.context(self.info_embedder(views, proprio, dropped, task))
 
     def forward(

@@ -36,6 +36,7 @@ from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, RunConfig, Share, cli, options
 from common.data import Batch, ChunkDataset, DataConfig
 from common.depth import DepthBackbone, DepthConfig, cached, camera_numbers
+from common.errors import UserError
 from common.instructions import TaskConfig, drop_some
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
@@ -97,6 +98,8 @@ class Policy(nn.Module):
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
         """`pretrained`: load the backbones' weights; False if a checkpoint is loaded next."""
         super().__init__()
+        if spec.image_history > 1:
+            raise UserError("train_vfp_depth.py sees one frame of a camera: leave out --image-history.")
         self.cameras, widths = spec.cameras, []
         for camera in spec.cameras:
             backbone = vision.build_backbone(
@@ -135,7 +138,7 @@ class Policy(nn.Module):
             dropped: (B, N), True where a sample has lost a camera, and with it the depth.
             task: which instruction, see `InstructionEmbedder`.
         """
-        views = [getattr(self, f"{c}_backbone")(images[:, n]) for n, c in enumerate(self.cameras)]
+        views = vision.look([getattr(self, f"{camera}_backbone") for camera in self.cameras], images)
         views += [(tokens, tokens.mean(dim=1)) for tokens in depth.float().unbind(1)]
         if dropped is not None:
             depth_dropped = [dropped[:, n : n + 1] for n in self.depth_cameras]

@@ -1,11 +1,11 @@
 """What a policy server costs and withstands, and whether the robot's loop keeps its rate.
 
-    python benchmarks/serve.py runs/vfp-20260301-101500 --client-python ~/openpi/bin/python
-    python benchmarks/serve.py runs/vfp-20260301-101500 --parts fuzz --minutes 10
+    python benchmarks/serve.py runs/vfp-20260301-101500 --openpi ~/openpi  # half an hour, on a quiet machine
+    python benchmarks/serve.py runs/vfp-20260301-101500 --parts loop       # late cycles alone
 
-For `--client-python`, make an environment with the packages openpi-client and typing-extensions (it needs
-numpy < 2). Parts are independent: one that was cut off is measured again with `--parts`. Exit code 1 if the
-server crashed, hung, or took a malformed request for an observation.
+Parts that were measured with the same options are not measured again: what was is kept in the run's folder
+`evaluation`, and written to docs/robots.md. Exit code 1 if the server crashed, hung, or took a malformed
+request for an observation.
 """
 
 import json
@@ -17,10 +17,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgpack
 import numpy as np
@@ -31,9 +32,14 @@ from websockets.sync.client import connect
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.methods import insert
 from common import wire
+from common.checkpoint import find, read_settings
 from common.config import UserPath, cli, options
 from common.control import ControlLoop
+from common.data.workers import cores
+from common.errors import UserError
+from common.files import read_json, write_json
 from common.inference import load_policy
 
 ROOT = Path(__file__).parents[1]
@@ -50,8 +56,9 @@ class Config:
     """Run folder of a policy with three cameras, or as many as it has."""
     parts: tuple[Part, ...] = ("overhead", "clients", "memory", "fuzz", "loop")
     """What to measure."""
-    client_python: UserPath = Path(sys.executable)
-    """Python that sends the requests: one with openpi-client, or this one with our own client."""
+    openpi: UserPath | None = None
+    """Folder of an environment with openpi's client, which sends the requests then; it is made if it is not
+    there. Default: our own client sends them."""
     size: PositiveInt = 224
     """Height and width of the frames that are sent."""
     requests: PositiveInt = 1000
@@ -66,24 +73,48 @@ class Config:
     """Of the robot's loop at 50 Hz, with a policy that takes 60 ms."""
     seed: NonNegativeInt = 0
     """Of mutations."""
+    out: UserPath = ROOT / "docs"
+    """Folder for robots.md."""
 
 
 def main(config: Config) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # into a file, too
-    good = True
-    with served(config.run, config.clients) as (server, port, cameras):
-        for part in (part for part in config.parts if part != "loop"):
-            good &= {"overhead": overhead, "clients": clients, "memory": memory, "fuzz": fuzz}[part](
-                config, server, port, cameras
-            )
-    if "loop" in config.parts:
-        keep_rate(config.loop_seconds)
-    sys.exit(0 if good else 1)
+    path = config.run / "evaluation" / "serve.json"
+    made_with = {n: str(x) for n, x in asdict(config).items() if n not in ("run", "parts", "out")}
+    made_with["checkpoint"] = find(config.run).name
+    found = read_json(path) if path.is_file() else {}
+    left = [
+        part for part in config.parts if found.get(part, {}) | made_with | {"good": True} != found.get(part)
+    ]
+    python = sys.executable if config.openpi is None else python_with_openpi(config.openpi)
+    measures = {"overhead": overhead, "clients": clients, "memory": memory, "fuzz": fuzz, "loop": keep_rate}
+    with served(config.run, config.clients) if set(left) - {"loop"} else nullcontext() as server:
+        for part in left:
+            good, text = measures[part](config, server, python)
+            print(text)
+            found[part] = made_with | {"good": good, "text": text}
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, found)
+    where = f"A policy of `{read_settings(find(config.run))['script']}`, on {cores()} cores:"
+    texts = [found[part]["text"] for part in measures if part in found]
+    insert(config.out / "robots.md", "\n".join([where, "", *(f"- {text}" for text in texts)]))
+    sys.exit(0 if all(part["good"] for part in found.values()) else 1)
+
+
+def python_with_openpi(folder: Path) -> str:
+    """The Python of an environment that has openpi's client, which needs numpy < 2."""
+    python = str(folder / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet", "openpi-client", "typing-extensions"]
+    there = Path(python).exists() and not subprocess.call([python, "-c", "import openpi_client"])
+    for command in () if there else ([sys.executable, "-m", "venv", str(folder)], install):
+        if subprocess.call(command):
+            raise UserError(f"`{' '.join(command)}` failed: leave out --openpi to send with our own client.")
+    return python
 
 
 @contextmanager
-def served(run: Path, most: int) -> Iterator[tuple[subprocess.Popen, int, list[str]]]:
-    """A server in a process of its own, with its port and the policy's cameras."""
+def served(run: Path, most: int) -> Iterator["Served"]:
+    """A server in a process of its own."""
     command = [
         sys.executable,
         str(ROOT / "serve.py"),
@@ -100,21 +131,22 @@ def served(run: Path, most: int) -> Iterator[tuple[subprocess.Popen, int, list[s
         with connect(f"ws://127.0.0.1:{port}", proxy=None) as connection:
             cameras = wire.unpack(connection.recv())["spec"]["cameras"]
         try:
-            yield server, port, cameras
+            yield Served(server, port, cameras)
         finally:
             server.terminate()
             print(server.stdout.read().strip())
 
 
-def requests(config: Config, port: int, cameras: list[str], count: int) -> subprocess.Popen:
-    command = [
-        config.client_python,
-        ROOT / "benchmarks" / "serve_client.py",
-        port,
-        count,
-        config.size,
-        *cameras,
-    ]
+class Served(NamedTuple):
+    process: subprocess.Popen
+    port: int
+    cameras: list[str]
+    """Of the policy."""
+
+
+def requests(config: Config, server: Served, python: str, count: int) -> subprocess.Popen:
+    client = ROOT / "benchmarks" / "serve_client.py"
+    command = [python, client, server.port, count, config.size, *server.cameras]
     return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
 
 
@@ -125,10 +157,12 @@ def answers(client: subprocess.Popen) -> dict[str, Any]:
     return json.loads(out)
 
 
-def overhead(config: Config, server: subprocess.Popen, port: int, cameras: list[str]) -> bool:
+def overhead(config: Config, server: Served, python: str) -> tuple[bool, str]:
     """A request beside `policy.act` in this process, in turns, so that a busy machine slows both alike."""
     policy, rng = load_policy(config.run, device="cpu"), np.random.default_rng(0)
-    images = {camera: rng.integers(0, 255, (config.size, config.size, 3), np.uint8) for camera in cameras}
+    images = {
+        camera: rng.integers(0, 255, (config.size, config.size, 3), np.uint8) for camera in server.cameras
+    }
     observation = {"images": images, "state": np.zeros(policy.state_dim, np.float32)}
     local, remote, differences = [], [], []
     for turn in range(ROUNDS + 1):
@@ -137,43 +171,48 @@ def overhead(config: Config, server: subprocess.Popen, port: int, cameras: list[
             start = time.perf_counter()
             policy.act(observation)
             here.append(1000 * (time.perf_counter() - start))
-        found = answers(requests(config, port, cameras, math.ceil(config.requests / ROUNDS)))
+        found = answers(requests(config, server, python, math.ceil(config.requests / ROUNDS)))
         if turn:  # the first turn warms up
             local, remote = local + here, remote + found["seen"]
             differences.append(statistics.median(found["seen"]) - statistics.median(here))
-    print(
-        f"overhead, {len(remote)} requests of {len(cameras)} frames {config.size}x{config.size} by "
-        f"{found['client']}: median {statistics.median(remote):.2f} ms, policy.act "
-        f"{statistics.median(local):.2f} ms; difference {statistics.median(differences):.2f} ms (median of "
-        f"{ROUNDS} turns, {min(differences):.2f} to {max(differences):.2f})"
+    text = (
+        f"A request of {len(images)} frames {config.size}x{config.size} by `{found['client']}` takes "
+        f"{statistics.median(differences):.2f} ms more than `policy.act` (median of {ROUNDS} turns, from "
+        f"{min(differences):.2f} to {max(differences):.2f}): {statistics.median(remote):.2f} instead of "
+        f"{statistics.median(local):.2f} ms, medians of {len(remote):,} each."
     )
-    return True
+    return True, text
 
 
-def clients(config: Config, server: subprocess.Popen, port: int, cameras: list[str]) -> bool:
+def clients(config: Config, server: Served, python: str) -> tuple[bool, str]:
     """Several clients at once beside one alone, which does the same number of requests."""
-    seconds, each = {}, math.ceil(config.requests / config.clients)
+    seconds, medians, each = {}, {}, math.ceil(config.requests / config.clients)
     for num in (1, config.clients):
         start = time.perf_counter()
-        sending = [requests(config, port, cameras, each * config.clients // num) for _ in range(num)]
+        sending = [requests(config, server, python, each * config.clients // num) for _ in range(num)]
         found = [answers(client) for client in sending]
         seconds[num] = time.perf_counter() - start
-        medians = ", ".join(f"{statistics.median(one['seen']):.1f}" for one in found)
-        print(f"{num} clients: {seconds[num]:.1f} s with their start, median ms of each {medians}")
-    return True
+        medians[num] = [statistics.median(one["seen"]) for one in found]
+    most = config.clients
+    text = (
+        f"{most} clients at once get {each * most:,} answers in {seconds[most]:.1f} s with their start, one "
+        f"client in {seconds[1]:.1f} s; the median of each is {min(medians[most]):.1f} to "
+        f"{max(medians[most]):.1f} ms, alone {medians[1][0]:.1f} ms."
+    )
+    return True, text
 
 
-def memory(config: Config, server: subprocess.Popen, port: int, cameras: list[str]) -> bool:
+def memory(config: Config, server: Served, python: str) -> tuple[bool, str]:
     """The server's memory before and after many requests, and on the way."""
     part, sizes = math.ceil(config.memory_requests / ROUNDS), []
     for _ in range(ROUNDS):
-        answers(requests(config, port, cameras, part))
-        sizes.append(resident(server.pid))
-    shown = ", ".join(f"{size:.1f}" for size in sizes)
-    print(
-        f"memory, MiB after each {part} requests: {shown}; growth after the first {sizes[-1] - sizes[0]:.1f}"
+        answers(requests(config, server, python, part))
+        sizes.append(resident(server.process.pid))
+    text = (
+        f"The server's memory after each {part:,} of {part * ROUNDS:,} requests, in MiB: "
+        f"{', '.join(f'{size:.0f}' for size in sizes)}."
     )
-    return True
+    return True, text
 
 
 def resident(pid: int) -> float:
@@ -207,14 +246,15 @@ ODD: tuple[Any, ...] = (
 )
 
 
-def fuzz(config: Config, server: subprocess.Popen, port: int, cameras: list[str]) -> bool:
+def fuzz(config: Config, server: Served, python: str) -> tuple[bool, str]:
     """Mutated messages until the time is over; what came of them."""
+    port, cameras = server.port, server.cameras
     dice, found, end = random.Random(config.seed), Counter(), time.monotonic() + 60 * config.minutes
     with connect(f"ws://127.0.0.1:{port}", proxy=None) as connection:
         width = len(wire.unpack(connection.recv())["spec"]["state_names"])
     frame = np.arange(3 * 16 * 16, dtype=np.uint8).reshape(16, 16, 3)
     valid = {"images": dict.fromkeys(cameras, frame), "state": np.zeros(width, np.float32)}
-    while time.monotonic() < end and server.poll() is None:
+    while time.monotonic() < end and server.process.poll() is None:
         with (
             suppress(ConnectionClosed),
             connect(f"ws://127.0.0.1:{port}", proxy=None, compression=None, max_size=None) as connection,
@@ -233,9 +273,15 @@ def fuzz(config: Config, server: subprocess.Popen, port: int, cameras: list[str]
                 connection.socket.close()
         if found["hang"]:
             break
-    died = server.poll() is not None
-    print(f"fuzz, {config.minutes:g} min: {dict(found)}; the server {'died' if died else 'lives'}")
-    return not (died or found["hang"] or found["malformed, answered"] or found["valid, not answered"])
+    died = server.process.poll() is not None
+    bad = {name: found[name] for name in ("hang", "malformed, answered", "valid, not answered")}
+    text = (
+        f"{config.minutes:g} minutes of mutated messages, over {found['connections']:,} connections: "
+        f"{found['sentence']:,} got a sentence, {found['chunk']:,} that were still observations "
+        f"with a chunk, {found['reset']:,} reset an episode; "
+        f"{', '.join(f'{name}: {n}' for name, n in bad.items())}; the server {'died' if died else 'lives'}."
+    )
+    return not (died or any(bad.values())), text
 
 
 def mutated(valid: dict, dice: random.Random) -> bytes:
@@ -329,7 +375,7 @@ def well_formed(message: bytes, cameras: list[str], width: int) -> bool:
 # The robot's loop
 
 
-def keep_rate(seconds: float) -> None:
+def keep_rate(config: Config, server: None, python: str) -> tuple[bool, str]:
     """`ControlLoop` at 50 Hz, with a policy that takes 60 ms and knows prefixes."""
     names = tuple(f"joint_{i}" for i in range(14))
     spec = SimpleNamespace(
@@ -348,7 +394,14 @@ def keep_rate(seconds: float) -> None:
         reset=lambda: None,
     )
     policy = SimpleNamespace(horizon=32, spec=spec, act=act, reset=lambda: None)
-    print(f"the loop\n{ControlLoop(policy, robot, rate=50).run(seconds)}")
+    report = ControlLoop(policy, robot, rate=50).run(config.loop_seconds)
+    print(report)
+    late, held = (100 * n / max(report.cycles, 1) for n in (report.late, report.held))
+    text = (
+        f"`ControlLoop` at 50 Hz with a policy that takes 60 ms, for {report.seconds:.0f} s: "
+        f"{report.reached:.2f} cycles a second, {late:.2f} % late, {held:.2f} % held."
+    )
+    return True, text
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ class PolicySpec:
             is the head camera.
         fps: control steps per second.
         proprio_history: K, states in an observation.
+        image_history: F, frames of each camera in an observation.
+        image_stride: control steps between two of them.
         action_offset: control steps from an observation to the first action of its chunk.
         max_delay: most actions with which a chunk can be told to begin, see `common/flow.py`.
         state_rotations, action_rotations: rotations that were re-expressed, see `common/data/rotation.py`.
@@ -75,6 +77,8 @@ class PolicySpec:
     camera_keys: tuple[str, ...] = ()
     task: str | None = None
     proprio_history: int = 1
+    image_history: int = 1
+    image_stride: int = 1
     action_offset: int = 0
     max_delay: int = 0
     state_rotations: Rotations | None = None
@@ -98,10 +102,18 @@ class PolicySpec:
     @classmethod
     def of(cls, dataset: ChunkDataset, backbone_config: dict | None = None) -> PolicySpec:
         """The spec of policies for a dataset."""
-        store = dataset.store
-        shared = {f.name: getattr(store, f.name) for f in fields(cls) if hasattr(store, f.name)}
-        history, offset = dataset.proprio_history, dataset.action_offset
-        return cls(**shared, proprio_history=history, action_offset=offset, backbone_config=backbone_config)
+        known = {
+            f.name: getattr(part, f.name)
+            for part in (dataset.store, dataset)
+            for f in fields(cls)
+            if hasattr(part, f.name)
+        }
+        return cls(**known, backbone_config=backbone_config)
+
+    @property
+    def views(self) -> int:
+        """N F, frames in an observation."""
+        return len(self.cameras) * self.image_history
 
     def with_backbone(self, policy: nn.Module) -> PolicySpec:
         """The spec with the architecture of the policy's backbones; cameras that have their own share it."""

@@ -65,6 +65,10 @@ class RemotePolicy:
             warnings.warn(sentence, stacklevel=2)
         return answer["actions"]
 
+    def watch(self, observation: Mapping) -> None:
+        """Have the server remember the frames of an observation; see `RobotPolicy.watch`."""
+        self._ask(dict(observation) | {"watch": True})
+
     def reset(self) -> None:
         """Start an episode."""
         self._ask({"reset": True})

@@ -36,7 +36,7 @@ class Robot(Protocol):
     """What is to be controlled.
 
     `observe` is called in a thread of its own while `send` goes on: where both use one bus, guard it with a
-    lock.
+    lock. For a policy that sees earlier frames it is called between two chunks, too.
     """
 
     def observe(self) -> dict:
@@ -162,6 +162,8 @@ class _Episode:
         if self.plan.due and now >= self.retry:
             self.worker.requests.put(self.plan.ask())
             self._say_if_slow()
+        elif self.plan.watches:
+            self.worker.requests.put(WATCH)
         action = self.plan.next()
         if action is None:
             self.watchdog.check(now, self.worker.doing)
@@ -200,13 +202,14 @@ class Plan:
 
     Attributes:
         due: whether to ask for a chunk now.
+        watches: whether a chunk that is asked for later needs the frames of now.
         needed: actions that have to be given, by the delays of earlier chunks.
     """
 
     def __init__(
         self, policy: Any, rate: float, execute_steps: int | None = None, ensemble: float | None = None
     ):
-        spec = policy.spec
+        spec = self.spec = policy.spec
         self.horizon, self.offset, self.rotations = policy.horizon, spec.action_offset, spec.action_rotations
         self.max_delay = 0 if ensemble is not None else getattr(spec, "max_delay", 0)
         self.execute_steps = execute_steps
@@ -224,10 +227,22 @@ class Plan:
             return False
         if not self.chunks or self.ensemble is not None:
             return True
-        observed = self.chunks[-1][0] - self.offset
+        return self.now >= self.chunks[-1][0] - self.offset + self._period - ROUNDING
+
+    @property
+    def watches(self) -> bool:
+        history, ahead = getattr(self.spec, "image_history", 1), 0.0
+        if history == 1 or self.asked is not None or not self.chunks or self.due:
+            return False
+        ahead = self.chunks[-1][0] - self.offset + self._period - self.now
+        return will_be_wanted(history, self.spec.image_stride, ahead, self._period, self.step)
+
+    @property
+    def _period(self) -> float:
+        """Control steps from an observation to the next."""
         lead = min(self.needed, self.max_delay)
         steps = self.execute_steps or max(self.horizon // 2 - lead, 1)
-        return self.now >= observed + min(steps, self.horizon - self.offset - lead) - ROUNDING
+        return min(steps, self.horizon - self.offset - lead)
 
     @property
     def needed(self) -> int:
@@ -294,6 +309,16 @@ class Plan:
         low = round(place) if abs(place - round(place)) < ROUNDING else math.floor(place)
         share = max(place - low, 0.0) if place > low + ROUNDING else 0.0
         return rows[low] if not share else blend(rows[low : low + 2], [1 - share, share], self.rotations)
+
+
+def will_be_wanted(history: int, stride: int, ahead: float, period: float, within: float = 1.0) -> bool:
+    """Whether a policy that sees so many frames, `stride` control steps apart, will need those of now.
+
+    Its next chunk is sampled in `ahead` control steps, and others every `period` steps after that. Each frame
+    is taken at the first of moments that are `within` steps apart.
+    """
+    backs = (stride * i for i in range(1, history))
+    return any(back > ahead - ROUNDING and (back - ahead + ROUNDING) % period < within for back in backs)
 
 
 def blend(actions: Sequence[np.ndarray], weights: Sequence[float], rotations: Any = None) -> np.ndarray:
@@ -391,7 +416,7 @@ class Answer:
     infer: float = 0.0
 
 
-STOP = object()
+STOP, WATCH = object(), object()
 
 
 class Worker(threading.Thread):
@@ -416,21 +441,32 @@ class Worker(threading.Thread):
     def run(self) -> None:
         while (prefix := self.requests.get()) is not STOP:
             try:
+                if prefix is WATCH:
+                    self.policy.watch(self._observe())
+                    continue
                 answer = self._ask(prefix)
             except Exception as error:  # a robot, a policy and a network can raise anything
                 said = f"{error}".rstrip(".") if isinstance(error, UserError) else _brief(error)
                 answer = Answer(error=f"{self.doing} failed ({said})")
-            self._answers.put(answer)
+            if prefix is not WATCH:  # else the next chunk says what is wrong
+                self._answers.put(answer)
+
+    def _observe(self) -> Mapping:
+        """What the robot sees; for a policy that sees earlier frames, with its time in control steps."""
+        self.doing, now = "robot.observe()", time.perf_counter()
+        observation = self.robot.observe()
+        if not isinstance(observation, Mapping) or "state" not in observation:
+            raise ValueError("it gave no images and state")
+        spec = self.policy.spec
+        step = {"step": (now - self._began) * spec.fps} if getattr(spec, "image_history", 1) > 1 else {}
+        return {**observation, **step}
 
     def _ask(self, prefix: np.ndarray) -> Answer:
         if self._fresh:
             self.doing = "policy.reset()"
             self.policy.reset()
-            self._fresh = False
-        self.doing, start = "robot.observe()", time.perf_counter()
-        observation = self.robot.observe()
-        if not isinstance(observation, Mapping) or "state" not in observation:
-            raise ValueError("it gave no images and state")
+            self._fresh, self._began = False, time.perf_counter()
+        start, observation = time.perf_counter(), self._observe()
         self.doing, seen = "the policy", time.perf_counter()
         chunk = np.asarray(self.policy.act(observation, **({"prefix": prefix} if len(prefix) else {})))
         done = time.perf_counter()

@@ -5,14 +5,17 @@ are computed (training-time real-time chunking, Black et al. 2025, arXiv 2512.05
 for each action, (B, T): 1 for those that are given, and the sample's t for those to predict.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import NonNegativeInt
 from torch import Tensor
 
 from common.config import Share, options
+from common.console import say
 
 TimeDistribution = Literal["beta", "uniform", "logit-normal"]
 Integrator = Literal["euler", "midpoint", "heun"]
@@ -152,6 +155,52 @@ def integrate(
     """
     if steps < 1:
         raise ValueError(f"integration needs at least 1 step, got {steps}")
+    run = _compiled.get() or _integrate
+    return run(velocity, x_0, steps, method, prefix)
+
+
+@contextmanager
+def compiled(function: Callable[..., Tensor] | None) -> Iterator[None]:
+    """Within, `integrate` runs what `compile_integration` gave; None: as it is."""
+    token = _compiled.set(function)
+    try:
+        yield
+    finally:
+        _compiled.reset(token)
+
+
+def compile_integration(device: torch.device) -> Callable[..., Tensor]:
+    """`integrate` with all of its steps as one graph, which is captured on CUDA, and replayed.
+
+    Another number of steps or another shape is compiled anew. Where that fails, as after too many shapes, it
+    says so, and nothing is compiled from then on. A captured graph belongs to the thread that runs it first.
+    """
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    run = torch.compile(_integrate, dynamic=False, fullgraph=True, mode=mode)
+
+    def compiled_or_not(*arguments: Any) -> Tensor:
+        nonlocal run
+        try:
+            return run(*arguments).clone()  # the next replay writes to the same memory
+        except Exception as error:  # compilers fail in many ways
+            x = _integrate(*arguments)
+            say(f"warning: actions are sampled without a compiled graph ({type(error).__name__})")
+            run = _integrate
+            return x
+
+    return compiled_or_not
+
+
+_compiled: ContextVar[Callable[..., Tensor] | None] = ContextVar("compiled", default=None)
+
+
+def _integrate(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x_0: Tensor,
+    steps: int,
+    method: Integrator,
+    prefix: Prefix | None,
+) -> Tensor:
     if prefix is not None:
         given, free = prefix.given, velocity
         x_0 = torch.where(given.unsqueeze(-1), prefix.actions, x_0)

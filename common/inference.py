@@ -8,9 +8,11 @@ One that was trained on several tasks also needs the "task", as in {"task": "fol
 
 import copy
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -19,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import exported, flow
+from common import exported, flow, vision
 from common.checkpoint import PolicySpec, find, load_components, read_settings, refuse_damaged
 from common.config import from_dict
 from common.console import say
+from common.control import will_be_wanted
 from common.data.cameras import closest
 from common.data.frames import resize_rgb
 from common.data.tasks import listed
@@ -62,8 +65,9 @@ def load_policy(
         checkpoint: of a run: `last`, or the number of a saved step.
         device: where to compute; the accelerator if there is one, else the CPU.
         seed: makes sampled actions repeatable; None draws new noise on every start.
-        compile: compile the components with torch.compile: the first chunk takes minutes, and so does the
-            first of each other batch size.
+        compile: compile the components, and the whole integration as one graph, with torch.compile: loading
+            takes minutes, and so does the first chunk of each other batch size. Where that is not possible,
+            it says so, and the policy is as without.
         precision: `bf16` computes in half precision, which pays on a processor that has it built in.
         text_encoder: where the text encoder of the instructions is now, if it has moved; it is loaded only
             for sentences that the policy was not trained on.
@@ -86,8 +90,7 @@ def load_policy(
     policy = RobotPolicy(blank.model, normalizer, *blank[1:], torch.device(device), seed)
     policy.checkpoint, policy.trained_steps, policy.precision = path, settings["step"], precision
     if compile:
-        for component in policy.model.children():
-            component.compile(dynamic=False)
+        policy.compile()
     tasks = blank.spec.tasks
     if tasks is not None and tasks.encoder != "index":
         policy.text_encoder = text_encoder or tasks.encoder
@@ -143,6 +146,44 @@ def _spaced(sentence: str) -> str:
     return " ".join(sentence.split())
 
 
+class Frames:
+    """Features of the frames that one episode has seen, as long as an observation may need them.
+
+    An observation wants frames that are `image_stride` control steps apart, the present one last. For each it
+    gets the one nearest in time of those that were kept; before an episode's first frame, that one.
+    """
+
+    def __init__(self, spec: PolicySpec):
+        self.back = [spec.image_stride * i for i in reversed(range(spec.image_history))]  # control steps
+        self.kept: list[tuple[float, Tensor]] = []  # control step, and (N, W)
+        self._said = False
+
+    def keep(self, step: float, features: Tensor) -> None:
+        """Keep the frame of a control step, (N, W)."""
+        if self.kept and step < self.kept[-1][0]:
+            raise ValueError(
+                f"step {step:g} comes after step {self.kept[-1][0]:g}: reset the policy at an episode's start"
+            )
+        before = [part for part in self.kept if part[0] < step]
+        old = sum(part[0] <= step - self.back[0] for part in before)
+        self.kept = [*before[max(old - 1, 0) :], (step, features)]
+
+    def recall(self) -> Tensor:
+        """What an observation at the newest frame gets, (N, F, W)."""
+        (first, _), (now, _) = self.kept[0], self.kept[-1]
+        wanted = [max(now - back, first) for back in self.back]
+        near = [min(self.kept, key=lambda part: abs(part[0] - step)) for step in wanted]
+        away = max(abs(part[0] - step) for part, step in zip(near, wanted, strict=True))
+        if len(self.back) > 1 and away > self.back[-2] / 2 and not self._said:
+            self._said = True
+            warnings.warn(
+                f"the policy sees frames that are {self.back[-2]} control steps apart, and what was given is "
+                f"{away:g} steps away from one of them: call watch() in between (docs/robots.md)",
+                stacklevel=5,
+            )
+        return torch.stack([features for _, features in near], dim=1)
+
+
 class RobotPolicy:
     """Samples action chunks from observations as a robot delivers them.
 
@@ -154,6 +195,8 @@ class RobotPolicy:
     """
 
     precision: Literal["no", "bf16"] = "no"
+    _integration: Callable[..., Tensor] | None = None  # compiled
+    _thread: ThreadPoolExecutor | None = None  # to which captured graphs belong, whoever asks for a chunk
 
     def __init__(self, model, normalizer: Normalizer, config, spec: PolicySpec, script, device, seed=None):
         self.model = model.to(device).eval()
@@ -182,6 +225,7 @@ class RobotPolicy:
         else:
             self._generator.manual_seed(self._seed + self._episode)
         self._controller: Controller | None = None
+        self._frames: list[Frames] = []  # of each observation that is given at once
 
     def fork(self) -> "RobotPolicy":
         """The same weights, with noise and episodes of their own; for another robot."""
@@ -190,6 +234,23 @@ class RobotPolicy:
         other.reset()
         return other
 
+    def compile(self) -> None:
+        """Compile all that a chunk needs, with and without a prefix; see `load_policy`."""
+        for component in self.model.children():
+            component.compile(dynamic=False)
+        self._integration = flow.compile_integration(self.device)
+        if self.device.type == "cuda":
+            self._thread = ThreadPoolExecutor(1, "sampling")
+        try:
+            robot, most = self.fork(), self.spec.max_delay
+            for prefix in [None, np.zeros((1, self.action_dim))][: 1 + (most > 0)]:
+                robot.act(robot.blank_observation(), prefix=prefix)
+        except Exception as error:  # compilers fail in many ways
+            self._integration = self._thread = None
+            for component in self.model.children():
+                component._compiled_call_impl = None
+            say(f"warning: the policy runs without being compiled ({vision.brief(error)})")
+
     def blank_observation(self) -> dict:
         """Black frames and the mean state: something to measure with."""
         frame = np.zeros((*self.spec.image_size, 3), np.uint8)
@@ -197,8 +258,9 @@ class RobotPolicy:
         if self.spec.state_rotations:
             state = self.spec.state_rotations.decode(state)
         state = np.stack([state] * self.spec.proprio_history)
-        task = {} if self.spec.tasks is None else {"task": self.spec.tasks.sentences[0]}
-        return {"images": dict.fromkeys(self.spec.cameras, frame), "state": state, **task}
+        more = {} if self.spec.tasks is None else {"task": self.spec.tasks.sentences[0]}
+        more |= {} if self.spec.image_history == 1 else {"step": 0}
+        return {"images": dict.fromkeys(self.spec.cameras, frame), "state": state, **more}
 
     def act(
         self,
@@ -213,7 +275,9 @@ class RobotPolicy:
             observation: `images`, a mapping from camera name (short, or the dataset's full key) to an RGB
                 frame (H, W, 3) uint8 of any size; and `state`, (P,) in recorded units and order. A policy
                 that sees K states needs (K, P), the present one last. One that was trained on several tasks
-                needs the `task`, a sentence; None lets it do any of them, if it was trained to.
+                needs the `task`, a sentence; None lets it do any of them, if it was trained to. One that sees
+                earlier frames (`spec.image_history`) needs the `step`: control steps since the episode began,
+                which may be a fraction. Frames are remembered here, see `watch`.
             sample_steps: integration steps, instead of the configured number.
             clip: keep every action within the range recorded in training.
             prefix: (d, A) in recorded units, the actions with which the chunk begins, because the robot
@@ -226,7 +290,8 @@ class RobotPolicy:
 
         Raises:
             ValueError: for a missing or unknown camera, a wrong shape or dtype, a state or prefix that is not
-                finite, a prefix longer than any in training, an instruction that is missing or not known.
+                finite, a prefix longer than any in training, an instruction that is missing or not known, a
+                step that is missing or goes back.
             UserError: if the text encoder of a new sentence cannot be loaded.
 
         Warns of a state more than three standard deviations outside the recorded range, once an episode.
@@ -240,17 +305,22 @@ class RobotPolicy:
         clip: bool = False,
         generators: Sequence[torch.Generator] | None = None,
         prefixes: Sequence[np.ndarray | None] | None = None,
+        frames: Sequence[Frames] | None = None,
     ) -> np.ndarray:
         """A chunk for each of several observations, in one forward pass; see `act`.
 
         Args:
             generators: source of the noise of each observation; by default all share the policy's own.
             prefixes: of each observation, of whatever lengths.
+            frames: what the episode of each has seen; by default the i-th observation is of the i-th episode.
 
         Returns:
             (B, T, A) float32.
         """
-        images = torch.stack([self._images(observation["images"]) for observation in observations])
+        if self.spec.image_history == 1:
+            images = torch.stack([self._images(observation["images"]) for observation in observations])
+        else:
+            images = torch.stack([seen.recall() for seen in self.watch_batch(observations, frames)])
         states = np.stack([self._state(observation["state"]) for observation in observations])
         given = [self._given(prefix) for prefix in prefixes or [None] * len(observations)]
         self._warn_of_far_states(states[:, -1])
@@ -264,6 +334,43 @@ class RobotPolicy:
                 rotations.keep_signs(chunk, actions)
             chunk[: len(actions)] = actions
         return chunks
+
+    def watch(self, observation: Mapping) -> None:
+        """Remember the frames of an observation, for later ones: `images` and `step`, see `act`.
+
+        Only a policy that sees earlier frames needs it, where these lie between two calls of `act`. The
+        backbone runs once for each frame.
+        """
+        if self.spec.image_history > 1:
+            self.watch_batch([observation])
+
+    def watch_batch(
+        self, observations: Sequence[Mapping], frames: Sequence[Frames] | None = None
+    ) -> Sequence[Frames]:
+        """Remember the frames of several observations, see `act_batch`; returns what episodes have seen."""
+        images = torch.stack([self._images(observation["images"]) for observation in observations])
+        steps = [self._step(observation.get("step")) for observation in observations]
+        with self._precision():
+            seen = vision.features(vision.backbones_of(self.model), vision.to_float(images.to(self.device)))
+        if frames is None:
+            missing = len(observations) - len(self._frames)
+            self._frames += [Frames(self.spec) for _ in range(missing)]
+            frames = self._frames[: len(observations)]
+        for one, step, features in zip(frames, steps, seen, strict=True):
+            one.keep(step, features)
+        return frames
+
+    def _step(self, given) -> float:
+        if not isinstance(given, int | float | np.number) or not math.isfinite(given):
+            raise ValueError(
+                f"the policy sees {self.spec.image_history} frames of each camera, {self.spec.image_stride} "
+                f"control steps apart: give the step of an observation, a number"
+            )
+        return float(given)
+
+    def _precision(self) -> AbstractContextManager:
+        half = self.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
     def _given(self, prefix) -> np.ndarray:
         """A prefix as `act` takes it -> (d, A) float32."""
@@ -382,7 +489,8 @@ class RobotPolicy:
         """A chunk for each of B observations as an episode store gives them: (B, T, A) in recorded units.
 
         Args:
-            images: (B, N, 3, H, W) uint8, in the order of `spec.cameras`, already of `spec.image_size`.
+            images: (B, N, 3, H, W) uint8, in the order of `spec.cameras`, already of `spec.image_size`. With
+                earlier frames (B, N, F, 3, H, W), or the features of all, see `vision.look`.
             proprio: (B, K, P) in recorded units; rotations re-expressed, if the policy was trained so.
             generators: see `act_batch`.
             prefix: actions with which the chunks begin, in the same units as they come back. Normalizing
@@ -397,11 +505,14 @@ class RobotPolicy:
             more["prefix"] = prefix._replace(actions=self.normalizer.actions(prefix.actions, proprio))
         if self.spec.tasks is not None:  # a script that was forked before there were instructions takes none
             more["task"] = task.to(self.device)
-        half = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
-        with half:
-            actions = self.script.sample_actions(
-                self.model, images, seen, self.config, sample_steps, noise, **more
-            )
+
+        def sampled() -> Tensor:
+            with self._precision(), flow.compiled(self._integration):
+                return self.script.sample_actions(
+                    self.model, images, seen, self.config, sample_steps, noise, **more
+                )
+
+        actions = sampled() if self._thread is None else self._thread.submit(sampled).result()
         actions = self.normalizer.unnormalize_actions(actions, proprio)
         return torch.clamp(actions, *self.normalizer.action_range) if clip else actions
 
@@ -506,6 +617,8 @@ class Controller:
         if not isinstance(seeds, int):
             self.generators = [torch.Generator(policy.device).manual_seed(seed) for seed in seeds]
         self.step = 0
+        self.now = 0  # control steps, with those in which the robot waits
+        self.frames = [Frames(policy.spec) for _ in range(self.num)]
         self.states: list[np.ndarray] = []  # the last K, each (E, P)
         self.chunks: list[_Chunk] = []
         self.tasks: list[str | None] | None = None
@@ -541,12 +654,14 @@ class Controller:
         self.sample_steps, self.clip = sample_steps, clip
 
     @property
-    def due(self) -> bool:
-        """Whether the next step samples chunks, and so needs pictures."""
-        if self.wait or not self.chunks:
-            return not self.wait
-        every = self.execute_steps if self.ensemble is None else max(self.delay, 1)
-        return self.step - self.chunks[-1].sampled >= every
+    def ahead(self) -> int:
+        """Control steps until chunks are sampled; 0: in the next step, which needs pictures."""
+        left = self.chunks[-1].sampled + self._every - self.step if self.chunks else 0
+        return self.wait + max(left, 0)
+
+    @property
+    def _every(self) -> int:
+        return self.execute_steps if self.ensemble is None else max(self.delay, 1)
 
     def next_actions(
         self,
@@ -560,7 +675,7 @@ class Controller:
         Args:
             which: (R,), the episodes that are running; those that are over do not come back.
             states: (R, P), their present states.
-            look: gives the images of the episodes asked for; called only if chunks are due.
+            look: gives the images of the episodes asked for; called only if a chunk needs them, now or later.
             tasks: their instructions, if the policy is told any.
 
         Returns:
@@ -569,18 +684,23 @@ class Controller:
         present = np.zeros((self.num, states.shape[1]), np.float32)
         present[which] = states
         # At an episode's start there was nothing before: it repeats its first state.
-        history = self.policy.spec.proprio_history
-        self.states = [*(self.states or [present] * history), present][-history:]
+        spec = self.policy.spec
+        self.states = [*(self.states or [present] * spec.proprio_history), present]
+        self.states = self.states[-spec.proprio_history :]
         if self.num == 1 and tasks != self.tasks:
             self.chunks = []  # they do what was asked before
         self.tasks = tasks
-        if self.due:
+        period = self._every + (self.delay if self.join == "blocking" else 0)
+        if not self.ahead:
             self.wait = self.delay if self.chunks and self.join == "blocking" else 0
             self._sample(which, look)
+        elif will_be_wanted(spec.image_history, spec.image_stride, self.ahead, period):
+            self.policy.watch_batch(self._seen(which, look), [self.frames[e] for e in which])
+        self.now += 1
         if self.wait:
             self.wait, self.source = self.wait - 1, None
             return self.last[which]
-        offset = self.policy.spec.action_offset
+        offset = spec.action_offset
         ages = [self.step - chunk.sampled - offset for chunk in self.chunks]  # rows that are for now
         self.chunks = [c for c, age in zip(self.chunks, ages, strict=True) if age < self.policy.horizon]
         here = [c for c in self.chunks if c.arrives <= self.step and c.sampled + offset <= self.step]
@@ -599,20 +719,27 @@ class Controller:
 
     def _sample(self, which: np.ndarray, look: Callable[[np.ndarray], Sequence[Mapping]]) -> None:
         """Sample a chunk for each of the episodes."""
-        seen = np.stack(self.states, axis=1)[which]
-        observations = [
-            {"images": images, "state": state} for images, state in zip(look(which), seen, strict=True)
-        ]
+        observations = self._seen(which, look)
         for observation, task in zip(observations, self.tasks or (), strict=self.tasks is not None):
             observation["task"] = task
         generators = self.generators and [self.generators[e] for e in which]
         more = {"prefixes": self._prefixes(which)} if self.chunks and self.join == "prefix" else {}
+        if self.policy.spec.image_history > 1:
+            more["frames"] = [self.frames[e] for e in which]
         sampled = self.policy.act_batch(observations, self.sample_steps, self.clip, generators, **more)
         actions = np.zeros((self.num, *sampled.shape[1:]), np.float32)
         actions[which] = sampled
         number = self.chunks[-1].number + 1 if self.chunks else 0
         late = self.delay if self.chunks and self.join != "blocking" else 0
         self.chunks.append(_Chunk(number, self.step, self.step + late, actions))
+
+    def _seen(self, which: np.ndarray, look: Callable[[np.ndarray], Sequence[Mapping]]) -> list[dict]:
+        """What the episodes see now."""
+        states = np.stack(self.states, axis=1)[which]
+        return [
+            {"images": images, "state": state, "step": self.now}
+            for images, state in zip(look(which), states, strict=True)
+        ]
 
     def _prefixes(self, which: np.ndarray) -> list[np.ndarray]:
         """What each episode will have executed of the next chunk's steps when it arrives, (d, A)."""

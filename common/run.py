@@ -189,9 +189,9 @@ class Run:
             known = Instructions.of(store, tasks)
         train_episodes, held_out = split_episodes(store, options.val_fraction, seed)
         shape = (horizon, options.proprio_history, options.action_offset)
-        told = known is not None
-        train = ChunkDataset(store, train_episodes, *shape, told=told)
-        val = ChunkDataset(store, held_out, *shape, told=told) if len(held_out) else None
+        shape += (known is not None, options.image_history, options.image_stride)
+        train = ChunkDataset(store, train_episodes, *shape)
+        val = ChunkDataset(store, held_out, *shape) if len(held_out) else None
         if self.resuming:  # as they were, whatever this version would choose by default
             path = (
                 checkpoint.newest_undamaged(folder, "policy/stats.safetensors") / "policy/stats.safetensors"

@@ -154,7 +154,10 @@ class Observation(NamedTuple):
 
 
 class InfoEmbedder(nn.Module):
-    """Fuses all cameras, each of whose tokens and summary have two `widths`, with joint states (K, P).
+    """Fuses all views, each of whose tokens and summary have two `widths`, with joint states (K, P).
+
+    A view is a frame of a camera, or depth. Each has a projection and an embedding of its own. Earlier frames
+    have them, too: otherwise the sum of the summaries would not depend on their order, and so not on motion.
 
     `droppable` adds tokens that stand for a lost camera. Without camera dropout they would never get a
     gradient, which DistributedDataParallel takes for a mistake.
@@ -195,16 +198,18 @@ class InfoEmbedder(nn.Module):
         dropped: Tensor | None = None,
         task: Tensor | None = None,
     ) -> Observation:
-        """A memory of K + N (L + 1) tokens and the instruction's, and the sum of the states' tokens, the
-        cameras' summary tokens and that of the whole instruction.
+        """A memory of K + V (L + 1) tokens and the instruction's, and the sum of the states' tokens, the V
+        views' summary tokens and that of the whole instruction.
 
         Args:
-            views: for each camera its tokens (B, L, D_v) and summary (B, D_s).
+            views: the tokens (B, L, D_v) and summary (B, D_s) of each, camera by camera.
             proprio: (B, K, P), normalized.
-            dropped: (B, N), True where a sample has lost a camera.
+            dropped: (B, N), True where a sample has lost a camera, with all of its frames.
             task: see `InstructionEmbedder`; needed if there is one.
         """
         memory = [self.proprio_in(proprio) + self.proprio_position]
+        if dropped is not None:
+            dropped = dropped.repeat_interleave(len(views) // dropped.shape[1], dim=1)  # (B, V)
         if self.instruction is not None:
             if task is None:
                 raise ValueError("the policy was made for several instructions: give `task`")

@@ -1,8 +1,8 @@
-"""Camera images to tokens and a summary: backbones, augmentation, camera dropout."""
+"""Camera images to tokens and a summary: backbones, earlier frames, augmentation, camera dropout."""
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -20,6 +20,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 SMALLEST_SIDE = {"conv": 16, "resnet18": 32, "resnet34": 32, "resnet50": 32}  # pixels, of those made here
 CONVOLUTIONAL = {"convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet"}  # they know no patches
+View = tuple[Tensor, Tensor]
+"""Tokens (B, L, D_v) and summary (B, D_s) of a frame."""
 
 
 @options
@@ -307,17 +309,56 @@ def _load_huggingface(name: str, hf_config: dict | None):
     return network.float(), processor, set(report["missing_keys"])
 
 
+def look(backbones: Sequence[Backbone], images: Tensor) -> list[View]:
+    """What backbones see: camera by camera, and of each the present frame first, then the one before it.
+
+    Args:
+        backbones: one for each camera, or one for all, which then runs once.
+        images: (B, N, 3, H, W) float in [0, 1]; with earlier frames (B, N, F, 3, H, W), the present one last;
+            or (B, N, F, W), what `features` made of these.
+    """
+    if images.ndim == 4:
+        one = backbones[0]  # they differ in weights alone
+        split = [one.num_tokens * one.token_dim, one.summary_dim]
+        parts = [part.split(split, dim=-1) for part in images.flip(2).flatten(1, 2).unbind(1)]
+        return [(tokens.unflatten(1, (-1, one.token_dim)), summary) for tokens, summary in parts]
+    frames = images.shape[2] if images.ndim == 6 else 1
+    groups = [images] if len(backbones) == 1 else images.unbind(1)  # (B, ..., 3, H, W) each
+    views: list[View] = []
+    for backbone, group in zip(backbones, groups, strict=True):
+        tokens, summary = backbone(group.flatten(0, -4))  # all in one batch
+        tokens, summary = (x.unflatten(0, (len(images), -1)).unbind(1) for x in (tokens, summary))
+        views += zip(tokens, summary, strict=True)
+    return [view for n in range(0, len(views), frames) for view in views[n : n + frames][::-1]]
+
+
+@torch.no_grad()
+def features(backbones: Sequence[Backbone], images: Tensor) -> Tensor:
+    """(B, N, 3, H, W) float to (B, N, W): tokens and summary of a frame side by side, to keep for `look`."""
+    return torch.stack([torch.cat([t.flatten(1), s], dim=1) for t, s in look(backbones, images)], dim=1)
+
+
+def backbones_of(policy: nn.Module) -> list[Backbone]:
+    """Those of a policy, in the order of its cameras; one, if it looks at all of them."""
+    return [child for child in policy.children() if isinstance(child, Backbone)]
+
+
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images to float32 in [0, 1]."""
-    return images.float() / 255
+    """uint8 images to float32 in [0, 1]; `features` as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def augment(images: Tensor, config: VisionConfig, generator: torch.Generator | None = None) -> Tensor:
-    """(B, N, 3, H, W) uint8 to float32 in [0, 1], with a shift, rotation, colour and blur for each image."""
-    x = to_float(images).flatten(0, 1)  # (B * N, 3, H, W)
+    """(B, N, [F,] 3, H, W) uint8 to float32 in [0, 1], with a shift, rotation, colour and blur.
+
+    They are drawn for each camera of a sample; its frames have the same.
+    """
+    x = to_float(images).flatten(0, -4)  # (B * N * F, 3, H, W)
+    frames = images.shape[2] if images.ndim == 6 else 1
 
     def draw(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(len(x), 1, 1, 1, device=x.device, generator=generator)
+        drawn = torch.rand(len(x) // frames, 1, 1, 1, device=x.device, generator=generator)
+        return (low + (high - low) * drawn).repeat_interleave(frames, dim=0)
 
     with torch.autocast(x.device.type, enabled=False):
         if config.aug_shift or config.aug_rotate:

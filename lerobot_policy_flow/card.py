@@ -85,13 +85,15 @@ def _what_it_learned_from(policy: RobotPolicy, about: dict, config: FlowConfig) 
     rotations = spec.state_rotations
     states = rotations.recorded if rotations else spec.state_names
     history = f"{spec.proprio_history} states" if spec.proprio_history > 1 else "state"
+    apart = f"{spec.image_stride} step{'s' * (spec.image_stride > 1)} apart"
+    frames = f", {spec.image_history} frames of each, {apart}" if spec.image_history > 1 else ""
     later = f", from {spec.action_offset} steps later on" if spec.action_offset else ""
     pictures = ", ".join(f"`{key}` ({camera})" for key, camera in config.cameras.items())
     rows = {
         "data": ", ".join(map(public, policy.config.data.dataset)),
         "fingerprint of the data": about.get("fingerprint", "unknown"),
         "task": "; ".join(spec.tasks.sentences) if spec.tasks else spec.task or "one",
-        "pictures": f"{pictures}, {spec.image_size[0]}x{spec.image_size[1]}",
+        "pictures": f"{pictures}, {spec.image_size[0]}x{spec.image_size[1]}{frames}",
         history: ", ".join(states),
         "action": ", ".join(config.action_feature_names),
         "chunk": f"{policy.horizon} actions at {spec.fps:g} Hz{later}",

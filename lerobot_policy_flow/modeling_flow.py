@@ -140,6 +140,11 @@ class FlowPolicy(PreTrainedPolicy):
             prev_chunk_left_over: (T', A), what is left of the chunk that is being executed; its first
                 `inference_delay` actions are those that will be, and the new chunk continues them.
         """
+        if (frames := self._blank.spec.image_history) > 1:
+            raise UserError(
+                f"The policy sees {frames} frames of a camera, and LeRobot gives one to get a chunk: use "
+                f"--inference.type=sync, which asks for actions."
+            )
         states, pictures = self._states(batch), self._pictures(batch)
         observations = [{"images": i, "state": s} for i, s in zip(pictures, states, strict=True)]
         for observation, task in zip(observations, self._tasks(batch, len(states)) or (), strict=False):
@@ -161,8 +166,9 @@ class FlowPolicy(PreTrainedPolicy):
         spec = self._blank.spec
         if spec.max_delay == 0:
             return "it was not trained to continue a chunk"
-        if spec.proprio_history > 1:
-            return f"it sees {spec.proprio_history} states, and LeRobot hands over one"
+        if spec.proprio_history > 1 or spec.image_history > 1:
+            seen = f"{spec.proprio_history} states and {spec.image_history} frames"
+            return f"it sees {seen}, and LeRobot hands over one"
         return None
 
     def _prefix(self, delay: int | None, left_over: Tensor | None, episodes: int) -> np.ndarray | None:

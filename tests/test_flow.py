@@ -97,6 +97,35 @@ def test_two_gaussians_are_carried_into_each_other():
     assert x.std().item() == pytest.approx(s, rel=0.02)
 
 
+def test_what_was_compiled_integrates_within_and_not_after():
+    calls = []
+
+    def run(velocity, x_0, *arguments):
+        calls.append(arguments)
+        return velocity(x_0, x_0)
+
+    x_0 = torch.ones(1, 2, 3)
+    with flow.compiled(run):
+        assert torch.equal(flow.integrate(lambda x, t: 5 * x, x_0, 4), 5 * x_0)
+    assert torch.equal(flow.integrate(lambda x, t: torch.ones_like(x), x_0, 4), 2 * x_0)
+    assert calls == [(4, "euler", None)]
+
+
+def test_what_cannot_be_one_graph_is_said_once_and_integrated_all_the_same(capsys, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **given: compile(f, **(given | {"backend": "eager"})))
+    run, x_0 = flow.compile_integration(torch.device("cpu")), torch.ones(1, 2, 3)
+
+    def velocity(x, t):
+        torch._dynamo.graph_break()
+        return torch.ones_like(x)
+
+    for _ in range(2):
+        assert torch.equal(run(velocity, x_0, 4, "euler", None), 2 * x_0)
+    assert capsys.readouterr().out.count("actions are sampled without a compiled graph") == 1
+    torch._dynamo.reset()
+
+
 def test_integration_refuses_what_makes_no_sense():
     with pytest.raises(ValueError, match="at least 1"):
         flow.integrate(lambda x, t: x, torch.zeros(1), 0)

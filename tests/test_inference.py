@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 from hdf5_factory import make_hdf5
-from running import train
+from running import SMALL, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_cfg_vqvae
 import train_naive_fm
 import train_vfp
 import train_vfp_moe
-from common.checkpoint import seal
+from common import vision
+from common.checkpoint import PolicySpec, seal
 from common.config import parse
 from common.errors import UserError
 from common.inference import load_policy, load_script
@@ -378,21 +380,44 @@ SCRIPTS = (train_naive_fm, train_cfg_vqvae, train_vfp_moe)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_compiled_components_give_the_same_chunks(tiny, tmp_path, script, monkeypatch, accelerate_reset):
+def test_compiled_components_give_the_same_chunks(tiny, tmp_path, script, traced_only, accelerate_reset):
     """What is traced, by a backend that runs it as it is: machine code takes minutes, see the slow test."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    run, compile = tiny_run(script, tiny, tmp_path / "run"), torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **given: compile(self, backend="eager", **given)
-    )
+    run = train(script, tiny, tmp_path / "run", "--steps", "1", "--max-delay", "2")
+    stats = torch._dynamo.utils.counters["stats"]
     eager, traced = (awake(load_policy(run, device="cpu", seed=0, compile=c)) for c in (False, True))
+    graphs = stats["unique_graphs"]
+    # Backbone, embedder, the whole integration, with and without a prefix; of a latent the prior, of experts
+    # the gate.
+    assert graphs == {train_naive_fm: 4, train_cfg_vqvae: 5, train_vfp_moe: 6}[script]
     for number in range(6):  # of train_vfp_moe, by both experts
         seen = observation(eager, seed=number)
-        np.testing.assert_allclose(traced.act(seen), eager.act(seen), rtol=1e-4, atol=1e-5)
+        for prefix in (None, np.ones((number % 3, 3))):
+            chunks = [policy.act(seen, prefix=prefix) for policy in (traced, eager)]
+            np.testing.assert_allclose(*chunks, rtol=1e-4, atol=1e-5)
+    assert stats["unique_graphs"] == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
     traced.act(seen, 5)
-    assert 3 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # each component once
+    assert stats["unique_graphs"] == graphs + 1  # the integration, in five steps
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **given: compile(f, **(given | {"backend": "eager"})))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def test_a_policy_that_cannot_be_compiled_runs_as_it_is(policy, run_dir, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **given: fail)
+    slow = load_policy(run_dir, device="cpu", seed=0, compile=True)
+    assert "runs without being compiled (no compiler here)" in capsys.readouterr().out
+    np.testing.assert_array_equal(slow.act(observation(policy)), policy.act(observation(policy)))
 
 
 @pytest.mark.slow
@@ -419,3 +444,35 @@ def test_half_precision_changes_chunks_by_little(tiny, tmp_path, script, acceler
         chunk, rounded = full.act(seen), half.act(seen)
         assert rounded.dtype == np.float32
         assert 0 < (np.abs(rounded - chunk) / scale).max() < 0.05
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for its device: numbers read, and shapes that depend on values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        self.count += function.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten._unique2)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_no_sampler_waits_for_its_device(script, tiny):
+    """One that is not the CPU is `meta` here: it has no values, so that whoever asks for one fails."""
+    argv = [*tiny, *SMALL.get(script.__name__, "").split()]
+    config = parse(script.Config, argv, "")
+    policy = script.Policy(config, PolicySpec(("head",), (32, 32), ("x",), ("x",), 10.0)).eval()
+
+    def waits(device, batch):
+        images = torch.zeros(batch, 1, 3, 32, 32, dtype=torch.uint8)
+        if device == "meta":  # where autocast does not exist, which the backbone switches off
+            images = vision.features([policy.backbone], vision.to_float(images)).unsqueeze(2).to(device)
+        proprio, x_0 = torch.zeros(batch, 1, 1, device=device), torch.zeros(batch, 4, 1, device=device)
+        with Waits() as mode:
+            chunks = script.sample_actions(policy.to(device), images, proprio, config, x_0=x_0)
+        assert chunks.shape == (batch, 4, 1)
+        return mode.count
+
+    assert (waits("cpu", 2) > 0) == (script is train_vfp_moe)  # there the experts' numbers cost nothing
+    assert waits("meta", 1) == 0

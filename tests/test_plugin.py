@@ -45,6 +45,7 @@ CASES = {
         train_vfp_depth,
         ("--proprio-history", 3, "--action-offset", 2, "--relative-actions", "--rotation", "quaternion->6d"),
     ),
+    "frames": (train_vfp, ("--image-history", 2, "--image-stride", 2)),
 }
 
 
@@ -191,6 +192,13 @@ def test_chunks_begin_now_and_are_the_run_s_to_the_bit(exported):
         np.testing.assert_array_equal(chunk[0, offset:], expected)
         np.testing.assert_array_equal(chunk[0, :offset], np.repeat(expected[:1], offset, axis=0))
         assert policy.config.action_delta_indices == list(range(offset, 8 + offset))
+
+
+def test_chunks_of_a_policy_that_sees_earlier_frames_are_refused(exported):
+    policy, pre, _ = in_lerobot(exported("frames")[1])
+    assert not policy.supports_rtc()
+    with pytest.raises(UserError, match="sees 2 frames of a camera, and LeRobot gives one"):
+        policy.predict_action_chunk(pre(batch_of([next(observations(0))])))
 
 
 def test_lerobot_s_settings_of_acting(exported):

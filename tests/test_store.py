@@ -140,6 +140,26 @@ def test_every_sample_equals_a_walk_through_its_episode(store, horizon, history)
     assert batch.index.dtype == torch.int64
 
 
+@pytest.mark.parametrize(("frames", "stride"), [(2, 1), (3, 2), (2, 20)])
+def test_earlier_frames_are_those_of_the_same_episode(store, frames, stride):
+    dataset = ChunkDataset(store, [0, 1, 3], 4, image_history=frames, image_stride=stride)
+    samples = [(e, step) for e in (0, 1, 3) for step in range(LENGTHS[e])]
+    order = np.random.default_rng(0).permutation(len(samples))
+    batch = dataset.__getitems__(order)
+    assert batch.images.shape == (len(samples), 2, frames, 3, *SIZE)
+    for slot, sample in enumerate(order):
+        e, step = samples[sample]
+        for camera in range(len(CAMERAS)):
+            for back in range(frames):
+                frame = batch.images[slot, camera, frames - 1 - back].numpy()
+                assert (frame == pixels(e, camera, max(step - stride * back, 0))).all()
+    plain = ChunkDataset(store, [0, 1, 3], 4).__getitems__(order)
+    assert torch.equal(plain.images, batch.images[:, :, -1])
+    for name in ("proprio", "actions", "is_pad", "index"):
+        assert torch.equal(getattr(plain, name), getattr(batch, name))
+    assert torch.equal(dataset.on(store).__getitems__([2]).images, dataset.__getitems__([2]).images)
+
+
 def test_frames_come_in_the_order_asked_for_wherever_they_lie(store):
     starts = np.cumsum([0, *LENGTHS])
     for rows in (

@@ -104,6 +104,12 @@ class DataConfig:
     that `train_mi.py` has written, which names the best."""
     proprio_history: PositiveInt = 1
     """States in an observation: the present one and those before it."""
+    image_history: PositiveInt = 1
+    """Frames of each camera in an observation: the present one and those before it, for tasks in which motion
+    must be seen. Memory and time of the backbone in training are that many times as large."""
+    image_stride: PositiveInt = 1
+    """Control steps between two frames of --image-history. To act costs least if it is the number of steps
+    after which chunks are sampled: half of --horizon, unless you choose another."""
     action_offset: NonNegativeInt = 0
     """Control steps between an observation and the first action of its chunk."""
     relative_actions: bool = False
@@ -154,6 +160,8 @@ class DataConfig:
             raise UserError(
                 "--relative-poses needs --relative-actions, and --rotation to know where rotations are."
             )
+        if self.image_stride > 1 and self.image_history == 1:
+            raise UserError("--image-stride needs --image-history: say how many frames are that far apart.")
         if count > 1 and (self.episodes or self.episodes_file):
             raise UserError("--episodes number the episodes of one dataset: give a single --dataset.")
 

@@ -25,7 +25,8 @@ class Batch(NamedTuple):
     """What a policy learns from: B chunks and what was seen when they began."""
 
     images: Tensor
-    """(B, N, 3, H, W) uint8, RGB; N cameras in the order of the store."""
+    """(B, N, 3, H, W) uint8, RGB; N cameras in the order of the store. With an image history of F frames
+    (B, N, F, 3, H, W), the present one last."""
     proprio: Tensor
     """(B, K, P) float32, the last K states, the present one last; in the units of the recording."""
     actions: Tensor
@@ -81,7 +82,8 @@ class ChunkDataset(Dataset):
 
     The chunk of step i is the `horizon` actions from i + `action_offset` on; past the episode's end the last
     action is repeated and marked in `is_pad`. The `proprio_history` states end with that of step i; before
-    the episode's start the first one is repeated. A step whose chunk lies wholly past the end is no sample.
+    the episode's start the first one is repeated. So are the `image_history` frames of each camera, which are
+    `image_stride` steps apart. A step whose chunk lies wholly past the end is no sample.
     `episodes` are counted in the store. With `told`, batches have the instruction's number, `Batch.task`.
     """
 
@@ -93,8 +95,10 @@ class ChunkDataset(Dataset):
         proprio_history: int = 1,
         action_offset: int = 0,
         told: bool = False,
+        image_history: int = 1,
+        image_stride: int = 1,
     ):
-        self.told = told
+        self.told, self.image_history, self.image_stride = told, image_history, image_stride
         self.store, self.horizon = store, horizon
         self.proprio_history, self.action_offset = proprio_history, action_offset
         self.episodes = np.asarray(episodes, np.int64)
@@ -137,21 +141,25 @@ class ChunkDataset(Dataset):
         actions, is_pad = self.chunks(rows)
 
         def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            return self._buffers[name].take((len(rows), *shape), dtype)
+            return self._buffers[name].take(shape, dtype)
 
         extras = {
-            name: store.extra(name, rows, buffer(name, extra.shape, torch.float16))
+            name: store.extra(name, rows, buffer(name, (len(rows), *extra.shape), torch.float16))
             for name, extra in store.extras.items()
         }
         if self.told:
             extras["task"] = torch.from_numpy(store.episode_task_numbers[store.episode_of(rows)])
-        images = store.images(rows, buffer("images", store.row_shape, torch.uint8))
+        seen = self.before(rows, self.image_history, self.image_stride).flatten()
+        images = store.images(seen, buffer("images", (len(seen), *store.row_shape), torch.uint8))
+        if self.image_history > 1:
+            images = images.unflatten(0, (len(rows), -1)).transpose(1, 2)  # (B, N, F, 3, H, W)
         return Batch(images, *map(torch.from_numpy, (self.history(rows), actions, is_pad, rows)), extras)
 
     def on(self, store: EpisodeStore) -> ChunkDataset:
         """The same samples of a store that holds the same steps, with extras for instance."""
         shape = (self.horizon, self.proprio_history, self.action_offset)
-        return ChunkDataset(store, self.episodes, *shape, told=self.told)
+        frames = (self.image_history, self.image_stride)
+        return ChunkDataset(store, self.episodes, *shape, self.told, *frames)
 
     def chunks(self, rows: np.ndarray, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Actions (B, T, A) and is_pad (B, T) of the chunks that begin at the steps `rows` of the store.
@@ -165,9 +173,12 @@ class ChunkDataset(Dataset):
 
     def history(self, rows: np.ndarray) -> np.ndarray:
         """States (B, K, P) up to and including the steps `rows` of the store."""
+        return self.store.state[self.before(rows, self.proprio_history)]
+
+    def before(self, rows: np.ndarray, count: int, stride: int = 1) -> np.ndarray:
+        """Steps (B, count), `stride` apart, that end with `rows`; the episode's first where it is shorter."""
         first = self.store.episode_starts[self.store.episode_of(rows)]
-        past = rows[:, None] + np.arange(1 - self.proprio_history, 1)
-        return self.store.state[np.maximum(past, first[:, None])]
+        return np.maximum(rows[:, None] + stride * np.arange(1 - count, 1), first[:, None])
 
 
 class SampleStream(Sampler):
