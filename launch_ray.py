@@ -11,6 +11,7 @@ what the folder shows. What follows `--` goes to the script. More, and which lau
 
 import importlib
 import json
+import logging
 import operator
 import os
 import re
@@ -33,8 +34,10 @@ from common.console import say
 from common.errors import EXIT_HUNG, EXIT_OUT_OF_MEMORY, EXIT_STOPPED, UserError
 from common.files import completed_checkpoints
 
-# Read when Ray starts: time for actors to import, priority (Ray's own is nice 15), a part of ray[default].
-SETTINGS = {"TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600", "worker_niceness": "0", "TRAIN_METRICS_ENABLED": "0"}
+# Read when Ray starts. A group may import for minutes and is looked at each second (Ray: one minute, 2 s);
+# Ray's own priority for workers is nice 15; metrics for a dashboard are a part of ray[default].
+SETTINGS = {"TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600", "TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
+SETTINGS |= {"worker_niceness": "0", "TRAIN_METRICS_ENABLED": "0"}
 for name, value in SETTINGS.items():
     os.environ.setdefault(f"RAY_{name}", value)
 
@@ -268,7 +271,9 @@ def judge(error: BaseException) -> tuple[int | None, str]:
         raise UserError(f"Ray cannot run the scripts ({brief(error)}): see docs/clusters.md.")
     codes = {rank: end.code for rank, end in failures.items() if isinstance(end, SystemExit)}
     what = [f"process {rank} ended with code {code}" for rank, code in codes.items()]
-    what += [f"worker {rank} was lost ({brief(end)})" for rank, end in failures.items() if rank not in codes]
+    for rank in failures.keys() - codes.keys():  # Ray wraps the loss of an actor, at length
+        end = getattr(failures[rank], "health_check_failure", failures[rank])
+        what.append(f"worker {rank} was lost ({type(end).__name__})")
     killed = len(codes) < len(failures) or any(code < 0 for code in codes.values())
     final = [code for code in codes.values() if code in FINAL]  # or what the loss of another made of it
     return (final[0] if final and not killed else None), "; ".join(what) or "a machine was taken away"
@@ -279,6 +284,7 @@ def judge(error: BaseException) -> tuple[int | None, str]:
 
 def run_worker(job: dict) -> int:
     """Start a process of the run and stand by it; returns 0 or 75, any other code ends the whole group."""
+    logging.getLogger().setLevel(logging.WARNING)  # Ray says each report
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     active, flags = divide(job["global_batch"], job["most"], world)
     store = None
