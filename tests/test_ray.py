@@ -311,7 +311,7 @@ def test_a_launcher_that_is_stopped_leaves_a_checkpoint_of_that_step(how, machin
 def test_what_a_user_can_put_right_ends_with_1_and_is_tried_once(machines, flags, tmp_path):
     machines.have(1)
     run = tmp_path / "run"
-    printed = finish(launch(machines, run, [], [*flags, "--horizon", 100_000]), run, 1)
+    printed = finish(launch(machines, run, [], [*flags, "--max-delay", 4]), run, 1)
     assert printed.count("error: ") == 1
     assert "starting again" not in printed
 
