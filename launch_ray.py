@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -299,7 +299,7 @@ def run_worker(job: dict) -> int:
     while True:
         code = process.poll() if process else 0
         if code not in (None, 0, EXIT_STOPPED):
-            sys.exit(code)
+            leave(code)
         news, mine = {}, None
         if rank == 0:
             news = folder.news()
@@ -313,8 +313,13 @@ def run_worker(job: dict) -> int:
             report(news)
         if ended is not None:
             code = process.wait(LEAVE_SECONDS) if process else ended
-            return code if code in (0, EXIT_STOPPED) else sys.exit(code)
+            return code if code in (0, EXIT_STOPPED) else leave(code)
         time.sleep(POLL_SECONDS)
+
+
+def leave(code: int) -> NoReturn:
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # no traceback: the script has said why
+    sys.exit(code)
 
 
 def start_script(job: dict, flags: list[str], active: int, place: tuple[str, int] | None) -> subprocess.Popen:
