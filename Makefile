@@ -2,6 +2,7 @@
 # make setup      set up; with CUDA=1 for GPUs that this machine does not have itself
 # make test       set up, lint, test
 # make sim        install simulators for `evaluate.py --env`, and try them
+# make ray        install Ray for `launch_ray.py`, and try it on virtual machines
 # make plugin     LeRobot and our plug-ins in an environment of their own, and LeRobot's commands in it
 # make lowest     try the lower bounds of requirements.txt
 # make test-all   the same, and the slow tests: several processes, processes that hang, files mutated at random
@@ -12,7 +13,7 @@ CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 PYTHON = $(shell for p in python3 /usr/bin/python3 python $(HOME)/.pyenv/versions/3*/bin/python; do \
 	"$$p" -c 'f""' 2>/dev/null && echo "$$p" && break; done)
 
-.PHONY: setup tools sim plan demo plugin lowest test test-all lint format
+.PHONY: setup tools sim ray plan demo plugin lowest test test-all lint format
 
 setup: .venv/.installed
 
@@ -32,6 +33,14 @@ sim: .venv/.installed-sim
 .venv/.installed-sim: .venv/.installed requirements-sim.txt
 	@$(or $(PYTHON),$(error no Python 3 starts here: install one)) tools/setup.py requirements-sim.txt
 	.venv/bin/python -m common.envs
+	@touch $@
+
+# Groups of processes that Ray places and starts again, see docs/clusters.md.
+ray: tools .venv/.installed-ray
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/test_ray.py
+
+.venv/.installed-ray: .venv/.installed requirements-ray.txt
+	@$(or $(PYTHON),$(error no Python 3 starts here: install one)) tools/setup.py requirements-ray.txt
 	@touch $@
 
 plan:

@@ -9,6 +9,7 @@ for bit. A run counts as lost if it cannot be brought to its end so, and as diff
 Children are forked from one process that has imported everything, so that moments, not imports, are sampled.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -23,8 +24,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ from common.config import cli, flat_options, options
 from common.data import demo
 from common.errors import EXIT_HUNG, EXIT_STOPPED
 
+ROOT = Path(__file__).parents[1]
 CLOCKS = ("samples_per_s", "steps_per_s", "data_wait_share", "memory_gb", "elapsed_s", "eta_s")
 SMALL = [
     *("--horizon", 4, "--d-model", 16, "--num-heads", 2, "--encoder-layers", 1, "--decoder-layers", 1),
@@ -67,6 +69,8 @@ class Config:
     """Times that a file of the newest checkpoint is cut off or changed."""
     full_disks: int = 20
     """Times that the disk is full for a while."""
+    ray_kills: int = 10
+    """Times that a script, an actor and a machine of a group on Ray are killed; none where Ray is absent."""
     steps: int = 120
     """Length of a run."""
     seed: int = 0
@@ -94,6 +98,11 @@ def main(config: Config) -> None:
             ("loss not finite", 3, bad_numbers(folder, flags)),
             ("clock jumps", 1, clock_jumps(folder, flags)),
         ]
+        if config.ray_kills and importlib.util.find_spec("ray"):
+            with machines() as nodes:
+                for what in ("script", "actor", "machine"):
+                    found = killed_on_ray(what, nodes, config, folder, flags)
+                    table.append((f"two workers on Ray, {what} killed", config.ray_kills, found))
     print("\n| what happens | times | runs | lost | different | |\n| --- | --- | --- | --- | --- | --- |")
     for what, times, found in table:
         rest = found.keys() - {"runs", "lost", "different"}
@@ -490,6 +499,99 @@ def clock_jumps(folder: Path, flags: list) -> Counter:
     wait(fork(train_vfp, command(train_vfp, run_dir, flags), before=jump))
     judge(found, run_dir, alone, flags[flags.index("--steps") + 1])
     return found
+
+
+# -- on Ray
+
+
+class Machines:
+    """A Ray cluster of virtual machines with a processor each; the first, without one, has the launcher."""
+
+    def __init__(self):
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "include_dashboard": False}
+        self.cluster, self.nodes = Cluster(initialize_head=True, head_node_args=head), []
+        self.address = self.cluster.address
+
+    def have(self, number: int) -> None:
+        """Let machines come, or kill the newest, until there are so many."""
+        while len(self.nodes) < number:
+            self.nodes.append(self.cluster.add_node(num_cpus=1))
+        while len(self.nodes) > number:
+            self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
+
+
+@contextmanager
+def machines() -> Iterator[Machines]:
+    """A cluster that is gone afterwards. A busy machine takes minutes for what Ray allows seconds."""
+    patient = {"raylet_start_wait_time_s": 600, "agent_register_timeout_ms": 600_000, "worker_niceness": 0}
+    os.environ.update({f"RAY_{name}": str(value) for name, value in patient.items()})
+    made = Machines()
+    try:
+        yield made
+    finally:
+        made.cluster.shutdown()
+
+
+def launcher(address: str, workers: int | str, script: Path, run_dir: Path | str, flags: list, *more) -> list:
+    """Command line that runs a script on Ray; `more` are options of the launcher."""
+    own = ["--address", address, "--num-workers", workers, *more, script, "--run-dir", run_dir]
+    return list(map(str, [sys.executable, ROOT / "launch_ray.py", *own, "--", *flags]))
+
+
+def scripts_of(run_dir: Path) -> list[int]:
+    """Ids of the processes that Ray's actors have started for a run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if str(run_dir).encode() in words and not any(b"launch_ray.py" in word for word in words):
+                found.append(int(path.parent.name))
+    return found
+
+
+def parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def killed_on_ray(what: str, nodes: Machines, config: Config, folder: Path, flags: list) -> Counter:
+    """A group of two loses a script, an actor or a machine at random moments, and goes on by itself."""
+    found = Counter(runs=0, lost=0, different=0)
+    alone, kills = undisturbed(train_vfp, folder, flags, world=2), 0
+    while kills < config.ray_kills:
+        run_dir = folder / f"ray-{what}-{found['runs']}"
+        own = command(train_vfp, run_dir, flags)[:-4]  # the launcher adds folder and resuming
+        start = launcher(nodes.address, 2, ROOT / "train_vfp.py", run_dir, own, "--max-failures", -1)
+        nodes.have(2)
+        with run_dir.with_suffix(".0.log").open("w") as log:
+            process = subprocess.Popen(start, stdout=log, stderr=log)
+        while process.poll() is None:
+            children = scripts_of(run_dir)
+            if kills < config.ray_kills and len(children) == 2:
+                time.sleep(random.uniform(0, 8))
+                kills += kill_part(what, nodes, run_dir, children, found)
+                nodes.have(2)
+            time.sleep(0.2)
+        found["ended by itself"] += process.returncode == 0
+        judge(found, run_dir, alone, config.steps)
+        print(f"{what} on Ray: {kills} of {config.ray_kills} kills, {dict(found)}", flush=True)
+    return found
+
+
+def kill_part(what: str, nodes: Machines, run_dir: Path, children: list[int], found: Counter) -> bool:
+    """Kill one of two scripts, its actor, or its machine; whether it was still there."""
+    child = random.choice(children)
+    try:
+        if what == "machine":
+            nodes.have(1)
+        else:
+            os.kill(parent(child) if what == "actor" else child, signal.SIGKILL)
+    except OSError:
+        return False
+    time.sleep(2)
+    found["scripts that outlived it by 2 s"] += set(children) <= set(scripts_of(run_dir))
+    return True
 
 
 if __name__ == "__main__":
