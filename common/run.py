@@ -56,6 +56,7 @@ from common.files import read_json, write_json, write_whole
 from common.instructions import Instructions, TaskConfig
 from common.normalize import Normalization, Normalizer
 from common.tracking import Tracker
+from common.vision import Backbone
 from common.watch import PREPARING, HangWatch, StopRequests, meeting
 
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "lerobot", "safetensors", "numpy", "av")
@@ -237,6 +238,9 @@ class Run:
         raw_optimizer = optim.build_optimizer(policy, config.optim)
         self.average = optim.AveragedPolicy(policy, raw_optimizer, config.optim.ema_decay)
 
+        if config.run.checkpoint_activations:
+            for backbone in (m for m in policy.modules() if isinstance(m, Backbone)):
+                backbone.checkpoint_activations()
         if config.run.compile:
             policy.compile()
         self._at("joining the processes' policies")
