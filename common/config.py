@@ -113,6 +113,9 @@ class RunConfig:
     """At most this many held-out steps, evenly spaced, are evaluated."""
     save_every: MayChange[PositiveInt] = 1000
     """Steps between checkpoints; the last step is always saved."""
+    background_saving: MayChange[bool] = True
+    """Write checkpoints while training goes on, from a copy of weights, moments and averages in the memory of
+    the first process's machine (with AdamW 16 bytes a parameter). Without, training waits."""
     keep: MayChange[PositiveInt] = 3
     """Newest checkpoints that are kept."""
     keep_every: MayChange[PositiveInt | None] = None
