@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.checkpointing import save_accelerator_state
+from accelerate.utils import (
+    OPTIMIZER_NAME,
+    SAFE_WEIGHTS_NAME,
+    broadcast_object_list,
+    clean_state_dict_for_safetensors,
+    gather_object,
+)
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from common import exported
 from common.config import to_dict
@@ -144,63 +153,91 @@ class PolicySpec:
         return asdict(replace(self, tasks=replace(self.tasks, table=None)))
 
 
-def save(run: Run) -> Path | None:
+def save(run: Run) -> Future[int | None] | None:
     """Write the checkpoint of a run's step; every process calls it and writes its own random state.
 
+    What is large is copied to the first process's memory, and written by its thread `run.writer` while
+    training goes on. That thread asks neither the device nor other processes for anything.
     A full disk costs this checkpoint, not the run: it says so, and those before stay.
 
     Returns:
-        Its folder; None if it could not be written.
+        In the first process, the step once its checkpoint is there, or None once it cannot be.
     """
-    accelerator, average, folder = run.accelerator, run.average, run.folder / "checkpoints"
-    final, unfinished = folder / f"step_{run.step:07d}", folder / f".step_{run.step:07d}.unfinished"
-    policy, state = unfinished / "policy", unfinished / "state"
+    options, folder, step = run.config.run, run.folder / "checkpoints", run.step
+    final, unfinished = folder / f"step_{step:07d}", folder / f".step_{step:07d}.unfinished"
 
     def begin() -> None:
         if run.is_main:
             for leftover in folder.glob(".*.unfinished"):
                 shutil.rmtree(leftover)
-            policy.mkdir(parents=True)
-            state.mkdir()
+            (unfinished / "policy").mkdir(parents=True)
+            (unfinished / "state").mkdir()
 
-    def write_state() -> None:
-        accelerator.save_state(str(state))
-        run.tracker.save(state)
-
-    def complete() -> None:
-        if not run.is_main:
-            return
-        for name, component in average.model.named_children():
-            tensors = {key: value.cpu().contiguous() for key, value in component.state_dict().items()}
-            save_file(tensors, policy / f"{name}.safetensors")
-        run.data.normalizer.save(policy / "stats.safetensors")
-        settings = {"script": run.script.name, "step": run.step}
-        settings |= {"spec": run.data.spec.save(policy), "config": to_dict(run.config)}
-        write_json(policy / "policy.json", settings)
-        trainer = {"step": run.step, "samples": run.samples, "updates": average.updates}
-        trainer |= {"processes": run.world, "optimizer": type(average.optimizer).__name__}
-        write_json(state / "trainer.json", trainer)
-        seal(unfinished)
-        sync(unfinished)
-        if final.exists():  # the run was resumed from an older checkpoint and has come here again
-            shutil.rmtree(final)
-        unfinished.rename(final)
-        # Re-pointed in one step: `last` never dangles, whenever the process is killed.
-        link = folder / ".last.new"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        link.replace(folder / "last")
-        sync_one(folder)
-
-    trouble = next((told for part in (begin, write_state, complete) if (told := _agreed(part))), None)
-    if run.is_main:
-        if trouble:
+    def complete(large: dict[str, dict], trouble: str | None) -> int | None:
+        if trouble := trouble or _trouble(partial(_complete, large, unfinished, final)):
             shutil.rmtree(unfinished, ignore_errors=True)
-            say(f"warning: step {run.step} is not saved ({trouble}): training continues; free disk space")
+            say(f"warning: step {step} is not saved ({trouble}): training continues; free disk space")
+            return None
+        _prune(final, options.keep, options.keep_every)
+        return step
+
+    trouble = _agreed(begin) or _agreed(partial(_write_small, run, unfinished))
+    if not run.is_main:
+        return None
+    large = {} if trouble else _large(run)
+    if options.background_saving:
+        large = tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), large)
+    return run.writer.submit(complete, large, trouble)
+
+
+def _write_small(run: Run, folder: Path) -> None:
+    """Write what takes no time: each process its random state and metrics, the first all but the tensors."""
+    policy, state, accelerator = folder / "policy", folder / "state", run.accelerator
+    scaler = accelerator.scaler if run.is_main else None
+    save_accelerator_state(str(state), [], [], [], [], run.rank, accelerator.step, scaler)
+    run.tracker.save(state)
+    if not run.is_main:
+        return
+    run.data.normalizer.save(policy / "stats.safetensors")
+    settings = {"script": run.script.name, "step": run.step}
+    settings |= {"spec": run.data.spec.save(policy), "config": to_dict(run.config)}
+    write_json(policy / "policy.json", settings)
+    trainer = {"step": run.step, "samples": run.samples, "updates": run.average.updates}
+    trainer |= {"processes": run.world, "optimizer": type(run.average.optimizer).__name__}
+    write_json(state / "trainer.json", trainer)
+
+
+def _large(run: Run) -> dict[str, dict]:
+    """The tensors of a checkpoint, by file: weights and optimizer as Accelerate loads them, and averages."""
+    weights = clean_state_dict_for_safetensors(run.accelerator.get_state_dict(run.model, unwrap=False))
+    optimizer = run.average.optimizer.state_dict()
+    components = run.average.model.named_children()
+    return {
+        f"state/{SAFE_WEIGHTS_NAME}": weights,
+        f"state/{OPTIMIZER_NAME}.bin": optimizer,
+        **{f"policy/{name}.safetensors": component.state_dict() for name, component in components},
+    }
+
+
+def _complete(large: dict[str, dict], unfinished: Path, final: Path) -> None:
+    """Write the tensors, and give the checkpoint its name once all of it is on disk."""
+    for name, content in large.items():
+        if name.endswith(".bin"):
+            torch.save(content, unfinished / name)
         else:
-            _prune(final, run.config.run.keep, run.config.run.keep_every)
-    accelerator.wait_for_everyone()
-    return None if trouble else final
+            tensors = {key: value.cpu().contiguous() for key, value in content.items()}
+            save_file(tensors, unfinished / name)
+    seal(unfinished)
+    sync(unfinished)
+    if final.exists():  # the run was resumed from an older checkpoint and has come here again
+        shutil.rmtree(final)
+    unfinished.rename(final)
+    # Re-pointed in one step: `last` never dangles, whenever the process is killed.
+    link = final.parent / ".last.new"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    link.replace(final.parent / "last")
+    sync_one(final.parent)
 
 
 def seal(checkpoint: Path) -> None:
@@ -212,7 +249,11 @@ def seal(checkpoint: Path) -> None:
 
 def _agreed(action: Callable[[], None]) -> str | None:
     """Do something that writes, on every process; what went wrong on one of them, told to all."""
-    trouble = None
+    return next(filter(None, gather_object([_trouble(action)])), None)
+
+
+def _trouble(action: Callable[[], None]) -> str | None:
+    """Do something that writes; what went wrong with the disk."""
     try:
         action()
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -220,8 +261,8 @@ def _agreed(action: Callable[[], None]) -> str | None:
         # torch reports a failed write as an error of its archive; others it has are not about files
         if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|inline_container", reason):
             raise
-        trouble = reason
-    return next(filter(None, gather_object([trouble])), None)
+        return reason
+    return None
 
 
 def _prune(newest: Path, keep: int, keep_every: int | None) -> None:

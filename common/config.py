@@ -121,6 +121,9 @@ class RunConfig:
     """At most this many held-out steps, evenly spaced, are evaluated."""
     save_every: MayChange[PositiveInt] = 1000
     """Steps between checkpoints; the last step is always saved."""
+    background_saving: MayChange[bool] = True
+    """Write checkpoints while training goes on, from a copy of weights, moments and averages in the memory of
+    the first process's machine (with AdamW 16 bytes a parameter). Without, training waits."""
     keep: MayChange[PositiveInt] = 3
     """Newest checkpoints that are kept."""
     keep_every: MayChange[PositiveInt | None] = None
@@ -142,6 +145,9 @@ class RunConfig:
     """default: compile policy, augmentation and loss with torch.compile, a slow first step, then faster ones.
     graphs: also launch them as CUDA graphs, which pays where networks are small; needs --grad-accumulation 1.
     Without a value: default."""
+    checkpoint_activations: MayChange[bool] = False
+    """Keep little of what backbones compute, and compute it again for the gradient, which stays the same:
+    less memory, for a backbone that takes about a third longer."""
     tracker: MayChange[Literal["none", "wandb", "tensorboard"]] = "none"
     """Where metrics go in addition to metrics.jsonl."""
     project: MayChange[str] = "flow-policies"

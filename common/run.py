@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -57,6 +58,7 @@ from common.instructions import Instructions, TaskConfig
 from common.normalize import Normalization, Normalizer
 from common.plots import read_lines
 from common.tracking import Tracker
+from common.vision import Backbone
 from common.watch import PREPARING, HangWatch, StopRequests, meeting
 
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "lerobot", "safetensors", "numpy", "av")
@@ -119,6 +121,7 @@ class Run:
         model: the policy to call in training, wrapped for several processes.
         average: the weights to evaluate and export.
         data, tracker: what is learned from, and where metrics go.
+        writer: the thread that writes checkpoints; a process ends when it has.
     """
 
     def __init__(self, config: Any, script: Path, accelerator: Accelerator):
@@ -248,6 +251,9 @@ class Run:
         raw_optimizer = optim.build_optimizer(policy, config.optim)
         self.average = optim.AveragedPolicy(policy, raw_optimizer, config.optim.ema_decay)
 
+        if config.run.checkpoint_activations:
+            for backbone in (m for m in policy.modules() if isinstance(m, Backbone)):
+                backbone.checkpoint_activations()
         if config.run.compile != "no":
             policy.compile(**COMPILE[config.run.compile])
         self._at("joining the processes' policies")
@@ -274,6 +280,8 @@ class Run:
         self.data = data._replace(spec=data.spec.with_backbone(policy))
         self._at("starting the tracker")
         self.tracker = Tracker(accelerator, self.folder, config, self.total_steps, *done)
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[int | None] | None = None
         self._saved_step = self.step
         self._optimizer = raw_optimizer
         self._clipper = optim.GradientClipper(policy, raw_optimizer, config.optim.grad_clip)
@@ -426,6 +434,7 @@ class Run:
         ]
         if self.is_main:
             write_json(path, {"samples": listed})
+        self._finish_saving()
         self.tracker.close()
         raise UserError(
             f"In {num} steps in a row, {last - num + 1} to {last}, loss or gradient were not finite, and the "
@@ -462,12 +471,22 @@ class Run:
         self.tracker.log_validation(self.step, metrics)
 
     def save(self) -> None:
-        """Write a checkpoint; all processes call this at the same step.
+        """Write a checkpoint while training goes on; all processes call this at the same step.
 
-        If the disk is full, this checkpoint is lost and training continues.
+        It waits for the one before. If the disk is full, this checkpoint is lost and training continues.
         """
-        if checkpoint.save(self):
-            self._saved_step = self.step
+        self._finish_saving()
+        self._writing = checkpoint.save(self)
+        if not self.config.run.background_saving:
+            self._finish_saving()
+
+    def _finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written is there, or is known to be lost."""
+        self._at("writing the checkpoint before")  # in all processes: `HangWatch` compares their counts
+        if self._writing is not None:
+            saved, self._writing = self._writing.result(), None
+            self._saved_step = self._saved_step if saved is None else saved
+        self._at("saving")
 
     def close(self) -> None:
         """Release what the run holds; push its policy. Exits with code 75 if it was stopped before its end.
@@ -476,11 +495,13 @@ class Run:
             UserError: if the last checkpoint could not be written, or the hub does not take the policy.
         """
         leaving = self.stopping and self.step < self.total_steps
+        self._finish_saving()
+        saved_step = broadcast_object_list([self._saved_step])[0]  # the first process writes, for all
         self._at("closing the tracker")
         self.tracker.close()
         self._watch.close()
         self._requests.close(leaving)
-        if self._saved_step != self.step:
+        if saved_step != self.step:
             raise UserError(
                 f"Step {self.step}, the last, could not be saved: free disk space, and continue from the "
                 f"checkpoint before it with --resume {self.folder}."

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.config import Share, options
 from common.errors import UserError
@@ -53,6 +54,20 @@ class Backbone(nn.Module):
     """L, at the image size that the backbone was built for."""
     hf_config: dict | None = None
     """Architecture, if it is a Hugging Face model."""
+    _checkpoints = False
+
+    def checkpoint_activations(self) -> None:
+        """In training, keep only what goes into each stage, and compute the rest again for its gradient.
+
+        The gradient is the same to the last bit: random numbers are drawn again as they were.
+        """
+        self._checkpoints = True
+
+    def _stages(self, stages: nn.Sequential, x: Tensor) -> Tensor:
+        """Run stages one after the other."""
+        for stage in stages:
+            x = checkpoint(stage, x, use_reentrant=False) if self._checkpoints and self.training else stage(x)
+        return x
 
 
 def build_backbone(
@@ -109,11 +124,11 @@ class ConvBackbone(Backbone):
         self.token_dim, self.summary_dim, self.num_tokens = 128, 2 * num_keypoints + 128, grid[0] * grid[1]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.stem(2 * images - 1)
+        features = self._stages(self.stem, 2 * images - 1)
         attention = self.keypoints(features).float().flatten(2).softmax(dim=-1)  # (B, keypoints, H/4 * W/4)
         with torch.autocast(images.device.type, enabled=False):  # half precision would cost whole pixels
             keypoints = attention @ self.coordinates
-        tokens = self.out(features).flatten(2).transpose(1, 2) + self.position
+        tokens = self._stages(self.out, features).flatten(2).transpose(1, 2) + self.position
         return tokens, torch.cat([keypoints.flatten(1), tokens.mean(dim=1)], dim=1)
 
 
@@ -134,7 +149,8 @@ class ResNetBackbone(Backbone):
         self.register_buffer("position", sincos_position_2d(*grid, self.token_dim), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.network((images - self.mean) / self.std).flatten(2).transpose(1, 2)
+        features = self._stages(self.network, (images - self.mean) / self.std)
+        tokens = features.flatten(2).transpose(1, 2)
         return tokens + self.position, tokens.mean(dim=1)
 
 
@@ -171,6 +187,19 @@ class HuggingFaceBackbone(Backbone):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         self._leading: int | None = None  # tokens before those of the patches: the first forward counts them
         self._measure(name, image_size, absent)
+
+    def checkpoint_activations(self) -> None:
+        """The same, by the network's own checkpoints; a UserError if it has none."""
+        network = self.network
+        # Batch norm would count every image twice.
+        counts = any("BatchNorm" in type(module).__name__ for module in network.modules())
+        if counts or not network.supports_gradient_checkpointing:
+            raise UserError(
+                f"--checkpoint-activations: a {network.config.model_type} cannot compute activations again: "
+                f"leave the flag out, or choose another --backbone, for example a vision transformer."
+            )
+        old = network.gradient_checkpointing_enable  # its name in older versions of transformers
+        getattr(network, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         out = self.network(pixel_values=(images - self.mean) / self.std, **self._options)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from running import interrupt_after, lines, train, weights
 from test_scripts import SCRIPTS
 from torch import nn
 
+import train_naive_fm
 import train_vfp
 import train_vfp_moe
 from common import checkpoint
@@ -258,8 +260,9 @@ def test_bad_steps_in_a_row_are_counted_across_lines_and_checkpoints(tiny, tmp_p
 # -- disks
 
 
-def test_a_full_disk_costs_a_checkpoint_not_the_run(tiny, tmp_path, monkeypatch, capsys):
-    flags = ["--steps", 4, "--save-every", 1, "--keep", 9]
+@pytest.mark.parametrize("more", [[], ["--no-background-saving"]])
+def test_a_full_disk_costs_a_checkpoint_not_the_run(more, tiny, tmp_path, monkeypatch, capsys):
+    flags = ["--steps", 4, "--save-every", 1, "--keep", 9, *more]
     whole = train(train_vfp, tiny, tmp_path / "whole", *flags)
     original, calls = checkpoint.save_file, []
 
@@ -329,6 +332,135 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, monkeypatch, capsys):
     file.close()
     written = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["n"] for line in written] == [1, 2, 3, 4]
+
+
+# -- checkpoints that are written while training goes on
+
+
+SLOWLY = """
+import sys, time
+import train_vfp
+from common import checkpoint
+from common.config import cli
+from common.run import Run
+
+how = sys.argv.pop(1)
+
+def seal(folder, original=checkpoint.seal):
+    if "step_0000004" in folder.name:
+        print("writing", flush=True)
+        time.sleep(60 if how == "stuck" else 4)
+    original(folder)
+
+def end_step(run, original=Run.end_step):
+    if how == "mistaken" and run.step == 5:
+        raise ValueError("a mistake in the script")
+    return original(run)
+
+checkpoint.seal, Run.end_step = seal, end_step
+cli(train_vfp.main, train_vfp.Config)
+"""
+EVERY_TWO = ["--save-every", 2, "--eval-every", 1000, "--schedule", "constant", "--warmup-steps", 0]
+
+
+def writing(how, tiny, run_dir, *more):
+    """A run of which the checkpoint of step 4 is being written, slowly, while it trains."""
+    flags = [*tiny, *EVERY_TWO, "--steps", 100_000, "--run-dir", run_dir, *more]
+    process = start(sys.executable, "-c", SLOWLY, how, *flags)
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if line == "writing\n":
+            return process
+    raise AssertionError("".join(printed))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_writes_resumes_from_the_checkpoint_before(tiny, tmp_path):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    process = writing("stuck", tiny, run)
+    wait_for_step(run, 5, process)  # it did not wait
+    process.kill()
+    process.communicate()
+    assert (run / "checkpoints" / ".step_0000004.unfinished" / "state" / "optimizer.bin").exists()
+    assert checkpoint.find(run).name == "step_0000002"
+    train(train_vfp, [], None, "--resume", run, "--steps", 6)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["last", "step_0000002", "step_0000004", "step_0000006"]
+    train(train_vfp, tiny, whole, *EVERY_TWO, "--steps", 6)
+    assert same_checkpoints(run, whole, 6)
+    assert lines(run) == lines(whole)
+
+
+@pytest.mark.slow
+def test_a_signal_waits_for_what_is_written_and_a_second_one_does_not(tiny, tmp_path):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    process = writing("slow", tiny, once, "--save-every", 4)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == EXIT_STOPPED
+    assert "(SIGTERM): continue with --resume" in printed
+    last = checkpoint.find(once)
+    steps = sorted(path.name for path in (once / "checkpoints").iterdir())
+    assert steps == ["last", "step_0000004", last.name]  # that of step 4, and that of the signal
+    assert lines(once)[-1]["step"] == int(last.name[5:]) > 4
+    assert all(checkpoint.damage(once / "checkpoints" / step) is None for step in steps)
+
+    process = writing("stuck", tiny, twice)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert checkpoint.find(twice).name == "step_0000002"
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_finishes_the_checkpoint_that_is_being_written(tiny, tmp_path):
+    process = writing("mistaken", tiny, tmp_path / "run")
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "ValueError: a mistake in the script" in printed
+    last = checkpoint.find(tmp_path / "run")
+    assert last.name == "step_0000004"
+    assert checkpoint.damage(last) is None
+
+
+@pytest.mark.slow
+def test_a_disk_that_does_not_answer_is_told_by_the_watch(tiny, tmp_path):
+    process = writing("stuck", tiny, tmp_path / "run", "--hang-timeout", 20)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == EXIT_HUNG
+    assert "process 0 of 1 has not come further than 'writing the checkpoint before'" in printed
+    assert "in seal" in printed
+
+
+@pytest.mark.parametrize("script", [train_vfp, train_naive_fm])  # an average, and schedule-free's
+def test_what_is_written_late_is_what_there_was(script, tiny, tmp_path, monkeypatch):
+    flags = ["--steps", 4, "--save-every", 2, "--eval-every", 1]
+    waited = train(script, tiny, tmp_path / "waited", *flags, "--no-background-saving")
+    steps_done = threading.Event()
+
+    def complete(large, unfinished, final, original=checkpoint._complete):
+        assert steps_done.wait(60)
+        original(large, unfinished, final)
+
+    def end_step(run, original=run_module.Run.end_step):
+        if run.step == 4:
+            steps_done.set()
+        return original(run)
+
+    monkeypatch.setattr(checkpoint, "_complete", complete)
+    monkeypatch.setattr(run_module.Run, "end_step", end_step)
+    run = train(script, tiny, tmp_path / "run", *flags)
+    for step in (2, 4):
+        sums, expected = (
+            json.loads((folder / f"checkpoints/step_000000{step}/checksums.json").read_text())
+            for folder in (run, waited)
+        )
+        assert sums.pop("policy/policy.json") != expected.pop("policy/policy.json")  # it names the folder
+        assert sums == expected
+        assert len(sums) > 8
 
 
 # -- processes

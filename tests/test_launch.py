@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import weights
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -78,3 +79,11 @@ def test_expert_statistics_are_those_of_all_processes(tiny, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for row in (row for row in rows if row["split"] == "train"):
         assert abs(sum(row[f"experts/use_{e}"] for e in range(3)) - 1) < 1e-6
+
+
+def test_activations_computed_again_change_nothing_with_two_processes(tiny, tmp_path):
+    flags = [*tiny, "--steps", 3, "--aug-shift", 0.1]
+    launch(2, "train_vfp.py", *flags, "--run-dir", tmp_path / "kept")
+    launch(2, "train_vfp.py", *flags, "--run-dir", tmp_path / "again", "--checkpoint-activations")
+    mine, reference = weights(tmp_path / "again", 3), weights(tmp_path / "kept", 3)
+    assert all(torch.equal(mine[key], reference[key]) for key in reference)

@@ -313,3 +313,13 @@ def test_a_resumed_run_needs_neither_its_pretrained_model_nor_what_it_started_fr
     mine, reference = weights(part, 4), weights(whole, 4)
     assert all(torch.equal(mine[key], reference[key]) for key in reference)
     assert load_policy(part).spec.backbone_config["model_type"] == "dinov2"
+
+
+def test_activations_computed_again_change_nothing(tiny, tmp_path):
+    """With images that are augmented and cameras that are dropped at random."""
+    flags = ("--steps", 3, "--aug-shift", 0.1, "--aug-color", 0.3, "--camera-dropout", 0.5, "--eval-every", 2)
+    kept = train(train_vfp, tiny, tmp_path / "kept", *flags)
+    again = train(train_vfp, tiny, tmp_path / "again", *flags, "--checkpoint-activations")
+    mine, reference = weights(again, 3), weights(kept, 3)
+    assert all(torch.equal(mine[key], reference[key]) for key in reference)
+    assert lines(again) == lines(kept)

@@ -379,3 +379,54 @@ def test_camera_dropout_loses_one_camera_with_its_probability():
     shares = dropped.float().mean(0)
     torch.testing.assert_close(shares, torch.full((3,), 0.05), atol=0.005, rtol=0)
     assert not vision.random_camera_dropout(100, 1, 1.0, "cpu").any()
+
+
+def step(backbone, images, seed=0):
+    """One step with random numbers of a seed: result, gradients, and the bytes kept for the gradient."""
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    torch.manual_seed(seed)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in backbone.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        tokens, summary = backbone(images)
+        loss = tokens.square().mean() + summary.square().mean()
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in backbone.named_parameters() if p.requires_grad}
+    backbone.zero_grad()
+    return loss, grads, sum(size for where, size in kept.items() if where not in weights)
+
+
+@pytest.mark.parametrize("kind", ["conv", "resnet18", "dinov2", "dinov3", "siglip-vision", "swin"])
+def test_activations_computed_again_give_the_same_gradient_in_less_memory(kind, tmp_path, monkeypatch):
+    name, size = kind, (32, 32)
+    if kind in FAMILIES:
+        monkeypatch.setitem(TINY, "num_hidden_layers", 12)
+        config = save_model(tmp_path, kind).config
+        for dropout in ("drop_path_rate", "attention_probs_dropout_prob", "attention_dropout"):
+            if hasattr(config, dropout):
+                setattr(config, dropout, 0.3)
+        config.save_pretrained(tmp_path)
+        name, size = str(tmp_path), FAMILIES[kind][0]
+    backbone = vision.build_backbone(name, size).train()
+    images = torch.rand(2, 3, *size)
+    loss, grads, kept = step(backbone, images)
+    assert torch.equal(loss, step(backbone, images)[0])
+    if kind in FAMILIES:  # it does draw random numbers
+        assert not torch.equal(loss, step(backbone, images, seed=1)[0])
+    backbone.checkpoint_activations()
+    again, recomputed, kept_now = step(backbone, images)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(recomputed[key], grad) for key, grad in grads.items())
+    assert kept_now < 0.5 * kept
+
+
+@pytest.mark.parametrize("kind", ["resnet", "convnext", "dinov3-convnext"])
+def test_networks_that_cannot_compute_again_say_so(kind, tmp_path):
+    save_model(tmp_path / kind, kind)
+    backbone = vision.build_backbone(str(tmp_path / kind), (64, 96))
+    with pytest.raises(UserError, match=r"--checkpoint-activations: a .*: leave the flag out, or choose"):
+        backbone.checkpoint_activations()
