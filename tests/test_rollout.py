@@ -359,7 +359,7 @@ def test_success_can_be_read_from_the_reward():
 def test_actions_for_another_robot_are_refused():
     environment = gym()
     environment.reset(0, 0)
-    with pytest.raises(UserError, match=r"takes actions of shape \(2,\), and the policy gives \(7,\)"):
+    with pytest.raises(UserError, match=r"takes actions of shape \(2,\), but the policy gives \(7,\)"):
         environment.step(np.zeros(7, np.float32))
 
 
