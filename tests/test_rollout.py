@@ -384,7 +384,7 @@ def test_environments_that_do_not_exist(env, sentence, tmp_path, monkeypatch):
     [
         ("head", "--env-map head: write NAME=KEY"),
         ("head=cam_top", "--env-map cam_top: demo has no such camera, it has cam_head, cam_left, cam_right"),
-        ("state=hands", "--env-map state: the state of demo is what it is"),
+        ("state=hands", "--env-map state: the state of demo is fixed"),
     ],
 )
 def test_cameras_of_a_simulator_are_renamed_or_refused(entry, sentence):
