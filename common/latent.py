@@ -1,7 +1,7 @@
 """Latents that select one of several ways to act: normal, or a vector of a codebook.
 
-In training, a posterior network infers the latent from the recorded chunk; a prior network predicts it from the
-observation. Both kinds of latent have the same methods, which interpret the networks' outputs.
+In training, a posterior network infers the latent from the recorded chunk; a prior network predicts it from
+the observation. Both kinds of latent have the same methods, which interpret the networks' outputs.
 """
 
 import copy
@@ -177,8 +177,8 @@ class CodebookLatent(nn.Module):
         A code used less than a tenth of its share becomes a copy of one in use, preferably of a popular one;
         so does its row in the prior's last layer, `prior_out`. The copy is moved by a tenth of the distance
         of a sample to its code: that cuts a cluster of any size in two, while a larger move in a random
-        direction, of many, would leave it. Nothing waits for the device. All processes do the same: they share
-        the `seed`, a new one each time.
+        direction, of many, would leave it. Nothing waits for the device. All processes do the same: they
+        share the `seed`, a new one each time.
         """
         (usage, total), num_codes = self.usage.end_window(), len(self.vectors)
         unused = (usage < 0.1 / num_codes) & (total > 0)
