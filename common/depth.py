@@ -49,7 +49,7 @@ class DepthConfig:
     depth_cameras: tuple[str, ...] = ()
     """Cameras that get depth features. Default: the head camera."""
     depth_cache: MayChange[Literal["on", "off"]] = "on"
-    """Compute each frame's features once and keep them next to the episode store, or compute them each time."""
+    """Compute features once per frame and keep them by the episode store, or compute them every step."""
 
 
 @dataclass(frozen=True)
