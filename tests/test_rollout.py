@@ -383,7 +383,7 @@ def test_environments_that_do_not_exist(env, sentence, tmp_path, monkeypatch):
     ("entry", "sentence"),
     [
         ("head", "--env-map head: write NAME=KEY"),
-        ("head=cam_top", "--env-map cam_top: demo has no such camera, it has cam_head, cam_left, cam_right"),
+        ("head=cam_top", "--env-map cam_top: demo has no such camera; it has cam_head, cam_left, cam_right"),
         ("state=hands", "--env-map state: the state of demo is fixed"),
     ],
 )
