@@ -585,7 +585,7 @@ def test_files_outside_the_folder_are_not_read(tmp_path, open_, refused):
 
 def test_folders_without_demonstrations(tmp_path, refused):
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", r"no meta/info.json, .* and no \*.hdf5 or \*.h5 file")
+    refused(tmp_path / "empty", r"neither LeRobot's meta/info.json nor any \*.hdf5 or \*.h5 file")
     (tmp_path / "none").mkdir()
     h5py.File(tmp_path / "none/a.h5", "w").close()
     refused(tmp_path / "none", "has no usable episode: a.h5 holds no datasets")
