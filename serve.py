@@ -1,13 +1,13 @@
-"""A policy server: robots send observations, and get chunks of actions.
+"""A policy server: robots send observations and receive chunks of actions.
 
     python serve.py runs/vfp-20260301-101500
     python serve.py runs/vfp-20260301-101500 --host 0.0.0.0 --api-key-file ~/policy.key
 
-It speaks the protocol of openpi's server (websockets, msgpack with numpy arrays): a robot that has openpi's
-client needs nothing else, any other takes `common/client.py`. What a message holds stands in docs/robots.md.
+It speaks the protocol of openpi's server (websockets, msgpack with numpy arrays): a robot with openpi's
+client needs nothing else, others use `common/client.py`. docs/robots.md describes the messages.
 
-All clients share one model, and each has an episode of its own. One thread computes, a request at a time.
-A request that cannot be answered gets a sentence in its place; the connection, and all others, stay usable.
+All clients share one model, and each has its own episode. One thread computes one request at a time. A faulty
+request gets a sentence in reply; its connection and all others stay usable.
 """
 
 import common  # isort: skip  # noqa: F401  (before PyTorch: says how its threads wait)
@@ -50,10 +50,10 @@ except ImportError as error:
         f"error: {error.name} is missing: pip install -r requirements-robot.txt, which a policy server needs."
     ) from None
 
-SEND_SECONDS = 10.0  # for a client to take an answer
-PING_SECONDS = 20.0  # between signs of life, and for each to be answered
+SEND_SECONDS = 10.0  # for a client to receive an answer
+PING_SECONDS = 20.0  # between pings, and for each reply
 CLOSE_SECONDS = 5.0
-GOING_AWAY, TRY_LATER = 1001, 1013  # codes with which a connection is closed (RFC 6455)
+GOING_AWAY, TRY_LATER = 1001, 1013  # codes for closing a connection (RFC 6455)
 STATE_NAMES = ("state", "observation/state", "observation.state")
 
 
@@ -66,39 +66,38 @@ class Config:
     checkpoint: str = "last"
     """`last`, or the number of a saved step."""
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all of this machine, which needs --api-key-file."""
+    """Address to listen on; 0.0.0.0 for all addresses of this machine, which needs --api-key-file."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """Port to listen on; 0 takes any that is free."""
+    """Port to listen on; 0 for any free one."""
     api_key_file: UserPath | None = None
-    """File with the key that clients must send. It travels in clear text: use a tunnel in a network that is
-    not yours alone."""
+    """File with the key that clients must send. It is sent in clear text: use a tunnel in shared networks."""
     max_clients: PositiveInt = 8
-    """Clients at once; further ones are turned away."""
+    """Most clients at once; the server refuses further ones."""
     max_message_mb: PositiveInt = 32
-    """Size of a message, in MiB, above which its client is disconnected."""
+    """Largest message, in MiB; the client of a larger one is disconnected."""
     sample_steps: PositiveInt | None = None
     """Integration steps (default: the number that the run was configured with)."""
     clip: bool = False
     """Keep every action within the range recorded in training."""
     compile: bool = False
-    """Compile the policy with torch.compile: the start takes minutes longer, a chunk less time."""
+    """Compile the policy with torch.compile: start-up takes minutes longer, chunks are faster."""
     precision: Literal["no", "bf16"] = "no"
     """`bf16` computes in half precision."""
     seed: NonNegativeInt | None = None
-    """Makes sampled actions repeatable: each client's first episode has the same noise, and so on. Default:
+    """Make sampled actions repeatable: each client's first episode has the same noise, and so on. Default:
     new noise every time."""
 
 
 def main(config: Config) -> None:
     key = read_key(config)
-    listener = open_socket(config, key)  # a port in use is said before the policy is loaded
+    listener = open_socket(config, key)  # before the policy is loaded: the port may be in use
     fast = {"compile": config.compile, "precision": config.precision}
     policy = load_policy(config.run, config.checkpoint, seed=config.seed, **fast)
     asyncio.run(serve(Server(policy, config, key), listener))
 
 
 async def serve(server: "Server", listener: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT, which lets requests in flight finish; a second one ends all at once."""
+    """Serve until SIGTERM or SIGINT, which lets requests in flight finish; a second one stops immediately."""
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -127,7 +126,7 @@ def read_key(config: Config) -> str | None:
 
 
 def open_socket(config: Config, key: str | None) -> socket.socket:
-    """A socket at the address that is asked for, on which nobody is listened to yet."""
+    """A bound socket at the requested address, which does not listen yet."""
     where = f"--host {config.host} --port {config.port}"
     try:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
@@ -151,7 +150,7 @@ def open_socket(config: Config, key: str | None) -> socket.socket:
 
 def cannot_listen(where: str, error: OSError) -> UserError:
     if error.errno == errno.EADDRINUSE:
-        return UserError(f"{where}: the port is in use: choose another, or stop who listens there.")
+        return UserError(f"{where}: the port is in use: choose another, or stop the program that uses it.")
     return UserError(f"{where}: cannot listen there ({error.strerror}): choose another address or port.")
 
 
@@ -163,11 +162,11 @@ class Server:
         self.clients = self.requests = 0
         self.latency = math.nan  # milliseconds for a chunk
         self.stopping = asyncio.Event()
-        # One thread for everything that computes: compiled code and OpenMP keep what they know by thread.
+        # One thread for all computation: compiled code and OpenMP keep state per thread.
         self.worker = ThreadPoolExecutor(1, "inference")
 
     async def warm_up(self) -> None:
-        """Compute some chunks, until everything is compiled and cached."""
+        """Compute some chunks until everything is compiled and cached."""
 
         def act() -> list[float]:
             policy, times = self.policy.fork(), []
@@ -182,8 +181,8 @@ class Server:
         self.latency = statistics.median(times[3:])
 
     async def run(self, listener: socket.socket) -> None:
-        """Say that all is ready; serve until `stopping` is set and requests in flight are answered."""
-        logging.getLogger("websockets").setLevel(logging.CRITICAL)  # tracebacks of clients that send garbage
+        """Report that the server is ready; serve until `stopping` is set and open requests are answered."""
+        logging.getLogger("websockets").setLevel(logging.CRITICAL)  # no tracebacks for clients' garbage
         limits = {"max_size": self.config.max_message_mb * 2**20, "max_queue": 1, "compression": None}
         life = {"ping_interval": PING_SECONDS, "ping_timeout": PING_SECONDS, "close_timeout": CLOSE_SECONDS}
         browsers = {"origins": [None], "server_header": None}  # a page must not move a robot
@@ -212,7 +211,7 @@ class Server:
         )
 
     def metadata(self) -> dict[str, Any]:
-        """What a client is told when it connects."""
+        """The message to a client that connects."""
         state, actions = recorded_names(self.policy)
         spec = asdict(self.policy.spec) | {"state_names": state, "action_names": actions}
         del spec["backbone_config"]
@@ -220,7 +219,7 @@ class Server:
         return {**about, "horizon": self.policy.horizon, "spec": spec}
 
     def admit(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Answer what is no request for a connection, and turn away whom we cannot serve."""
+        """Answer requests other than for a connection, and refuse clients that cannot be served."""
         if request.path == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
         if self.key is not None:
@@ -241,8 +240,8 @@ class Server:
         return f"There are {self.clients} clients, and --max-clients allows no more: try again later"
 
     async def handle(self, connection: ServerConnection) -> None:
-        """Serve one client, from when it is admitted until it leaves."""
-        if self.clients >= self.config.max_clients:  # several were admitted at once
+        """Serve one client from admission until it leaves."""
+        if self.clients >= self.config.max_clients:  # several were admitted simultaneously
             await connection.close(TRY_LATER, self.full())
             return
         self.clients += 1
@@ -255,7 +254,7 @@ class Server:
             await connection.close(GOING_AWAY, "the server stops")
         except ConnectionClosed:
             pass
-        except TimeoutError:  # it does not read: its answers would pile up
+        except TimeoutError:  # the client does not read: answers would pile up
             connection.transport.abort()
         finally:
             stopping.cancel()
@@ -279,7 +278,7 @@ class Server:
         return not stopping.done()
 
     def answer(self, message: bytes | str, episode: RobotPolicy, arrived: float) -> bytes | str:
-        """What to send for a message: a chunk, or a sentence that says what is wrong with it."""
+        """The reply to a message: a chunk, or a sentence that says what is wrong with the message."""
         try:
             start = time.perf_counter()
             answer = self.infer(message, episode)
@@ -287,10 +286,10 @@ class Server:
             return wire.pack(answer | {"server_timing": {name: 1000 * s for name, s in timing.items()}})
         except ValueError as error:
             return f"{error}"
-        except Exception as error:  # a mistake of ours, or of the machine: others must not notice
+        except Exception as error:  # our fault, or the machine's: other clients must not suffer
             traceback.print_exc()
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            return f"The server failed in this request, and its log says where ({reason})."
+            return f"The server failed on this request; its log says where ({reason})."
 
     def infer(self, message: bytes | str, episode: RobotPolicy) -> dict[str, Any]:
         """The answer to a message; ValueError if it holds no observation that the policy can act on."""
@@ -298,7 +297,7 @@ class Server:
             raise ValueError("a request is a binary message: an observation, in msgpack")
         request = wire.unpack(message)
         if not isinstance(request, dict):
-            raise ValueError(f"a request is a map of names to values, and not a {type(request).__name__}")
+            raise ValueError(f"a request is a map of names to values, not a {type(request).__name__}")
         resets = request.pop("reset", False)
         if resets is True:
             episode.reset()
@@ -321,17 +320,17 @@ class Server:
 
 
 def recorded_names(policy: RobotPolicy) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of state and action as a robot has them, before rotations are re-expressed."""
+    """Names of the robot's state and action, before rotations are re-expressed."""
     spec = policy.spec
     state, actions = spec.state_rotations, spec.action_rotations
     return state.recorded if state else spec.state_names, actions.recorded if actions else spec.action_names
 
 
 def observation_in(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The observation in a request, as `RobotPolicy.act` takes it.
+    """The observation in a request, in the form for `RobotPolicy.act`.
 
-    Frames stand below `images`, or beside the state under names of their own; (H, W, 3), or (3, H, W)
-    as openpi's ALOHA has them. The instruction is `task`, or `prompt`.
+    Frames are below `images`, or next to the state under their own names; (H, W, 3), or (3, H, W) as in
+    openpi's ALOHA. The instruction is `task`, or `prompt`.
     """
     names = [name for name in STATE_NAMES if name in request]
     images = request.get("images")
@@ -347,19 +346,19 @@ def observation_in(request: Mapping[str, Any]) -> dict[str, Any]:
     task = request.get("task", request.get("prompt"))
     if task is not None:
         if not isinstance(task, str):
-            raise ValueError(f"a task is a text, and not a {type(task).__name__}")
+            raise ValueError(f"a task is a text, not a {type(task).__name__}")
         observation["task"] = task
     return observation | ({"step": request["step"]} if "step" in request else {})
 
 
 def upright(frame: np.ndarray) -> np.ndarray:
-    """A frame as (H, W, 3), if it was (3, H, W)."""
+    """A frame as (H, W, 3), also if it was (3, H, W)."""
     channels_first = frame.ndim == 3 and frame.shape[0] == 3 and frame.shape[2] != 3
     return frame.transpose(1, 2, 0) if channels_first else frame
 
 
 def numbers(given: Any, what: str) -> np.ndarray:
-    """Numbers of a request as float32, infinite where they do not fit."""
+    """Numbers of a request as float32, infinite if they do not fit."""
     try:
         values = np.asarray(given)
     except ValueError:  # lists of different lengths
@@ -371,7 +370,7 @@ def numbers(given: Any, what: str) -> np.ndarray:
 
 
 def prefix_in(request: Mapping[str, Any], episode: RobotPolicy) -> dict[str, np.ndarray]:
-    """The actions that will be executed meanwhile, as an argument of `RobotPolicy.act`, if there are any."""
+    """Actions that will be executed in the meantime, if any, as an argument of `RobotPolicy.act`."""
     if request.get("prefix") is None:
         return {}
     most, width = episode.spec.max_delay, len(recorded_names(episode)[1])
@@ -379,7 +378,7 @@ def prefix_in(request: Mapping[str, Any], episode: RobotPolicy) -> dict[str, np.
     if prefix.ndim != 2 or prefix.shape[1] != width or not np.isfinite(prefix).all():
         raise ValueError(f"the prefix is an array of finite numbers (d, {width}), got {prefix.shape}")
     if len(prefix) > most:
-        raise ValueError(f"a prefix has at most {most} actions, as the policy was trained; got {len(prefix)}")
+        raise ValueError(f"a prefix has at most {most} actions with this policy; got {len(prefix)}")
     return {"prefix": prefix} if len(prefix) else {}
 
 

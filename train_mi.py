@@ -1,18 +1,18 @@
-"""Mutual information of demonstrations: how much actions follow from what was seen, and where they do not.
+"""Mutual information of demonstrations: how far observations determine actions, episode by episode.
 
 Two autoencoders compress states s (head camera and joint states) and action chunks a to a few numbers each.
-Between these embeddings the mutual information I(S; A) is estimated, and what every episode contributes to
-it: an episode whose actions do not follow from its observations as those of the others do (noise, delays,
-mistakes) scores low, and the best ones can be chosen for training (DemInf: Hejna et al. 2025, "Robot Data
+The script estimates the mutual information I(S; A) between these embeddings, and each episode's contribution
+to it: an episode whose actions do not follow from its observations like the others' (noise, delays, mistakes)
+scores low, and the best ones can be chosen for training (DemInf: Hejna et al. 2025, "Robot Data
 Curation with Mutual Information Estimators"). With z = f(s) and n, n' standard normal, the objective is
 
     L = 0.005 | image - g_image(z_s + n) |^2 + 10 | state - g_state(z_s + n) |^2 + 0.01 | z_s |^2
       + 10 | a - g_action(z_a + n') |^2 + 0.01 | z_a |^2
 
-with sums over pixels, joints, and actions that exist, all normalized. The noise gives an embedding its
-scale: what is not worth standing out from it is not encoded (means in place of the sums would leave nothing
-that is). Chunks are short: what is asked is whether the next actions follow from what is seen. A long chunk
-averages noise away and shares its course with its neighbours. Of several tasks, each is estimated alone.
+with sums over pixels, joints, and actions that exist, all normalized. The noise sets the
+embedding's scale: details not worth rising above it are not encoded (with means in place of sums, nothing
+would be). Chunks are short, because the question is whether the next actions follow from the observation. A
+long chunk averages noise away and overlaps with its neighbours. With several tasks, each is estimated alone.
 
     accelerate launch train_mi.py --dataset me/fold_towel --image-size 128 --backbone resnet18
     python train_mi.py --estimate-only runs/mi-20260301-101500 --estimator infonce
@@ -51,12 +51,12 @@ from common.run import Run, start_run
 from common.transformer import Encoder, Size
 from common.vision import VisionConfig
 
-LARGEST_SIDE = 128  # pixels: of the images that are encoded
+LARGEST_SIDE = 128  # pixels, of the encoded images
 
 
 @options
 class Config:
-    """Train autoencoders of states and action chunks, and estimate what these have in common."""
+    """Train autoencoders of states and action chunks, and estimate their mutual information."""
 
     data: Flat[DataConfig] = field(default_factory=DataConfig)
     vision: Flat[VisionConfig] = field(default_factory=VisionConfig)
@@ -89,12 +89,12 @@ class Config:
     neighbours: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (5, 6, 7)
     """ksg: numbers of neighbours, averaged over."""
     repeats: PositiveInt = 4
-    """Times that every step of the longest episode is compared with steps of the others."""
+    """How many times each step of the longest episode is compared with steps of the others."""
     best: tuple[Share, ...] = (0.5, 0.8)
-    """Shares of the episodes, the best by score, to list in episodes_topNN.json."""
+    """Shares of the episodes, best first by score, to list in episodes_topNN.json."""
     estimate_only: UserPath | None = None
-    """Run whose autoencoders to estimate with again, instead of training. Of the other options, only those
-    from --estimator on, and --cache-dir, have an effect then."""
+    """Estimate again with the autoencoders of this run, instead of training. Then only the options from
+    --estimator on and --cache-dir have an effect."""
 
 
 class StateEncoder(nn.Module):
@@ -133,7 +133,7 @@ class StateDecoder(nn.Module):
             ]
             channels = narrower
         self.image_out = nn.Sequential(*stages, nn.Conv2d(channels, 3, 3, padding=1))
-        # What is the same in all images is given: to learn it would drown all else for hundreds of steps.
+        # The average image is given: learning it would drown everything else for hundreds of steps.
         self.register_buffer("average", torch.zeros(3, *size))
         self.proprio_out = mlp(config.state_latent_dim, config.d_model, spec.proprio_history * spec.state_dim)
 
@@ -144,7 +144,7 @@ class StateDecoder(nn.Module):
 
 
 class ActionEncoder(nn.Module):
-    """Action chunk -> embedding: a transformer over its actions, read at a token of its own."""
+    """Action chunk -> embedding: a transformer over its actions, read at an extra token."""
 
     def __init__(self, config: Config, spec: PolicySpec):
         super().__init__()
@@ -155,7 +155,7 @@ class ActionEncoder(nn.Module):
         self.out = nn.Linear(config.d_model, config.action_latent_dim)
 
     def forward(self, actions: Tensor, is_pad: Tensor) -> Tensor:
-        """(B, T, A) normalized, (B, T) -> (B, action_latent_dim); steps that do not exist are not seen."""
+        """(B, T, A) normalized, (B, T) -> (B, action_latent_dim); padded steps are masked."""
         x = self.action_in(actions) + self.position
         x = torch.cat([self.readout.expand(len(x), 1, -1), x], dim=1)
         return self.out(self.encoder(x, F.pad(~is_pad, (1, 0), value=True))[:, 0])
@@ -172,7 +172,7 @@ def mlp(features_in: int, hidden: int, features_out: int) -> nn.Sequential:
 
 
 class Autoencoders(nn.Module):
-    """Embeddings of states and of action chunks, and what can be told from them.
+    """Embeddings of states and of action chunks, and their reconstructions.
 
     Its children are the components, each of which can be frozen, initialised and given its own learning rate.
     """
@@ -192,14 +192,14 @@ class Autoencoders(nn.Module):
 
     @torch.no_grad()
     def fit_average(self, dataset: ChunkDataset, num: int = 256) -> None:
-        """Give the decoder the average image of evenly spaced steps, the same in all processes."""
+        """Set the decoder's average image from evenly spaced steps, the same in all processes."""
         batches = evenly_spaced(dataset, min(num, len(dataset)), 32)
         total = sum(self.view(vision.to_float(batch.images[:, :1])).sum(dim=0) for _, batch in batches)
         average = total / min(num, len(dataset))
         self.state_decoder.average.copy_((average - self.mean) / self.std)
 
     def view(self, images: Tensor) -> Tensor:
-        """The first of cameras (B, N, 3, H, W) in [0, 1], at the size that is encoded: (B, 3, H', W')."""
+        """The first camera's image from (B, N, 3, H, W) in [0, 1], at the encoded size: (B, 3, H', W')."""
         head = images[:, 0]
         if head.shape[-2:] == self.size:
             return head
@@ -224,14 +224,14 @@ class Autoencoders(nn.Module):
 
 
 class Reconstruction(NamedTuple):
-    """What the autoencoders make of samples."""
+    """The autoencoders' outputs for samples."""
 
     state_embedding: Tensor
     """(B, state_latent_dim), without noise."""
     action_embedding: Tensor
     """(B, action_latent_dim), without noise."""
     target: Tensor
-    """The image that is to be reconstructed, standardised, (B, 3, H', W')."""
+    """The image to reconstruct, standardised, (B, 3, H', W')."""
     image: Tensor
     """Its reconstruction."""
     proprio: Tensor
@@ -246,10 +246,10 @@ def compute_loss(
     """Errors of the reconstructions, summed over elements, and lengths of the embeddings; means over samples.
 
     Args:
-        train: augment images, and put noise on the embeddings.
+        train: augment images, and add noise to the embeddings.
 
     Returns:
-        The loss, and its parts before they are weighted.
+        The loss, and its parts before weighting.
     """
     head = batch.images[:, :1]
     images = vision.augment(head, config.vision) if train else vision.to_float(head)
@@ -286,7 +286,7 @@ def evaluate(
 def draw_examples(
     model: Autoencoders, dataset: ChunkDataset, normalizer: Normalizer, path: Path, num: int = 8
 ) -> None:
-    """Picture of images and chunks of some steps, and of what is left of them after the embedding."""
+    """Draw images and chunks of some steps next to their reconstructions."""
     _, batch = next(evenly_spaced(dataset, min(num, len(dataset)), num))
     batch = batch.to(model.mean.device)
     proprio, chunk = normalizer.proprio(batch.proprio), normalizer.actions(batch.actions, batch.proprio)
@@ -316,15 +316,15 @@ def embed_all(
 def estimate(
     model: Autoencoders, store: EpisodeStore, normalizer: Normalizer, config: Config, folder: Path
 ) -> None:
-    """Estimate the mutual information of all episodes and write down what each contributes.
+    """Estimate the mutual information of all episodes and write each one's contribution.
 
     Writes `mutual_information.json`; `episode_scores.csv`, the mean contribution of each episode's steps,
-    these clipped at the 1st and 99th percentile; `episode_scores.png`; and for each of `--best` the
+    clipped at the 1st and 99th percentile; `episode_scores.png`; and for each of `--best` the
     `episodes_topNN.json` that every script takes as `--episodes-file`.
     """
     history, offset = config.data.proprio_history, config.data.action_offset
     dataset = ChunkDataset(store, range(store.num_episodes), config.horizon, history, offset)
-    device = model.mean.device if model.mean.device.type == "cuda" else "cpu"  # float64 is not everywhere
+    device = model.mean.device if model.mean.device.type == "cuda" else "cpu"  # MPS has no float64
     x, y = (z.to(device) for z in embed_all(model.eval(), dataset, normalizer, 256))
     episodes = torch.from_numpy(store.episode_of(dataset.rows))
     settings = {"repeats": config.repeats, "seed": config.run.seed, "progress": True}
@@ -367,7 +367,7 @@ def write_scores(
     """Write the scores of episodes, and for each share in `best` the episodes of each task to train on.
 
     Args:
-        episodes: places in the store, best first.
+        episodes: indices in the store, best first.
         scores: of these episodes, nats.
     """
     names, lengths = store.episode_indices[episodes], np.diff(store.episode_starts)[episodes]
@@ -375,7 +375,7 @@ def write_scores(
     lines = ["episode,steps,score_nats", *(f"{name},{steps},{score:.6f}" for name, steps, score in rows)]
     write_whole(folder / "episode_scores.csv", ("\n".join(lines) + "\n").encode())
     tasks = store.episode_task_numbers[episodes]
-    own = [names[tasks == task] for task in np.unique(tasks)]  # scores of different tasks do not compare
+    own = [names[tasks == task] for task in np.unique(tasks)]  # scores of different tasks are not comparable
     for share in best:
         chosen = np.unique(np.concatenate([few[: max(round(share * len(few)), 1)] for few in own])).tolist()
         path = folder / f"episodes_top{100 * share:.0f}.json"
@@ -385,7 +385,7 @@ def write_scores(
 
 
 def estimate_again(config: Config) -> None:
-    """`--estimate-only`: load a run's autoencoders, and estimate with other options."""
+    """`--estimate-only`: load a run's autoencoders and estimate with other options."""
     path = checkpoint.find(config.estimate_only)
     settings = checkpoint.read_settings(path)
     if settings["script"] != Path(__file__).name:
@@ -400,7 +400,7 @@ def estimate_again(config: Config) -> None:
     store = open_dataset(replace(trained.data, **moved))
     saved = read_json(path.parents[1] / "config.json")["fingerprint"]
     if saved != store.fingerprint:
-        raise UserError(f"{config.estimate_only} was trained on data that have changed since: train anew.")
+        raise UserError(f"{config.estimate_only} was trained on data that have changed since: train again.")
     model = Autoencoders(trained, PolicySpec.from_json(settings["spec"]), pretrained=False)
     checkpoint.load_components(model, path / "policy")
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""A policy on another computer: what a robot needs to act by `serve.py`. It needs neither torch nor a GPU.
+"""Client of `serve.py`, for a robot whose policy runs on another computer. Needs neither torch nor a GPU.
 
 policy = RemotePolicy("gpu-box", 8000, api_key=key)
 chunk = policy.act({"images": {"head": rgb, "left": rgb, "right": rgb}, "state": joints})    # (T, A)
@@ -19,16 +19,16 @@ from common.errors import UserError
 
 
 class ServerGone(UserError):
-    """The policy server does not answer: it may come back."""
+    """The policy server does not answer, but may come back."""
 
 
 class RemotePolicy:
-    """Asks a policy server for chunks; connects again where the connection was lost.
+    """Requests chunks from a policy server; reconnects if the connection was lost.
 
     Attributes:
-        spec: what the policy expects and gives, as `PolicySpec`; names are those of the robot's own numbers.
+        spec: the policy's inputs and outputs, as `PolicySpec`, with names of the robot's own numbers.
         horizon: T, actions in a chunk.
-        last_timing: milliseconds of the last request at the server, `infer_ms` and `wait_ms`.
+        last_timing: the server's milliseconds for the last request, `infer_ms` and `wait_ms`.
     """
 
     def __init__(self, host: str, port: int, api_key: str | None = None, timeout: float = 10.0):
@@ -39,13 +39,13 @@ class RemotePolicy:
 
         Raises:
             ServerGone: if nobody answers.
-            UserError: if the server turns us away.
+            UserError: if the server refuses the connection.
         """
         self.url = f"ws://{f'[{host}]' if ':' in host else host}:{port}"
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else {}
         self._timeout, self.last_timing = timeout, {}
         self._connection: ClientConnection | None = None
-        self._leaving = ExitStack()  # what ends the connection
+        self._leaving = ExitStack()  # closes the connection
         about = self._connect()
         self.horizon, spec = about["horizon"], about["spec"]
         for name in ("state_rotations", "action_rotations"):
@@ -53,10 +53,10 @@ class RemotePolicy:
         self.spec = SimpleNamespace(**spec)
 
     def act(self, observation: Mapping, prefix: np.ndarray | None = None) -> np.ndarray:
-        """Sample a chunk, (T, A) float32 in recorded units; arguments as for `RobotPolicy.act`.
+        """Request a chunk, (T, A) float32 in recorded units; arguments as for `RobotPolicy.act`.
 
         Raises:
-            ValueError: the server's sentence about an observation that it cannot use.
+            ValueError: with the server's sentence about an observation that it cannot use.
             ServerGone: if it does not answer in time; the next call tries again.
         """
         answer = self._ask(dict(observation) | ({} if prefix is None else {"prefix": prefix}))
@@ -74,7 +74,7 @@ class RemotePolicy:
         self._ask({"reset": True})
 
     def close(self) -> None:
-        """Leave the server; the next request connects again."""
+        """Disconnect; the next request connects again."""
         self._connection = None
         self._leaving.close()
 
@@ -93,7 +93,7 @@ class RemotePolicy:
             return wire.unpack(self._connection.recv(self._timeout))
         except InvalidStatus as error:
             said = (error.response.body or b"").decode("utf-8", "replace").strip()
-            raise UserError(f"{self.url} turned us away: {said or error}") from None
+            raise UserError(f"{self.url} refused the connection: {said or error}") from None
         except (OSError, WebSocketException, ValueError) as error:
             self.close()
             raise ServerGone(
@@ -107,7 +107,7 @@ class RemotePolicy:
             self._connection.send(wire.pack(request))
             answer = self._connection.recv(self._timeout)
         except (OSError, ConnectionClosed) as error:  # a TimeoutError is an OSError
-            # Its answer may still come: on a connection of its own, the next request cannot get it.
+            # Its answer may still come: a new connection keeps the next request from getting it.
             self._connection.socket.close()
             self.close()
             waited = f"no answer in {self._timeout:g} s" if isinstance(error, TimeoutError) else error
@@ -118,7 +118,7 @@ class RemotePolicy:
 
 
 def _rotations(found: dict | None) -> Any:
-    """Rotations as the server described them; only a policy that has some needs more packages than these."""
+    """Rotations as the server described them; only policies with rotations need further packages."""
     if found is None:
         return None
     from common.data.rotation import Rotations

@@ -1,4 +1,4 @@
-"""What people read while something runs."""
+"""Messages to people while something runs."""
 
 import os
 import sys
@@ -8,9 +8,9 @@ from tqdm import tqdm
 
 
 def say(text: str) -> None:
-    """Print a line above the progress bars, on the main process of a distributed run only.
+    """Print a line above the progress bars, only on the main process of a distributed run.
 
-    A full disk, or a reader that has gone, cannot end a run.
+    A full disk or a closed pipe cannot end a run.
     """
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):

@@ -1,12 +1,12 @@
-"""A robot's loop: it acts at its control rate while the next chunk is computed beside the motion.
+"""A robot's control loop: it acts at its own rate while the next chunk is computed in the background.
 
 loop = ControlLoop(policy, robot, rate=50, max_velocity=1.0)    # a RobotPolicy, or a RemotePolicy
 print(loop.run(seconds=30))
 
-A chunk needs time to come. A policy trained with `--max-delay` is told which actions will be executed until
+Computing a chunk takes time. A policy trained with `--max-delay` is told which actions will be executed until
 then, and its chunk begins with them (real-time chunking, Black et al. 2025, arXiv 2512.05964). With any other
 policy the robot stops while it waits, or executes the average of all chunks (temporal ensembling, Zhao et al.
-2023), which may average different ways to do a task. Nothing is ever extrapolated: where no action is known,
+2023), which may average different ways to do a task. Nothing is ever extrapolated: without a known action,
 the robot holds.
 """
 
@@ -25,32 +25,32 @@ from common.errors import UserError
 
 SAID_AFTER = 0.5  # seconds of holding
 RETRY_SECONDS = 0.2
-HIGH = 0.95  # quantile of earlier delays that the next one is taken for
+HIGH = 0.95  # quantile of earlier delays, expected as the next one
 KEPT_DELAYS = 100
 CLOSEST = 0.75  # periods between two commands
-ROUNDING = 1e-6  # of times in control steps
+ROUNDING = 1e-6  # tolerance of times, in control steps
 UNLIMITED = math.inf
 
 
 class Robot(Protocol):
-    """What is to be controlled.
+    """The robot to control.
 
-    `observe` is called in a thread of its own while `send` goes on: where both use one bus, guard it with a
-    lock. For a policy that sees earlier frames it is called between two chunks, too.
+    `observe` runs in its own thread while `send` continues: if both use one bus, guard it with a lock. For a
+    policy that sees earlier frames it is also called between chunks.
     """
 
     def observe(self) -> dict:
-        """The observation for `RobotPolicy.act`: `images` and `state`."""
+        """Return the observation for `RobotPolicy.act`: `images` and `state`."""
 
     def send(self, action: np.ndarray) -> None:
-        """Go to an action (A,), in recorded units, within the next cycle."""
+        """Move to an action (A,), in recorded units, within the next cycle."""
 
     def reset(self) -> None:
-        """Go to where an episode begins."""
+        """Move to the start of an episode."""
 
 
 class ControlLoop:
-    """Acts with a policy on a robot; see the module."""
+    """Runs a policy on a robot; see the module."""
 
     def __init__(
         self,
@@ -66,17 +66,17 @@ class ControlLoop:
         """
         Args:
             policy: a `RobotPolicy` or `RemotePolicy`.
-            rate: cycles a second. Between the actions of a chunk, which are 1 / `policy.spec.fps` seconds
-                apart, the loop interpolates.
-            execute_steps: actions of a chunk after which the next is asked for. Default: so many that half of
-                it will have been executed when the next comes.
+            rate: cycles per second. The loop interpolates between the actions of a chunk, which are
+                1 / `policy.spec.fps` seconds apart.
+            execute_steps: actions of a chunk after which the next is requested. Default: so many that half of
+                the chunk is executed when the next one arrives.
             ensemble: average all chunks, with weight exp(-ensemble * age), instead of joining them.
-            max_velocity, max_acceleration: of the commands, in recorded units per second (squared), one for
-                all or one for each; rotations are not limited.
+            max_velocity, max_acceleration: limits of the commands, in recorded units per second (squared),
+                one for all or one for each; rotations are not limited.
             patience: seconds without a chunk after which `run` ends with an error.
         """
         if not 0 < rate < UNLIMITED:
-            raise UserError(f"A control rate of {rate} Hz is none: give cycles a second.")
+            raise UserError(f"A control rate of {rate} Hz is impossible: give cycles per second.")
         most = policy.horizon - policy.spec.action_offset
         if execute_steps is not None and not 1 <= execute_steps <= most:
             raise UserError(f"execute_steps must lie in 1..{most}, got {execute_steps}.")
@@ -85,11 +85,11 @@ class ControlLoop:
         self.max_velocity, self.max_acceleration = max_velocity, max_acceleration
 
     def run(self, seconds: float) -> "Report":
-        """Reset the robot, act for so many seconds or until Ctrl-C, and report.
+        """Reset the robot, act for this many seconds or until Ctrl-C, and report.
 
         Raises:
-            UserError: if the first chunk cannot be had, none comes for `patience` seconds, or the robot
-                cannot be sent to.
+            UserError: if the first chunk fails, none arrives for `patience` seconds, or sending to the robot
+                fails.
         """
         plan = Plan(self.policy, self.rate, self.execute_steps, self.ensemble)
         if plan.max_delay == 0 and self.ensemble is None:
@@ -104,12 +104,12 @@ class ControlLoop:
 
 
 class _Episode:
-    """What changes while a loop runs."""
+    """The state of a running loop."""
 
     def __init__(self, loop: ControlLoop, plan: "Plan", worker: "Worker"):
         self.loop, self.plan, self.worker = loop, plan, worker
         self.watchdog, self.report = Watchdog(loop.patience), Report(loop.rate)
-        self.retry = self.sent = 0.0  # no chunk is asked for before; time of the last command
+        self.retry = self.sent = 0.0  # time of the next retry and of the last command
         self.joins = self.lacks = False  # the next action is the first of a chunk; too slow for prefixes
 
     def act(self, seconds: float) -> "Report":
@@ -118,11 +118,11 @@ class _Episode:
         self.watchdog.fed = due = begin
         try:
             while due - begin < seconds - period / 2:
-                # After a late command the next may not follow at once: that would be a jump.
+                # After a late command the next one must not follow at once: that would be a jump.
                 time.sleep(max(max(due, self.sent + CLOSEST * period) - time.perf_counter(), 0))
                 self._cycle(time.perf_counter())
                 after, due = time.perf_counter(), due + period
-                if after > due:  # late; the cycles that it missed are not made up for
+                if after > due:  # late: missed cycles are skipped
                     missed = int((after - due) / period)
                     self.report.late += 1 + missed
                     due += missed * period
@@ -132,12 +132,12 @@ class _Episode:
         return self.report
 
     def _begin(self) -> "RateLimit":
-        """Wait for the first chunk. Its first command is limited, too, if states are positions."""
+        """Wait for the first chunk. Limit its first command, too, if states are positions."""
         loop, spec = self.loop, self.loop.policy.spec
         self.worker.requests.put(self.plan.ask())
         first = self.worker.answer(loop.patience)
         if first is None:
-            raise UserError(f"{self.worker.doing} has not answered for {loop.patience:g} s: is it there?")
+            raise UserError(f"{self.worker.doing} has not answered for {loop.patience:g} s: is it running?")
         if first.error is not None:
             raise UserError(f"The robot did not start: {first.error}.")
         self._take(first)
@@ -188,22 +188,22 @@ class _Episode:
         if plan.needed > plan.max_delay > 0 and not self.lacks and self.loop.ensemble is None:
             self.lacks = True
             _say(
-                f"a chunk takes {plan.needed} actions to come, and the policy was trained with --max-delay "
+                f"a chunk takes {plan.needed} actions to arrive, but the policy was trained with --max-delay "
                 f"{plan.max_delay}: the robot stops for the rest"
             )
 
 
 class Plan:
-    """Which action comes next: chunks of a policy, one joined to the other. Knows neither clock nor thread.
+    """Decides the next action from a policy's chunks, joined one to the next. Knows neither clock nor thread.
 
     Time is counted in the policy's control steps from the first observation; it stands still while the robot
-    holds. A chunk asked for at time n begins at n + `action_offset`. Its first actions, as many as will be
-    executed before it comes, are given: those of the chunk before.
+    holds. A chunk requested at time n begins at n + `action_offset`. Its first actions, as many as will be
+    executed before it arrives, are given: they come from the previous chunk.
 
     Attributes:
-        due: whether to ask for a chunk now.
-        watches: whether a chunk that is asked for later needs the frames of now.
-        needed: actions that have to be given, by the delays of earlier chunks.
+        due: whether to request a chunk now.
+        watches: whether a later chunk needs the frames of now.
+        needed: actions that must be given, judging by the delays of earlier chunks.
     """
 
     def __init__(
@@ -216,9 +216,9 @@ class Plan:
         self.step, self.ensemble = spec.fps / rate, ensemble
         self.now = 0.0
         self.chunks: list[tuple[float, np.ndarray]] = []  # time of the first action, and (T, A); oldest first
-        self.asked: float | None = None  # when the chunk that is to come was asked for
-        self.until = UNLIMITED  # no action after that one is executed before it has come
-        self.waited = self.answers = 0  # cycles since it was asked for; chunks that came
+        self.asked: float | None = None  # when the pending chunk was requested
+        self.until = UNLIMITED  # no later action is executed before it arrives
+        self.waited = self.answers = 0  # cycles since the request; chunks that arrived
         self.delays: deque[int] = deque(maxlen=KEPT_DELAYS)
 
     @property
@@ -246,18 +246,18 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        if not self.delays:  # before any is known, the longest
+        if not self.delays:  # the longest, until one is known
             return self.max_delay
         cycles = np.quantile(self.delays, HIGH, method="higher")
-        # At the last of these cycles, the action of that time is executed; it may lie between two others.
+        # The last of these cycles executes the action of its time, which may lie between two others.
         return max(math.ceil((cycles - 1) * self.step - ROUNDING) + 1 - self.offset, 0)
 
     def ask(self) -> np.ndarray:
-        """The actions (d, A) that will be executed before the chunk comes which is asked for now."""
+        """Request a chunk now; returns the actions (d, A) that will be executed before it arrives."""
         start, prefix = self.now + self.offset, np.zeros((0, 0), np.float32)
         if self.chunks and self.max_delay:
             left = math.floor(self._end - start + ROUNDING) + 1
-            # A robot that holds will still be there.
+            # A robot that holds stays where it is.
             count = max(min(self.needed, self.max_delay, left), 1)
             prefix = np.stack([self._at(start + i) for i in range(count)])
         self.asked, self.waited = self.now, 0
@@ -265,7 +265,7 @@ class Plan:
         return prefix
 
     def join(self, chunk: np.ndarray) -> None:
-        """The chunk that was asked for has come."""
+        """Take the chunk that was requested."""
         if self.answers:  # the first inference is slower than any other
             self.delays.append(self.waited)
         self.answers += 1
@@ -278,7 +278,7 @@ class Plan:
             self.chunks = [part for part in self.chunks if part[0] + self.horizon > self.now]
 
     def fail(self) -> None:
-        """No chunk is to come any more."""
+        """Cancel the pending request."""
         self.asked, self.until = None, UNLIMITED
 
     def next(self) -> np.ndarray | None:
@@ -292,11 +292,11 @@ class Plan:
 
     @property
     def _end(self) -> float:
-        """When the last action that is known is due."""
+        """When the last known action is due."""
         return self.chunks[-1][0] + self.horizon - 1
 
     def _at(self, time: float) -> np.ndarray:
-        """The action at a time, between those of a chunk; at most its last one, at least its first."""
+        """The action at a time, interpolated within a chunk and clamped to its first and last."""
         begun = [part for part in self.chunks if part[0] <= time + ROUNDING] or self.chunks[:1]
         if self.ensemble is None:
             return self._within(*begun[-1], time)
@@ -325,27 +325,27 @@ def blend(actions: Sequence[np.ndarray], weights: Sequence[float], rotations: An
     """The weighted mean (A,) of some actions; of rotations, that of their first two columns.
 
     Args:
-        rotations: where there are some, see `common/data/rotation.py`.
+        rotations: if there are any, see `common/data/rotation.py`.
     """
     shares = np.asarray(weights) / np.sum(weights)
     mean = np.tensordot(shares, np.stack(actions), 1).astype(np.float32)
     if rotations is None or not rotations.starts:
         return mean
     turned = rotations.decode(np.tensordot(shares, rotations.encode(np.stack(actions)), 1))
-    if rotations.kind.startswith("quaternion"):  # of both signs, that of the first action
+    if rotations.kind.startswith("quaternion"):  # take the sign of the first action
         for part in (slice(start, start + 4) for start in rotations.starts):
             turned[part] *= 1 if turned[part] @ actions[0][part] >= 0 else -1
     return turned
 
 
 class RateLimit:
-    """Commands that follow targets with bounded velocity and acceleration.
+    """Makes commands follow targets with bounded velocity and acceleration.
 
-    A target whose own motion is within bounds is followed exactly. After a jump the command catches up, and
+    A target whose own motion is within bounds is followed exactly. After a jump the command catches up and
     brakes in time.
 
     Attributes:
-        plain: which numbers of an action are no rotations: only they are limited.
+        plain: mask of an action's numbers that are not rotations: only these are limited.
     """
 
     def __init__(self, velocity, acceleration, rate: float, width: int, rotations: Any = None):
@@ -370,7 +370,7 @@ class RateLimit:
         return np.where(self.plain, bound, UNLIMITED)
 
     def begin(self, position: np.ndarray) -> None:
-        """Where the robot is, at rest."""
+        """Start from the robot's position, at rest."""
         self.position, self.target = np.array(position, np.float64), np.array(position, np.float64)
         self.speed = np.zeros_like(self.position)
 
@@ -381,14 +381,14 @@ class RateLimit:
         gap, dt, bound = self.target - self.position, self.period, self.acceleration
         moves = (target - self.target) / dt  # the target's own velocity
         self.target = np.array(target, np.float64)
-        # The speed from which the gap is closed, braking by the bound in every cycle: v^2 / 2a + v dt / 2.
+        # The speed that closes the gap when every cycle brakes by the bound: v^2 / 2a + v dt / 2.
         with np.errstate(invalid="ignore", over="ignore"):
             braking = bound * dt * (np.sqrt(0.25 + 2 * np.abs(gap) / (bound * dt**2)) - 0.5)
         catches_up = np.minimum(np.abs(gap) / dt, np.where(np.isfinite(bound), braking, UNLIMITED))
         return self._move(moves + np.sign(gap) * catches_up)
 
     def hold(self) -> np.ndarray:
-        """The command (A,) that stops, as soon as the bounds allow."""
+        """The command (A,) that stops as soon as the bounds allow."""
         command = self._move(np.zeros_like(self.position))
         self.target = self.position.copy()
         return command
@@ -404,9 +404,9 @@ class RateLimit:
 
 @dataclass
 class Answer:
-    """What came of asking for a chunk: the chunk (T, A) and the state that it was made for, or an error.
+    """The result of a request: the chunk (T, A) and the state it was computed for, or an error.
 
-    `observe` and `infer` are seconds.
+    `observe` and `infer` are durations in seconds.
     """
 
     chunk: np.ndarray | None = None
@@ -420,7 +420,7 @@ STOP, WATCH = object(), object()
 
 
 class Worker(threading.Thread):
-    """Observes and asks the policy, a chunk at a time, in one thread that a robot which blocks cannot end."""
+    """Observes and queries the policy, one chunk at a time, in a thread that may block without harm."""
 
     def __init__(self, policy: Any, robot: Robot):
         super().__init__(daemon=True)
@@ -432,7 +432,7 @@ class Worker(threading.Thread):
         self._fresh = True
 
     def answer(self, timeout: float = 0.0) -> Answer | None:
-        """What came of the last request, if it has come."""
+        """The answer to the last request, if it has arrived."""
         try:
             return self._answers.get(block=timeout > 0, timeout=timeout or None)
         except queue.Empty:
@@ -478,44 +478,44 @@ class Worker(threading.Thread):
 
 
 class Watchdog:
-    """Says why a robot holds, and ends the loop when that does not pass."""
+    """Reports why a robot holds, and ends the loop if that lasts."""
 
     def __init__(self, patience: float):
-        self.patience, self.fed = patience, 0.0  # when the last chunk came
+        self.patience, self.fed = patience, 0.0  # time of the last chunk
         self.reason: str | None = None
 
     def trouble(self, reason: str) -> None:
-        """No chunk came, and this is why; said once."""
+        """Print once why no chunk arrived."""
         if reason != self.reason:
             _say(f"{reason}: the robot will hold, and the loop tries again")
         self.reason = reason
 
     def check(self, now: float, doing: str) -> None:
-        """The robot holds: is that too long?"""
+        """Check whether the robot has been holding for too long."""
         waited = now - self.fed
         if waited > SAID_AFTER and self.reason is None:
             self.trouble(f"{doing} has not answered for {waited:.1f} s")
         if waited > self.patience:
-            raise UserError(f"No chunk came for {self.patience:g} s ({self.reason}): the robot holds.")
+            raise UserError(f"No chunk arrived for {self.patience:g} s ({self.reason}): the robot holds.")
 
     def feed(self, now: float) -> None:
-        """A chunk came."""
+        """Note that a chunk arrived."""
         if self.reason is not None:
-            _say(f"a chunk came after {now - self.fed:.1f} s: the robot moves again")
+            _say(f"a chunk arrived after {now - self.fed:.1f} s: the robot moves again")
         self.fed, self.reason = now, None
 
 
 @dataclass
 class Report:
-    """How a loop kept its rate. Times are in seconds, velocities in recorded units a second.
+    """Statistics of a loop. Times are in seconds, velocities in recorded units per second.
 
     Attributes:
-        rate: cycles a second that were wanted.
-        late: cycles that ended after their time, or were missed.
+        rate: wanted cycles per second.
+        late: cycles that ended too late or were missed.
         held: cycles in which the robot held.
-        observe, infer, send: of each observation, chunk and command.
-        seams, inside: the largest change of velocity, over all numbers but rotations, from one cycle to the
-            next: where one chunk follows another or the robot stops, and elsewhere.
+        observe, infer, send: time of each observation, chunk and command.
+        seams, inside: largest change of velocity from one cycle to the next, over all numbers except
+            rotations: where one chunk follows another or the robot stops, and elsewhere.
     """
 
     rate: float
@@ -536,11 +536,11 @@ class Report:
 
     @property
     def reached(self) -> float:
-        """Cycles a second."""
+        """Cycles per second."""
         return self.cycles / self.seconds if self.seconds else 0.0
 
     def command(self, command: np.ndarray, joins: bool, holds: bool) -> None:
-        """Count a command: the first of a chunk, or one that holds, or neither."""
+        """Record a command, which may be the first of a chunk or one that holds."""
         self._last.append(command)
         self.held += holds
         if len(self._last) == 3 and not (holds and self._held):

@@ -1,7 +1,7 @@
-"""Depth Anything 3 (Lin et al. 2025) as a frozen source of features: images in, tokens out.
+"""Depth Anything 3 (Lin et al. 2025) as a frozen feature extractor: images in, tokens out.
 
 `DepthNetwork` is the single-view backbone of DA3, a DINOv2 vision transformer with changes, and loads the
-official files; its own package cannot be installed beside LeRobot. `DepthBackbone` is what a policy uses.
+official files; its own package cannot be installed together with LeRobot. Policies use `DepthBackbone`.
 Since it is frozen and sees images that are not augmented, `cached` can compute all features once.
 """
 
@@ -29,45 +29,44 @@ from common.files import read_json
 from common.vision import IMAGENET_MEAN, IMAGENET_STD, brief, hub_answers
 
 PATCH = 14
-PREFIX = "model.backbone.pretrained."  # of the backbone's weights in official files
+PREFIX = "model.backbone.pretrained."  # prefix of the backbone's weights in official files
 
 
 @options
 class DepthConfig:
-    """Depth Anything 3 as a further visual stream."""
+    """Depth Anything 3 as an additional visual stream."""
 
     depth_model: Literal["small", "base", "large", "mono", "metric"] = "small"
-    """Depth Anything 3 model. small, base, and of large's size mono and metric are Apache-2.0; the weights of
-    large may not be used commercially (CC BY-NC 4.0)."""
+    """Depth Anything 3 model. small and base, and mono and metric (as big as large), are Apache-2.0; large's
+    weights may not be used commercially (CC BY-NC 4.0)."""
     depth_weights: MayChange[str | None] = None
-    """Where its weights are: a folder with the official config.json and model.safetensors, a hub name, or
-    `random` (`random:SEED`), with which all works but the features mean nothing. Default: the official
-    ones."""
+    """Its weights: a folder with the official config.json and model.safetensors, a hub name, or `random`
+    (`random:SEED`), which works but makes the features meaningless. Default: the official ones."""
     depth_layers: tuple[int, ...] = ()
-    """Blocks whose tokens become features, counted from 0, side by side. Default: the last."""
+    """Blocks whose tokens become features, counted from 0, concatenated. Default: the last."""
     depth_pool: PositiveInt = 1
-    """Tokens to average along each side of the image: 2 makes features a quarter of the size."""
+    """Tokens to average along each side of the image: 2 leaves a quarter of the features."""
     depth_cameras: tuple[str, ...] = ()
     """Cameras that get depth features. Default: the head camera."""
     depth_cache: MayChange[Literal["on", "off"]] = "on"
-    """Compute the features of every frame once and keep them beside the episode store, or in every step."""
+    """Compute features once per frame and keep them by the episode store, or compute them every step."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a DA3 backbone, by the name that its official config.json has."""
+    """Shape of a DA3 backbone, by the name in its official config.json."""
 
     name: str
     dim: int
     num_blocks: int
     num_heads: int
     alt_start: float = math.inf
-    """The block from which blocks with odd numbers are global, the class token is the camera's, and queries
-    and keys are normalized and rotated; none in models that were made for one view."""
+    """The block from which odd blocks are global, the class token is the camera's, and queries and keys are
+    normalized and rotated; None in models for a single view."""
 
     @property
     def hub(self) -> str:
-        """Where the official weights are."""
+        """Hub name of the official weights."""
         return f"depth-anything/{self.name.upper()}" + "-1.1" * (self.name == "da3-large")
 
     def is_global(self, block: int) -> bool:
@@ -97,7 +96,7 @@ class _Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = _rotate(q, *rotation), _rotate(k, *rotation)
-        # Under autocast norms give float32, while v stays in half precision.
+        # Under autocast, norms return float32 while v stays in half precision.
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -117,14 +116,14 @@ class _Block(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, heads, L, head_dim), each half turned by itself."""
+    """Rotate x (B, heads, L, head_dim), each half on its own."""
     first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)
     turned = torch.stack([-second, first], dim=-2).flatten(-3)
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
 class DepthNetwork(nn.Module):
-    """The single-view backbone of Depth Anything 3; parameters are named as in the official files."""
+    """The single-view backbone of Depth Anything 3; parameter names match the official files."""
 
     def __init__(self, architecture: Architecture):
         super().__init__()
@@ -160,12 +159,12 @@ class DepthNetwork(nn.Module):
         return outputs
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """The learned positions, one for the class token and 37 x 37, for another grid."""
+        """The learned positions (one for the class token, and 37 x 37), resized to another grid."""
         if grid == (37, 37):
             return self.pos_embed
         of_class, of_patches = self.pos_embed.float().split([1, 37 * 37], dim=1)
         of_patches = of_patches.transpose(1, 2).unflatten(2, (37, 37))
-        # The tenth is what the network was trained with: without it positions are scaled a little otherwise.
+        # The network was trained with this tenth: without it positions scale slightly differently.
         scale = tuple((side + 0.1) / 37 for side in grid)
         of_patches = F.interpolate(of_patches, scale_factor=scale, mode="bicubic")
         return torch.cat([of_class, of_patches.flatten(2).transpose(1, 2)], dim=1)
@@ -173,7 +172,7 @@ class DepthNetwork(nn.Module):
     def _rotations(self, grid: tuple[int, int], device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Cosines and sines (L, head_dim) of rotary embedding (Su et al. 2021), for local and global blocks.
 
-        Among views, the patches of one have no order.
+        Between views, the patches of one have no order.
         """
         y, x = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
         local = F.pad(torch.stack([y, x], dim=-1).flatten(0, 1) + 1, (0, 0, 1, 0))  # class token at (0, 0)
@@ -191,9 +190,9 @@ class DepthBackbone(nn.Module):
     """Frozen features of Depth Anything 3, for policies: `num_tokens` in a `feature_grid`, of `token_dim`."""
 
     def __init__(self, config: DepthConfig, image_size: tuple[int, int], pretrained: bool = True):
-        """Unless `pretrained`, weights are left to the checkpoint that is loaded next.
+        """If not `pretrained`, the checkpoint that is loaded next provides the weights.
 
-        A UserError says which weights cannot be loaded, or which layers the model does not have.
+        A UserError names weights that cannot be loaded, or layers that the model does not have.
         """
         super().__init__()
         architecture = ARCHITECTURES[config.depth_model]
@@ -201,11 +200,11 @@ class DepthBackbone(nn.Module):
         if not 0 <= self.layers[0] <= self.layers[-1] < architecture.num_blocks:
             raise UserError(
                 f"--depth-layers {' '.join(map(str, config.depth_layers))}: --depth-model "
-                f"{config.depth_model} has the blocks 0 to {architecture.num_blocks - 1}."
+                f"{config.depth_model} has blocks 0 to {architecture.num_blocks - 1}."
             )
         self.pool = config.depth_pool
         self.grid = tuple(max(round(side / PATCH), 1) for side in image_size)
-        self.input_size = tuple(PATCH * side for side in self.grid)  # at which the network looks at images
+        self.input_size = tuple(PATCH * side for side in self.grid)  # of the images that the network sees
         self.token_dim = architecture.dim * len(self.layers)
         self.feature_grid = tuple(math.ceil(side / self.pool) for side in self.grid)
         self.num_tokens = math.prod(self.feature_grid)
@@ -215,17 +214,17 @@ class DepthBackbone(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         if pretrained and self.input_size != image_size:
             given, taken = ("x".join(map(str, size)) for size in (image_size, self.input_size))
-            say(f"depth: images of {given} are resized to {taken}, to multiples of {PATCH}")
+            say(f"depth: images of {given} are resized to {taken}, multiples of {PATCH}")
 
     def train(self, mode: bool = True) -> "DepthBackbone":
         return super().train(False)
 
     def __deepcopy__(self, memo: dict) -> "DepthBackbone":
-        return self  # it never changes: averages of a policy's weights share it
+        return self  # never changes: averages of a policy's weights share it
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), uint8 or float in [0, 1], to features (B, L, token_dim) float32."""
+        """Features (B, L, token_dim) float32 of images (B, 3, H, W), uint8 or float in [0, 1]."""
         if images.dtype == torch.uint8:
             images = images.float() / 255
         if images.shape[-2:] != self.input_size:
@@ -247,7 +246,7 @@ class DepthBackbone(nn.Module):
         return self(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])
 
     def identity(self) -> dict:
-        """What features follow from, apart from the images: settings and a hash of the weights."""
+        """Everything that determines features, except the images: settings and a hash of the weights."""
         sha = hashlib.sha256()
         for name, tensor in self.network.state_dict().items():
             sha.update(name.encode())
@@ -268,7 +267,7 @@ def _load_network(config: DepthConfig, architecture: Architecture) -> DepthNetwo
     if kind == "random":
         if not (seed or "0").isdigit():
             raise UserError(f"--depth-weights {source}: write it as random:SEED, with a whole number.")
-        say("depth: the weights of Depth Anything 3 are RANDOM, its features mean nothing")
+        say("depth: the weights of Depth Anything 3 are RANDOM, its features are meaningless")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seed or 0))
             return DepthNetwork(architecture)
@@ -278,20 +277,20 @@ def _load_network(config: DepthConfig, architecture: Architecture) -> DepthNetwo
     with torch.device("meta"):
         network = DepthNetwork(architecture)
     try:
-        with safe_open(file, "pt") as content:  # the heads are not read
+        with safe_open(file, "pt") as content:  # without the heads
             names = [name for name in content.keys() if name.startswith(PREFIX)]  # noqa: SIM118, no mapping
             weights = {name.removeprefix(PREFIX): content.get_tensor(name) for name in names}
         network.load_state_dict(weights, assign=True)
     except (SafetensorError, OSError, RuntimeError) as error:
-        why = f"{file} is damaged or no {architecture.name} ({brief(error)})"
+        why = f"{file} is damaged or not {architecture.name} ({brief(error)})"
         raise UserError(f"{why}: download it again, or give another --depth-weights.") from None
     if config.depth_model == "large":
-        say("depth: large is licensed CC BY-NC 4.0: no commercial use, of policies trained with it either")
+        say("depth: large is licensed CC BY-NC 4.0: no commercial use, also of policies trained with it")
     return network.float()
 
 
 def _snapshot(source: str, architecture: Architecture) -> Path:
-    """Folder with config.json and model.safetensors; downloaded, if it is a hub name."""
+    """Folder with config.json and model.safetensors; a hub name is downloaded."""
     path, names = Path(source).expanduser(), ["config.json", "model.safetensors"]
     if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") != 1:
         absent = [name for name in names if not (path / name).is_file()]
@@ -308,7 +307,7 @@ def _snapshot(source: str, architecture: Architecture) -> Path:
         reason = "it is not in the hub's cache here, and there is no connection" if far else brief(error)
         raise UserError(
             f"Depth Anything 3 cannot be loaded from {source} ({reason}): download it where there is a "
-            f"connection and give its folder as --depth-weights, or try without, by --depth-weights random."
+            f"connection and give its folder as --depth-weights, or try without it: --depth-weights random."
         ) from None
 
 
@@ -324,7 +323,7 @@ def _check_model_name(path: Path, wanted: Architecture) -> None:
 
 
 def camera_numbers(config: DepthConfig, cameras: Sequence[str]) -> list[int]:
-    """Places of the cameras with depth among a policy's cameras; a UserError names one that is not there."""
+    """Indices of the cameras with depth among a policy's cameras; a UserError names a missing one."""
     names = [known_name(name, cameras) for name in config.depth_cameras]
     for name in set(names) - set(cameras):
         raise UserError(f"--depth-cameras {name}: there is no such camera; there are {', '.join(cameras)}.")
@@ -334,7 +333,7 @@ def camera_numbers(config: DepthConfig, cameras: Sequence[str]) -> list[int]:
 def cached(
     store: EpisodeStore, backbone: DepthBackbone, cameras: Sequence[int], device: torch.device
 ) -> EpisodeStore:
-    """The store with the features of these cameras, float16, computed now if they are not there yet."""
+    """The store with the features of these cameras, float16, computed now if missing."""
     backbone.to(device)
 
     def compute(images: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ LOST = (
 
 
 class UserError(Exception):
-    """Something the user can put right: the message names the thing and the way out, in one sentence.
+    """An error that the user can fix: the message names the thing and the way out, in one sentence.
 
     The command line (`common/config.py`) prints the message without a traceback and exits with code 1;
     code that imports this project (a robot's control loop, a test) catches it like any exception. Names from
-    damaged files can hold anything; what is not printable becomes a question mark.
+    damaged files can hold anything; characters that cannot be printed become question marks.
     """
 
     def __init__(self, sentence: str):
@@ -24,7 +24,7 @@ class UserError(Exception):
 
 
 def explain(error: Exception) -> tuple[str, int] | None:
-    """What to tell a user about an error that the machine made, and the exit code; None for any other."""
+    """Message for the user and exit code for an error caused by the machine; None for any other error."""
     if isinstance(error, UserError):
         return str(error), 1
     text = " ".join(str(error).split())
@@ -38,7 +38,7 @@ def explain(error: Exception) -> tuple[str, int] | None:
         return f"The disk is full ({error.filename or text}): free disk space and start again.", 1
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return f"Too many files are open ({error.filename or text}): allow more with `ulimit -n`.", 1
-    # The pipe from a process that loads data can break before anybody has noticed that it died.
+    # The pipe from a data loading process can break before anybody notices that it died.
     broken = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
     if broken or (runtime and re.search(r"DataLoader worker \(pid", text)):
         return (
@@ -46,7 +46,7 @@ def explain(error: Exception) -> tuple[str, int] | None:
             f"--num-workers and continue with --resume."
         ), EXIT_HUNG
     if runtime and "does not have a deterministic implementation" in text:
-        return f"--deterministic: {text[:200]}: leave the flag out, or what needs this.", 1
+        return f"--deterministic: {text[:200]}: leave out the flag, or the part that needs this.", 1
     if runtime and re.search(LOST, text):
         return (
             f"The connection to another process was lost ({text[:150]}): its own message says why; continue "

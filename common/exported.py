@@ -1,9 +1,9 @@
 """Exported policies, in a folder or on the hub: found and read here, written by `lerobot_policy_flow`.
 
-    config.json         LeRobot's settings, and as `run` what a checkpoint's policy.json holds
+    config.json         LeRobot's settings, and a checkpoint's policy.json as `run`
     model.safetensors   weights as `model.<component>.<name>`, statistics as `statistics.<part>.<name>`
 
-Nothing that is read can run code, and nothing of LeRobot is needed to read it.
+Reading them cannot run code and does not need LeRobot.
 """
 
 import re
@@ -25,20 +25,20 @@ HUB_NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
 class Exported(NamedTuple):
-    """What an exported policy is made from."""
+    """Contents of an exported policy."""
 
     settings: dict
     """`script`, `spec`, `config` and `step`, as in a checkpoint's `policy.json`."""
     weights: dict[str, Tensor]
     """State dict of the policy."""
     statistics: dict[str, Tensor]
-    """What `Normalizer.tensors` gave."""
+    """Output of `Normalizer.tensors`."""
 
 
 def find(name: str | Path) -> Path | None:
-    """Folder of an exported policy; None for the name of something else, as a run folder.
+    """Folder of an exported policy; None for the name of something else, such as a run folder.
 
-    A hub name is downloaded into the hub's cache.
+    Downloads a hub name into the hub's cache.
 
     Raises:
         UserError: if the hub has no such policy, or does not answer.
@@ -53,7 +53,7 @@ def find(name: str | Path) -> Path | None:
     far = not hub_answers(str(name))
     try:
         folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG, WEIGHTS], local_files_only=far))
-    except Exception as error:  # the hub's client has dozens of classes, of three libraries
+    except Exception as error:  # the hub's client raises dozens of classes, from three libraries
         reason = "it is not in the hub's cache here, and there is no connection" if far else brief(error)
         raise UserError(
             f"{name} is no folder here and cannot be had from the hub ({reason}): check the name, and "
@@ -65,7 +65,7 @@ def find(name: str | Path) -> Path | None:
 
 
 def read(folder: Path) -> Exported:
-    """What an exported policy holds; a UserError if it is another's, of another version, or damaged."""
+    """Read an exported policy; a UserError if it is of another project or version, or damaged."""
     try:
         config = read_json(folder / CONFIG)
         kind, version, settings = config.get("type"), config.get("version"), config.get("run")
@@ -84,7 +84,7 @@ def read(folder: Path) -> Exported:
 
 
 def require_version(version: object, where: object) -> None:
-    """Refuse what another version has exported."""
+    """Refuse exports of another version."""
     if version != VERSION:
         raise UserError(
             f"{where} was exported in version {version} of the format, and this is version {VERSION}: export "
@@ -93,15 +93,15 @@ def require_version(version: object, where: object) -> None:
 
 
 def require_settings(settings: object, where: object) -> dict:
-    """What an export says of its run, if nothing is missing."""
+    """An export's description of its run; a UserError if anything is missing."""
     there = settings if isinstance(settings, dict) else {}
     if missing := {"script", "spec", "config", "step"} - there.keys():
-        raise UserError(f"{where} has no {', '.join(sorted(missing))} of its run: export it again.")
+        raise UserError(f"{where} lacks {', '.join(sorted(missing))} of its run: export it again.")
     return there
 
 
 def parts(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and statistics among the tensors of an export."""
+    """Split an export's tensors into weights and statistics."""
     weights, statistics = (
         {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
         for prefix in (MODEL, STATISTICS)
@@ -110,7 +110,7 @@ def parts(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def require_pushable(name: str, script: str) -> None:
-    """Refuse, before a run of a script starts, what could not be pushed to the hub at its end."""
+    """Refuse, before a run starts, what could not be pushed to the hub at its end."""
     from huggingface_hub import get_token
 
     from common.inference import load_script
@@ -118,20 +118,20 @@ def require_pushable(name: str, script: str) -> None:
     require_hub_name(name, "--push-to-hub")
     found = load_script(script)
     if not hasattr(found, "sample_actions"):
-        raise UserError(f"--push-to-hub {name}: {script} trains no policy, leave it out.")
+        raise UserError(f"--push-to-hub {name}: {script} trains no policy, so leave it out.")
     require_carried(found)
     if get_token() is None:
         raise UserError(f"--push-to-hub {name} needs a login: `hf auth login`, or the variable HF_TOKEN.")
 
 
 def require_carried(script: ModuleType) -> None:
-    """Refuse a script that a distribution does not take along: LeRobot could not load its policies."""
+    """Refuse a script outside the distribution: LeRobot could not load its policies."""
     path = Path(script.__file__)
     if path.parent != Path(__file__).resolve().parents[1]:
         raise UserError(f"{path.name} is no script beside common/: copy it there, and train, to export.")
 
 
 def require_hub_name(name: str, flag: str) -> None:
-    """Refuse a name that the hub cannot have."""
+    """Refuse an invalid hub name."""
     if not re.fullmatch(HUB_NAME, name):
-        raise UserError(f"{flag} {name}: write owner/name, as in me/fold-towel.")
+        raise UserError(f"{flag} {name}: write owner/name, such as me/fold-towel.")

@@ -1,4 +1,4 @@
-"""Films of episodes, side by side: MP4 to look at closely, GIF to paste anywhere."""
+"""Videos of episodes side by side: MP4 for a close look, GIF to paste anywhere."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 from common.plots import write_picture
 
 GREEN, RED, WHITE = (46, 160, 67), (207, 34, 46), (255, 255, 255)
-RIM = 4  # pixels around each episode; coloured once it is over
+RIM = 4  # pixels around each episode; coloured when it ends
 
 
 def side_by_side(
     films: Sequence[Sequence[np.ndarray]], outcomes: Sequence[bool], columns: int = 4, linger: int = 10
 ) -> np.ndarray:
-    """Episodes in a grid, (F, H, W, 3) uint8; those that are over stand still, framed green or red.
+    """Episodes in a grid, (F, H, W, 3) uint8; finished ones freeze with a green or red frame.
 
     Args:
         films: pictures (h, w, 3) uint8 of each episode, all of one size.
-        outcomes: which of them succeeded.
-        linger: frames to add after the last has ended.
+        outcomes: whether each one succeeded.
+        linger: frames to add after the last episode ends.
     """
     height, width, _ = films[0][0].shape
     rows = -(-len(films) // columns)
@@ -39,10 +39,10 @@ def side_by_side(
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Write frames (F, H, W, 3) uint8 as H.264 that browsers and slides play."""
+    """Write frames (F, H, W, 3) uint8 as H.264 that browsers and slides can play."""
     import av
 
-    height, width = (side - side % 2 for side in frames.shape[1:3])  # the codec wants even sides
+    height, width = (side - side % 2 for side in frames.shape[1:3])  # the codec needs even sides
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=max(round(fps), 1), options={"crf": "20"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
@@ -53,7 +53,7 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def write_gif(path: Path, frames: np.ndarray, fps: float, colors: int = 64) -> None:
-    """Write frames (F, H, W, 3) uint8 as a GIF, at most 20 frames a second of them; see `write_picture`."""
+    """Write frames (F, H, W, 3) uint8 as a GIF, at no more than 20 frames a second; see `write_picture`."""
     from PIL import Image
 
     stride = max(1, round(fps / 20))

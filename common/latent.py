@@ -1,7 +1,7 @@
-"""Latents that say in which of several ways a chunk goes: normal, or a vector of a codebook.
+"""Latents that select one of several ways to act: normal, or a vector of a codebook.
 
-A posterior network reads the latent off the recorded chunk in training, a prior network predicts it from the
-observation. Both kinds of latent have the same methods, which say what the networks' outputs mean.
+In training, a posterior network infers the latent from the recorded chunk; a prior network predicts it from
+the observation. Both kinds of latent have the same methods, which interpret the networks' outputs.
 """
 
 import copy
@@ -21,22 +21,22 @@ from common.optim import AveragedPolicy, move_average
 
 
 class Inferred(NamedTuple):
-    """Latents of B recorded chunks, M draws of each, and what they cost."""
+    """Latents of B recorded chunks, M draws of each, and their losses."""
 
     z: Tensor
     """(B * M, latent_dim)."""
     divergence: Tensor
-    """KL divergence of posterior from prior, nats: (B, latent_dim); of a code, -log p(code | s), (B, 1)."""
+    """KL divergence of posterior from prior, nats: (B, latent_dim); for codes, -log p(code | s), (B, 1)."""
     commitment: Tensor
     """Mean squared distance of the posterior's outputs from their codes, a scalar; 0 without codes."""
     counted: Tensor
-    """What `count` takes in, once it is summed over processes: one dimension."""
+    """The argument of `count`, before it is summed over processes: one dimension."""
     metrics: dict[str, Tensor]
     """Scalars to log."""
 
 
 class Usage(nn.Module):
-    """How often each of K choices is taken: `shares` of the last window of training, `counts` since then."""
+    """How often each of K choices is used: `shares` in the last window of training, `counts` since then."""
 
     def __init__(self, num: int):
         super().__init__()
@@ -45,8 +45,8 @@ class Usage(nn.Module):
 
     @torch.no_grad()
     def end_window(self) -> tuple[Tensor, Tensor]:
-        """Begin the next window; returns `shares` (K,), and how many samples were in the last."""
-        total = self.counts.sum()  # 0 if every step of the window was skipped: nothing is known then
+        """Start the next window; returns `shares` (K,) and the number of samples in the last one."""
+        total = self.counts.sum()  # 0 if every step of the window was skipped: shares are unknown then
         self.shares.copy_(torch.where(total > 0, self.counts / total.clamp(min=1), self.shares))
         self.counts.zero_()
         return self.shares, total
@@ -64,7 +64,7 @@ class NormalLatent(nn.Module):
         if self.unit_variances:
             return output, torch.zeros_like(output)
         mean, log_var = output.chunk(2, dim=-1)
-        return mean, 8 * torch.tanh(log_var / 8)  # beyond e^8 is nothing but overflow
+        return mean, 8 * torch.tanh(log_var / 8)  # beyond e^8 there is only overflow
 
     def infer(self, posterior, prior, seen, flow_samples, train) -> Inferred:
         mean, log_var = self.parameters_of(posterior)
@@ -95,10 +95,10 @@ class NormalLatent(nn.Module):
 
 
 class CodebookLatent(nn.Module):
-    """One of K code vectors: the posterior gives a point near it, the prior logits of all K.
+    """One of K code vectors: the posterior outputs a point near it, the prior logits of all K.
 
-    The prior learns the codes that a slowly moving average of the posterior assigns. `null` (latent_dim,), of
-    a codebook made with one, is the token of unconditional draws.
+    The prior learns the codes that a slowly moving average of the posterior assigns. `null` (latent_dim,), if
+    made with one, is the token for unconditional draws.
     """
 
     def __init__(self, num_codes: int, latent_dim: int, posterior: nn.Module, null: bool = False):
@@ -115,7 +115,7 @@ class CodebookLatent(nn.Module):
     def assign(self, posterior: Tensor) -> tuple[Tensor, Tensor]:
         """The posterior's output at a fixed scale, (B, latent_dim), and the index of its nearest code, (B,).
 
-        Without it, the noise of NSVQ could be escaped by growing, and the commitment loss by shrinking.
+        Without it, the posterior could grow to escape NSVQ's noise, or shrink to escape the commitment loss.
         """
         point = F.layer_norm(posterior, posterior.shape[-1:])
         return point, losses.nearest_code(point, self.vectors)
@@ -125,7 +125,7 @@ class CodebookLatent(nn.Module):
     ) -> Inferred:
         """M = `flow_samples` latents of each chunk: drawn in training, otherwise the most probable.
 
-        `posterior` and `prior` are outputs of the networks, (B, ...), and `seen` is what the posterior saw.
+        `posterior` and `prior` are outputs of the networks, (B, ...), and `seen` are the posterior's inputs.
         """
         point, code = self.assign(posterior)
         quantized = self.vectors[code]
@@ -138,7 +138,7 @@ class CodebookLatent(nn.Module):
             z = losses.noise_substitution(repeated, z, torch.randn_like(z))
         commitment = (point - quantized.detach()).square().mean()
         samples = F.one_hot(code, len(self.vectors)).sum(dim=0)
-        error = torch.stack([commitment.detach(), torch.ones_like(commitment)])  # and how many such errors
+        error = torch.stack([commitment.detach(), torch.ones_like(commitment)])  # and their number
         probabilities = prior.detach().softmax(dim=1)
         metrics = {
             "loss/commitment": commitment,
@@ -153,32 +153,32 @@ class CodebookLatent(nn.Module):
 
     def draw(self, prior: Tensor, noise: Tensor) -> Tensor:
         """Latents (B, latent_dim) from the prior; `noise` (B, latent_dim), standard normal, picks them."""
-        # Sums by a triangular matrix: `cumsum` of floats on CUDA is not the same every time.
+        # Sums by a triangular matrix: `cumsum` of floats on CUDA is not deterministic.
         probabilities = prior.softmax(dim=1)
         upto = torch.ones(prior.shape[1], prior.shape[1], device=prior.device, dtype=probabilities.dtype)
         below = probabilities @ upto.triu() <= torch.special.ndtr(noise[:, :1])
         return self.vectors[below.sum(dim=1).clamp(max=prior.shape[1] - 1)]
 
     def count(self, counted: Tensor) -> None:
-        """Take in how a batch used the codes: `Inferred.counted`, summed over processes."""
+        """Record a batch's use of the codes: `Inferred.counted`, summed over processes."""
         self.usage.counts += counted[:-2]
         self.error.copy_(counted[-2] / counted[-1])
 
     def follow(self, posterior: nn.Module, updates: int, decay: float) -> None:
-        """Move the averaged posterior after an optimizer step; `updates` is how often it moved before."""
+        """Move the averaged posterior after an optimizer step; `updates` counts earlier moves."""
         move_average(self.posterior_average.parameters(), posterior.parameters(), updates, decay)
 
     @torch.no_grad()
     def end_window(
         self, prior_out: nn.Linear, average: AveragedPolicy, seed: int, replace: bool
     ) -> dict[str, Tensor]:
-        """Look at how codes were used and, if `replace`, replace those that were not. Returns metrics.
+        """Check the use of the codes and, if `replace`, replace unused ones. Returns metrics.
 
         A code used less than a tenth of its share becomes a copy of one in use, preferably of a popular one;
         so does its row in the prior's last layer, `prior_out`. The copy is moved by a tenth of the distance
-        of a sample to its code: that cuts a cluster of any size in two, while a longer way, in a random one
-        of many directions, would lead out of it. Nothing waits for the device, and all processes, which have
-        the same `seed`, another one each time, do the same.
+        of a sample to its code: that cuts a cluster of any size in two, while a larger move in a random
+        direction, of many, would leave it. Nothing waits for the device. All processes do the same: they
+        share the `seed`, a new one each time.
         """
         (usage, total), num_codes = self.usage.end_window(), len(self.vectors)
         unused = (usage < 0.1 / num_codes) & (total > 0)
@@ -196,7 +196,7 @@ class CodebookLatent(nn.Module):
         return {**metrics, "codes/replaced": replaced.sum()}
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Perplexity of the usage, codes in use, distances to nearest and farthest codes."""
+        """Perplexity of the usage, number of codes in use, distances to nearest and farthest codes."""
         vectors, usage = self.vectors.detach(), self.usage.shares
         distances = torch.cdist(vectors, vectors)
         others = distances + torch.diag(torch.full_like(usage, torch.inf))
@@ -212,9 +212,9 @@ class CodebookLatent(nn.Module):
 def first_latents(
     policy: nn.Module, dataset: ChunkDataset, normalizer: Normalizer, most: int, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Latents (N, latent_dim) of the chunks with which episodes begin, and the steps they begin at, (N,).
+    """Latents (N, latent_dim) of the episodes' first chunks, and the steps where these start, (N,).
 
-    At most `most` episodes are looked at, evenly spaced. The policy has `encode`, `posterior` and `latent`.
+    Uses at most `most` episodes, evenly spaced. The policy has `encode`, `posterior` and `latent`.
     """
     first = Subset(dataset, np.flatnonzero(np.isin(dataset.rows, dataset.store.episode_starts)).tolist())
     found = []

@@ -13,7 +13,7 @@ def masked_mse(pred: Tensor, target: Tensor, mask: Tensor, count: Tensor | None 
     """Mean squared error over real steps, in float32; 0 (not NaN) if no step is real.
 
     Args:
-        pred, target: (B, T, A). Where the mask is False they may be anything, even NaN.
+        pred, target: (B, T, A). Masked values may be anything, even NaN.
         mask: (B, T), True for real steps.
         count: number of real steps to divide by, instead of those in `mask`. With several processes or
             micro-batches, pass the mean count over them: the average of their gradients is then the gradient
@@ -36,7 +36,7 @@ def expert_mse(
 
 
 def _real_difference(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    # Padding is cut out before it is squared: the derivative of NaN^2 would be NaN even times zero.
+    # Replace padding before squaring: the derivative of NaN^2 is NaN even times zero.
     return torch.where(mask.unsqueeze(-1), pred.float() - target.float(), 0.0)
 
 
@@ -46,7 +46,7 @@ def _mean(values: Tensor, mask: Tensor, count: Tensor | None) -> Tensor:
 
 
 class Transport(NamedTuple):
-    """A transport loss, and how much mass its plan leaves in a wrong place: both scalars."""
+    """A transport loss, and how much mass its plan leaves in the wrong place: both scalars."""
 
     divergence: Tensor
     marginal_error: Tensor
@@ -56,8 +56,8 @@ def transport_points(chunks: Tensor, states: Tensor, state_weight: float = 0.2) 
     """Chunks (B, T, A) and the states (B, P) they belong to, normalized, as points (B, T * A + P), float32.
 
     Their squared distance is C_ij = mean_d (a_i - a_j)^2 + lambda mean_d (s_i - s_j)^2; lambda, the
-    `state_weight`, is what it costs to take a chunk for that of another state. Means over dimensions let a
-    blur mean the same for chunks of any size.
+    `state_weight`, is the cost of matching a chunk to another state's. With means over dimensions, a blur
+    has the same meaning for chunks of any size.
     """
     chunks, states = chunks.float().flatten(1), states.float()
     states = states * (state_weight / states.shape[1]) ** 0.5
@@ -65,7 +65,7 @@ def transport_points(chunks: Tensor, states: Tensor, state_weight: float = 0.2) 
 
 
 def chunk_transport(pred: Tensor, chunks: Tensor, states: Tensor, is_pad: Tensor, blur: float) -> Transport:
-    """Transport of predicted to recorded chunks (B, T, A), each a point with its state (B, P).
+    """Transport loss from predicted to recorded chunks (B, T, A), each a point with its state (B, P).
 
     Chunks that run past the end of an episode, by `is_pad` (B, T), have no mass.
     """
@@ -76,21 +76,21 @@ def chunk_transport(pred: Tensor, chunks: Tensor, states: Tensor, is_pad: Tensor
 def sinkhorn_divergence(
     x: Tensor, y: Tensor, mass: Tensor | None = None, blur: float = 0.05, iterations: int = 40
 ) -> Transport:
-    """Debiased entropic optimal transport between two clouds of points that have the same masses.
+    """Debiased entropic optimal transport between two clouds of points with the same masses.
 
     S = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2, with cost |x_i - y_j|^2 and epsilon = blur^2 (Cuturi 2013;
     Feydy et al. 2019, whose library halves the cost). Epsilon starts at the largest cost and falls to its
-    value over the first half of the iterations, whose number is fixed: nothing waits for the device.
+    value over the first half of the iterations, whose number is fixed, to avoid syncs with the device.
 
     The gradient is that of the optimum (envelope theorem): potentials are constants, only costs are
-    differentiated, in OT(x, x) by both arguments, so that no iteration is kept in memory. It is as good as
-    the potentials are: the marginal error says how much mass the plan still leaves in a wrong place.
+    differentiated, in OT(x, x) by both arguments, so that no iteration is kept in memory. It is only as
+    good as the potentials: the marginal error says how much mass the plan still leaves in the wrong place.
 
     Args:
         x, y: (B, D); only x gets a gradient.
         mass: (B,), not negative; the same everywhere by default. Points without mass may be anything.
             Without any mass the divergence is 0.
-        blur: length below which differences are smeared out.
+        blur: length below which differences are blurred.
 
     Returns:
         The divergence, in squared units of the points, and the marginal error, in [0, 2].
@@ -102,7 +102,7 @@ def sinkhorn_divergence(
         total, real = mass.sum(), (mass > 0)[:, None]
         weight = torch.where(total > 0, mass / total.clamp(min=1e-30), 1 / len(x))
         log_weight = weight.log()
-        x, y = torch.where(real, x, 0.0), torch.where(real, y, 0.0)  # what has no mass may be anything
+        x, y = torch.where(real, x, 0.0), torch.where(real, y, 0.0)  # points without mass may be anything
         with torch.no_grad():
             costs = torch.stack([_squared_distances(*pair) for pair in ((x, y), (x, x), (y, y))])
             largest = costs.amax().clamp(min=blur**2)
@@ -124,8 +124,8 @@ def sinkhorn_divergence(
 def sinkhorn_step(f: Tensor, costs: Tensor, log_weight: Tensor, negative: Tensor) -> Tensor:
     """One iteration on the potentials f (3, B) of the problems (x, y), (x, x) and (y, y), in place.
 
-    `costs` are (3, B, B), and `negative` is -epsilon. Symmetric problems have f = g, and converge fast by
-    going half of the way. Returns the first problem's g, (B,).
+    `costs` are (3, B, B), and `negative` is -epsilon. Symmetric problems have f = g and converge fast with
+    half steps. Returns the first problem's g, (B,).
     """
 
     def soft_min(cost: Tensor, potential: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def sinkhorn_step(f: Tensor, costs: Tensor, log_weight: Tensor, negative: Tensor
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """(I, D), (J, D) -> (I, J), from differences: by matrix products, TF32 would lose what is small."""
+    """(I, D), (J, D) -> (I, J), from differences: matrix products in TF32 would lose small distances."""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
@@ -159,7 +159,7 @@ def noise_substitution(z: Tensor, code: Tensor, noise: Tensor) -> Tensor:
     """Vector quantization whose gradient reaches encoder and codebook (NSVQ, Vali & Backstrom 2022).
 
     z + |z - q| n / |n|, with q the code nearest to the encoder's output z and n standard normal, (B, D) all:
-    noise as long as the quantization error takes its place, since a rounding has no derivative.
+    noise of the same length replaces the quantization error, since rounding has no derivative.
     """
     # the square root's derivative is infinite at 0: an encoder that hits a code must not get NaN for it
     distance = ((z - code).square().sum(-1, keepdim=True) + 1e-12).sqrt()
@@ -173,15 +173,15 @@ def gaussian_kl(mean: Tensor, log_var: Tensor, prior_mean: Tensor, prior_log_var
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
-    """Mean squared log-sum-exp of a gate's logits (B, E), to keep them small (ST-MoE, Zoph et al. 2022)."""
+    """Mean squared log-sum-exp of a gate's logits (B, E); keeps them small (ST-MoE, Zoph et al. 2022)."""
     return logits.float().logsumexp(dim=-1).square().mean()
 
 
 def load_balance(probabilities: Tensor) -> Tensor:
-    """E sum_e f_e P_e, least, 1, when experts are equally used (Switch Transformers, Fedus et al. 2021).
+    """E sum_e f_e P_e, at its minimum 1 if experts are used equally (Switch Transformers, Fedus et al. 2021).
 
     Of the gate's probabilities (B, E): f_e is the share of samples whose most probable expert is e, P_e the
-    mean probability of e; gradients reach P_e alone.
+    mean probability of e; gradients reach only P_e.
     """
     num_experts = probabilities.shape[-1]
     chosen = torch.nn.functional.one_hot(probabilities.argmax(dim=-1), num_experts).float().mean(dim=0)

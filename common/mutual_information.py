@@ -1,8 +1,8 @@
 """Mutual information of paired samples, in nats, and what each sample contributes to it.
 
-Consecutive steps of an episode are near each other whatever states and actions have in common, and an
-estimator takes that for information: two independent smooth episodes seem to share several nats. Hence every
-set of samples that are compared with each other holds one step of an episode at most.
+Consecutive steps of an episode are always near each other, and an estimator mistakes that for shared
+information: two independent smooth episodes seem to share several nats. Hence every set of samples that are
+compared with each other holds at most one step of each episode.
 """
 
 import math
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 
-MEMORY_BYTES = 5e8  # for the distances that are kept at a time
+MEMORY_BYTES = 5e8  # for the distances kept at a time
 
 
 class Estimate(NamedTuple):
@@ -39,20 +39,20 @@ class Estimate(NamedTuple):
 
 
 def _mean_at(places: Tensor, values: Tensor, num: int) -> Tensor:
-    """Mean of the values at each of `num` places, in float64; NaN where there is none."""
+    """Mean of the values at each of `num` places, in float64; NaN where there are no values."""
     sums = torch.zeros(num, dtype=torch.float64).index_add_(0, places, values.double())
     return sums / torch.bincount(places, minlength=num)  # 0 / 0 is NaN
 
 
 def episode_means(pointwise: Tensor, episodes: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of the episodes, ascending, and the mean of their samples' contributions, NaN left out."""
+    """Numbers of the episodes, ascending, and the mean of each one's contributions, ignoring NaN."""
     numbers, place = episodes.unique(return_inverse=True)
     used = ~pointwise.isnan()
     return numbers, _mean_at(place[used], pointwise[used], len(numbers))
 
 
 def _estimate(found: list[tuple[Tensor, Tensor]], episodes: Tensor) -> Estimate:
-    """From sets of samples and their contributions, which have the same shape."""
+    """Build an estimate from sets of samples and their contributions, which have the same shape."""
     places = torch.cat([samples.flatten() for samples, _ in found]).cpu()
     values = torch.cat([contributions.flatten() for _, contributions in found]).cpu()
     pointwise = _mean_at(places, values, len(episodes))
@@ -60,7 +60,7 @@ def _estimate(found: list[tuple[Tensor, Tensor]], episodes: Tensor) -> Estimate:
 
 
 def require_episodes(num: int, neighbours: Sequence[int] | None) -> None:
-    """Refuse too few episodes for `ksg` with these neighbours or, where there are none, for `infonce`."""
+    """Refuse too few episodes for `ksg` with these neighbours or, without neighbours, for `infonce`."""
     if neighbours is None and num < 4:
         raise UserError(
             f"{num} episodes are too few: half of them train a critic that scores the others; give 4."
@@ -79,9 +79,9 @@ def within_tasks(
     episodes: Tensor,
     tasks: Tensor,
 ) -> Estimate:
-    """Mutual information among the samples of each task alone, put together.
+    """Mutual information estimated within each task, then combined.
 
-    Across tasks, embeddings would share which task it is, whatever each demonstration is worth.
+    Across tasks, embeddings would share the task's identity, whatever the quality of each demonstration.
 
     Args:
         estimate: of x, y and episodes.
@@ -98,7 +98,7 @@ def within_tasks(
 
 
 def standardise(x: Tensor) -> Tensor:
-    """Those variables of (N, D) that vary, at mean 0 and variance 1, computed in float64, float32."""
+    """The variables of (N, D) that vary, standardised in float64, returned as float32."""
     if not torch.isfinite(x).all():
         raise UserError("The samples hold NaN or infinity: mutual information needs finite ones.")
     x = x.double()
@@ -115,7 +115,7 @@ def episode_sets(episodes: Tensor, repeats: int, seed: int) -> Tensor:
     members = [(episodes == number).nonzero()[:, 0] for number in episodes.unique().tolist()]
     total = repeats * max(map(len, members))
     columns = []
-    for own in members:  # each goes through permutations of its own samples, one after the other
+    for own in members:  # each episode cycles through permutations of its own samples
         rounds = [own[torch.randperm(len(own), generator=generator)] for _ in range(-(-total // len(own)))]
         columns.append(torch.cat(rounds)[:total])
     return torch.stack(columns, dim=1)
@@ -142,10 +142,10 @@ def ksg(
 
     Args:
         x, y: (N, D_x) and (N, D_y), on any device.
-        episodes: (N,), the episode of each sample; None takes every sample for one of its own.
+        episodes: (N,), the episode of each sample; None: every sample is its own episode.
         neighbours: values of k.
         repeats: passes over the steps of the longest episode.
-        memory_bytes: for the distances that are kept at a time; none are approximated.
+        memory_bytes: for the distances kept at a time; nothing is approximated.
     """
     x, y = standardise(x), standardise(y)
     episodes, repeats = (torch.arange(len(x)), 1) if episodes is None else (episodes.cpu(), repeats)
@@ -153,11 +153,11 @@ def ksg(
     sets = episode_sets(episodes, repeats, seed)  # (R, E)
     found, num = [], sets.shape[1]
     at_once = max(1, int(memory_bytes / (5 * 4 * num**2)))
-    rows = max(1, int(memory_bytes / (5 * 4 * num)))  # of a set that is too large to be done at once
+    rows = max(1, int(memory_bytes / (5 * 4 * num)))  # of a set that is too large to process at once
     parts = sets.to(x.device).split(at_once)
     for chosen in tqdm(parts, "nearest neighbours", unit="set", unit_scale=at_once, disable=not progress):
         for own in chosen.split(rows, dim=1):
-            # Exact: of matrix products, ties would feel the rounding.
+            # Computed exactly: the rounding of matrix products would break ties.
             mode = "donot_use_mm_for_euclid_dist"
             distances = [torch.cdist(v[own], v[chosen], compute_mode=mode) for v in (x, y)]
             found.append((own, _ksg_pointwise(*distances, neighbours)))
@@ -174,7 +174,7 @@ def _ksg_pointwise(x: Tensor, y: Tensor, neighbours: Sequence[int]) -> Tensor:
         radius = nearest[..., k : k + 1]
         tied = radius == 0
         count = torch.where(tied[..., 0], (joint == 0).sum(dim=-1) - 1, k)
-        # Others strictly within the radius, and the sample itself; at radius 0, all that are in its place.
+        # Others strictly within the radius, and the sample itself; at radius 0, all in the same place.
         in_x, in_y = (torch.where(tied, d == 0, d < radius).sum(dim=-1) for d in (x, y))
         total += digamma(count.double()) - digamma(in_x.double()) - digamma(in_y.double())
     return total / len(neighbours) + digamma(torch.tensor(num, dtype=torch.float64)).item()
@@ -184,7 +184,7 @@ def _ksg_pointwise(x: Tensor, y: Tensor, neighbours: Sequence[int]) -> Tensor:
 
 
 class Critic(nn.Module):
-    """Score of pairs (x, y), high where they belong together: a product of embeddings."""
+    """Score of pairs (x, y), high if they belong together: a product of embeddings."""
 
     def __init__(self, x_dim: int, y_dim: int):
         super().__init__()
@@ -208,17 +208,17 @@ def infonce(
     seed: int = 0,
     progress: bool = False,
 ) -> Estimate:
-    """InfoNCE, a lower bound: a critic learns to tell a pair from pairs of other episodes (Oord et al. 2018).
+    """InfoNCE, a lower bound: a critic learns to tell a pair from pairs across episodes (Oord et al. 2018).
 
-    A critic is trained on each half of the episodes and scores the other half, which it has not learned from.
+    A critic is trained on each half of the episodes and scores the other half, which it has not seen.
     The bound cannot exceed the logarithm of the number of samples that are compared.
 
     Args:
         x, y: (N, D_x) and (N, D_y).
-        episodes: (N,), the episode of each sample; None takes every sample for one of its own.
-        steps, batch_size, lr: of the critic's training; a batch holds one sample an episode at most.
+        episodes: (N,), the episode of each sample; None: every sample is its own episode.
+        steps, batch_size, lr: of the critic's training; a batch holds at most one sample per episode.
         repeats: passes over the samples of the longest episode when estimating.
-        seed: of everything random; the global generators are left alone.
+        seed: of everything random; the global generators are not touched.
     """
     x, y = standardise(x), standardise(y)
     episodes = torch.arange(len(x)) if episodes is None else episodes.cpu()
@@ -234,7 +234,7 @@ def infonce(
         for learned, scored in (halves, halves[::-1]):
             critic = Critic(x.shape[1], y.shape[1]).to(x.device)
             _train(critic, x, y, learned, steps, batch_size, lr, bar)
-            # Blocks of one size and of random episodes: the bound grows with the number that is compared.
+            # Blocks of equal size and random episodes, since the bound grows with the number compared.
             blocks = -(-scored.shape[1] // (2 * batch_size))
             shuffled = scored[:, torch.randperm(scored.shape[1])]
             for rows in shuffled.split(256):

@@ -1,6 +1,6 @@
-"""Every picture: chunks, features, latents, reconstructions, scores, training curves, what a dataset holds.
+"""All plots: chunks, features, latents, reconstructions, scores, training curves, contents of a dataset.
 
-All are PNG files, whole or absent. A full disk costs a picture, not the run.
+All are PNG files, written whole or not at all. A full disk costs a picture, not the run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def grid(num: int, columns: int, size: tuple[float, float], **sharing) -> tuple[Figure, np.ndarray]:
-    """A figure that needs no screen, of `num` panels of a size in inches, and all axes (rows, columns)."""
+    """A figure that needs no screen, with `num` panels of a size in inches, and all axes (rows, columns)."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -50,15 +50,15 @@ def save_figure(figure: Figure, path: Path, title: str = "") -> None:
 
 
 def write_picture(path: Path, content: bytes) -> None:
-    """Write the content of a picture's file, whole or not at all; says so if it cannot be written."""
+    """Write the content of a picture's file, whole or not at all; prints a warning if that fails."""
     try:
         write_whole(path, content)
     except OSError as error:
-        say(f"warning: {path} is not drawn ({error.strerror or error})")
+        say(f"warning: {path} was not drawn ({error.strerror or error})")
 
 
 def show_images(axes: Iterable[Axes], images: np.ndarray, **options) -> None:
-    """Images (B, 3, H, W), one on each of the axes, without ticks."""
+    """Show images (B, 3, H, W), one on each of the axes, without ticks."""
     for axis, image in zip(axes, images, strict=True):
         axis.imshow(image.transpose(1, 2, 0), **options)
         axis.set(xticks=[], yticks=[])
@@ -83,14 +83,14 @@ def draw_chunks(
     what: str,
     most_dimensions: int = 15,
 ) -> None:
-    """Chunks (K, T, A), normalized, for the one observation of a batch, and how often each of them is taken.
+    """Draw chunks (K, T, A), normalized, for a batch's one observation, and how often each is used.
 
     Args:
-        names: of the A dimensions. No more than `most_dimensions` are drawn: those in which the chunks differ
-            most, by how far each moves in the dataset.
-        shares: one or two, named, each (K,) and summing to 1. The more a chunk has of the first, the stronger
-            its line.
-        what: of what there are K, for the title.
+        names: of the A dimensions. At most `most_dimensions` are drawn: those in which the chunks differ
+            most, relative to the dimension's motion in the dataset.
+        shares: one or two, named, each (K,) and summing to 1. The larger a chunk's first share, the
+            stronger its line.
+        what: what the K are, for the title.
     """
     from matplotlib import colormaps
 
@@ -124,10 +124,10 @@ def draw_chunks(
 def draw_features(
     path: Path, images: np.ndarray, features: np.ndarray, shape: tuple[int, int], title: str
 ) -> None:
-    """Images (B, 3, H, W) uint8, and below each its features: three principal components as red, green, blue.
+    """Draw images (B, 3, H, W) uint8 above their features: three principal components as red, green, blue.
 
-    Features are (B, L, D), L tokens row by row, in rows and columns of `shape`. What has the same colour
-    looks the same to the network that made them.
+    Features are (B, L, D), L tokens row by row, in rows and columns of `shape`. Equal colours
+    look the same to the network that made them.
     """
     components, _ = principal_components(features.reshape(-1, features.shape[-1]), 3)
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
@@ -142,7 +142,7 @@ def draw_features(
 
 
 def draw_latents(path: Path, latents: Tensor, labels: Mapping[str, Tensor]) -> None:
-    """Latents (N, D) of first chunks by their two principal components, once for each labelling.
+    """Draw latents (N, D) of first chunks by their first two principal components, once for each labelling.
 
     Labels are named, each (N,) small integers.
     """
@@ -161,14 +161,14 @@ def draw_latents(path: Path, latents: Tensor, labels: Mapping[str, Tensor]) -> N
 def draw_reconstructions(
     path: Path, images: np.ndarray, decoded: np.ndarray, chunks: np.ndarray, decoded_chunks: np.ndarray
 ) -> None:
-    """Images (B, 3, H, W) in [0, 1] and chunks (B, T, A), each with its reconstruction; NaN is not drawn."""
+    """Draw images (B, 3, H, W) in [0, 1] and chunks (B, T, A) with their reconstructions, but not NaN."""
     figure, axes = grid(3 * len(images), len(images), (2.1, 2.1), sharey="row")
     show_images(axes[0], images)
     show_images(axes[1], decoded)
     for axis, *lines in zip(axes[2], chunks, decoded_chunks, strict=True):
         for line, style in zip(lines, ("-", "--"), strict=True):
             axis.set_prop_cycle(None)  # the same colours again
-            # Markers, since a chunk can have a single action: at the end of an episode, or all of them.
+            # Markers, since a chunk can have a single action: at the end of an episode, or always.
             axis.plot(line, ls=style, lw=1.2, marker=".", ms=3)
     labels = ("image", "reconstruction", "actions, dashed:\nreconstruction")
     for axis, label in zip(axes[:, 0], labels, strict=True):
@@ -177,9 +177,9 @@ def draw_reconstructions(
 
 
 def draw_scores(path: Path, pointwise: np.ndarray, scores: np.ndarray, examples: Mapping) -> None:
-    """Contributions of steps to a mutual information (N,), scores of episodes (E,), and how some begin.
+    """Draw steps' contributions to mutual information (N,), episodes' scores (E,), and how some begin.
 
-    Both are in nats, and NaN is left out; examples are titled first frames (3, H, W) uint8, best to worst.
+    Both are in nats, without NaN; examples are first frames (3, H, W) uint8 with titles, best to worst.
     """
     from matplotlib.figure import Figure
 
@@ -202,7 +202,7 @@ def draw_scores(path: Path, pointwise: np.ndarray, scores: np.ndarray, examples:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; one that was cut off when the process was killed is left out."""
+    """The lines of a metrics.jsonl, without one that was cut off when the process was killed."""
     lines = []
     for text in path.read_text(errors="replace").splitlines():
         with suppress(ValueError):
@@ -215,7 +215,7 @@ def read_lines(path: Path) -> list[dict]:
 def draw_curves(path: Path, picture: Path) -> None:
     """Draw metrics.jsonl: loss, held-out error, gradient norms, learning rates, speed, success of rollouts.
 
-    What a method logs in addition, named `group/name`, gets a panel for each group.
+    A method's further metrics, named `group/name`, get a panel for each group.
     """
     lines = read_lines(path)
     if all(line["split"] != "train" for line in lines):
@@ -248,7 +248,7 @@ def draw_curves(path: Path, picture: Path) -> None:
 
 
 def _plot(axis: Axes, lines: list[dict], name: str, log: bool) -> None:
-    """A metric against steps, held out with dots; a logarithmic scale if `log` and anything is positive."""
+    """Draw a metric against steps, held out with dots; log scale if `log` and anything is positive."""
     evaluated = "" if name.startswith("rollout/") else "held out: "
     for split, label, style in (("train", "", {}), ("val", evaluated, {"marker": "o", "ms": 3})):
         known = [line for line in lines if line["split"] == split and line.get(name) is not None]
@@ -263,7 +263,7 @@ def _plot(axis: Axes, lines: list[dict], name: str, log: bool) -> None:
 
 
 def draw_sheet(store: EpisodeStore, path: Path, most_episodes: int = 6, moments: int = 5) -> None:
-    """Frames of some episodes: a row for each episode and camera, from its beginning to its end."""
+    """Draw frames of some episodes: a row for each episode and camera, from start to end."""
     episodes = np.unique(np.linspace(0, store.num_episodes - 1, most_episodes).astype(int))
     cameras, aspect = len(store.cameras), store.image_size[0] / store.image_size[1]
     figure, axes = grid(len(episodes) * cameras * moments, moments, (2, 2 * aspect + 0.1))
@@ -281,7 +281,7 @@ def draw_sheet(store: EpisodeStore, path: Path, most_episodes: int = 6, moments:
 
 
 def draw_histograms(store: EpisodeStore, path: Path) -> None:
-    """Distribution of every dimension of state and action, and of the episodes' lengths."""
+    """Draw the distribution of each dimension of state and action, and of the episodes' lengths."""
     drawn = [("episode length (steps)", np.diff(store.episode_starts), "0.4")]
     for color, what, names, values in (
         ("tab:blue", "state", store.state_names, store.state),

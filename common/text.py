@@ -1,4 +1,4 @@
-"""Frozen text encoders of `transformers`: sentences become vectors, once, before training."""
+"""Frozen text encoders from `transformers` that turn sentences into vectors once, before training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from common.errors import UserError
 from common.files import write_whole, writing_below
 from common.vision import brief, model_source, silence
 
-LONGEST = 256  # tokens of a sentence, if the encoder takes as many
+LONGEST = 256  # most tokens per sentence, if the encoder allows it
 
 
 def encode_once(store: EpisodeStore, name: str, tokens: Literal["pooled", "all"]) -> tuple[Tensor, tuple]:
-    """The (S, L, D) vectors of a store's instructions, and the encoder's identity.
+    """The vectors (S, L, D) of a store's instructions, and the encoder's identity.
 
-    They are kept beside the store, so that they are computed once.
+    They are kept next to the store, so they are computed only once.
     """
     from filelock import FileLock
     from safetensors.torch import load, save
@@ -38,21 +38,21 @@ def encode_once(store: EpisodeStore, name: str, tokens: Literal["pooled", "all"]
         if not file.exists():
             table = encoder(store.instructions, 0 if tokens == "pooled" else None)
             if not table.isfinite().all():
-                raise UserError(f"--task-encoder {name} gives numbers that are not finite: choose another.")
+                raise UserError(f"--task-encoder {name} returns numbers that are not finite: choose another.")
             if len(table.flatten(1).unique(dim=0)) < len(table):
-                say(f"warning: {name} gives the same vectors for some instructions: a policy confuses them")
+                say(f"warning: {name} returns the same vectors for some instructions: a policy confuses them")
             write_whole(file, save({"table": table}))
         return load(file.read_bytes())["table"], encoder.identity
 
 
 class TextEncoder:
-    """A frozen text encoder of `transformers`, loaded when it is first needed.
+    """A frozen text encoder from `transformers`, loaded when first needed.
 
-    A sentence as a whole is the pooled output of CLIP and SigLIP, which were trained on it, and the mean over
-    tokens of others.
+    The vector of a whole sentence is the pooled output of CLIP and SigLIP, which were trained on it, and the
+    mean over tokens for others.
 
     Attributes:
-        identity: what its output follows from.
+        identity: everything that determines its output.
     """
 
     def __init__(self, name: str):
@@ -65,15 +65,15 @@ class TextEncoder:
                 raise OSError("there is no such folder")
             self._config = AutoConfig.from_pretrained(self._source, **self._where)
         weights = sorted(Path(self._source).glob("*.safetensors"))
-        # A folder may move; a model of the hub has a commit.
+        # A folder may move; a hub model has a commit.
         commit = getattr(self._config, "_commit_hash", None)
         self.identity = tuple(map(hash_ends, weights)) or (name, commit)
 
     @torch.no_grad()
     def __call__(self, sentences: Sequence[str], tokens: int | None = 0) -> Tensor:
-        """(S, `tokens` + 1, D) float32 on the CPU; None takes as many tokens as the longest sentence has.
+        """(S, `tokens` + 1, D) float32 on the CPU; None: as many tokens as the longest sentence has.
 
-        Shorter sentences are filled up with the vector of the whole.
+        Shorter sentences are padded with the vector of the whole.
         """
         if self._network is None:
             self._load()
@@ -83,8 +83,8 @@ class TextEncoder:
         return torch.cat([_in_front(*part, tokens) for part in parts])
 
     def _encode(self, sentences: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors of tokens (B, L, D), which of them are real (B, L), and of the sentences (B, 1, D)."""
-        fixed = "siglip" in self._config.model_type  # trained on texts of one length, without a mask
+        """Token vectors (B, L, D), their mask (B, L), True if real, and sentence vectors (B, 1, D)."""
+        fixed = "siglip" in self._config.model_type  # trained on texts of fixed length, without a mask
         options = {
             "padding": "max_length" if fixed else True,
             "truncation": True,
@@ -110,7 +110,7 @@ class TextEncoder:
         auto = transformers.AutoModel
         if kind == "siglip_text_model":
             auto = transformers.SiglipTextModel
-        elif kind in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:  # of T5, the encoder alone
+        elif kind in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:  # T5: only its encoder
             auto = transformers.AutoModelForTextEncoding
         with _explained(self.name, self._far), silence():
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._source, **self._where)
@@ -131,7 +131,7 @@ class TextEncoder:
 
 @contextmanager
 def _explained(name: str, far: bool) -> Iterator[None]:
-    """Within, whatever keeps a text encoder from loading becomes a sentence."""
+    """In this block, any error in loading a text encoder becomes one sentence."""
     try:
         yield
     except Exception as error:  # transformers and its tokenizers raise dozens of classes
@@ -143,7 +143,7 @@ def _explained(name: str, far: bool) -> Iterator[None]:
 
 
 def _in_front(vectors: Tensor, seen: Tensor, whole: Tensor, tokens: int) -> Tensor:
-    """The real ones of (B, L, D) vectors first, `tokens` in all, each missing one the `whole`; then that."""
+    """Real vectors of (B, L, D) first, padded with the `whole` to `tokens`; then the `whole` once more."""
     order = (~seen).long().argsort(dim=1, stable=True)[:, :tokens]
     found = vectors.gather(1, order.unsqueeze(-1).expand(-1, -1, vectors.shape[2]))
     found = torch.where(seen.gather(1, order).unsqueeze(-1), found, whole)

@@ -1,8 +1,8 @@
-"""Messages between a robot and a policy server: msgpack with numpy arrays, as openpi's client writes them.
+"""Messages between a robot and a policy server: msgpack with numpy arrays, in the format of openpi's client.
 
 An array is the map {b"__ndarray__": true, b"data": bytes, b"dtype": "<f4", b"shape": [2, 3]}, a numpy number
 {b"__npgeneric__": true, b"data": 1.5, b"dtype": "<f4"}; the format is that of the package openpi-client
-0.1. Nothing that is read can run code: arrays hold plain numbers alone.
+0.1. Reading a message cannot run code: arrays hold plain numbers only.
 """
 
 import math
@@ -11,23 +11,23 @@ from typing import Any
 import msgpack
 import numpy as np
 
-NUMBERS = "biuf"  # kinds of dtypes that a message may hold
-MOST_VALUES = 100_000  # in the lists and maps of a message: each takes far more memory than its bytes
+NUMBERS = "biuf"  # allowed kinds of dtypes
+MOST_VALUES = 100_000  # in a message's lists and maps: each takes far more memory than its bytes
 TOO_MANY = f"the message has more than {MOST_VALUES:,} values: send arrays"
 
 
 def pack(message: Any) -> bytes:
-    """The bytes of a message; ValueError for an array of objects, records, text or complex numbers."""
+    """Encode a message as bytes; ValueError for an array of objects, records, text or complex numbers."""
     return msgpack.packb(message, default=_from_numpy)
 
 
 def unpack(data: bytes) -> Any:
-    """The message of some bytes.
+    """Decode a message.
 
     Its arrays are read-only views of the bytes.
 
     Raises:
-        ValueError: if they are no message; the sentence says why.
+        ValueError: if it is not a valid message; the sentence says why.
     """
     left = MOST_VALUES
 
@@ -48,7 +48,7 @@ def unpack(data: bytes) -> Any:
         )
     except WrongMessage:
         raise
-    # Garbage may look like anything: broken text, too deep, keys that cannot be, a date in the year 10^9.
+    # Garbage may look like anything: broken text, deep nesting, invalid keys, a date in the year 10^9.
     except Exception as error:
         if "exceeds max_" in str(error):
             raise WrongMessage(TOO_MANY) from None
@@ -57,7 +57,7 @@ def unpack(data: bytes) -> Any:
 
 
 class WrongMessage(ValueError):
-    """It is msgpack, and holds what it must not."""
+    """The message is msgpack, but holds something it must not."""
 
 
 def _from_numpy(value: Any) -> dict:
@@ -92,7 +92,7 @@ def _to_numpy(value: dict) -> Any:
 
 
 def _dtype(value: dict) -> np.dtype:
-    """The dtype of an array or number; anything but plain numbers is refused before numpy interprets it."""
+    """The dtype of an array or number; refuses anything but plain numbers before numpy interprets it."""
     name = value.get(b"dtype")
     plain = isinstance(name, str) and len(name) <= 4 and name.lstrip("<>|=")[:1] in tuple(NUMBERS)
     try:
@@ -100,5 +100,5 @@ def _dtype(value: dict) -> np.dtype:
     except (TypeError, ValueError):
         dtype = None
     if dtype is None or dtype.kind not in NUMBERS:
-        raise WrongMessage(f"an array's dtype is {str(name)[:30]!r}: it may hold plain numbers alone")
+        raise WrongMessage(f"an array's dtype is {str(name)[:30]!r}: it may hold only plain numbers")
     return dtype

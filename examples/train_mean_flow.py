@@ -1,12 +1,12 @@
 """MeanFlow over action chunks: one step without a latent and without a teacher.
 
-A fork of `train_naive_fm.py`. The network learns the average velocity u between two flow times t <= r, by
-which one step leads from x_t to x_r. It obeys u = v + (r - t) du/dt along the path, a derivative that
-forward-mode differentiation gives. With v = x_1 - x_0, and r = t in three of four draws,
+A fork of `train_naive_fm.py`. The network learns the average velocity u between two flow times t <= r, with
+which one step leads from x_t to x_r. It obeys u = v + (r - t) du/dt along the path; forward-mode
+differentiation computes the derivative. With v = x_1 - x_0, and r = t in three of four draws,
 
     L = mean (u(x_t, t, r, s) - sg(v + (r - t) du/dt))^2
 
-(Geng et al. 2025; their time runs the other way, and they weigh each sample by its error).
+(Geng et al. 2025; their time runs the other way, and they weight each sample by its error).
 
     accelerate launch examples/train_mean_flow.py --lr 2e-3
 """
@@ -92,7 +92,7 @@ class Policy(nn.Module):
         self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, tasks=spec.tasks)
         causal = config.attention == "causal"
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal, latent_dim=1)
-        # The derivative in t of an embedding with high frequencies would drown all else.
+        # In t, the derivative of an embedding with high frequencies would drown everything else.
         self.action_decoder.time = TimeEmbedding(config.d_model, max_frequency=10.0)
 
     def observe(self, images: Tensor, proprio: Tensor, task: Tensor | None = None) -> Context:

@@ -1,10 +1,10 @@
-"""Regression of action chunks: the baseline that a sceptic asks for.
+"""Regression of action chunks: the sceptic's baseline.
 
-A fork of `train_naive_fm.py` without noise. Asked at x_t = 0 and t = 0, the same network gives the chunk,
+A fork of `train_naive_fm.py` without noise. At x_t = 0 and t = 0, the same network predicts the chunk,
 
     L = mean (f(0, 0, s) - x_1)^2                over actions within the episode, their dimensions
 
-and so learns the mean of the chunks recorded after an observation, where flow matching draws one of them.
+and so learns the mean of the chunks recorded after an observation, while flow matching draws one of them.
 
     accelerate launch examples/train_regression.py --lr 2e-3
 """
@@ -135,7 +135,7 @@ def sample_actions(
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
         task: which instruction, see `InstructionEmbedder`.
-        steps, generator: of no use here.
+        steps, generator: unused.
 
     Returns:
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.

@@ -1,13 +1,13 @@
-"""Two-step regression of action chunks: what remains of flow matching without a distribution to learn.
+"""Two-step regression of action chunks: flow matching without a distribution to learn.
 
-A fork of `train_naive_fm.py`. The network gives the chunk itself, first from nothing, then from a noisy one.
+A fork of `train_naive_fm.py`. The network predicts the chunk, first from nothing, then from a noisy chunk.
 With tau = 0.9 and x_0 ~ N(0, 1),
 
     L = mean ((f(0, 0, s) - x_1) / tau)^2
         + mean ((f(x_1 + (1 - tau) x_0, tau, s) - x_1) / (1 - tau))^2
 
 (minimal iterative policy, Pan et al. 2025, arXiv 2512.01809, with the weights of their code). To act, the
-first answer goes in again: f(f(0, 0, s), tau, s). With `--sample-steps 1` the first one counts.
+first prediction is fed back: f(f(0, 0, s), tau, s). With `--sample-steps 1` the first one is used.
 
     accelerate launch examples/train_two_step.py --lr 2e-3
 """
@@ -119,7 +119,7 @@ def compute_loss(
     count: Tensor | None = None,
     x_0: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Squared errors of both steps over the actions within the episode, and its parts to log.
+    """Squared errors of both steps over the actions within the episode, and their parts to log.
 
     Args:
         train: augment images, drop instructions.
@@ -129,7 +129,7 @@ def compute_loss(
     images = vision.augment(batch.images, config.vision) if train else vision.to_float(batch.images)
     x_1 = normalizer.actions(batch.actions, batch.proprio)  # (B, T, A)
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
-    # Both steps of an observation are two draws for it: the encoder runs once.
+    # An observation's two steps count as two draws, so the encoder runs once.
     x_t = torch.stack([torch.zeros_like(x_1), x_1 + (1 - TAU) * x_0], dim=1).flatten(0, 1)  # (2 B, T, A)
     t = torch.tensor([0, TAU], device=x_1.device).repeat(len(x_1))
     scale = torch.tensor([TAU, 1 - TAU], device=x_1.device).repeat(len(x_1))[:, None, None]
@@ -162,7 +162,7 @@ def sample_actions(
         proprio: (B, K, P), normalized.
         task: which instruction, see `InstructionEmbedder`.
         steps: 1 or 2, instead of the configured number.
-        generator: of no use here.
+        generator: unused.
 
     Returns:
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.

@@ -322,7 +322,7 @@ def test_a_policy_without_prefixes_stops_and_says_so(capsys):
 def test_a_policy_that_is_slower_than_its_prefixes_is_said(capsys):
     ControlLoop(Line(seconds=0.15, max_delay=3), Arm(), rate=50).run(1.2)
     out = capsys.readouterr().out
-    assert "actions to come, and the policy was trained with --max-delay 3" in out
+    assert "actions to arrive, but the policy was trained with --max-delay 3" in out
     assert out.count("--max-delay 3") == 1
 
 
@@ -353,7 +353,7 @@ def test_a_server_that_is_gone_makes_the_robot_hold_until_it_is_back(capsys):
 def test_a_server_that_stays_away_ends_the_loop():
     arm, line = failing(Arm(), Line(), 2, ConnectionError("gone"))
     with pytest.raises(
-        UserError, match=r"No chunk came for 0\.8 s \(the policy failed \(ConnectionError: gone"
+        UserError, match=r"No chunk arrived for 0\.8 s \(the policy failed \(ConnectionError: gone"
     ):
         ControlLoop(line, arm, rate=50, patience=0.8).run(5)
     held = [x for x in arm.sent if x == arm.sent[-1]]
@@ -405,7 +405,7 @@ def test_an_observation_that_blocks_is_said_and_the_robot_holds(capsys):
         return observe()
 
     arm.observe = block
-    with pytest.raises(UserError, match=r"No chunk came for 1\.2 s \(robot.observe\(\) has not answered"):
+    with pytest.raises(UserError, match=r"No chunk arrived for 1\.2 s \(robot.observe\(\) has not answered"):
         ControlLoop(Line(), arm, rate=50, patience=1.2).run(10)
     release.set()
     assert "robot.observe() has not answered for 0." in capsys.readouterr().out
@@ -500,6 +500,6 @@ def test_a_watchdog_says_things_once(capsys):
     dog.check(0.7, "the policy")
     assert capsys.readouterr().out.count("the policy has not answered for 0.6 s") == 1
     dog.feed(1.0)
-    assert "a chunk came after 1.0 s" in capsys.readouterr().out
-    with pytest.raises(UserError, match="No chunk came for 5 s"):
+    assert "a chunk arrived after 1.0 s" in capsys.readouterr().out
+    with pytest.raises(UserError, match="No chunk arrived for 5 s"):
         dog.check(6.1, "the policy")

@@ -119,7 +119,7 @@ def test_the_network_is_frozen_and_shared_by_averages(tiny_depth):
 def test_random_weights_are_announced_and_follow_their_seed(tiny_depth, capsys):
     before = torch.get_rng_state()
     first, again, other = (backbone(depth_weights=w) for w in ("random", "random:0", "random:1"))
-    assert "mean nothing" in capsys.readouterr().out
+    assert "are meaningless" in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), before)
     images = torch.rand(1, 3, 32, 32)
     assert torch.equal(first(images), again(images))
@@ -219,8 +219,8 @@ def test_files_that_are_not_the_model_are_refused(snapshot, spoil, words):
         ({"depth_weights": "depth-anything/DA3-SMALL"}, "--depth-weights random"),
         ({"depth_weights": None}, "depth-anything/DA3-SMALL"),
         ({"depth_weights": "random:x"}, "write it as random:SEED"),
-        ({"depth_layers": (4,)}, "has the blocks 0 to 3"),
-        ({"depth_layers": (-1,)}, "has the blocks 0 to 3"),
+        ({"depth_layers": (4,)}, "has blocks 0 to 3"),
+        ({"depth_layers": (-1,)}, "has blocks 0 to 3"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_with_a_way_out(tiny_depth, options, words):

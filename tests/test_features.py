@@ -151,7 +151,7 @@ def test_verify_finds_damaged_features_and_prune_deletes_them(store):
     content = bytearray(file.read_bytes())
     content[11] ^= 1
     file.write_bytes(content)
-    assert damages(store.path) == [f"1 rows of {file.parent.name} have another checksum than was written"]
+    assert damages(store.path) == [f"1 rows of {file.parent.name} differ from their checksums"]
     delete(store.path)
     assert not store.path.exists()
 

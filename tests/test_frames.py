@@ -61,7 +61,7 @@ def test_a_video_that_is_to_be_turned_is_refused(tmp_path):
     place = whole.index(upright, whole.index(b"tkhd"))
     for matrix in ([0, 65536, 0, -65536, 0, 0, 32 << 16, 0, 2**30], [-65536, 0, 0, 0, 65536, 0, 0, 0, 2**30]):
         path.write_bytes(whole[:place] + np.array(matrix, ">i4").tobytes() + whole[place + 36 :])
-        with pytest.raises(FrameError, match="turned or mirrored"):
+        with pytest.raises(FrameError, match="rotated or mirrored"):
             next(video_frames(path, np.array([0.0]), 0.005, (32, 48), (32, 48)))
 
 

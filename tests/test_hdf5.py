@@ -154,7 +154,7 @@ def test_grey_and_transparent_frames(tmp_path, open_, capsys):
     assert store.cameras == ("high",)
     assert (store.images(np.arange(4)).numpy()[:, 0] == pixels.transpose(0, 3, 1, 2)).all()
     out = capsys.readouterr().out
-    assert "cam_high, 32x48, uint8, its fourth channel not used" in out
+    assert "cam_high, 32x48, uint8, fourth channel not used" in out
     assert "observations/images/cam_grey (grey): no 8-bit colour image" in out
     for names in ({"cameras": ("grey", "high")}, {"camera_keys": ("observations/images/cam_grey", HIGH)}):
         store = open_(tmp_path / "d", **names)
@@ -243,7 +243,7 @@ def test_any_layout_can_be_given_by_keys(tmp_path, open_, refused):
 
 def test_the_frame_rate(tmp_path, open_, refused):
     root = make_hdf5(tmp_path / "d", (4, 3), fps=None)
-    refused(root, "does not say how many control steps a second it has: give --fps")
+    refused(root, "does not state its control rate: give --fps")
     assert open_(root, fps=7.5).fps == 7.5
     with h5py.File(root / "day_0/episode_0.hdf5", "a") as file:
         file.attrs["control_freq"] = np.int64(20)
@@ -276,10 +276,11 @@ def test_times_that_contradict_the_rate_are_refused_unless_it_is_given(tmp_path,
     root = make_hdf5(tmp_path / "d", (4, 4), fps=50.0)
     write_times(root, np.arange(4) * 0.1, np.arange(4) * 0.02)
     refused(
-        root, r"Episode 0 .* has 10 steps a second by its timestamps, and its files say 50 \(--fps decides"
+        root,
+        r"Episode 0 .* has 10 steps a second by its timestamps, but its files say 50 \(set --fps",
     )
     assert open_(root, fps=10.0).timestamps.tolist() == pytest.approx([0, 0.1, 0.2, 0.3] * 2)
-    assert "--fps 10 overrules 50 Hz in the files" in capsys.readouterr().out
+    assert "--fps 10 overrides 50 Hz in the files" in capsys.readouterr().out
 
 
 def test_steps_that_were_never_written_are_no_zeros(tmp_path, open_, refused):
@@ -314,7 +315,7 @@ def test_tasks_are_said_and_chosen(tmp_path, open_, refused, capsys):
         file.attrs["task"] = np.bytes_("close\n it")
     store = open_(root)
     assert store.episode_tasks == ("open it", "close it", None)
-    assert '2 tasks ("open it", "close it"); --task chooses some' in capsys.readouterr().out
+    assert '2 tasks ("open it", "close it"); choose some with --task' in capsys.readouterr().out
     chosen = open_(root, task=("close it",))
     assert chosen.episode_indices.tolist() == [1]
     assert chosen.task == "close it"
@@ -345,15 +346,15 @@ def test_a_compression_that_is_not_there_is_named(tmp_path, refused):
 def test_pointers_of_git_lfs_are_named(tmp_path, refused):
     root = make_hdf5(tmp_path / "d", (4, 3))
     (root / "day_0/episode_0.hdf5").write_text("version https://git-lfs.github.com/spec/v1\nsize 146946961\n")
-    refused(root, r"episode_0.hdf5 is a pointer of git-lfs, not the file itself \(`git lfs pull`")
+    refused(root, r"episode_0.hdf5 is a git-lfs pointer, not the file itself \(`git lfs pull`")
 
 
 def test_encoded_images_may_have_been_written_as_bgr(tmp_path, open_, capsys):
     root = make_hdf5(tmp_path / "d", (4, 3), images="padded")
     open_(root)
-    assert "if red is blue in the pictures of inspect, give --color-order bgr" in capsys.readouterr().out
+    assert "if inspect shows red and blue swapped, give --color-order bgr" in capsys.readouterr().out
     open_(root, color_order="bgr")
-    assert "red is blue" not in capsys.readouterr().out
+    assert "red and blue" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32, ">f4"])
@@ -520,7 +521,7 @@ BAD = {
     "nan": (lambda p: set_value(p, "action", np.nan), "has nan in action, dimension joint_1, at step 3"),
     "too large": (lambda p: set_value(p, "action", 1e300), "has inf in action, dimension joint_1, at step 3"),
     "objects": (to_objects, "holds object instead of numbers in action"),
-    "external link": (lambda p: link(p, "action", LINK), "a link to another file at action"),
+    "external link": (lambda p: link(p, "action", LINK), "links to another file at action"),
     "soft link": (lambda p: link(p, "action", h5py.SoftLink(QPOS)), "has no action"),
     "external storage": (external, "keeps action in another file"),
     "virtual": (virtual, "keeps action in another file"),
@@ -575,7 +576,7 @@ def test_files_outside_the_folder_are_not_read(tmp_path, open_, refused):
     root = make_hdf5(tmp_path / "d", (12,))
     secret = make_hdf5(tmp_path / "secret", (5,))
     (root / "link.hdf5").symlink_to(secret / "day_0/episode_0.hdf5")
-    refused(root, "leads out of")
+    refused(root, "links to a file outside")
     (root / "link.hdf5").unlink()
     (root / "folder").symlink_to(secret)  # not followed
     (root / "inside.hdf5").symlink_to(root / "day_0/episode_0.hdf5")
@@ -584,7 +585,7 @@ def test_files_outside_the_folder_are_not_read(tmp_path, open_, refused):
 
 def test_folders_without_demonstrations(tmp_path, refused):
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", r"no meta/info.json, .* and no \*.hdf5 or \*.h5 file")
+    refused(tmp_path / "empty", r"neither LeRobot's meta/info.json nor any \*.hdf5 or \*.h5 file")
     (tmp_path / "none").mkdir()
     h5py.File(tmp_path / "none/a.h5", "w").close()
     refused(tmp_path / "none", "has no usable episode: a.h5 holds no datasets")

@@ -108,7 +108,7 @@ def test_a_damaged_store_is_found_and_rebuilt(tmp_path, root, run, capsys, stora
         store.frame_files[0],
         at=store.frames[0].spans(store.places(np.array([46])))[0, 1] - 100,
     )
-    with pytest.raises(UserError, match=r"is damaged: episode 3 has another checksum .* --rebuild"):
+    with pytest.raises(UserError, match=r"is damaged: episode 3 differs from its checksum.* --rebuild"):
         run("verify", *flags)
     run("verify", *flags, "--rebuild")
     assert "rebuilding: episode 3" in capsys.readouterr().out

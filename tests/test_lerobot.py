@@ -151,7 +151,7 @@ def test_uneven_timestamps_are_kept_beside_images_and_refused_beside_videos(tmp_
     shutil.rmtree(tmp_path / "cache")
     root = make_dataset(tmp_path / "e", (12, 9))
     edit_column(root / DATA, "timestamp", late)
-    refused(root, r"^Episode 0 has timestamp 0\.14 s and frame_index 1 at step 1.*unusable, too: 1")
+    refused(root, r"^Episode 0 has timestamp 0\.14 s and frame_index 1 at step 1.*also unusable: 1")
 
 
 @pytest.mark.parametrize("names", ["flat", "nested", "dict", "index"])
@@ -234,7 +234,7 @@ def test_a_task_is_chosen(tmp_path, open_, refused, capsys):
     refused(root, r'no task "unfolds" \(did you mean unfold\?\)', task=("fold", "unfolds"))
     whole = open_(root)
     assert whole.episode_tasks == ("fold", "unfold", "fold", "unfold")
-    assert '2 tasks ("fold", "unfold"); --task chooses some' in capsys.readouterr().out
+    assert '2 tasks ("fold", "unfold"); choose some with --task' in capsys.readouterr().out
     store = open_(root, task=("unfold",))
     assert store.episode_indices.tolist() == [1, 3]
     assert store.task == "unfold"
@@ -276,7 +276,7 @@ def test_missing_datasets_are_not_downloaded(tmp_path, refused, monkeypatch):
     (tmp_path / "file").touch()
     refused(tmp_path / "file", "is a file")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no meta/info.json")
+    refused(tmp_path / "empty", "neither LeRobot's meta/info.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
     assert list((tmp_path / "empty").iterdir()) == []
 
@@ -415,7 +415,7 @@ def flip(path, start, count=400):
         (lambda path: flip(path, 0.3), "cannot be decoded"),
         (
             lambda path: write_video(path, [draw(i, 0, (32, 48)) for i in range(15)]),
-            "has 15 frames and its episodes have 21",
+            "has 15 frames but its episodes have 21",
         ),
         (lambda path: write_video(path, [draw(i, 0, (48, 64)) for i in range(21)]), "48x64 instead of 32x48"),
     ],
@@ -451,10 +451,10 @@ def test_numbers_that_are_none_name_episode_dimension_and_step(tmp_path, refused
 def test_vectors_of_another_length(tmp_path, refused, open_):
     root = make_dataset(tmp_path / "d", (12, 9, 15))
     edit_column(root / DATA, STATE, lambda rows: rows[3].append(1.0))
-    refused(root, r"^Episode 0 has 4 numbers in observation.state at step 3, and info.json says 3")
+    refused(root, r"^Episode 0 has 4 numbers in observation.state at step 3, but info.json says 3")
     check_aligned(open_(root, skip_bad_episodes=True))
     change_info(root, lambda info: info["features"][STATE].update(shape=[5]))
-    refused_all = "Episode 0 has 3 numbers in observation.state at step 0, and info.json says 5"
+    refused_all = "Episode 0 has 3 numbers in observation.state at step 0, but info.json says 5"
     with pytest.raises(UserError, match=refused_all):
         open_(root)
 
@@ -483,7 +483,7 @@ def test_an_episode_that_is_too_short(tmp_path, refused, open_, length):
 @pytest.mark.parametrize(
     ("file", "column", "edit", "pattern"),
     [
-        (EPISODES, "length", lambda rows: [12, 8, 15], "Episode 1 has 9 steps in the data files and 8"),
+        (EPISODES, "length", lambda rows: [12, 8, 15], "Episode 1 has 9 steps in the data files but 8"),
         (DATA, "frame_index", lambda rows: [0, 2, 1, *rows[3:]], "Episode 0 has its steps out of order"),
         (
             DATA,
@@ -576,7 +576,7 @@ def test_nested_shapes_are_flattened(tmp_path, open_):
 
 
 def test_an_unguarded_program_is_told_so_instead_of_hanging(tmp_path):
-    """Decoding processes import the program anew: one that opens a dataset right then would wait for ever."""
+    """Decoding processes import the program anew: one that opens a dataset right then would wait forever."""
     make_dataset(tmp_path / "data", (6, 6), video=False)
     program = tmp_path / "program.py"
     folders = f"({str(tmp_path / 'data')!r},), cache_dir={str(tmp_path / 'cache')!r}"
@@ -593,7 +593,7 @@ def test_an_unguarded_program_is_told_so_instead_of_hanging(tmp_path):
         timeout=90,
     )
     assert done.returncode != 0
-    assert "must do so below `if __name__" in done.stderr
+    assert "must do so under `if __name__" in done.stderr
 
 
 # Videos whose times contradict each other: lengths 12, 9, 15 and 6, all in one file
@@ -643,7 +643,7 @@ def test_times_that_contradict_name_every_episode_concerned(tmp_path, open_, ref
     assert named(root) >= expected
     message = refused(root, rf"^Episode {min(expected)}\b")
     others = sorted(expected)[1:]
-    assert not others or f"unusable, too: {', '.join(map(str, others))})" in message
+    assert not others or f"also unusable: {', '.join(map(str, others))})" in message
     if len(expected) < 4:
         store = open_(root, skip_bad_episodes=True)
         assert set(store.episode_indices.tolist()) == {0, 1, 2, 3} - expected
@@ -676,7 +676,7 @@ def test_a_video_of_another_rate(tmp_path, refused):
     root = make_dataset(tmp_path / "d", (12, 9, 15), episodes_per_file=2)
     write_video(root / VIDEO, [draw(i, 0, (32, 48)) for i in range(21)], ticks=range(0, 21 * 500, 500))
     assert named(root) == {0, 1}
-    refused(root, r"^Episode 0: .* has 20 frames a second, and info.json says 10 \(unusable, too: 1\)")
+    refused(root, r"^Episode 0: .* has 20 frames a second, but info.json says 10 \(also unusable: 1\)")
     root = make_dataset(tmp_path / "e", (12, 9, 15), changes={"fps": 20})
     assert named(root) == {0, 1, 2}
 
@@ -685,7 +685,7 @@ def test_a_video_with_a_frame_too_many(tmp_path, refused):
     root = make_dataset(tmp_path / "d", (12, 9, 15), episodes_per_file=2)
     write_video(root / VIDEO, [draw(i, 0, (32, 48)) for i in [0, 1, 2, *range(2, 21)]])
     assert named(root) == {0, 1}
-    refused(root, "^Episode 0 cannot be told from the others: .* has 22 frames and its episodes have 21")
+    refused(root, "^Episode 0 cannot be told from the others: .* has 22 frames but its episodes have 21")
 
 
 def test_a_frame_that_was_lost_costs_its_episode(tmp_path, open_):
@@ -710,7 +710,7 @@ def test_a_clock_that_begins_later_is_followed_where_the_times_say_so(tmp_path, 
 def test_timestamps_of_another_clock(tmp_path, refused, first):
     root = make_dataset(tmp_path / "d", (12, 9))
     edit_column(root / DATA, "timestamp", lambda times: [time + first for time in times])
-    refused(root, r"^Episode 0 has timestamp .* at step 0, and a video of 10 Hz has neither")
+    refused(root, r"^Episode 0 has timestamp .* at step 0, which do not fit a video of 10 Hz")
 
 
 def test_frame_indices_that_begin_later(tmp_path, refused):
@@ -722,7 +722,7 @@ def test_frame_indices_that_begin_later(tmp_path, refused):
 
 def test_image_timestamps_of_another_rate(tmp_path, refused):
     root = make_dataset(tmp_path / "d", (12, 9), video=False, changes={"fps": 30})
-    refused(root, r"^Episode 0 has 10 steps a second by its timestamps, and info.json says 30")
+    refused(root, r"^Episode 0 has 10 steps a second by its timestamps, but info.json says 30")
 
 
 def test_episodes_keep_their_numbers_when_one_is_gone(tmp_path, open_, capsys):
@@ -922,7 +922,7 @@ def test_a_depth_video_without_a_flag_is_no_camera(tmp_path, open_, capsys):
         file.with_suffix(suffix).rename(file)
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         assert open_(root).cameras == ("high",)
-        assert f"not used        {LEFT}: video (its pictures are {name}, which is no colour)" in (
+        assert f"not used        {LEFT}: video (its pictures are {name}, which is not colour)" in (
             capsys.readouterr().out
         )
 
@@ -1044,7 +1044,7 @@ def test_an_old_format_says_every_step_with_quoted_paths(tmp_path, refused):
     change_info(root, lambda info: info.update(codebase_version="v2.1"))
     assert "v20_to_v21" not in refused(root, f"--root='{root}' --push-to-hub=false")
     change_info(root, lambda info: info.update(codebase_version="v1.6"))
-    refused(root, "v1.6, and v3 is needed")
+    refused(root, "v1.6, but v3 is needed")
 
 
 @pytest.mark.parametrize("variable", ["HF_LEROBOT_HOME", "HF_HOME"])
@@ -1076,7 +1076,7 @@ def test_labels_of_episodes_that_contradict_the_places_of_their_rows(tmp_path, r
     swapped = {0: 2, 1: 1, 2: 0}
     edit_column(root / DATA, "episode_index", lambda rows: [swapped[row] for row in rows])
     assert named(root) == {0, 2}
-    refused(root, r"^Episode 0 has rows whose index contradicts .* \(unusable, too: 2\)")
+    refused(root, r"^Episode 0 has rows whose index contradicts .* \(also unusable: 2\)")
     edit_column(root / DATA, "episode_index", lambda rows: [swapped[row] for row in rows])
     edit_column(
         root / DATA, "index", lambda rows: [*range(9), *range(7), *range(9)]
@@ -1101,7 +1101,7 @@ def test_pointers_of_git_lfs_are_named(tmp_path, part):
     root = make_dataset(tmp_path / "d")
     file = next(path for path in sorted((root / part).rglob("file-000.*")) if path.is_file())
     file.write_text("version https://git-lfs.github.com/spec/v1\nsize 146946961\n")
-    with pytest.raises(UserError, match=r"is a pointer of git-lfs, not the file itself \(`git lfs pull`"):
+    with pytest.raises(UserError, match=r"is a git-lfs pointer, not the file itself \(`git lfs pull`"):
         open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
 
 

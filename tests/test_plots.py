@@ -91,7 +91,7 @@ def test_a_full_disk_costs_the_picture_and_leaves_the_one_before(tmp_path, monke
     (tmp_path / "a.png").write_bytes(b"before")
     monkeypatch.setattr(plots, "write_whole", full)
     draw_latents(tmp_path / "a.png", torch.eye(3), {"code": torch.arange(3)})
-    assert "a.png is not drawn (No space left on device)" in capsys.readouterr().out
+    assert "a.png was not drawn (No space left on device)" in capsys.readouterr().out
     assert (tmp_path / "a.png").read_bytes() == b"before"
     write_gif(tmp_path / "a.gif", np.zeros((2, 8, 8, 3), np.uint8), fps=10)
     assert "a.gif is not drawn (No space left on device)" in capsys.readouterr().out

@@ -434,7 +434,7 @@ def without(word):
     ("damage", "words"),
     [
         (lambda folder: edit(folder, version=2), "in version 2 of the format, and this is version 1"),
-        (lambda folder: edit(folder, run={"script": "train_vfp.py"}), "has no config, spec, step of its run"),
+        (lambda folder: edit(folder, run={"script": "train_vfp.py"}), "lacks config, spec, step of its run"),
         (lambda folder: edit_tensors(folder, without("action_in")), "do not fit their network"),
         (lambda folder: edit_tensors(folder, without("statistics.action")), "lacks the statistics 'action."),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 20), "cannot be read"),

@@ -85,7 +85,7 @@ def test_robomimic(tmp_path, open_, capsys):
 
 def test_robomimic_without_cameras(tmp_path, open_):
     producers.robomimic(tmp_path / "low_dim.hdf5", (6, 5), cameras=False)
-    with pytest.raises(UserError, match=r"low_dim.hdf5 has no colour camera, and a policy here needs one: "):
+    with pytest.raises(UserError, match=r"low_dim.hdf5 has no colour camera, but a policy needs one: "):
         open_(tmp_path / "low_dim.hdf5")
 
 
@@ -105,7 +105,7 @@ def test_libero_with_a_file_for_every_task(tmp_path, open_, capsys):
     producers.libero(tmp_path / "d/turn_on_the_stove_demo.hdf5", (6, 5))
     first = open_(tmp_path / "d")
     assert "LIBERO layout" in (said := capsys.readouterr().out)
-    assert "stores what is seen after an action beside it: then, --action-offset 1" in said
+    assert "stores what is seen after an action with it: if so, --action-offset 1" in said
     check(first, range(11), ("agentview", "eye_in_hand"), (8, 7))
     assert first.episode_indices.tolist() == [0, 1]  # demo_0 and demo_1
     capsys.readouterr()

@@ -360,7 +360,7 @@ def test_success_can_be_read_from_the_reward():
 def test_actions_for_another_robot_are_refused():
     environment = gym()
     environment.reset(0, 0)
-    with pytest.raises(UserError, match=r"takes actions of shape \(2,\), and the policy gives \(7,\)"):
+    with pytest.raises(UserError, match=r"takes actions of shape \(2,\), but the policy gives \(7,\)"):
         environment.step(np.zeros(7, np.float32))
 
 
@@ -384,8 +384,8 @@ def test_environments_that_do_not_exist(env, sentence, tmp_path, monkeypatch):
     ("entry", "sentence"),
     [
         ("head", "--env-map head: write NAME=KEY"),
-        ("head=cam_top", "--env-map cam_top: demo has no such camera, it has cam_head, cam_left, cam_right"),
-        ("state=hands", "--env-map state: the state of demo is what it is"),
+        ("head=cam_top", "--env-map cam_top: demo has no such camera; it has cam_head, cam_left, cam_right"),
+        ("state=hands", "--env-map state: the state of demo is fixed"),
     ],
 )
 def test_cameras_of_a_simulator_are_renamed_or_refused(entry, sentence):

@@ -119,7 +119,7 @@ def test_dimensions_are_found_by_name_and_others_left_alone():
         unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
         np.testing.assert_allclose(np.abs((unit * back[:, start : start + 4]).sum(-1)), 1, atol=1e-6)
     assert Rotations.find(names, "quaternion", "left").starts == (1,)
-    with pytest.raises(UserError, match="are 5 dimensions, and a rotation has 4"):
+    with pytest.raises(UserError, match="are 5 dimensions, but a rotation has 4"):
         Rotations.find((*names[:5], "quat_valid"), "quaternion", None)
 
 

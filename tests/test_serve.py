@@ -179,7 +179,7 @@ WRONG = {
     "a ragged state": (changed(state=[[1, 2], [3]]), "the state is an array of numbers"),
     "no state": ({"images": observation()["images"]}, "an observation holds images"),
     "nothing": ({}, "got nothing"),
-    "a list": ([1, 2], "a request is a map of names to values, and not a list"),
+    "a list": ([1, 2], "a request is a map of names to values, not a list"),
     "text": ("hello", "a request is a binary message"),
     "reset by a number": ({"reset": 1}, "reset is true or false"),
     "a task of bytes": (changed(task=b"fold"), "a task is a text"),

@@ -86,7 +86,7 @@ def test_recordings_are_a_function_of_the_seed_and_can_be_opened(tmp_path):
     assert stores[0].cameras == ("corner2", "gripper")
     assert stores[0].state_names == ("x", "y", "z", "gripper")
     assert stores[0].task == "push"
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         record.main(config)
 
 

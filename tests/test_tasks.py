@@ -95,18 +95,18 @@ def test_the_parts_of_an_episode_are_held_out_together(changing, open_):
 
 def test_steps_whose_task_nobody_knows(changing, open_):
     (changing / "meta/tasks.parquet").unlink()
-    with pytest.raises(UserError, match=r"^Episode 1 has 2 tasks, and neither task_index nor meta/tasks"):
+    with pytest.raises(UserError, match=r"^Episode 1 has 2 tasks, but neither task_index nor meta/tasks"):
         open_(changing)
     assert open_(changing, skip_bad_episodes=True).episode_tasks == ("pick", "place")
 
 
 def test_a_task_index_beyond_the_table(changing, open_):
     edit_column(changing / DATA, "task_index", lambda rows: rows[:13] + [7] * 6)
-    message = "^Episode 2 has task_index 7 at step 0, and meta/tasks.parquet lists 2 tasks"
+    message = "^Episode 2 has task_index 7 at step 0, but meta/tasks.parquet lists 2 tasks"
     with pytest.raises(UserError, match=message):
         open_(changing)
     edit_column(changing / DATA, "task_index", lambda rows: rows[:13] + [0] * 6)
-    with pytest.raises(UserError, match=r'^Episode 2 is of the task "pick" at step 0, and meta/episodes'):
+    with pytest.raises(UserError, match=r'^Episode 2 has the task "pick" at step 0, but meta/episodes'):
         open_(changing)
 
 
@@ -155,7 +155,7 @@ def test_datasets_without_instructions_go_by_their_names(tmp_path, open_, capsys
     store = open_(*roots)
     assert store.instructions == ("a cups", "b cups", "fold towel")
     assert store.episode_tasks == ("fold towel",) * 2 + ("a cups",) * 2 + ("b cups",) * 2
-    assert f'{roots[0]} states no instruction: it goes by its name, "fold towel"' in capsys.readouterr().out
+    assert f'{roots[0]} states no instruction: its name is used, "fold towel"' in capsys.readouterr().out
     with h5py.File(roots[0] / "day_0/episode_0.hdf5", "a") as file:
         file.attrs["task"] = "fold it"
     assert open_(*roots[:2]).episode_tasks == ("fold it", None, "cups", "cups")

@@ -1,4 +1,4 @@
-"""Cameras of a dataset: their names, which of them to use, and the size of what is stored."""
+"""Cameras of a dataset: their names, which to use, and the size of the stored frames."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from common.data.source import Camera
 from common.errors import UserError
 
 USUAL_CAMERAS = ("head", "left", "right")
-PIXELS = ("rgb", "color", "colour", "image", "images", "data")  # what `<camera>/rgb` and its like end in
+PIXELS = ("rgb", "color", "colour", "image", "images", "data")  # last parts of keys such as `<camera>/rgb`
 
 
 def distinct[T: Hashable](candidates: Sequence[Sequence[T]], taken: Collection[T] = ()) -> list[T]:
-    """A name for each thing: the first of its candidates that nobody else has, nor is `taken`.
+    """A name for each thing: the first of its candidates that is unique and not `taken`.
 
-    All who share a name move on to their next one, so that no order decides. Raises a UserError at the end.
+    All that share a name move on to their next one, so order does not matter. Raises a UserError if none is
+    left.
     """
     place = [0] * len(candidates)
     while True:
@@ -56,18 +57,18 @@ def _full_name(key: str) -> str:
 
 
 def known_name(key: str, known: Collection[str]) -> str:
-    """What a camera is called among the `known` names, given its key, or a short or full name."""
+    """A camera's name among the `known` ones, from its key, short name or full name."""
     return next((name for name in (key, _full_name(key)) if name in known), short_name(key))
 
 
 def named_cameras(
     sizes: Mapping[str, Sequence[int]], plain: Collection[str], earlier: Sequence[Camera] = ()
 ) -> list[Camera]:
-    """Cameras from (H, W) by key, each with a name of its own, which differs from others not in case alone.
+    """Cameras from (H, W) by key, each with a unique name, also if case is ignored.
 
     Args:
-        plain: keys that may have their short names; others are known by their full ones.
-        earlier: cameras whose names are taken.
+        plain: keys that may get short names; others get their full ones.
+        earlier: cameras whose names are already taken.
     """
     candidates = []
     for key in sizes:
@@ -88,10 +89,10 @@ def named_cameras(
 def select_cameras(
     cameras: Sequence[Camera], wanted: Sequence[str], source: str, others: Sequence[Camera] = ()
 ) -> tuple[Camera, ...]:
-    """The chosen cameras in their order; by default head, left, right, or else all, and said so.
+    """The chosen cameras in order; by default head, left, right, or else all; prints which.
 
     Args:
-        others: cameras that are used only if they are asked for.
+        others: cameras that are used only if named.
     """
     there = ", ".join(camera.short for camera in cameras) or "none"
     if wanted:
@@ -110,7 +111,7 @@ def select_cameras(
 
 
 def find_camera(name: str, cameras: Sequence[Camera], others: Sequence[Camera], source: str) -> Camera:
-    """The one camera of that full or short name."""
+    """The camera with that full or short name."""
     everywhere = [*cameras, *others]
     found = [camera for camera in everywhere if name == camera.key]
     found = found or [camera for camera in everywhere if name == camera.short]
@@ -138,6 +139,6 @@ def target_size(cameras: Sequence[Camera], image_size: Sequence[int]) -> tuple[i
 
 
 def closest(wanted: str, present: Iterable[str]) -> str:
-    """A suggestion for a name that does not exist, or nothing."""
+    """A suggestion in place of a name that does not exist, or an empty text."""
     match = difflib.get_close_matches(wanted, list(present), n=1)
     return f" (did you mean {match[0]}?)" if match else ""

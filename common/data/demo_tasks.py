@@ -1,8 +1,8 @@
-"""The built-in task with sixteen instructions: four coloured targets for each hand; a sentence says which.
+"""The built-in task with sixteen instructions: a sentence picks one of four coloured targets for each hand.
 
 Table, arms, obstacles and cameras are those of `common/data/demo.py`. The four targets of a side lie next to
-each other in an order that changes from episode to episode. An episode is over as soon as each hand is on a
-target, whichever: a policy has one answer. Without the instruction it is right in one of sixteen.
+each other, in a different order in each episode. An episode ends as soon as each hand is on any target, so a
+policy has one attempt. Without the instruction it is right once in sixteen.
 """
 
 from pathlib import Path
@@ -14,16 +14,16 @@ from common.data.demo import OBSTACLES, SUCCESS_DISTANCE, TARGET_Y, TARGET_Y_SPR
 
 COLORS = {"red": (214, 48, 49), "blue": (39, 86, 205), "green": (34, 120, 48), "white": (250, 250, 250)}
 TASKS = tuple(f"left to {left}, right to {right}" for left in COLORS for right in COLORS)
-SLOTS = np.array([-0.3, -0.1, 0.1, 0.3])  # of the targets beside each other, within TARGET_X_SPREAD
-APPROACH_Y = 0.5  # the demonstrator comes from straight below, lest it touches another target
-NUM_DEMONSTRATIONS = 1600  # 100 for each instruction
+SLOTS = np.array([-0.3, -0.1, 0.1, 0.3])  # of the targets, side by side, within TARGET_X_SPREAD
+APPROACH_Y = 0.5  # the demonstrator approaches from straight below, so as not to touch another target
+NUM_DEMONSTRATIONS = 1600  # 100 per instruction
 
 
 class TasksSimulator(Simulator):
-    """Many independent copies of the task; of episode i the instruction is TASKS[i % 16].
+    """Many independent copies of the task; episode i has the instruction TASKS[i % 16].
 
     Attributes:
-        wrong: (E,), both hands came to a target, and one of them was another than asked for.
+        wrong: (E,), both hands reached a target, but at least one was not the one asked for.
     """
 
     colors = (*COLORS.values(), *COLORS.values())  # of the left hand's, then of the right hand's

@@ -1,11 +1,11 @@
-"""Frames out of video files, encoded images and arrays, resized, as (3, H, W) uint8.
+"""Frames from video files, encoded images and arrays, resized, as (3, H, W) uint8.
 
-Reducing averages over areas, so that fine texture does not alias; enlarging is bicubic. Video is converted to
-RGB and resized in one pass of swscale; its colour matrix and range are the stream's own where it states them.
+Shrinking averages over areas, so that fine texture does not alias; enlarging is bicubic. Video is converted
+to RGB and resized in one pass of swscale; it uses the stream's colour matrix and range if stated.
 
 Only colour is read: RGB or a palette, images of 8 bits a channel (16-bit RGB PNGs are rounded down), video of
-any depth. Transparency is dropped: the colours are those recorded. A photo's EXIF orientation is applied.
-Everything else (one channel, as depth has it, CMYK, floats, a turned video) is a FrameError.
+any depth. Transparency is dropped; colours stay as recorded. A photo's EXIF orientation is applied.
+Everything else (one channel, such as depth, CMYK, floats, a rotated video) is a FrameError.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     import av
     from av.video.reformatter import VideoReformatter
 
-BT601 = 5  # swscale's default matrix, and what an unmarked stream is taken for
+BT601 = 5  # swscale's default matrix, assumed for an unmarked stream
 UNMARKED = (0, 2, BT601, 6)  # RGB, unspecified, and the two names of BT.601
 FULL_RANGE = 2
-CHANNELS = (1, 3, 4)  # of an image: grey, RGB, RGB and transparency
-IMAGE_MODES = ("RGB", "RGBA", "P")  # Pillow's names of what is read
+CHANNELS = (1, 3, 4)  # of an image: grey, RGB, RGB with transparency
+IMAGE_MODES = ("RGB", "RGBA", "P")  # Pillow's names of the modes that can be read
 GREY = {"1": "1-bit", "L": "8-bit grey", "LA": "8-bit grey", "I": "32-bit grey", "F": "32-bit float grey"}
-UPRIGHT = (65536, 0, 0, 0, 65536, 0, 0, 0, 2**30)  # display matrix of a video that is not turned
+UPRIGHT = (65536, 0, 0, 0, 65536, 0, 0, 0, 2**30)  # display matrix of a video that is not rotated
 
 
 class FrameError(Exception):
-    """Frames cannot be had; the message, a clause, says why and leaves the file's name to the caller."""
+    """Frames cannot be read; the message, a clause, says why and leaves the file's name to the caller."""
 
 
 class NoColor(FrameError):
-    """Frames are there, but they are no colour pictures."""
+    """Frames exist, but are not colour pictures."""
 
 
 def video_frames(
@@ -83,7 +83,10 @@ def video_frames(
 
 
 def video_times(path: Path) -> np.ndarray:
-    """When each frame of a video is shown, (N,) ascending, in s, without decoding; raises FrameError."""
+    """Presentation time of each frame of a video, (N,) ascending, in s; raises FrameError.
+
+    Nothing is decoded.
+    """
     with _opened(path) as (container, stream):
         shown = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
         if None in shown:
@@ -97,18 +100,18 @@ def video_size(path: Path) -> tuple[int, int]:
         for frame in container.decode(stream):
             _refuse_colorless(frame)
             return frame.height, frame.width
-    raise FrameError("there is no frame in it")
+    raise FrameError("it has no frames")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """A video file and its first video stream, decoded by one thread; within, errors are FrameErrors."""
+    """Open a video file and its first video stream, for one thread; errors inside become FrameErrors."""
     import av
 
     try:
         with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
-                raise FrameError("there is no video in it")
+                raise FrameError("it has no video")
             stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise FrameError("its codec is unknown")
@@ -121,19 +124,19 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
 
 
 def _refuse_colorless(frame: av.VideoFrame) -> None:
-    """Raise NoColor for a frame of fewer than three channels, a FrameError for one to be shown turned."""
+    """Raise NoColor for a frame with fewer than three channels, a FrameError for a rotated one."""
     kind = frame.format
     if len(kind.components) < 3 and not kind.has_palette:
-        raise NoColor(f"its pictures are {kind.name}, which is no colour")
+        raise NoColor(f"its pictures are {kind.name}, which is not colour")
     for extra in frame.side_data:
         if extra.type.name == "DISPLAYMATRIX" and tuple(np.frombuffer(extra, np.int32)) != UPRIGHT:
-            raise FrameError("it is to be shown turned or mirrored: encode it again as it is to be seen")
+            raise FrameError("it is marked as rotated or mirrored: encode it again upright")
 
 
 def _decoded_from(
     container: av.container.InputContainer, stream: av.VideoStream, start: float, tolerance: float
 ):
-    """(time, frame) pairs of a video stream, from a key frame at or before `start` on."""
+    """(time, frame) pairs of a video stream, starting at a key frame at or before `start`."""
     for begin in (max(0.0, start - tolerance), 0.0):
         if begin > 0:
             container.seek(int(begin / stream.time_base), stream=stream)
@@ -143,7 +146,7 @@ def _decoded_from(
                 raise FrameError("a frame has no time")
             time = float(frame.pts * stream.time_base)
             late = number == 0 and begin > 0 and time > start + tolerance
-            if late:  # a seek that overshot, as files with a broken index have it: read from the beginning
+            if late:  # a broken index makes the seek overshoot: read from the beginning
                 container.seek(0, stream=stream)
                 break
             yield time, frame
@@ -152,7 +155,7 @@ def _decoded_from(
 
 
 def _to_planes(frame: av.VideoFrame, reformatter: VideoReformatter, out: np.ndarray) -> np.ndarray:
-    """A frame as decoded, written to the array `out`, (3, H, W) uint8."""
+    """Write a decoded frame to the array `out`, (3, H, W) uint8."""
     _, height, width = out.shape
     shrinks = height <= frame.height and width <= frame.width
     colors = {}
@@ -167,7 +170,7 @@ def _to_planes(frame: av.VideoFrame, reformatter: VideoReformatter, out: np.ndar
 
 
 def image_frame(encoded: bytes, recorded: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """A PNG or JPEG as (3, H, W) uint8; a FrameError if it is damaged, no colour, or not `recorded`."""
+    """A PNG or JPEG as (3, H, W) uint8; a FrameError if damaged, not colour, or not `recorded` in size."""
     return pixel_frame(decode_image(encoded), recorded, size)
 
 
@@ -186,7 +189,7 @@ def decode_image(encoded: bytes) -> np.ndarray:
 
 
 def pixel_frame(pixels: np.ndarray, recorded: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """An array (H, W, C) or (C, H, W) uint8, C of 3 or 4, as (3, H, W); it must be `recorded` in size."""
+    """An array (H, W, C) or (C, H, W) uint8, C of 3 or 4, as (3, H, W); its size must be `recorded`."""
     rgb = rgb_pixels(pixels)
     if rgb.shape[:2] != recorded:
         sizes = "{}x{} instead of {}x{}".format(*rgb.shape[:2], *recorded)
@@ -195,7 +198,7 @@ def pixel_frame(pixels: np.ndarray, recorded: tuple[int, int], size: tuple[int, 
 
 
 def rgb_pixels(pixels: np.ndarray) -> np.ndarray:
-    """An array (H, W, C) or (C, H, W) uint8, C of 3 or 4, as (H, W, 3); anything else is NoColor."""
+    """An array (H, W, C) or (C, H, W) uint8, C of 3 or 4, as (H, W, 3); anything else raises NoColor."""
     if pixels.ndim == 3 and pixels.shape[2] not in CHANNELS:
         pixels = pixels.transpose(1, 2, 0)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (3, 4):
@@ -205,7 +208,7 @@ def rgb_pixels(pixels: np.ndarray) -> np.ndarray:
 
 
 def resize_rgb(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 at another size: area averages when it shrinks, so that nothing aliases."""
+    """(H, W, 3) uint8 at another size: shrinking averages areas, to avoid aliasing."""
     from PIL import Image
 
     if frame.shape[:2] == size:

@@ -1,7 +1,7 @@
 """Episodic HDF5: a folder of files, one or several episodes in each, or one such file.
 
-What was found in a file is remembered by its size and time, with a hash of its content: on a later start
-nothing is read. `common/data/hdf5_files.py` does the reading,
+What a scan finds in a file is remembered by the file's size and time, with a hash of its content, so a later
+start reads nothing. `common/data/hdf5_files.py` does the reading,
 `hdf5_layouts.py` knows the layouts.
 """
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from common.data import DataConfig
 
 SUFFIXES = (".hdf5", ".h5")
-SAID = 100  # lines at most that say which numbers are which episodes
+SAID = 100  # most lines that say which number is which episode
 TIMES = ("timestamp", "timestamps", "observations/timestamp", "observation/timestamp", "obs/timestamp")
 
 
@@ -64,11 +64,11 @@ class Place(NamedTuple):
     task_by: str | None = None
 
     def named(self, index: int) -> str:
-        """What messages call the episode."""
+        """The episode's name in messages."""
         return f"Episode {index} ({self.file}{', ' + self.group.strip('/') if self.group else ''})"
 
     def steps(self, key: str) -> int:
-        """How many rows of an array are steps.
+        """Number of rows of an array that are steps.
 
         ManiSkill's trajectories, traj_<number>, end with an observation that no action follows.
         """
@@ -78,7 +78,7 @@ class Place(NamedTuple):
         return rows - (rows == actions.shape[0] + 1)
 
     def suits(self, keys: set[str]) -> tuple[bool, bool, bool]:
-        """How well an episode can show what the others are, where these keys are used."""
+        """How well an episode represents the others if these keys are used."""
         images = any(array.is_image for array in self.arrays.values())
         return keys <= self.arrays.keys(), recognise(self.arrays) is not None, images
 
@@ -103,7 +103,7 @@ class Hdf5Source:
 
     @property
     def root(self) -> Path:
-        """The folder that everything must lie in."""
+        """The folder that must contain everything."""
         return self.path.resolve() if self.path.is_dir() else self.path.resolve().parent
 
     @property
@@ -119,7 +119,7 @@ class Hdf5Source:
 
     @cached_property
     def places(self) -> dict[int, Place]:
-        """The episodes by number; of the chosen task, if there is one."""
+        """The episodes by number; only those of the chosen task, if any."""
         found = find_episodes(self.scans, self.config.task_key)
         numbers = number_names([place.name for place in found])
         places = dict(sorted(zip(numbers, found, strict=True), key=lambda item: item[0]))
@@ -136,7 +136,7 @@ class Hdf5Source:
 
     @cached_property
     def layout(self) -> Layout:
-        """What the first episode shows that the others shall be: sound, with a known layout and cameras."""
+        """The episode that defines what the others must look like: sound, with a known layout and cameras."""
         sound = [place for place in self.places.values() if place.problem is None]
         if not sound:
             problem = next((place.problem for place in self.places.values()), "its files hold no episode")
@@ -156,7 +156,7 @@ class Hdf5Source:
         if self.config.fps is not None:
             return self.config.fps
         if not rates:
-            raise UserError(f"{self.name} does not say how many control steps a second it has: give --fps.")
+            raise UserError(f"{self.name} does not state its control rate: give --fps.")
         if len(rates) > 1:
             found = ", ".join(f"{rate:g} Hz in {name}" for rate, name in list(rates.items())[:3])
             raise UserError(
@@ -173,30 +173,30 @@ class Hdf5Source:
             say(f"  {line}")
         self._say_doubts()
         if layout.name == "LIBERO" and not self.config.action_offset:
-            say("  LIBERO's recorder stores what is seen after an action beside it: then, --action-offset 1")
+            say("  LIBERO's recorder stores what is seen after an action with it: if so, --action-offset 1")
         content = json.dumps([[file, scan["sha256"]] for file, scan in self.scans.items()])
         wanted = self.config.task
         chosen: dict[str, Any] = {"task": wanted[0] if len(wanted) == 1 else list(wanted)} if wanted else {}
         by = {place.task_by for place in self.places.values()} - {None, *TASK_ATTRIBUTES}
-        if by:  # stores without these instructions may be there
+        if by:  # there may be stores without these instructions
             chosen["task_by"] = sorted(by)
         return layout.info(self.name, hashlib.sha256(content.encode()).hexdigest(), fps, **chosen)
 
     def _say_doubts(self) -> None:
-        """Print what a dataset leaves open and nobody has decided."""
+        """Print the choices that the dataset leaves open and no option makes."""
         tasks = tasks_of(self.places.values())
         if len(tasks) > 1:
-            say(f"  {len(tasks)} tasks ({listed(tasks)}); --task chooses some")
+            say(f"  {len(tasks)} tasks ({listed(tasks)}); choose some with --task")
         stated = {scan["fps"] for scan in self.scans.values()} - {None, self.fps}
         if stated:
             rates = ", ".join(f"{rate:g}" for rate in sorted(stated))
-            say(f"  --fps {self.fps:g} overrules {rates} Hz in the files")
+            say(f"  --fps {self.fps:g} overrides {rates} Hz in the files")
         encoded = any(array.kind == "encoded" for array in self.layout.arrays.values())
         if encoded and self.config.color_order == "rgb":
-            say("  images are read as RGB: if red is blue in the pictures of inspect, give --color-order bgr")
+            say("  images are read as RGB: if inspect shows red and blue swapped, give --color-order bgr")
 
     def _left_out(self, first: Place) -> Iterator[str]:
-        """Lines about what is not used and is not among the arrays of the first sound episode."""
+        """Lines about unused data other than the arrays of the first sound episode."""
         if any(first.steps(key) < array.shape[0] for key, array in first.arrays.items() if array.shape):
             yield "the observation after the last action of each episode"
         more = {key for place in self.places.values() for key in place.arrays} - first.arrays.keys()
@@ -236,12 +236,12 @@ class Hdf5Source:
             for frame in read_frames(self.root / file, group + key, len(episode), recorded, self.layout.size):
                 yield as_rgb(frame, self.layout.color_order)
                 count += 1
-        except Exception as error:  # of a damaged file, h5py raises a dozen classes
+        except Exception as error:  # for a damaged file, h5py raises a dozen classes
             where = f"{key}, step {count} ({explained(error)})"
             raise BadEpisode(f"Episode {episode.index} ({file}) cannot be decoded: {where}") from None
 
     def _fault(self, index: int) -> str | None:
-        """What the scan already shows to be wrong with an episode."""
+        """What is wrong with an episode according to the scan."""
         place = self.places[index]
         name, found = place.named(index), place.arrays
         if place.problem:
@@ -266,7 +266,7 @@ class Hdf5Source:
         return None
 
     def _episode(self, index: int, found: Any) -> Episode:
-        """An episode of what `read_numbers` found; raises BadEpisode."""
+        """An episode made of what `read_numbers` found; raises BadEpisode."""
         place = self.places[index]
         name, fps = place.named(index), self.fps
         if isinstance(found, Died | str):
@@ -279,8 +279,8 @@ class Hdf5Source:
             if 0.5 < pace / fps < 2:
                 times = measured
             elif pace and self.config.fps is None:
-                said = f"{pace:.4g} steps a second by its timestamps, and its files say {fps:g}"
-                raise BadEpisode(f"{name} has {said} (--fps decides)")
+                said = f"{pace:.4g} steps a second by its timestamps, but its files say {fps:g}"
+                raise BadEpisode(f"{name} has {said} (set --fps)")
         origin = [place.file, place.sha256, place.group]
         episode = Episode(index, state, action, times, origin, place.task)
         refuse_unusable(name, episode, self.layout.names)
@@ -288,7 +288,7 @@ class Hdf5Source:
 
 
 def in_seconds(recorded: np.ndarray) -> np.ndarray | None:
-    """Recorded times, (L,) in s, ms, us or ns since whenever, in s since the first; None if they are none."""
+    """Recorded times (L,), in s, ms, us or ns from any origin, in s since the first; None if not times."""
     times = (recorded - recorded[0]).astype(np.float64)
     steps = np.diff(times)
     if not np.isfinite(times).all() or (steps <= 0).any() or (steps == 1).all():  # a count of steps
@@ -298,7 +298,7 @@ def in_seconds(recorded: np.ndarray) -> np.ndarray | None:
 
 
 def tasks_of(places: Iterable[Place]) -> list[str]:
-    """The instructions of these episodes, each once."""
+    """The distinct instructions of these episodes."""
     return list(dict.fromkeys(place.task for place in places if place.task))
 
 
@@ -319,25 +319,23 @@ def find_files(path: Path, source: str) -> list[Path]:
                 (hidden if name.startswith(".") else files).append(folder / name)
     if hidden:
         more = f" and {len(hidden) - 1} more" * (len(hidden) > 1)
-        say(f"{source}: {hidden[0].name}{more} not read: hidden files are no episodes")
+        say(f"{source}: {hidden[0].name}{more} not read: hidden files are not episodes")
     if not files:
         inside = [*(path.parent.parent for path in root.glob("*/meta/info.json")), *root.glob("*.zarr*")]
         if inside:
-            raise UserError(f"{source} is no dataset but holds some: give one, such as {min(inside)}.")
+            raise UserError(f"{source} is no dataset but contains some: give one, such as {min(inside)}.")
         raise UserError(
-            f"{source} holds no demonstrations: it has no meta/info.json, as a LeRobot dataset has, and no "
+            f"{source} holds no demonstrations: it has neither LeRobot's meta/info.json nor any "
             f"*.hdf5 or *.h5 file."
         )
     for file in files:
         if not file.resolve().is_relative_to(root):
-            raise UserError(
-                f"{file} leads out of {source}: a dataset must not read other files, put a copy in its place."
-            )
+            raise UserError(f"{file} links to a file outside {source}: put a copy in its place.")
     return sorted(files, key=lambda file: natural(file.relative_to(root).as_posix()))
 
 
 def scan_all(root: Path, files: Sequence[Path], memory: Path, workers: int) -> dict[str, dict[str, Any]]:
-    """What each file holds, by its path below the root; remembered in the file `memory` between starts."""
+    """What each file holds, by its path below the root; the file `memory` keeps it between starts."""
     from tqdm import tqdm
 
     try:
@@ -357,7 +355,7 @@ def scan_all(root: Path, files: Sequence[Path], memory: Path, workers: int) -> d
             for (_, name), scan in results:
                 if isinstance(scan, Died):
                     scan = no_scan(str(scan))
-                # Where there is no hash, the fault may have been the machine's: the next start tries again.
+                # Without a hash, the machine may have been at fault: the next start tries again.
                 known[name] = {"stamp": stamps[name] if scan["sha256"] else None, **scan}
                 bar.update(stamps[name][1])
         known = {name: known[name] for name in stamps}
@@ -368,7 +366,7 @@ def scan_all(root: Path, files: Sequence[Path], memory: Path, workers: int) -> d
 
 
 def find_episodes(scans: dict[str, dict[str, Any]], task_key: str | None) -> list[Place]:
-    """Where the episodes are; a file that cannot be read counts as one."""
+    """Where the episodes are; an unreadable file counts as one."""
     found = []
     for file, scan in scans.items():
         if scan["problem"]:
@@ -381,7 +379,7 @@ def find_episodes(scans: dict[str, dict[str, Any]], task_key: str | None) -> lis
 
 
 def as_arrays(found: dict[str, Sequence[Any]]) -> dict[str, Array]:
-    """Arrays by key, as a scan remembers them."""
+    """Arrays by key, from what a scan stored."""
     return {key: Array(a[0], tuple(a[1]), a[2], tuple(a[3])) for key, a in found.items()}
 
 

@@ -1,7 +1,7 @@
 """One HDF5 file of demonstrations: what it holds, its numbers, its frames. Runs in worker processes.
 
-A damaged file can crash the HDF5 library or keep it busy for ever; `common/data/workers.py` sees to it that
-this costs the file and nothing else.
+A damaged file can crash or hang the HDF5 library; `common/data/workers.py` makes sure that only this file is
+lost.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from common.data.source import POINTER, BadEpisode, is_pointer, reason
 if TYPE_CHECKING:
     import h5py
 
-SCAN = 5  # what `scan_file` says; a change makes earlier scans void
+SCAN = 5  # version of what `scan_file` returns; a change invalidates earlier scans
 EPISODE_GROUP = re.compile(r"(demo|episode|ep|traj|trajectory)([_-]?\d+)+", re.IGNORECASE)
 RATE_ATTRIBUTES = ("fps", "frequency", "hz", "control_freq", "control_frequency", "frame_rate")
 TASK_ATTRIBUTES = ("language_instruction", "instruction", "task_description", "task", "problem_info")
-LATER_TASK_ATTRIBUTES = ("lang", "ep_meta")  # found since then: what states nothing above
-ENVIRONMENT = "env_args"  # robomimic's: its name is what a dataset without instructions says of its task
+LATER_TASK_ATTRIBUTES = ("lang", "ep_meta")  # added later: used only if none of those above is there
+ENVIRONMENT = "env_args"  # robomimic's: names the task in datasets without instructions
 INSIDE = {"problem_info": "language_instruction", "ep_meta": "lang", ENVIRONMENT: "env_name"}  # JSON
-LONGEST_TEXT = 1000  # characters: longer ones, such as a simulator's model, are no instructions
-UNREGISTERED = re.compile(r"/plugin|not registered")  # in what HDF5 says of a compression that it lacks
+LONGEST_TEXT = 1000  # characters: longer texts, such as a simulator's model, are not instructions
+UNREGISTERED = re.compile(r"/plugin|not registered")  # in HDF5's message about a missing compression filter
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
 
 def open_file(path: Path | str) -> h5py.File:
-    """An HDF5 file to read; without a lock where the file system has none."""
+    """An HDF5 file opened for reading; without a lock if the file system has none."""
     import h5py
 
     with suppress(ImportError):
@@ -48,7 +48,7 @@ def open_file(path: Path | str) -> h5py.File:
 
 
 def natural(path: str) -> list:
-    """Sorting key that puts episode_2 before episode_10."""
+    """Sort key that puts episode_2 before episode_10."""
     return [
         [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
         for name in path.split("/")
@@ -56,14 +56,14 @@ def natural(path: str) -> list:
 
 
 def no_scan(problem: str | None = None) -> dict[str, Any]:
-    """What is known of a file that was not read."""
+    """The scan of a file that was not read."""
     return {"sha256": None, "problem": problem, "fps": None, "texts": {}, "episodes": [], "beside": {}}
 
 
 def scan_file(path: str, name: str) -> dict[str, Any]:
-    """What a file holds, without reading it all: its `sha256`; `problem`, if it cannot be used; `fps`, if it
-    says; `texts`, short ones that may be instructions, by group and name; `episodes`, the group of each, and
-    its arrays by key; and `beside`, what is in none of them.
+    """What a file holds, without reading all of it: its `sha256`; `problem`, if it is unusable; `fps`, if
+    stated; `texts`, short ones that may be instructions, by group and name; `episodes`, the arrays by key of
+    each group; and `beside`, the arrays outside them.
     """
     import h5py
 
@@ -91,7 +91,7 @@ def scan_file(path: str, name: str) -> dict[str, Any]:
             raise BadEpisode("holds no datasets")
     except BadEpisode as error:
         scan["problem"] = f"{name} {error}"
-    except Exception as error:  # of a damaged file, h5py raises a dozen classes
+    except Exception as error:  # for a damaged file, h5py raises a dozen classes
         scan["problem"] = f"{name} cannot be read ({reason(error)})"
     return scan
 
@@ -100,19 +100,19 @@ def walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset | None]]:
     """Every dataset by its path, in natural order, and None for soft links, which are not followed.
 
     Raises:
-        BadEpisode: for what reads other files, whose changes the hash of this one would not show.
+        BadEpisode: for links to other files, since this file's hash would not show their changes.
     """
     import h5py
 
     links: dict[str, Any] = {}
-    file.visititems_links(links.__setitem__)  # goes into each group once, through hard links alone
+    file.visititems_links(links.__setitem__)  # visits each group once, through hard links only
     for key in sorted(links, key=natural):
         if isinstance(links[key], h5py.ExternalLink):
-            raise BadEpisode(f"has a link to another file at {key}, and a dataset must not read other files")
+            raise BadEpisode(f"links to another file at {key}, which a dataset must not do")
         item = file[key] if isinstance(links[key], h5py.HardLink) else None
         if isinstance(item, h5py.Dataset):
             if item.is_virtual or item.external:
-                raise BadEpisode(f"keeps {key} in another file, and a dataset must not read other files")
+                raise BadEpisode(f"keeps {key} in another file, which a dataset must not do")
             yield key, item
         elif isinstance(links[key], h5py.SoftLink):
             yield key, None
@@ -122,7 +122,7 @@ def episode_groups(keys: Collection[str]) -> list[str]:
     """Where the episodes of a file are: groups like data/demo_0/, or the file itself.
 
     Raises:
-        BadEpisode: if a group beside them holds an episode, too, but is not named like one.
+        BadEpisode: if another group also holds an episode but is not named like one.
     """
     inside: dict[str, set[str]] = {}  # keys below each group, two levels deep
     for key in keys:
@@ -145,7 +145,7 @@ def describe_dataset(item: h5py.Dataset) -> Array:
     array = describe(item.shape or (), item.dtype, lambda: item[0])
     if array.kind != "pixels" and _may_hold_encoded(item) and len(item) > 0:
         cells = (_encoded(item[i]) for i in range(min(len(item), 30)))
-        first = next((cell for cell in cells if cell.strip(b"\0")), b"")  # a camera may begin late
+        first = next((cell for cell in cells if cell.strip(b"\0")), b"")  # a camera may start late
         if first.startswith(MAGIC):
             return array._replace(**_encoded_image(first))
     return array
@@ -162,12 +162,12 @@ def _may_hold_encoded(item: h5py.Dataset) -> bool:
 
 
 def _encoded(cell: Any) -> bytes:
-    """A cell of an image dataset as the bytes of a file."""
+    """A cell of an image dataset, as the bytes of an image file."""
     return cell.tobytes() if isinstance(cell, np.ndarray | np.void) else bytes(cell)
 
 
 def _encoded_image(encoded: bytes) -> dict[str, Any]:
-    """Kind, dtype and size of an array of such images; those that are no 8-bit colour are of another kind."""
+    """Kind, dtype and size of an array of such images; the kind differs if they are not 8-bit colour."""
     from PIL import Image, ImageOps
 
     deep = encoded.startswith(MAGIC[1]) and encoded[24:25] > b"\x08"  # bits; Pillow drops half of 16
@@ -178,7 +178,7 @@ def _encoded_image(encoded: bytes) -> dict[str, Any]:
             what = image.format if colour else f"{'16-bit ' if deep else ''}{image.mode} {image.format}"
         return {"kind": "encoded" if colour else "other", "dtype": what, "size": upright.size[::-1]}
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return {"kind": "encoded", "size": (0, 0)}  # the ingest says which frame cannot be decoded
+        return {"kind": "encoded", "size": (0, 0)}  # ingest reports which frame cannot be decoded
 
 
 def _attribute_rate(file: h5py.File) -> float | None:
@@ -199,7 +199,7 @@ def _attribute_rate(file: h5py.File) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    """A single value, as it is or in an array, text or bytes."""
+    """A single value, bare or in an array; bytes become text."""
     value = value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
@@ -222,7 +222,7 @@ def _texts(file: h5py.File, items: dict[str, h5py.Dataset | None]) -> dict[str, 
 
     def look(group: h5py.Group) -> None:
         for name in group.attrs:
-            with suppress(OSError, TypeError, ValueError):  # kinds of attributes that h5py does not know
+            with suppress(OSError, TypeError, ValueError):  # attribute types that h5py does not know
                 keep(f"{group.name.strip('/')}/".lstrip("/"), name, _plain(group.attrs[name]))
 
     look(file)
@@ -236,7 +236,7 @@ def _texts(file: h5py.File, items: dict[str, h5py.Dataset | None]) -> dict[str, 
 
 
 def stated_task(texts: dict[str, dict[str, str]], group: str, key: str | None) -> tuple[str, str] | None:
-    """The instruction of the episode in a group, and the name under which it stands; None if there is none.
+    """The instruction of the episode in a group, and the name of what states it; None without one.
 
     The innermost group that states one counts. `key` is `--task-key`, below the episode's group.
     """
@@ -252,7 +252,7 @@ def stated_task(texts: dict[str, dict[str, str]], group: str, key: str | None) -
 
 
 def hole(item: h5py.Dataset) -> range | None:
-    """The first rows that were never written although later ones were; HDF5 reads them as zeros."""
+    """The first rows that were never written, though later ones were; HDF5 reads them as zeros."""
     if item.chunks is None:
         return None
     bands, *others = (-(-side // part) for side, part in zip(item.shape, item.chunks, strict=True))
@@ -267,7 +267,7 @@ def hole(item: h5py.Dataset) -> range | None:
 def read_numbers(
     index: int, path: Path, group: str, steps: int, times: str | None, layout: Layout
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | str:
-    """State (L, P), action (L, A) and times (L,), if recorded, of L `steps`, or what is wrong."""
+    """State (L, P), action (L, A) and times (L,), if recorded, for L `steps`; or what is wrong."""
 
     try:
         with open_file(path) as file:
@@ -281,7 +281,7 @@ def read_numbers(
 
 
 def explained(error: Exception) -> str:
-    """What an error of h5py says, and how to install a compression that is not there."""
+    """An h5py error as text, with how to install a missing compression filter."""
     said = reason(error)
     return f"{said}; `pip install hdf5plugin` reads Blosc and others" if UNREGISTERED.search(said) else said
 
@@ -289,7 +289,7 @@ def explained(error: Exception) -> str:
 def read_frames(
     path: Path, key: str, steps: int, recorded: tuple[int, int], size: tuple[int, int]
 ) -> Iterator[np.ndarray]:
-    """The frames of a dataset, each (3, H, W) uint8 of `size`; raises whatever h5py does."""
+    """The frames of a dataset, each (3, H, W) uint8 of `size`; raises whatever h5py raises."""
 
     with open_file(path) as file:
         item = file[key]

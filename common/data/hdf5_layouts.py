@@ -1,9 +1,9 @@
-"""Layouts of HDF5 files: which arrays are the state and the action, and what their dimensions are called.
+"""Layouts of HDF5 files: which arrays are the state and the action, and the names of their dimensions.
 
-Recognised layouts (others by `--state-keys`, `--action-keys`, `--camera-keys`):
+Recognised layouts (for others, give `--state-keys`, `--action-keys`, `--camera-keys`):
 
     ALOHA, ACT      /observations/qpos, /observations/images/<camera>, /action
-                    /base_action, the second part of the action, of Mobile ALOHA
+                    /base_action, the second part of Mobile ALOHA's action
     grouped         /observation/joint_pos/left, ..., /action/joint_pos/left, ...: what both groups have,
                     joints before hands before the rest, left before right; then what only the action has
     robomimic       /data/demo_0/obs/..., /data/demo_0/actions; likewise episode_0, traj_0, ...: also LIBERO
@@ -19,8 +19,8 @@ from common.data.hdf5_files import natural
 from common.data.layout import GROUPS, Array, Known, numbered, role
 
 QUANTITIES = ("joint_pos", "hand_joint_pos", "gripper_pos", "gripper")
-BOOKKEEPING = re.compile(r"time|stamp|index|step|mask|valid|is_pad")  # in names of what is no quantity
-STATES = {  # below obs/, by the layout's name; the first that is there
+BOOKKEEPING = re.compile(r"time|stamp|index|step|mask|valid|is_pad")  # in names of no quantity
+STATES = {  # below obs/, by layout; the first that exists is used
     "robomimic": ("robot{}_eef_pos", "robot{}_eef_quat", "robot{}_gripper_qpos"),
     "LIBERO": ("ee_states", "gripper_states"),
     "ManiSkill": ("agent/qpos",),
@@ -30,11 +30,11 @@ ALOHA_JOINTS = tuple(f"{side}_{joint}" for side in ("left", "right") for joint i
 
 
 def recognise(arrays: dict[str, Array]) -> Known | None:
-    """The layout of an episode with these arrays; None if it is none of those known."""
+    """The layout of an episode with these arrays; None if unknown."""
     numbers = [key for key, array in arrays.items() if array.kind == "numbers"]
 
     def alike(key: str, other: str) -> bool:
-        """Whether an array has the rows of another, each a vector."""
+        """Whether an array has as many rows as another, each a vector."""
         return len(arrays[key].shape) <= 2 and arrays[key].shape[0] == arrays[other].shape[0]
 
     if {"observations/qpos", "action"} <= set(numbers):
@@ -50,7 +50,7 @@ def recognise(arrays: dict[str, Array]) -> Known | None:
     parts = [key.partition("/")[2] for key in numbers if key.startswith("action/") and not role(key)]
     parts = sorted((key for key in parts if not BOOKKEEPING.search(key)), key=_grouped_order)
     shared = [key for key in parts if f"observation/{key}" in numbers]
-    if shared:  # what only the action has, such as the velocity of a base, comes last
+    if shared:  # what only the action has, such as a base's velocity, comes last
         more = [key for key in parts if key not in shared and alike(f"action/{key}", f"action/{shared[0]}")]
         state = tuple(f"observation/{key}" for key in shared)
         return Known("grouped", state, tuple(f"action/{key}" for key in (*shared, *more)))
@@ -65,7 +65,7 @@ def _grouped_order(key: str) -> tuple:
 
 
 def short_names(key: str, width: int) -> Sequence[str]:
-    """Names of an array's dimensions; the same for state and action where they are the same thing."""
+    """Names of an array's dimensions; the same for state and action if they are the same quantity."""
     return numbered(GROUPS.sub("", key), width)
 
 

@@ -1,8 +1,8 @@
-"""Writing an episode store: episodes decoded in parallel, exactly once, whatever interrupts it.
+"""Write an episode store: decodes episodes in parallel, each exactly once, and resumes if interrupted.
 
-`episodes.jsonl` gives every episode its rows before it is decoded, and its checksum once its frames are on
-the disk: an interrupted ingest decodes only what has no checksum. Rows are never given to another episode,
-since somebody may read them. Where a dataset has grown, its earlier store moves to the new name and is
+`episodes.jsonl` assigns rows to every episode before it is decoded, and records its checksum once its frames
+are on the disk: an interrupted ingest decodes only episodes without a checksum. Rows are never reassigned,
+since somebody may be reading them. If a dataset has grown, its earlier store moves to the new name and is
 completed there.
 """
 
@@ -32,20 +32,20 @@ from common.errors import UserError
 from common.files import read_json, require_space, sync_one, write_whole, writing_below
 
 RECORDS = "episodes.jsonl"
-FRAMES_PER_WORKER = 2500  # a worker takes some seconds to start: fewer frames are not worth one more
-SECONDS_PER_FRAME = 0.5  # slower than any disk: reading that takes longer hangs
-JPEG_RATIO = 5  # raw bytes per JPEG byte, at least: for the free space to ask for
+FRAMES_PER_WORKER = 2500  # a worker takes some seconds to start: fewer frames do not justify one more
+SECONDS_PER_FRAME = 0.5  # slower than any disk: reading that takes longer has hung
+JPEG_RATIO = 5  # raw bytes per JPEG byte, at least: to estimate the free space needed
 
 
 @dataclass(frozen=True)
 class StoreRequest:
-    """A store as it is asked for.
+    """A request for a store.
 
     Attributes:
-        storage: how to keep frames; `auto` takes what is there already, else raw pixels if they take at most
-            half of the free disk.
-        episodes: numbers of those to keep, ascending; None: all.
-        workers: processes that decode; None: as many as are worth it.
+        storage: how to keep frames; `auto` keeps what an existing store has, else takes raw pixels if they
+            fill at most half of the free disk.
+        episodes: numbers of the episodes to keep, ascending; None: all.
+        workers: decoding processes; None: as many as are worth starting.
     """
 
     source: Source
@@ -57,7 +57,7 @@ class StoreRequest:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """(N, 3, H, W): what one step's frames are."""
+        """(N, 3, H, W), the frames of one step."""
         return (len(self.info.cameras), 3, *self.info.image_size)
 
     def rows(self, path: Path) -> RawRows:
@@ -65,20 +65,20 @@ class StoreRequest:
         return ROWS[self.storage](path / FRAMES, self.row_shape)
 
     def found_below(self, root: Path) -> StoreRequest | None:
-        """The request, with the storage of the store that is there or begun; None if there is none."""
+        """The request, with the storage of the finished or unfinished store; None without a store."""
         storages = ROWS if self.storage == "auto" else [self.storage]
         requests = [replace(self, storage=storage) for storage in storages]
         return next((request for request in requests if request.folder(root).is_dir()), None)
 
     def choices(self) -> dict[str, Any]:
-        """Everything chosen that a store's content follows from, as JSON gives it back."""
+        """All choices that determine a store's content, as they are after a round trip through JSON."""
         chosen = {name: getattr(self.info, name) for name in ("image_size", "fps", "choices")}
         chosen |= {"cameras": [camera.key for camera in self.info.cameras]}
         chosen |= {"storage": self.storage, "episodes": self.episodes}
         return json.loads(json.dumps(chosen))
 
     def folder(self, root: Path) -> Path:
-        """The store's folder: named after the source for people, found by its content's hash alone."""
+        """The store's folder: named after the source for people, but found by its content's hash only."""
         content = json.dumps([FORMAT, self.info.fingerprint, self.choices()], sort_keys=True)
         key = hashlib.sha256(content.encode()).hexdigest()[:20]
         present = [path for path in root.glob(f"*-{key}") if path.is_dir()]
@@ -87,9 +87,9 @@ class StoreRequest:
 
 
 def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
-    """The store below `root`, built if it is not there; several processes at once build it once.
+    """The store below `root`, built if missing; only one of several processes builds it.
 
-    A store of all episodes serves when some of them are asked for, too.
+    A store of all episodes also serves a request for some of them.
 
     Raises:
         UserError: if an episode is unusable, or the disk too small.
@@ -101,7 +101,7 @@ def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
     if defect(path) is not None:
         refuse_inside_worker()
         with _locked(path):
-            if defect(path) is not None:  # nobody else has built it meanwhile
+            if defect(path) is not None:  # nobody else has built it in the meantime
                 _build(path, request)
     store = EpisodeStore.open(path)
     if not store.skipped:
@@ -114,14 +114,14 @@ def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
     if not chosen.num_episodes:
         raise _none_left(store.source, store.skipped)
     if left_out:
-        say(f"left out {left_out} of {wanted} episodes; what is unusable:")
+        say(f"left out {left_out} of {wanted} episodes, which are unusable:")
         for reason in store.skipped:
             say(f"  {reason}")
     return chosen
 
 
 def _settle_storage(root: Path, request: StoreRequest) -> StoreRequest:
-    """Decide `auto`, once: the first of several processes leaves a folder that shows it."""
+    """Decide `auto`, once: the first of several processes creates a folder that records the choice."""
     if request.storage != "auto":
         return request
     with _locked(root / f"choice-{request.info.fingerprint[:20]}"):
@@ -137,7 +137,7 @@ def _settle_storage(root: Path, request: StoreRequest) -> StoreRequest:
 
 
 def lock_file(path: Path) -> Path:
-    """What whoever builds, moves or deletes the store `path` locks."""
+    """The lock file of the store `path`, for building, moving or deleting it."""
     return path.with_name(f".{path.name.rpartition('-')[2]}.lock")
 
 
@@ -161,7 +161,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _refusal(reasons: Sequence[str]) -> UserError:
     others = [reason.split()[1].strip(",:") for reason in reasons[1:]]  # a clause begins with "Episode 3"
     some = ", ".join(others[:30]) + f" and {len(others) - 30} more" * (len(others) > 30)
-    more = f" (unusable, too: {some})" if others else ""
+    more = f" (also unusable: {some})" if others else ""
     return UserError(f"{reasons[0]}{more}: repair it, or leave it out with --skip-bad-episodes.")
 
 
@@ -170,14 +170,14 @@ def _none_left(source: str, reasons: Sequence[str]) -> UserError:
 
 
 class Record(NamedTuple):
-    """Where an episode's frames lie, and the hash of all else in it: a line of `episodes.jsonl`."""
+    """Where an episode's frames are, and the hash of everything else in it: a line of `episodes.jsonl`."""
 
     index: int
     digest: str
     row: int
     length: int
     crc32: int | None = None
-    """Of its rows; None until they are on the disk."""
+    """Checksum of its rows; None until they are on the disk."""
 
     @property
     def end(self) -> int:
@@ -185,7 +185,7 @@ class Record(NamedTuple):
 
 
 def read_records(path: Path) -> dict[int, Record]:
-    """The episodes that have rows in the store `path`, by number; the last line about one counts."""
+    """The episodes that have rows in the store `path`, by number; the last line about each counts."""
     records = {}
     with suppress(FileNotFoundError):
         for line in (path / RECORDS).read_text(errors="replace").splitlines():
@@ -200,7 +200,7 @@ def _lines(records: Iterable[Record]) -> str:
 
 
 def _build(path: Path, request: StoreRequest) -> None:
-    """Decode what is missing, then write the arrays and last `meta.json`."""
+    """Decode missing episodes, then write the arrays and, last, `meta.json`."""
     usable, bad = request.source.episodes(request.episodes)
     if bad and not request.skip_bad:
         raise _refusal(bad)
@@ -239,7 +239,7 @@ def _build(path: Path, request: StoreRequest) -> None:
 
 
 def _forget_damaged(path: Path, request: StoreRequest) -> None:
-    """Have those episodes of a store that was finished decoded again that are not what was written."""
+    """Mark episodes of a finished store that differ from their checksums, to be decoded again."""
     records, whole = read_records(path), set()
     with suppress(OSError, ValueError):  # no frames at all
         rows = request.rows(path)
@@ -253,10 +253,10 @@ def _forget_damaged(path: Path, request: StoreRequest) -> None:
 
 
 def _take_over(path: Path, request: StoreRequest, episodes: list[Episode]) -> None:
-    """Move the store here of which the dataset has grown, of several the one that holds most episodes.
+    """Move the store of an earlier state of the grown dataset here; of several, the one with most episodes.
 
-    It has grown if all that was stored is there still, and more. The store loses `meta.json` first, so that
-    it is never taken for finished. Whoever reads it keeps its files.
+    A dataset has grown if it still has everything that was stored, and more. The store loses `meta.json`
+    first, so it never looks finished. Processes that read it keep its files.
     """
     from filelock import FileLock, Timeout
 
@@ -282,7 +282,7 @@ def _take_over(path: Path, request: StoreRequest, episodes: list[Episode]) -> No
 def _same_frames(
     path: Path, stored: list[Record], episodes: dict[int, Episode], request: StoreRequest
 ) -> bool:
-    """Whether every stored episode begins with the same frames still: equal numbers do not prove it."""
+    """Whether every stored episode still begins with the same frames: equal numbers do not prove it."""
     if request.source.isolated:
         return True  # the digests of its episodes hold a hash of their files
     frames = np.empty((1, *request.row_shape), np.uint8)
@@ -298,7 +298,7 @@ def _same_frames(
 
 
 def another_frame(stored: Iterable[np.ndarray], episode: Episode, request: StoreRequest) -> str | None:
-    """Where the frames (N, 3, H, W) of an episode's first steps are not what its source gives."""
+    """Where the frames (N, 3, H, W) of an episode's first steps differ from the source; None if nowhere."""
     views = [request.source.frames(episode, camera) for camera in range(len(request.info.cameras))]
     for step, frames in enumerate(stored):
         for camera, mine, view in zip(request.info.cameras, frames, views, strict=True):
@@ -316,13 +316,13 @@ def another_frame(stored: Iterable[np.ndarray], episode: Episode, request: Store
 def _decode(
     path: Path, request: StoreRequest, missing: list[Episode], records: dict[int, Record]
 ) -> list[str]:
-    """Decode episodes and record each of them; returns what is wrong with those that cannot be decoded."""
+    """Decode episodes and record each one; returns what is wrong with those that cannot be decoded."""
     from tqdm import tqdm
 
     tasks = [(episode, records[episode.index].row, path, request) for episode in missing]
     isolated, workers, cameras = request.source.isolated, request.workers, len(request.info.cameras)
     frames, failed = sum(map(len, missing)) * cameras, []
-    if workers is None:  # isolated sources have started their processes already
+    if workers is None:  # isolated sources have already started their processes
         workers = cores() if isolated else min(cores(), frames // FRAMES_PER_WORKER)
     workers = max(1, min(workers, len(tasks)))
     if workers == 1 and not isolated:
@@ -345,7 +345,7 @@ def _decode(
 
 
 def _read_frames(episode: Episode, row: int, path: Path, request: StoreRequest) -> list[list[bytes]] | str:
-    """Write an episode's frames to the store, or return them as JPEG by camera; or return what is wrong."""
+    """Write an episode's frames to the store, or return them as JPEG by camera, or return what is wrong."""
     cameras, raw = request.info.cameras, request.storage == "raw"
     encoded: list[list[bytes]] = [[] for _ in cameras]
     try:
@@ -368,7 +368,7 @@ def _read_frames(episode: Episode, row: int, path: Path, request: StoreRequest) 
 
 
 def _keep(path: Path, request: StoreRequest, record: Record, views: list[list[bytes]]) -> None:
-    """Have an episode's frames on the disk, and only then its checksum in the records."""
+    """Flush an episode's frames to the disk, and only then write its checksum to the records."""
     if request.storage == "jpeg":
         JpegRows.append(path / FRAMES, record.row, views)
     for file in ROWS[request.storage].files(path / FRAMES):
@@ -381,7 +381,7 @@ def _keep(path: Path, request: StoreRequest, record: Record, views: list[list[by
 
 
 def _finish(path: Path, request: StoreRequest, usable: list[Episode], bad: list[str]) -> None:
-    """Write the arrays, and with `meta.json` finish the store."""
+    """Write the arrays, then `meta.json`, which marks the store as finished."""
     from safetensors.numpy import save
 
     records = read_records(path)

@@ -1,10 +1,10 @@
-"""What a dataset is, whether its store is whole, and which stores the cache holds.
+"""Look at a dataset, check its store, and list or delete the stores in the cache.
 
     python -m common.data.store inspect DATASET [--out FOLDER]   numbers, and pictures to look at
-    python -m common.data.store verify DATASET [--rebuild]       its store against checksums and source
-    python -m common.data.store prune [--all]                    list the cache; free it
+    python -m common.data.store verify DATASET [--rebuild]       check its store against checksums and source
+    python -m common.data.store prune [--all]                    list the cache; free space in it
 
-DATASET and its flags are what a training script takes.
+DATASET and its flags are those of the training scripts.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from common.data.tasks import summary
 from common.errors import UserError
 from common.files import checksum, read_json
 
-EDGE_SHARE = 0.2  # of the steps at the very lowest or highest value: a dimension saturates
-FROZEN_FRAMES, FROZEN_EPISODES = 17, 500  # frames that are compared in an episode, and in how many episodes
+EDGE_SHARE = 0.2  # of the steps exactly at the lowest or highest value: the dimension saturates
+FROZEN_FRAMES, FROZEN_EPISODES = 17, 500  # frames compared per episode, and most episodes
 
 
 @options
 class Inspect:
-    """What a dataset is: episodes, dimensions, cameras, what looks wrong; pictures of all of it."""
+    """Describe a dataset: episodes, dimensions, cameras, anything unusual, with pictures."""
 
     name: Annotated[str, tyro.conf.Positional]
     """Dataset, as for training: a folder, a file, a hub name, or demo."""
@@ -49,27 +49,27 @@ class Inspect:
 
 @options
 class Verify:
-    """Compare a dataset's store with its checksums, then, frame by frame, with the source."""
+    """Compare a dataset's store with its checksums, and frame by frame with the source."""
 
     name: Annotated[str, tyro.conf.Positional]
     """Dataset, as for training."""
     data: Flat[DataConfig] = field(default_factory=DataConfig)
     rebuild: bool = False
-    """Decode again what is damaged."""
+    """Decode damaged parts again."""
 
 
 @options
 class Prune:
-    """List the stores in the cache, and delete those that are asked for."""
+    """List the stores in the cache, and delete those chosen by flags."""
 
     cache_dir: AbsolutePath = field(default_factory=default_cache_dir)
     """The cache of the training scripts."""
     all: bool = False
-    """Delete every store; they are made again when they are needed."""
+    """Delete every store; they are rebuilt when needed."""
     unfinished: bool = False
-    """Delete stores that were never finished, are damaged, or are of an older format."""
+    """Delete stores that are unfinished, damaged, or in an older format."""
     older_than: NonNegativeFloat | None = None
-    """Delete stores that were not opened for so many days."""
+    """Delete stores that nobody opened for this many days."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def inspect(config: Inspect) -> None:
-    """Print what a dataset is, and draw it."""
+    """Print a dataset's description, and draw it."""
     from common import plots
 
     store = open_dataset(replace(config.data, dataset=(config.name,)))
@@ -96,7 +96,7 @@ def inspect(config: Inspect) -> None:
 
 
 def describe(store: EpisodeStore) -> list[str]:
-    """What a store holds, and what looks wrong in it, in lines for people."""
+    """What a store holds, and anything unusual in it, in lines for people."""
     lengths = np.diff(store.episode_starts)
     low, q25, median, q75, high = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1])
     shortest = [f"{store.episode_indices[e]} ({lengths[e]})" for e in np.argsort(lengths, kind="stable")[:5]]
@@ -121,7 +121,7 @@ def describe(store: EpisodeStore) -> list[str]:
 
 
 def dimension_table(part: str, names: Sequence[str], values: np.ndarray, episodes: np.ndarray) -> list[str]:
-    """Range of every dimension of `values`, (S, D), and whether it is constant, idle, or rests at an end."""
+    """Range of each dimension of `values`, (S, D), and whether it is constant, idle, or rests at an end."""
     idle = idle_dimensions(values, episodes)
     values, width = values.astype(np.float64), max(map(len, names))
     low, q01, q99, high = np.quantile(values, [0, 0.01, 0.99, 1], axis=0)
@@ -133,13 +133,13 @@ def dimension_table(part: str, names: Sequence[str], values: np.ndarray, episode
     for i, name in enumerate(names):
         numbers = " ".join(f"{column[i]:>10.4g}" for column in columns.values())
         notes = [f"rests at its {edge}" for edge, share in rests.items() if share[i] >= EDGE_SHARE]
-        notes = ["constant"] if constant[i] else ["nothing but noise"] if idle[i] else notes
+        notes = ["constant"] if constant[i] else ["only noise"] if idle[i] else notes
         lines.append(f"         {name:<{width}} {numbers}  {', '.join(notes)}".rstrip())
     return lines
 
 
 def frozen_cameras(store: EpisodeStore) -> dict[str, list[int]]:
-    """Cameras whose picture does not change in an episode although the robot moves, and these episodes."""
+    """Cameras whose picture freezes in an episode while the robot moves, and these episodes."""
     frozen: dict[str, list[int]] = {}
     count = min(store.num_episodes, FROZEN_EPISODES)
     for episode in np.linspace(0, store.num_episodes - 1, count).astype(int):
@@ -154,7 +154,7 @@ def frozen_cameras(store: EpisodeStore) -> dict[str, list[int]]:
 
 
 def time_gaps(store: EpisodeStore, most: int = 10) -> list[str]:
-    """Steps that lie more than one and a half control steps apart."""
+    """Steps more than one and a half control steps apart, in lines for people."""
     seconds = np.diff(store.timestamps)
     seconds[store.episode_starts[1:-1] - 1] = 0  # from one episode to the next
     rows = np.flatnonzero(seconds > 1.5 / store.fps)
@@ -177,7 +177,7 @@ def verify(config: Verify) -> None:
     root = stores_folder(data)
     request = request_store(config.name, data).found_below(root)
     if request is None:
-        raise UserError(f"{config.name} has no store yet: it is made when the dataset is first used.")
+        raise UserError(f"{config.name} has no store yet: the first use of the dataset makes it.")
     path = request.folder(root)
     damaged = "; ".join(damages(path))
     if damaged and not config.rebuild:
@@ -186,7 +186,7 @@ def verify(config: Verify) -> None:
         print(f"rebuilding: {damaged}")
         for folder in path.glob("features-*"):
             forget(folder, damaged_rows(folder))
-        (path / ARRAYS).unlink(missing_ok=True)  # then an ingest decodes whatever has another checksum
+        (path / ARRAYS).unlink(missing_ok=True)  # then ingest decodes whatever has a different checksum
     store = ensure_store(root, request)
     try:
         steps = compare_with_source(store, request)
@@ -199,21 +199,21 @@ def verify(config: Verify) -> None:
 
 
 def damages(path: Path) -> list[str]:
-    """What of a store is not what was written, in clauses."""
+    """Parts of a store that differ from what was written, as clauses."""
     from tqdm import tqdm
 
     if problem := defect(path):
         return [problem]
     if checksum(path / ARRAYS) != read_json(path / META)["arrays_crc32"]:
-        return [f"{ARRAYS} has another checksum than was written"]
+        return [f"{ARRAYS} differs from its checksum"]
     store, found = EpisodeStore.open(path), []
     rows, lengths = store.episode_rows.tolist(), np.diff(store.episode_starts).tolist()
     for e in tqdm(range(store.num_episodes), unit="episode", desc="checksums"):
         if store.frames[0].checksum(rows[e], lengths[e]) != store.episode_checksums[e]:
-            found.append(f"episode {store.episode_indices[e]} has another checksum than was written")
+            found.append(f"episode {store.episode_indices[e]} differs from its checksum")
     for folder in sorted(path.glob("features-*")):
         if count := len(damaged_rows(folder)):
-            found.append(f"{count} rows of {folder.name} have another checksum than was written")
+            found.append(f"{count} rows of {folder.name} differ from their checksums")
     return found
 
 
@@ -224,7 +224,7 @@ def compare_with_source(store: EpisodeStore, request: StoreRequest) -> int:
     def refuse(index: int, what: str) -> None:
         raise UserError(
             f"{store.path} differs from {store.source} in episode {index}, {what}: delete that folder to "
-            f"have it made again."
+            f"rebuild it."
         )
 
     found = {episode.index: episode for episode in request.source.episodes(request.episodes)[0]}
@@ -242,7 +242,7 @@ def compare_with_source(store: EpisodeStore, request: StoreRequest) -> int:
 
 
 def prune(config: Prune) -> None:
-    """List the stores; delete what is asked for."""
+    """List the stores; delete the chosen ones."""
     root = config.cache_dir / "stores"
     stores = sorted(path for path in root.glob("*") if path.is_dir())
     asked = config.all or config.unfinished or config.older_than is not None
@@ -273,7 +273,7 @@ def delete(path: Path) -> None:
 
     try:
         with FileLock(lock_file(path), timeout=0):
-            (path / META).unlink(missing_ok=True)  # first: what is half deleted never looks finished
+            (path / META).unlink(missing_ok=True)  # first, so that a half-deleted store never looks finished
             shutil.rmtree(path)
     except Timeout:
         raise UserError(f"{path} is being built by another process: wait for it, then prune again.") from None

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from common.data import DataConfig
 
 READ_BYTES = 2**24  # images are read in blocks of about this size
-GROUPS = re.compile(r"^(observations?|obs|actions?)[/.]")  # what a dimension's name does not repeat
+GROUPS = re.compile(r"^(observations?|obs|actions?)[/.]")  # prefixes left out of dimension names
 
 FUTURE, OUTCOME, NO_COLOUR = "the future", "no observation", "no 8-bit colour image"
-ROLES = {  # what a part of a key must be for its array to be left out by default
+ROLES = {  # arrays left out by default: what a part of the key must match
     FUTURE: r"(next|future|goal|subgoal)s?(_.*)?|.*_next",
     OUTCOME: r"(rewards?|dones?|terminals?|terminat(ed|ions?)|truncat(ed|ions?)|timeouts?|success|fail|"
     r"discounts?|is_(first|last|terminal)|infos?|(env|sim)_states?|datagen_info|sensor_param)",
@@ -42,7 +42,7 @@ ROLES = {  # what a part of a key must be for its array to be left out by defaul
 
 
 class Array(NamedTuple):
-    """An array that has a row for every step: numbers, pixels, encoded (one JPEG or PNG a step), or other.
+    """An array with a row for every step: numbers, pixels, encoded (one JPEG or PNG a step), or other.
 
     `shape` is (L, ...), and `size` (H, W) of images.
     """
@@ -58,33 +58,33 @@ class Array(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Numbers a step."""
+        """Numbers per step."""
         return math.prod(self.shape[1:])
 
     @property
     def channels(self) -> int:
-        """Colours of an image; one that is encoded is known to have three."""
+        """Channels of an image; an encoded one always has three."""
         if self.kind == "encoded" or len(self.shape) != 4:
             return 3
         return self.shape[3] if self.shape[3] in CHANNELS else self.shape[1]
 
 
 def describe(shape: Sequence[int], dtype: np.dtype, first: Callable[[], np.ndarray] | None = None) -> Array:
-    """An array of that shape and its `first` row: pixels if its rows are (H, W, C) or (C, H, W) of 8 bits.
+    """Describe an array from its shape and `first` row: pixels if rows are 8-bit (H, W, C) or (C, H, W).
 
-    Wider numbers are pixels, too, if those of the first row are whole ones from 0 to 255.
+    Wider numbers are pixels, too, if the first row holds only whole ones from 0 to 255.
     """
     shape = tuple(shape)
     array = Array("numbers" if dtype.kind in "fiub" and 1 <= len(shape) <= 4 else "other", shape, str(dtype))
     if len(shape) != 4 or 0 in shape[1:] or array.kind == "other":
         return array
-    if (shape[1] in CHANNELS) == (shape[3] in CHANNELS):  # neither, or one cannot tell which
+    if (shape[1] in CHANNELS) == (shape[3] in CHANNELS):  # neither, or ambiguous
         return array
     if dtype != np.uint8:
         try:
-            if exact_pixels(first()).max() == 0:  # what is black tells nothing
+            if exact_pixels(first()).max() == 0:  # a black image proves nothing
                 return array
-        except Exception:  # no image, or a damaged one, for which each library has errors of its own
+        except Exception:  # no image, or a damaged one: each library has its own errors
             return array
     return array._replace(kind="pixels", size=shape[1:3] if shape[3] in CHANNELS else shape[2:])
 
@@ -93,22 +93,22 @@ def exact_pixels(row: np.ndarray) -> np.ndarray:
     """An image (H, W, C) or (C, H, W) as uint8 (H, W, 3), without a fourth channel.
 
     Raises:
-        ValueError: if its numbers are not those of 8 bits.
+        ValueError: if its numbers are not 8-bit values.
     """
     pixels = row
     if row.dtype != np.uint8:
         with np.errstate(invalid="ignore"):
             pixels = row.astype(np.uint8)
         if not np.array_equal(pixels, row) or row.max() == 1:  # 1 may be white
-            raise ValueError(f"its pixels, {row.dtype}, are no whole numbers from 0 to 255")
+            raise ValueError(f"its pixels, {row.dtype}, are not whole numbers from 0 to 255")
     if pixels.shape[2] not in CHANNELS:
         pixels = pixels.transpose(1, 2, 0)
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[:, :, :3]
 
 
 def role(key: str) -> str | None:
-    """Why an array of that name is not taken by itself, if there is a reason."""
-    if re.match(r"states(/|$)", key):  # of the simulator, in robomimic's files
+    """Why an array with that name is left out by default, if it is."""
+    if re.match(r"states(/|$)", key):  # the simulator's, in robomimic's files
         return OUTCOME
     for reason, pattern in ROLES.items():
         if any(re.fullmatch(pattern, part.lower()) for part in re.split(r"[/.]", key)):
@@ -117,13 +117,13 @@ def role(key: str) -> str | None:
 
 
 def listing(arrays: Mapping[str, Array]) -> str:
-    """What there is, for a message."""
+    """The arrays as text for a message."""
     found = [f"{key} {'x'.join(map(str, array.shape))} {array.dtype}" for key, array in arrays.items()]
     return ", ".join(found[:40]) or "nothing"
 
 
 class Known(NamedTuple):
-    """A layout that is recognised: its name, and which arrays make up state and action."""
+    """A recognised layout: its name, and which arrays make up state and action."""
 
     name: str
     state_keys: tuple[str, ...]
@@ -137,13 +137,13 @@ def numbered(key: str, width: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """What is used of a dataset, small enough to be sent to other processes.
+    """The parts of a dataset that are used, small enough to send to other processes.
 
     Attributes:
-        keys, names: of `state` and `action`, the arrays, one after the other, and the dimensions' names.
-        arrays: those that are used, as an episode should have them.
+        keys, names: arrays of `state` and `action`, in order, and the names of their dimensions.
+        arrays: the used ones, as every episode should have them.
         size: (H, W) of the frames.
-        unused: lines about the arrays that are not used, and why.
+        unused: lines that say which arrays are not used, and why.
     """
 
     name: str
@@ -156,13 +156,13 @@ class Layout:
     unused: tuple[str, ...] = ()
 
     def info(self, source: str, fingerprint: str, fps: float, **choices: Any) -> Info:
-        """What the dataset is."""
+        """The dataset's description."""
         choices |= {"keys": self.keys, "color_order": self.color_order}
         state_names, action_names = self.names.values()
         return Info(source, fingerprint, self.cameras, self.size, fps, state_names, action_names, choices)
 
     def vectors(self, read: Callable[[str], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """State and action, (L, P) and (L, A), of arrays (L, ...) that `read` gives by key."""
+        """State and action, (L, P) and (L, A), from arrays (L, ...) that `read` returns by key."""
 
         def flat(key: str) -> np.ndarray:
             with np.errstate(over="ignore", invalid="ignore"):
@@ -173,7 +173,7 @@ class Layout:
         return state, action
 
     def say(self, head: str) -> None:
-        """Print which dimension is which array, and what is not used."""
+        """Print which dimensions come from which array, and what is not used."""
         say(head)
         for part, keys in self.keys.items():
             edges = accumulate((self.arrays[key].width for key in keys), initial=0)
@@ -181,7 +181,7 @@ class Layout:
                 say(f"  {part}[{first}:{last}]".ljust(18) + key)
         for key, short, (height, width) in self.cameras:
             array = self.arrays[key]
-            kind = array.dtype + ", its fourth channel not used" * (array.channels == 4)
+            kind = array.dtype + ", fourth channel not used" * (array.channels == 4)
             say(f"  {short} ".ljust(18) + f"{key}, {height}x{width}, {kind}")
         for line in self.unused:
             say("  not used".ljust(18) + line)
@@ -195,11 +195,11 @@ def choose_layout(
     place: str,
     names_of: Callable[[str, int], Sequence[str]] = numbered,
 ) -> Layout:
-    """What to use: flags before what is recognised.
+    """Choose what to use: flags first, then the recognised layout.
 
     Args:
-        place: which part of the source `arrays` are of, for messages.
-        names_of: gives the names of an array's dimensions from its key and width.
+        place: the part of the source that `arrays` are from, for messages.
+        names_of: returns the names of an array's dimensions for its key and width.
     """
     there = f"{place} has {listing(arrays)}."
     defaults = {"state": known and known.state_keys, "action": known and known.action_keys}
@@ -225,7 +225,7 @@ def choose_layout(
 def choose_cameras(
     arrays: Mapping[str, Array], state_keys: Sequence[str], config: DataConfig, source: str, there: str
 ) -> tuple[Camera, ...]:
-    """The cameras to use: by default the colour images beside the state, if it is below obs/ or the like."""
+    """The cameras to use: by default the colour images next to the state if that is below obs/ or similar."""
     images = {key: array for key, array in arrays.items() if array.is_image}
     plain = [key for key, array in images.items() if not role(key) and array.channels > 1]
     groups = [group[0] for key in state_keys if (group := re.match(r"(observations?|obs)/", key))]
@@ -249,14 +249,14 @@ def choose_cameras(
 
 
 def _check_keys(part: str, keys: Sequence[str], arrays: Mapping[str, Array], source: str, there: str) -> None:
-    """Refuse keys of the state, the action or the cameras that are not there or hold something else."""
+    """Refuse keys of the state, action or cameras that do not exist or hold something else."""
     flag = f"--{part}-keys"
     if not keys and part == "camera":
         rest = [key for key, array in arrays.items() if array.is_image and not role(key)]
-        way = f" (--cameras {' '.join(rest)} takes what is there)" if rest else ""
-        raise UserError(f"{source} has no colour camera, and a policy here needs one{way}: {there}")
+        way = f" (--cameras {' '.join(rest)} takes the others)" if rest else ""
+        raise UserError(f"{source} has no colour camera, but a policy needs one{way}: {there}")
     if not keys:
-        unknown = f"The layout of {source} is not one of those known"
+        unknown = f"The layout of {source} is unknown"
         raise UserError(f"{unknown}: say with {flag} which arrays to use; {there}")
     for key in keys:
         if key not in arrays:
@@ -274,7 +274,7 @@ def _check_keys(part: str, keys: Sequence[str], arrays: Mapping[str, Array], sou
 def dimension_names(
     keys: Sequence[str], arrays: Mapping[str, Array], names_of: Callable[[str, int], Sequence[str]]
 ) -> tuple[str, ...]:
-    """The names of the dimensions of these arrays, and no name twice."""
+    """Unique names for the dimensions of these arrays."""
     candidates = []
     for key in keys:
         for i, name in enumerate(names_of(key, arrays[key].width)):
@@ -283,11 +283,11 @@ def dimension_names(
 
 
 def not_used(arrays: Mapping[str, Array], used: Sequence[str], action: Sequence[str]) -> Iterator[str]:
-    """Lines about the arrays that are not `used`, by the reason why."""
+    """Lines about the arrays that are not `used`, grouped by reason."""
     reasons: dict[str, dict[str, None]] = {}
     for key in [key for key in arrays if key not in used]:
         array, reason, name = arrays[key], role(key), f"{key} ({arrays[key].width})"
-        if reason:  # a group is named once, not each array in it
+        if reason:  # name a group once, not each array in it
             parts = re.split(r"([/.])", key)
             last = next(i for i in range(0, len(parts), 2) if role(parts[i]) == reason)
             name = "".join(parts[: last + 2]) + "*" * (last + 1 < len(parts))
@@ -309,12 +309,12 @@ def not_used(arrays: Mapping[str, Array], used: Sequence[str], action: Sequence[
 
 
 def _is_picture(array: Array) -> bool:
-    """Whether numbers are probably those of pictures, which cannot be cameras."""
+    """Whether an array of numbers is probably pictures, which cannot be used as cameras."""
     return len(array.shape) > 2 and (array.dtype == "uint8" or sorted(array.shape[1:])[-2] >= 8)
 
 
 def rows_of(array: Any, first: int, last: int) -> Iterator[Any]:
-    """Rows `first:last` of an HDF5 or zarr array, in blocks of whole chunks: none is decompressed twice."""
+    """Rows `first:last` of an HDF5 or zarr array, in blocks of whole chunks, so that none is read twice."""
     chunk = array.chunks or (1, *array.shape[1:])
     size = max(1, array.dtype.itemsize * math.prod(chunk))  # bytes
     step = chunk[0] * max(1, READ_BYTES // size)

@@ -1,8 +1,8 @@
-"""LeRobot v3 datasets, read with pyarrow and PyAV: importing LeRobot itself takes many seconds.
+"""LeRobot v3 datasets, read with pyarrow and PyAV, since importing LeRobot itself takes many seconds.
 
 Parquet holds states, actions and, for image cameras, the frames (`lerobot_tables.py`); one mp4 file holds a
-camera's frames for many episodes one after the other. `meta/episodes` says by times where each one lies
-(`lerobot_meta.py`), and the files themselves are held against that (`video_clock.py`).
+camera's frames for many episodes one after the other. `meta/episodes` gives the times of each episode
+(`lerobot_meta.py`); `video_clock.py` checks the files against them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ KNOWN = Known("LeRobot", ("observation.state",), ("action",))
 
 
 def recorded_here(name: str) -> Path | None:
-    """The folder in which LeRobot keeps a dataset of that repo id on this machine, if it is there."""
+    """LeRobot's local folder for a dataset with this repo id, if it exists."""
     from huggingface_hub.constants import HF_HOME
 
     home = Path(os.environ.get("HF_LEROBOT_HOME") or Path(HF_HOME) / "lerobot").expanduser()
@@ -75,18 +75,18 @@ def recorded_here(name: str) -> Path | None:
 
 @dataclass(frozen=True)
 class LeRobotSource:
-    """A LeRobot v3 dataset in the folder `root`, under the options chosen for it (see `Source`)."""
+    """A LeRobot v3 dataset in the folder `root`, with the options chosen for it (see `Source`)."""
 
     root: Path
     name: str
     config: DataConfig
 
     isolated: ClassVar[bool] = False
-    LARGE: ClassVar[tuple[str, ...]] = ("rows", "arrays", "tasks", "task_names")  # found again where needed
+    LARGE: ClassVar[tuple[str, ...]] = ("rows", "arrays", "tasks", "task_names")  # recomputed where needed
 
     @classmethod
     def from_hub(cls, name: str, config: DataConfig) -> LeRobotSource:
-        """Fetch a dataset into the hub's cache, only the videos that are needed."""
+        """Download a dataset into the hub's cache, with only the videos that are needed."""
         from huggingface_hub import snapshot_download
 
         try:
@@ -97,12 +97,12 @@ class LeRobotSource:
             snapshot_download(name, repo_type="dataset", revision=root.name, allow_patterns=needed)
         except UserError:
             raise
-        except Exception as error:  # the hub's client has dozens of classes, of three libraries
+        except Exception as error:  # the hub's client raises dozens of classes, from three libraries
             raise UserError(
                 f"The dataset {name} is no folder here and could not be downloaded ({type(error).__name__}): "
                 f"check the name, the connection, and `hf auth login` if it is private."
             ) from error
-        return cls(root, name, config)  # which looks at the pictures, now that they are here
+        return cls(root, name, config)  # looks at the pictures, now that they are here
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in self.LARGE}
@@ -113,7 +113,7 @@ class LeRobotSource:
 
     @cached_property
     def rows(self) -> list[EpisodeRow]:
-        """All episodes, of every task, by number."""
+        """All episodes of all tasks, by number."""
         return read_rows(self.root, self.meta)
 
     @cached_property
@@ -123,7 +123,7 @@ class LeRobotSource:
 
     @cached_property
     def task_names(self) -> list[str]:
-        """The instructions in `meta/episodes`, in their order there."""
+        """The instructions in `meta/episodes`, in order of appearance."""
         return list(dict.fromkeys(task for row in self.rows for task in row.tasks))
 
     @cached_property
@@ -143,17 +143,17 @@ class LeRobotSource:
 
     @cached_property
     def arrays(self) -> dict[str, Array]:
-        """What there is for every step."""
+        """The arrays with a value for every step."""
         return {key: self._array(key) for key in self.meta.features if key not in BOOKKEEPING}
 
     @property
     def colorless(self) -> dict[str, Array]:
-        """Cameras that show no colour, such as depth."""
+        """Cameras without colour, such as depth."""
         features = self.meta.features
         return {k: array for k, array in self.arrays.items() if features[k].is_camera and not array.is_image}
 
     def _array(self, key: str) -> Array:
-        """A feature as info.json describes it, put right by a camera's first picture, where it is here."""
+        """A feature as info.json describes it, corrected by a camera's first picture if that is here."""
         array = self.meta.features[key].array(self.meta.total_frames or 0)
         if not array.is_image:
             return array
@@ -162,14 +162,14 @@ class LeRobotSource:
         except NoColor as error:
             return Array("other", array.shape, f"{array.dtype} ({error})")
         except (FrameError, OSError):
-            size = None  # whichever episode it is of cannot be decoded, either
+            size = None  # its episode cannot be decoded either
         shape = array.shape[1:]
         if size and (not shape or any(sorted((*size, count)) == sorted(shape) for count in COLOR)):
             return array._replace(size=size)
         return array if array.size else Array("other", array.shape, f"{array.dtype} of no stated shape")
 
     def _first_size(self, key: str, dtype: str) -> tuple[int, int] | None:
-        """(H, W) of a camera's first picture, None if it is not here; raises NoColor, FrameError, OSError."""
+        """(H, W) of a camera's first picture, None if not here; raises NoColor, FrameError, OSError."""
         if dtype == "video":
             places = (self.root / row.videos[key].file for row in self.rows if key in row.videos)
             file = next((place for place in places if place.is_file()), None)
@@ -188,15 +188,15 @@ class LeRobotSource:
         mixed = [row.index for row in rows if len(row.tasks) > 1]
         if mixed and self.tasks is None:
             many = f"{len(mixed)} episodes, {mixed[0]} for one, have"
-            say(f"  {many} other tasks, too: all of their steps are used, whichever task they are of")
+            say(f"  {many} other tasks, too: all of their steps are used, whatever the task")
         if len(tasks) > 1:
-            say(f"  {len(tasks)} tasks ({listed(tasks)}); --task chooses some")
+            say(f"  {len(tasks)} tasks ({listed(tasks)}); choose some with --task")
         if self.meta.total_episodes not in (None, 0, len(self.rows)):
             say(f"  info.json counts {self.meta.total_episodes} episodes, meta/episodes {len(self.rows)}")
         files = {place.file for row in rows for key, place in row.videos.items() if key in layout.arrays}
         for key in (c.key for c in layout.cameras if layout.arrays[c.key].dtype == "image"):
             files |= image_files(self.root, key)
-        # Of episodes that are cut another store is made than before they were.
+        # Cutting episodes makes a different store.
         chosen = tasks[0] if len(tasks) == 1 and not (mixed and self.tasks) else list(self.config.task)
         found = fingerprint(self.root, self.meta, files, self.config.cache_dir / "hashes")
         return layout.info(self.name, found, fps, task=chosen or None)
@@ -243,7 +243,7 @@ class LeRobotSource:
             raise BadEpisode(f"Episode {episode.index} cannot be decoded from {path} ({said})") from None
 
     def _video_faults(self, wanted: set[int], runs: dict[int, list[Run]]) -> dict[int, str]:
-        """What is wrong with the places of wanted episodes in the chosen cameras' videos, by number."""
+        """Faults in the places of wanted episodes in the chosen cameras' videos, by episode number."""
         files: dict[tuple[str, str], list[Segment]] = {}
         for key in (c.key for c in self.layout.cameras if self.layout.arrays[c.key].dtype == "video"):
             for row in self.rows:
@@ -257,13 +257,13 @@ class LeRobotSource:
             if wanted & {segment.episode for segment in segments} and (self.root / place[1]).is_file()
         }
         faults: dict[int, str] = {}
-        with ThreadPoolExecutor(4) as pool:  # reading a file releases the interpreter's lock
+        with ThreadPoolExecutor(4) as pool:  # reading a file releases the GIL
             for found in pool.map(self._file_faults, files, files.values()):
                 faults = found | faults
         return faults
 
     def _file_faults(self, place: tuple[str, str], segments: list[Segment]) -> dict[int, str]:
-        """What is wrong with the places of all episodes in one camera's file."""
+        """Faults in the places of all episodes in one camera's file, by episode number."""
         camera, file = place
         known = {row.index for row in self.rows if camera in row.videos}
         beside = {s.episode + step for s in segments for step in (-1, 1)} - known
@@ -276,7 +276,7 @@ class LeRobotSource:
         return clock_faults(str(self.root / file), times, segments, self.meta.fps, absent)
 
     def _chosen(self) -> tuple[list[str], list[EpisodeRow]]:
-        """The tasks that are wanted, all by default, and the episodes that have one of them."""
+        """The wanted tasks (default: all), and the episodes that have one of them."""
         if not self.rows:
             said = f"{self.name} has no episodes (meta/episodes is empty): record or download it again."
             raise UserError(said)
@@ -290,18 +290,18 @@ class LeRobotSource:
         if len(self.task_names) < 2 or self.tasks is None or "task_index" not in run.columns:
             wanted = [task for task in row.tasks if task in (self.config.task or row.tasks)]
             if len(wanted) > 1:
-                lacking = "neither task_index nor meta/tasks.parquet say which step is of which"
-                raise BadEpisode(f"{name} has {len(row.tasks)} tasks, and {lacking}")
+                lacking = "neither task_index nor meta/tasks.parquet assigns them to steps"
+                raise BadEpisode(f"{name} has {len(row.tasks)} tasks, but {lacking}")
             return next(iter(wanted), None)
         numbers = run.column("task_index")
         first = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist()]
         for step in first:
             if numbers[step] not in self.tasks:
                 there = f"meta/tasks.parquet lists {len(self.tasks)} tasks"
-                raise BadEpisode(f"{name} has task_index {numbers[step]:g} at step {step}, and {there}")
+                raise BadEpisode(f"{name} has task_index {numbers[step]:g} at step {step}, but {there}")
             if row.tasks and self.tasks[numbers[step]] not in row.tasks:
-                said = f'"{self.tasks[numbers[step]]}" at step {step}, and meta/episodes {listed(row.tasks)}'
-                raise BadEpisode(f"{name} is of the task {said}")
+                said = f'"{self.tasks[numbers[step]]}" at step {step}'
+                raise BadEpisode(f"{name} has the task {said}, but meta/episodes says {listed(row.tasks)}")
         spans = tuple((step, self.tasks[numbers[step]]) for step in first)
         return spans if len(spans) > 1 else spans[0][1]
 
@@ -316,7 +316,7 @@ class LeRobotSource:
             wrong = np.flatnonzero(counts != values.shape[1])
             if len(wrong):
                 raise BadEpisode(
-                    f"{name} has {counts[wrong[0]]} numbers in {key} at step {wrong[0]}, and info.json says "
+                    f"{name} has {counts[wrong[0]]} numbers in {key} at step {wrong[0]}, but info.json says "
                     f"{values.shape[1]}"
                 )
         origin = [(run.file, run.first)] * len(is_video)
@@ -334,10 +334,10 @@ class LeRobotSource:
 
 
 def fingerprint(root: Path, meta: Meta, others: set[str], kept: Path) -> str:
-    """Hash of what the dataset contains: features, parquet files, and size, head and tail of others in it.
+    """Hash of the dataset's content: features, parquet files, and size, head and tail of other files.
 
-    Those of parquet files, which can hold all pictures, are kept in a folder as long as the files are as
-    they were.
+    Hashes of parquet files, which can hold all pictures, are kept in the folder `kept` while those files
+    stay unchanged.
     """
 
     def hash_whole(path: Path) -> str:
@@ -346,7 +346,7 @@ def fingerprint(root: Path, meta: Meta, others: set[str], kept: Path) -> str:
 
     tables = [file for part in ("meta", "data") for file in files_below(root / part)]
     files = [*tables, *(root / name for name in sorted(others))]
-    with ThreadPoolExecutor(8) as pool:  # hashing and reading release the interpreter's lock
+    with ThreadPoolExecutor(8) as pool:  # hashing and reading release the GIL
         file = kept / f"{hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]}.json"
         whole = computed_once(file, unchanged_while(tables), lambda: list(pool.map(hash_whole, tables)))
         parts = [*whole, *pool.map(hash_ends, files[len(tables) :])]

@@ -39,7 +39,7 @@ class Feature(BaseModel):
         return self.dtype in ("video", "image")
 
     def array(self, steps: int) -> Array:
-        """The feature as an array; a colour camera holds pixels, and a dtype of `video` or `image`."""
+        """The feature as an array; a colour camera becomes pixels with dtype `video` or `image`."""
         shape, dtype = (steps, *(self.shape or ())), self.dtype or "nothing"
         if not self.is_camera:
             dtype += " of no stated shape" * (self.shape is None)
@@ -57,7 +57,7 @@ class Feature(BaseModel):
         return Array("pixels", shape, dtype, self._size())
 
     def _size(self) -> tuple[int, int]:
-        """(H, W); the channels are where a 3 or 4 is, and only if both ends could be, where the names say."""
+        """(H, W); the channel axis has size 3 or 4, and the names decide if both ends have."""
         first, last = self.shape[0] in COLOR, self.shape[2] in COLOR
         names = [name.casefold() for name in flatten(self.names)]
         named_first = bool(names) and names[0] in ("channel", "channels", "c", "rgb")
@@ -66,7 +66,7 @@ class Feature(BaseModel):
 
 
 class Meta(BaseModel):
-    """What is read of `meta/info.json`."""
+    """The parts of `meta/info.json` that are used."""
 
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     total_frames: int | None = None
@@ -76,7 +76,7 @@ class Meta(BaseModel):
 
 
 def read_meta(root: Path, source: str) -> Meta:
-    """What `meta/info.json` says, if it is that of a LeRobot v3 dataset."""
+    """Read `meta/info.json`, which must be that of a LeRobot v3 dataset."""
     path = root / "meta" / "info.json"
     if not path.is_file():
         raise UserError(
@@ -89,7 +89,7 @@ def read_meta(root: Path, source: str) -> Meta:
         if (major, minor) < (3, 0):
             raise UserError(_older_format(root, source, version, (major, minor)))
         if major > 3:
-            raise UserError(f"{source} has LeRobot format v{version}, newer than v3, which is read here.")
+            raise UserError(f"{source} has LeRobot format v{version}, newer than v3, the only one supported.")
         return Meta.model_validate(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"{type(error).__name__}: {error}"
@@ -100,23 +100,23 @@ def read_meta(root: Path, source: str) -> Meta:
 
 
 def _older_format(root: Path, source: str, version: str, number: tuple[int, int]) -> str:
-    """What to do with a format before v3."""
+    """How to convert a format before v3."""
     name = shlex.quote(source)
     convert = f"`{CONVERTER} --repo-id={name} --root={shlex.quote(str(root))} --push-to-hub=false`"
-    said = f"{source} has LeRobot format v{version}, and v3 is needed"
+    said = f"{source} has LeRobot format v{version}, but v3 is needed"
     if number >= (2, 1):
         return f"{said}: convert it with {convert}."
     if number < (2, 0):
-        return f"{said}: convert it to v2.1 with the LeRobot versions of its time, then with {convert}."
+        return f"{said}: convert it to v2.1 with LeRobot versions from that time, then with {convert}."
     on_hub = "OWNER/NAME" if source.count("/") != 1 or Path(source).exists() else name
     return (
-        f"{said}: convert it to v2.1 on the hub, with LeRobot 0.3.3 in an environment of its own "
+        f"{said}: convert it to v2.1 on the hub, with LeRobot 0.3.3 in a separate environment "
         f"(`{OLD_CONVERTER} --repo-id={on_hub}`), download that, and convert it to v3 with {convert}."
     )
 
 
 def flatten(names: Any) -> list[str]:
-    """Names out of nested lists, `{"motors": [...]}`, or `{"x": 0, "y": 1}`."""
+    """Names from nested lists, `{"motors": [...]}`, or `{"x": 0, "y": 1}`."""
     if isinstance(names, dict):
         if all(isinstance(value, int) for value in names.values()):
             return sorted(names, key=names.__getitem__)
@@ -127,7 +127,7 @@ def flatten(names: Any) -> list[str]:
 
 
 class Place(NamedTuple):
-    """Where an episode's frames lie: a file below the root, and from when to when in it, in seconds."""
+    """Where an episode's frames are: a file below the root, and start and end in it, in seconds."""
 
     file: str
     start: float
@@ -149,7 +149,7 @@ class EpisodeRow(NamedTuple):
 
 
 def read_rows(root: Path, meta: Meta) -> list[EpisodeRow]:
-    """Everything that `meta/episodes` lists, by number."""
+    """All episodes that `meta/episodes` lists, by number."""
     rows = []
     cameras = [key for key, feature in meta.features.items() if feature.dtype == "video"]
     optional = [f"videos/{key}/{part}" for key in cameras for part in PLACE]
@@ -184,11 +184,11 @@ def _row(row: dict[str, Any], cameras: Sequence[str], meta: Meta) -> EpisodeRow:
 
 
 def read_tasks(root: Path) -> dict[int, str] | None:
-    """Instructions by the `task_index` of the steps that have them; None if the dataset lists none."""
+    """Instructions by `task_index`; None if the dataset lists none."""
     file = root / "meta" / "tasks.parquet"
     if not file.is_file():
         return None
-    # The instructions are the index of a pandas table, whose column has had several names.
+    # The instructions are the index of a pandas table, whose column has changed its name over time.
     table = read_parquet(file, ["task_index"], ["task", "__index_level_0__"])
     names = [name for name in table.column_names if name != "task_index"]
     texts = table[names[0]].to_pylist() if names else []
@@ -199,7 +199,7 @@ def read_tasks(root: Path) -> dict[int, str] | None:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Parquet files in a folder, sorted; none that is hidden, as what macOS keeps, or in a hidden folder."""
+    """Parquet files in a folder, sorted, without hidden ones (macOS makes some) or hidden folders' files."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() == ".parquet")
     return sorted(
         path
@@ -209,7 +209,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def read_parquet(file: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
-    """Columns of a parquet file, in memory; the optional ones that it has."""
+    """Columns of a parquet file, in memory, with those of the optional ones that it has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -219,7 +219,7 @@ def read_parquet(file: Path, columns: Sequence[str], optional: Sequence[str] = (
             missing = [name for name in columns if name not in there]
             if not missing:
                 table = parquet.read([*columns, *(name for name in optional if name in there)])
-                table.validate(full=True)  # damaged files can hold texts and lists that are none
+                table.validate(full=True)  # damaged files can hold invalid texts and lists
                 return table
     except (pa.ArrowException, OSError, ValueError) as error:
         if is_pointer(file):

@@ -1,4 +1,4 @@
-"""Numbers and pictures out of the data files of a LeRobot dataset."""
+"""Numbers and pictures from the data files of a LeRobot dataset."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class Run(NamedTuple):
-    """Rows of a data file from `first` on that belong to one episode.
+    """Consecutive rows of a data file, starting at `first`, that belong to one episode.
 
-    `columns` holds, of each feature, values (L, D) and how many numbers a step really has, (L,).
+    `columns` holds the values (L, D) of each feature and how many numbers each step really has, (L,).
     """
 
     file: str
@@ -35,12 +35,12 @@ class Run(NamedTuple):
         return len(self.columns["timestamp"][0])
 
     def column(self, key: str) -> np.ndarray:
-        """A feature of one number a step, (L,)."""
+        """A feature with one number per step, (L,)."""
         return self.columns[key][0][:, 0]
 
 
 def read_numbers(root: Path, widths: dict[str, int]) -> dict[int, list[Run]]:
-    """Every run of rows with one episode index, by that index, with features of so many numbers a step."""
+    """Runs of rows with one episode index, by that index; `widths` are the features' numbers per step."""
     found: dict[int, list[Run]] = {}
     for file in files_below(root / "data"):
         needed, optional = ("timestamp", "frame_index", "episode_index"), ("index", "task_index")
@@ -60,58 +60,58 @@ def read_numbers(root: Path, widths: dict[str, int]) -> dict[int, list[Run]]:
 
 
 def misplaced(rows: Sequence[EpisodeRow], runs: dict[int, list[Run]]) -> set[int]:
-    """Episodes that come elsewhere among the others by `index` in their rows than by dataset_from_index.
+    """Episodes whose order by `index` in their rows differs from that by dataset_from_index.
 
-    The numbers themselves may differ, since tools that take episodes out renumber one of the two.
+    The numbers themselves may differ, since tools that remove episodes renumber one of the two.
     """
     placed = {
         row.index: row.first for row in rows if row.first is not None and len(runs.get(row.index, [])) == 1
     }
     rows_of = {number: runs[number][0] for number in placed if "index" in runs[number][0].columns}
     begins = {number: run.column("index")[0] for number, run in rows_of.items()}
-    if len(set(begins.values())) < len(begins):  # it begins anew in every episode
+    if len(set(begins.values())) < len(begins):  # it restarts in every episode
         return set()
     by_index, by_place = sorted(begins, key=begins.__getitem__), sorted(begins, key=placed.__getitem__)
     return {one for one, other in zip(by_index, by_place, strict=True) if one != other}
 
 
 def only_run(name: str, row: EpisodeRow, runs: list[Run]) -> Run:
-    """The rows of an episode, which must be as many as `meta/episodes` says, in order; raises BadEpisode."""
+    """The rows of an episode, in order and as many as `meta/episodes` says; raises BadEpisode if not."""
     steps, files = sum(run.steps for run in runs), sorted({run.file for run in runs})
     if steps != row.length:
         where = f"the data files ({', '.join(files)})" if len(files) > 1 else "the data files"
-        raise BadEpisode(f"{name} has {steps} steps in {where} and {row.length} in meta/episodes")
+        raise BadEpisode(f"{name} has {steps} steps in {where} but {row.length} in meta/episodes")
     if not steps:
-        raise BadEpisode(f"{name} has 0 steps, and an action chunk needs at least 2")
+        raise BadEpisode(f"{name} has 0 steps, but an action chunk needs at least 2")
     if len(runs) > 1 or (np.diff(runs[0].column("frame_index")) != 1).any():
         raise BadEpisode(f"{name} has its steps out of order in {files[0]}")
     if None not in (row.first, row.last) and row.last - row.first != steps:
         stretch = f"{row.first} to {row.last} (dataset_from_index, dataset_to_index)"
-        raise BadEpisode(f"{name} has {steps} steps, and meta/episodes says those from {stretch}")
+        raise BadEpisode(f"{name} has {steps} steps, but meta/episodes places them at {stretch}")
     return runs[0]
 
 
 def check_times(name: str, run: Run, fps: float, exactly: bool) -> None:
-    """Raise BadEpisode for timestamps that contradict `fps`: beside videos, every step's, else their pace."""
+    """Raise BadEpisode for timestamps that contradict `fps`: each one if `exactly`, else only their pace."""
     times, frame = run.column("timestamp"), run.column("frame_index")
     if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
         raise BadEpisode(f"{name} has timestamps that do not increase")
     if exactly:
-        allowed = TOLERANCE + 1e-7 * frame  # as float32 rounds
+        allowed = TOLERANCE + 1e-7 * frame  # float32 rounding
         off = np.abs(times * fps - frame) + np.abs(frame - np.arange(len(frame))) > allowed
         if off.any():
             step = off.argmax()
             said = f"{times[step]:.6g} s and frame_index {frame[step]:g} at step {step}"
-            raise BadEpisode(f"{name} has timestamp {said}, and a video of {fps:g} Hz has neither")
+            raise BadEpisode(f"{name} has timestamp {said}, which do not fit a video of {fps:g} Hz")
     elif len(times) > 1 and not 0.7 < np.median(np.diff(times)) * fps < 1.4:
         pace = 1 / np.median(np.diff(times))
         raise BadEpisode(
-            f"{name} has {pace:.4g} steps a second by its timestamps, and info.json says {fps:g}"
+            f"{name} has {pace:.4g} steps a second by its timestamps, but info.json says {fps:g}"
         )
 
 
 def matrix(column: pa.ChunkedArray, width: int, what: str, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    """A column of numbers or (nested) lists of them as (rows, width), NaN where a row has another count.
+    """A column of numbers or (nested) lists of them as (rows, width), NaN for rows of another length.
 
     Also returns how many numbers each row has.
     """
@@ -119,7 +119,7 @@ def matrix(column: pa.ChunkedArray, width: int, what: str, dtype: type) -> tuple
     import pyarrow.compute as pc
 
     array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    count, row = len(array), np.arange(len(array))  # row: which row each number belongs to
+    count, row = len(array), np.arange(len(array))  # row: the row of each number
     while _is_list(array):
         row, array = row[pc.list_parent_indices(array).to_numpy()], array.flatten()
     if pa.types.is_boolean(array.type) or pa.types.is_decimal(array.type):
@@ -144,7 +144,7 @@ def _is_list(array: pa.Array) -> bool:
 
 
 def read_images(root: Path, file: str, key: str, first: int, count: int) -> Iterator[np.ndarray]:
-    """So many pictures (H, W, 3) uint8 of a column of a data file, from row `first` on; raises FrameError."""
+    """`count` pictures (H, W, 3) uint8 from a data file's column, from row `first` on; raises FrameError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -167,7 +167,7 @@ def read_images(root: Path, file: str, key: str, first: int, count: int) -> Iter
 
 
 def image_files(root: Path, key: str) -> set[str]:
-    """The files that an image column names instead of holding images, where its first one is there."""
+    """Files that an image column names instead of holding images, if its first one exists."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -175,7 +175,7 @@ def image_files(root: Path, key: str) -> set[str]:
         return isinstance(name, str) and _lies_inside(root, name) and (root / name).is_file()
 
     found: set[str] = set()
-    with suppress(pa.ArrowException, OSError, ValueError, KeyError):  # such episodes cannot be read, either
+    with suppress(pa.ArrowException, OSError, ValueError, KeyError):  # such episodes cannot be read either
         for file in files_below(root / "data"):
             with pq.ParquetFile(file) as table:
                 kind = table.schema_arrow.field(key).type
@@ -187,7 +187,7 @@ def image_files(root: Path, key: str) -> set[str]:
 
 
 def _picture(root: Path, cell: pa.Array) -> np.ndarray:
-    """An image cell, an array of length 1: encoded, by the path of a file in the dataset, or its pixels."""
+    """The image in a cell (an array of length 1): encoded bytes, the path of a file, or pixels."""
     if _is_list(cell):
         return rgb_pixels(_nested(cell))
     value: Any = cell[0].as_py()
@@ -196,7 +196,7 @@ def _picture(root: Path, cell: pa.Array) -> np.ndarray:
     if isinstance(value, bytes):
         return decode_image(value)
     if value is not None and not isinstance(value, str):
-        raise NoColor(f"its column holds {cell.type}, and an image is encoded, a path, or an array of pixels")
+        raise NoColor(f"its column holds {cell.type}, but an image is encoded, a path, or an array of pixels")
     if not _lies_inside(root, value or ""):
         raise FrameError("an image is neither in the table nor in the dataset's folder")
     return decode_image((root / value).read_bytes())
@@ -208,7 +208,7 @@ def _lies_inside(root: Path, name: str) -> bool:
 
 
 def _nested(cell: pa.Array) -> np.ndarray:
-    """An array of nested lists of one length each as a numpy array; whole numbers of 8 bits become uint8."""
+    """Nested lists as a numpy array, uint8 if their numbers are whole and fit; raises if they are ragged."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -220,7 +220,7 @@ def _nested(cell: pa.Array) -> np.ndarray:
         shape.append(lengths[0])
         cell = cell.flatten()
     if not (pa.types.is_integer(cell.type) or pa.types.is_floating(cell.type)) or cell.null_count:
-        raise NoColor(f"its column holds lists of {cell.type}, and pixels are whole numbers")
+        raise NoColor(f"its column holds lists of {cell.type}, but pixels are whole numbers")
     pixels = cell.to_numpy(zero_copy_only=False)
     small = pixels.dtype.kind in "iu" and pixels.min() >= 0 and pixels.max() <= 255
     return pixels.reshape(shape).astype(np.uint8 if small else pixels.dtype, copy=False)

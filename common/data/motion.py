@@ -1,4 +1,4 @@
-"""What moves in a dataset: idle dimensions, idle ends of episodes, jumps, commands that are stuck."""
+"""What moves in a dataset: idle dimensions, idle ends of episodes, jumps, stuck commands."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from common.console import say
 from common.data.store import EpisodeStore
 from common.errors import UserError
 
-REST_SECONDS = 0.5  # a robot that rests for longer at an end of an episode is idle there
-STUCK_SECONDS = 2.0  # an action that stays exactly the same for longer is worth a look
-REST_SHARE = 1e-3  # of a dimension's range: changes below are no motion
-EXTREME_SHARE = 1e-3  # of the steps, at either end of a dimension: these may be failures of a sensor
+REST_SECONDS = 0.5  # a robot that rests longer at an end of an episode is idle there
+STUCK_SECONDS = 2.0  # an action that stays exactly the same for longer is suspicious
+REST_SHARE = 1e-3  # of a dimension's range: smaller changes are not motion
+EXTREME_SHARE = 1e-3  # of the steps, at either end of a dimension: these may be sensor failures
 BLACK = 10  # a frame without a brighter pixel is black
 FEW = 8  # episodes or dimensions to name in a line
 
@@ -34,9 +34,9 @@ def slabs(values: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def without_extremes(values: np.ndarray) -> np.ndarray:
-    """(S, D) as float64 with the lowest and the highest 0.1 % of each dimension, at least one, cut off.
+    """(S, D) as float64 with the lowest and highest 0.1 % of each dimension, at least one value, clipped.
 
-    A sensor that fails for a step reports thousands of times what is usual; motion lasts longer than that.
+    A sensor that fails for a step can report thousands of times the usual value; motion lasts longer.
     """
     exact = np.asarray(values, np.float64)
     low = np.quantile(exact, EXTREME_SHARE, axis=0, method="higher")
@@ -45,7 +45,7 @@ def without_extremes(values: np.ndarray) -> np.ndarray:
 
 
 def usual_spread(spread: np.ndarray) -> float:
-    """The median of those (D,) standard deviations that reach a hundredth of the largest."""
+    """Median of the (D,) standard deviations that reach a hundredth of the largest."""
     return float(np.median(spread[spread >= 1e-2 * spread.max()]))
 
 
@@ -80,16 +80,16 @@ class Motion(NamedTuple):
 
 
 def idle_dimensions(values: np.ndarray, episodes: np.ndarray) -> np.ndarray:
-    """Which dimensions show nothing but sensor noise, judged by those that move: (D,) bool.
+    """Dimensions with nothing but sensor noise, compared to those that move: (D,) bool.
 
     A dimension is idle if its standard deviation is
 
     - below 1e-4 of the usual one: units as different as millimetres and radians differ by less, or
     - below 1e-2 of it, and noise: it varies as much from step to step as over the whole dataset, or by less
-      than a thousandth of the value it rests at.
+      than a thousandth of its resting value.
 
     A gripper that seldom moves, or is recorded in other units, is not idle, nor is a constant dimension, for
-    which `common/normalize.py` has a rule of its own.
+    which `common/normalize.py` has its own rule.
 
     Args:
         values: (S, D), recorded.
@@ -100,12 +100,12 @@ def idle_dimensions(values: np.ndarray, episodes: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Ends:
-    """Steps at the ends of each episode in which nothing happens, (E,) int64 each.
+    """Steps without motion at the ends of each episode, (E,) int64 each.
 
     Attributes:
-        head, tail: all of them, but for one step of rest next to the motion.
-        blank_head, blank_tail: those without content, zeros or black frames, as files of fixed length have
-            them.
+        head, tail: all of them, except one step of rest next to the motion.
+        blank_head, blank_tail: those without content, zeros or black frames, which pad files of fixed
+            length.
     """
 
     head: np.ndarray
@@ -115,7 +115,7 @@ class Ends:
 
 
 def idle_ends(store: EpisodeStore) -> Ends:
-    """Find the idle ends of all episodes; frames are read only where an episode ends in black."""
+    """Find the idle ends of all episodes; reads frames only if an episode ends in black."""
     values, episodes = np.concatenate([store.state, store.action], axis=1), episode_of_steps(store)
     idle = np.concatenate([idle_dimensions(part, episodes) for part in (store.state, store.action)])
     tolerance = np.where(idle, np.inf, REST_SHARE * np.ptp(values, axis=0))
@@ -137,7 +137,7 @@ def episode_of_steps(store: EpisodeStore) -> np.ndarray:
 def _idle_from(
     rows: np.ndarray, store: EpisodeStore, values: np.ndarray, tolerance: np.ndarray, least: int
 ) -> tuple[int, int]:
-    """Idle steps, and blank ones, at the beginning of `rows`, which run inwards from an end."""
+    """Numbers of idle and of blank steps at the start of `rows`, which run inwards from an end."""
     blank = 0
     while blank < len(rows) and (not values[rows[blank]].any() or _is_black(store, rows[blank])):
         blank += 1
@@ -154,7 +154,7 @@ def _is_black(store: EpisodeStore, row: int) -> bool:
 
 
 def trim_idle(store: EpisodeStore) -> EpisodeStore:
-    """The store without the idle ends of its episodes, and without those that are nothing else; says so."""
+    """The store without idle ends, and without episodes that are all idle; prints what it left out."""
     ends = idle_ends(store)
     first, last = store.episode_starts[:-1] + ends.head, store.episode_starts[1:] - ends.tail
     kept = np.flatnonzero(last - first >= 2)
@@ -169,7 +169,7 @@ def trim_idle(store: EpisodeStore) -> EpisodeStore:
 
 
 def oddities(store: EpisodeStore) -> list[str]:
-    """What about the motion deserves a look, in lines for people."""
+    """Anything suspicious about the motion, in lines for people."""
     ends, lines = idle_ends(store), []
     for where, idle, blank in (("begin", ends.head, ends.blank_head), ("end", ends.tail, ends.blank_tail)):
         for count, what in ((blank, "blank steps (zeros, or black frames)"), (idle - blank, "steps of rest")):
@@ -206,7 +206,7 @@ def copies(store: EpisodeStore) -> list[str]:
 
 
 def cautions(store: EpisodeStore, action_offset: int = 0, relative: bool = False) -> list[str]:
-    """What about the actions makes a policy that learns them useless, in lines for people."""
+    """Faults in the actions that make a policy trained on them useless, in lines for people."""
     lines = []
     if action_offset == 0 and np.array_equal(store.state, store.action):
         lines.append(
@@ -219,13 +219,13 @@ def cautions(store: EpisodeStore, action_offset: int = 0, relative: bool = False
 
 
 def differences_already(store: EpisodeStore, pairs: np.ndarray) -> list[int]:
-    """Action dimensions that seem to be differences already: they go with the state's change, not with it.
+    """Action dimensions that seem to be differences already: they follow the state's change, not the state.
 
-    An action that says where to go is near the state, and so differs from it by less than the state spreads;
-    a difference is as far from it as if they had nothing to do with each other.
+    An absolute target is near the state, so it differs from the state by less than the state's spread; a
+    difference is as far from the state as if the two were unrelated.
 
     Args:
-        pairs: (A,), of each action dimension the state dimension that is the same thing, or -1.
+        pairs: (A,), the state dimension that is the same quantity as each action dimension, or -1.
     """
     steps = np.flatnonzero(np.diff(episode_of_steps(store)) == 0)
     found = []
@@ -239,7 +239,7 @@ def differences_already(store: EpisodeStore, pairs: np.ndarray) -> list[int]:
 
 
 def longest_constant(store: EpisodeStore) -> np.ndarray:
-    """Of each episode, the most steps in a row with exactly the same action, idle ends apart: (E,) int64."""
+    """Longest run of steps with the same action in each episode, idle ends not counted: (E,) int64."""
     ends, longest = idle_ends(store), []
     for e in range(store.num_episodes):
         first, last = store.episode_starts[e] + ends.head[e], store.episode_starts[e + 1] - ends.tail[e]
@@ -252,7 +252,7 @@ def jumps(part: str, recorded: np.ndarray, store: EpisodeStore) -> list[str]:
     """Dimensions of a `part`, (S, D), that jump from one step to the next, in lines for people.
 
     A jump is more than half of the dimension's range, or more than 15 % of it and undone in the next step,
-    and twenty times its usual change; so a binary gripper does not jump.
+    and twenty times its usual change, so a binary gripper does not jump.
     """
     found: dict[tuple[int, ...], list[str]] = {}  # dimensions by the episodes in which they jump
     names = getattr(store, f"{part}_names")

@@ -1,9 +1,9 @@
-"""Numbers of the episodes in files: those in their own names, never their position.
+"""Numbers of the episodes in files: taken from their names, never from their position.
 
-A number that two episodes share, and a name without one, cannot say which episode is meant. Such episodes get
-a number of nine digits that belongs to their name alone: files that are added, removed or damaged leave it as
-it is. Where series have the same numbers (`a.hdf5` and `b.hdf5`, each with demo_0, demo_1, ...), every series
-begins at a number of its own, and its episodes follow in order.
+A number that two episodes share, or a name without a number, does not identify an episode. Such episodes get
+a nine-digit number that depends on their name only: adding, removing or damaging other files does not change
+it. If several series have the same numbers (`a.hdf5` and `b.hdf5`, each with demo_0, demo_1, ...), each
+starts at its own number, and its episodes follow in order.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import NamedTuple
 from common.data.cameras import distinct
 
 WORD = r"(demo|episode|ep|traj|trajectory)"
-EPISODE = re.compile(rf"{WORD}[ _.-]?\d+", re.IGNORECASE)  # a name that says that this is an episode
+EPISODE = re.compile(rf"{WORD}[ _.-]?\d+", re.IGNORECASE)  # a name that marks an episode
 NUMBERS = (re.compile(rf"{WORD}[ _.-]?(?P<number>\d+)", re.IGNORECASE), re.compile(r"(?P<number>\d+)$"))
-SERIES = 10_000  # numbers between the beginnings of two series
+SERIES = 10_000  # numbers between the starts of two series
 
 
 class Name(NamedTuple):
-    """What an episode's name says.
+    """An episode's name, taken apart.
 
     Attributes:
-        whole: file, and group in it.
-        series: the name with {} in the place of the number.
-        rank: 0 for an episode among several in a file, 1 for a file that is called episode_3 or the like,
-            2 for another one with a number, 3 for one without. Only the lowest rank that there is has
-            numbers of its own: a calibration_3.h5 beside episode_3.hdf5 takes nothing from it.
+        whole: file, and the group in it.
+        series: the name with {} in place of the number.
+        rank: 0 for an episode among several in a file, 1 for a file named like episode_3, 2 for any other
+            with a number, 3 for one without. Only the lowest rank present keeps its numbers: a
+            calibration_3.h5 next to episode_3.hdf5 does not compete with it.
     """
 
     whole: str
@@ -41,7 +41,7 @@ class Name(NamedTuple):
 
 
 def read_name(file: str, group: str, alone: bool) -> Name:
-    """The name of the episode in a group of a file, where it may be `alone`."""
+    """The name of the episode in a group of a file; `alone` if it is the only one there."""
     path, whole = PurePosixPath(file), f"{file}, {group.strip('/')}".removesuffix(", ")
     episode_file = bool(EPISODE.fullmatch(path.stem))
     if group and not (alone and episode_file):
@@ -82,7 +82,7 @@ def _hashed(text: str) -> int:
 
 
 def explain(names: Sequence[Name], numbers: Sequence[int]) -> Iterator[str]:
-    """Lines that say which numbers are which episodes, for those that are not called episode_<number>."""
+    """Lines that map numbers to episodes, for those not named episode_<number>."""
     said = {}
     for name, number in zip(names, numbers, strict=True):
         begin = number - (name.number or 0)

@@ -11,14 +11,14 @@ import numpy as np
 
 
 class Demonstration(NamedTuple):
-    """What a demonstrator did in one episode of L steps."""
+    """One demonstrated episode of L steps."""
 
     state: np.ndarray
     """(L, P) float32."""
     action: np.ndarray
     """(L, A) float32."""
     images: Mapping[str, np.ndarray]
-    """(L, H, W, 3) uint8 by camera."""
+    """(L, H, W, 3) uint8, by camera."""
     task: str
     """The instruction."""
 
@@ -31,14 +31,14 @@ def write_dataset(
     state_names: Iterable[str],
     action_names: Iterable[str],
 ) -> Path:
-    """Write demonstrations, at least one, as a dataset at `root`, which must not exist yet.
+    """Write at least one demonstration as a dataset at `root`, which must not exist yet.
 
-    Frames are stored as PNG images: compressing small ones to video costs more time than it saves, and would
-    give a policy other pixels than it meets in closed loop.
+    Frames are stored as PNG images: compressing small ones to video costs more time than it saves, and the
+    pixels would differ from those that a policy sees in closed loop.
     """
     import datasets
 
-    logging.getLogger("lerobot").setLevel(logging.ERROR)  # it reports at length that it found no FFmpeg
+    logging.getLogger("lerobot").setLevel(logging.ERROR)  # it warns at length that it found no FFmpeg
     datasets.disable_progress_bars()
     from lerobot.datasets import LeRobotDataset
 

@@ -1,7 +1,7 @@
-"""Rotations inside state and action, re-expressed so that a network meets no jumps.
+"""Rotations inside state and action, re-expressed without jumps for a network.
 
-Quaternions q and -q are the same rotation; axis-angle and Euler angles jump by a turn. The first two columns
-of the rotation matrix are continuous; Gram-Schmidt brings any six numbers back (Zhou et al. 2019).
+Quaternions q and -q are the same rotation; axis-angle and Euler angles jump by a full turn. The first two
+columns of the rotation matrix are continuous; Gram-Schmidt turns any six numbers into one (Zhou et al. 2019).
 """
 
 import re
@@ -16,9 +16,9 @@ from common.errors import UserError
 
 TARGET, TARGET_DIM = "6d", 6
 SOURCES = {"quaternion": 4, "quaternion-wxyz": 4, "axis-angle": 3, "euler": 3}
-"""What can be re-expressed, and in how many numbers. A `quaternion` is (x, y, z, w), `euler` roll, pitch, yaw
+"""Kinds that can be re-expressed, and their sizes. A `quaternion` is (x, y, z, w), `euler` roll, pitch, yaw
 about the fixed axes x, y, z; angles are in radians."""
-LARGEST_ANGLE = 2 * np.pi + 1e-3  # as recorders round it
+LARGEST_ANGLE = 2 * np.pi + 1e-3  # with recorders' rounding
 QUATERNION_NAMES = r"(quat|rot|orn|orientation)|(^|[_./])q[xyzw]$"
 USUAL_NAMES = {
     "quaternion": QUATERNION_NAMES,
@@ -30,7 +30,7 @@ USUAL_NAMES = {
 
 @dataclass(frozen=True)
 class Rotations:
-    """Where a vector of dimensions called `recorded` holds rotations of a kind: the first index of each."""
+    """Where a vector with dimensions named `recorded` holds rotations of a kind: the first index of each."""
 
     kind: str
     starts: tuple[int, ...]
@@ -46,8 +46,8 @@ class Rotations:
             if matches and len(run) % size:
                 found = ", ".join(names[i] for i in run)
                 raise UserError(
-                    f"--rotation {kind}->{TARGET}: {found} are {len(run)} dimensions, and a rotation has "
-                    f"{size}: name the right ones, as in --rotation eef_quat:{kind}->{TARGET}."
+                    f"--rotation {kind}->{TARGET}: {found} are {len(run)} dimensions, but a rotation has "
+                    f"{size}: name the right ones, such as --rotation eef_quat:{kind}->{TARGET}."
                 )
             starts += run[::size] if matches else []
         return cls(kind, tuple(starts), tuple(names))
@@ -70,14 +70,14 @@ class Rotations:
         return np.flatnonzero(np.any([~values[:, start : start + 4].any(1) for start in starts], axis=0))
 
     def turns(self, values: np.ndarray) -> np.ndarray:
-        """Rows of recorded vectors (S, D) with an angle above a turn, which would come back as another."""
+        """Rows of recorded vectors (S, D) with an angle above a full turn, which would not be restored."""
         if self.kind.startswith("quaternion"):
             return np.empty(0, np.int64)
         columns = [start + i for start in self.starts for i in range(SOURCES[self.kind])]
         return np.flatnonzero((np.abs(values[:, columns]) > LARGEST_ANGLE).any(1))
 
     def encode(self, values: np.ndarray) -> np.ndarray:
-        """Recorded vectors (..., D) to re-expressed ones (..., D'), float32."""
+        """Convert recorded vectors (..., D) to re-expressed ones (..., D'), float32."""
 
         def two_columns(numbers: np.ndarray) -> np.ndarray:
             return to_matrix(numbers, self.kind)[..., :2].mT.reshape(*numbers.shape[:-1], TARGET_DIM)
@@ -85,7 +85,7 @@ class Rotations:
         return _replaced(values, self.starts, SOURCES[self.kind], two_columns)
 
     def keep_signs(self, chunk: np.ndarray, given: np.ndarray) -> None:
-        """Let the quaternions of a recorded chunk (T, D) have the signs of those it begins with, (d, D)."""
+        """Match the quaternions' signs in a recorded chunk (T, D) to the actions it begins with, (d, D)."""
         if not self.kind.startswith("quaternion") or not len(given):
             return
         for start in self.starts:
@@ -94,7 +94,7 @@ class Rotations:
                 chunk[:, quaternion] *= -1
 
     def decode(self, values: np.ndarray) -> np.ndarray:
-        """Re-expressed vectors (..., D') back to recorded ones (..., D), float32."""
+        """Convert re-expressed vectors (..., D') back to recorded ones (..., D), float32."""
         starts = self.encoded_starts()
         return _replaced(values, starts, TARGET_DIM, lambda six: from_matrix(gram_schmidt(six), self.kind))
 
@@ -115,13 +115,13 @@ def parse(option: str) -> tuple[str | None, str]:
     if kind not in SOURCES or not arrow or target != TARGET:
         raise UserError(
             f"--rotation {option} is not understood: write KIND->{TARGET} with KIND one of "
-            f"{', '.join(SOURCES)}, or NAME:KIND->{TARGET} with what the dimensions' names have in common."
+            f"{', '.join(SOURCES)}, or NAME:KIND->{TARGET} with a text that the dimensions' names share."
         )
     return pattern or None, kind
 
 
 def to_matrix(values: np.ndarray, kind: str) -> np.ndarray:
-    """(..., 3 or 4) numbers of a kind to rotation matrices (..., 3, 3)."""
+    """Convert (..., 3 or 4) numbers of a kind to rotation matrices (..., 3, 3)."""
     from scipy.spatial.transform import Rotation
 
     flat = values.reshape(-1, SOURCES[kind])
@@ -135,13 +135,13 @@ def to_matrix(values: np.ndarray, kind: str) -> np.ndarray:
 
 
 def from_matrix(matrix: np.ndarray, kind: str) -> np.ndarray:
-    """Rotation matrices (..., 3, 3) to numbers of a kind; quaternions along a chunk never flip their sign."""
+    """Convert matrices (..., 3, 3) to numbers of a kind; along a chunk quaternions keep their sign."""
     from scipy.spatial.transform import Rotation
 
     rotation, shape = Rotation.from_matrix(matrix.reshape(-1, 3, 3)), matrix.shape[:-2]
     if kind == "euler":
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Gimbal lock")  # any of the angles that give it will do
+            warnings.filterwarnings("ignore", "Gimbal lock")  # any angles for this rotation will do
             return rotation.as_euler("xyz").reshape(*shape, 3)
     if kind == "axis-angle":
         return rotation.as_rotvec().reshape(*shape, 3)
@@ -166,6 +166,6 @@ def gram_schmidt(six: np.ndarray) -> np.ndarray:
         return vector - (first * vector).sum(-1, keepdims=True) * first
 
     first = unit(six[..., :3], np.eye(3)[0])
-    other = across(np.eye(3)[abs(first).argmin(-1)])  # the axis that is least parallel
+    other = across(np.eye(3)[abs(first).argmin(-1)])  # the least parallel axis
     second = unit(across(six[..., 3:]), other / np.linalg.norm(other, axis=-1, keepdims=True))
     return np.stack([first, second, np.cross(first, second)], -1)

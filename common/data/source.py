@@ -1,4 +1,4 @@
-"""What a format of demonstrations has to provide: see `docs/data.md` for how to add one."""
+"""What a demonstration format must provide; `docs/data.md` shows how to add one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from common.errors import UserError
 
-POINTER = "is a pointer of git-lfs, not the file itself (`git lfs pull` fetches it)"
+POINTER = "is a git-lfs pointer, not the file itself (`git lfs pull` fetches it)"
 
 
 class BadEpisode(Exception):
@@ -31,16 +31,16 @@ class Camera(NamedTuple):
 
 @dataclass(frozen=True)
 class Info:
-    """What a dataset is, under the options that were chosen for it; found without decoding a frame.
+    """A dataset's description with the options chosen for it; found without decoding a frame.
 
     Attributes:
-        source: what to call the dataset, a path or hub name.
+        source: the dataset's name in messages, a path or hub name.
         fingerprint: hash of its content: data with the same fingerprint need not be read again.
-        cameras: those to use, in order, the head camera first.
+        cameras: those in use, in order, the head camera first.
         image_size: (H, W) of the frames that `Source.frames` gives.
         fps: control steps per second.
-        choices: whatever else was chosen that changes numbers or frames (keys, colour order), as JSON can
-            hold it: other choices make another store.
+        choices: other options that change numbers or frames (keys, colour order), JSON-compatible; other
+            choices make another store.
     """
 
     source: str
@@ -55,13 +55,13 @@ class Info:
 
 @dataclass(frozen=True)
 class Episode:
-    """What an episode has besides its frames.
+    """Everything in an episode except its frames.
 
     Attributes:
         index: its number in the dataset.
         state, action: (L, P) and (L, A) float32, in recorded units.
         timestamps: (L,) float64, seconds since its first step.
-        origin: where its frames lie, for `Source.frames`; as JSON can hold it.
+        origin: where its frames are, for `Source.frames`; JSON-compatible.
         task: the instruction, if the dataset states one; where it changes, each one with its first step.
     """
 
@@ -87,29 +87,29 @@ class Source(Protocol):
     """A dataset in some format. Small, since it is pickled and sent to the processes that decode."""
 
     isolated: bool
-    """Read frames in other processes always, because damaged files can crash or hang the library."""
+    """Always read frames in other processes, because damaged files can crash or hang the library."""
 
     def info(self) -> Info:
-        """What the dataset is; raises UserError for whatever is wrong with it or with the options."""
+        """The dataset's description; raises UserError for any fault in the dataset or the options."""
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
-        """The usable ones of these episodes (None: of all) by number, and a clause about each that is not.
+        """The usable episodes of those (None: of all) by number, and a clause about each unusable one.
 
         Raises UserError if a wanted one does not exist (`existing`).
         """
 
     def frames(self, episode: Episode, camera: int) -> Iterator[np.ndarray]:
-        """All frames of one camera in order, each (3, H, W) uint8, RGB, of `Info.image_size`.
+        """All frames of one camera in order, each (3, H, W) uint8, RGB, at `Info.image_size`.
 
         The array may be overwritten by the next frame. Raises BadEpisode.
         """
 
 
 def refuse_unusable(name: str, episode: Episode, names: dict[str, Sequence[str]]) -> None:
-    """Raise BadEpisode for a single step, a NaN or an infinity, in dimensions called `names`."""
+    """Raise BadEpisode for an episode of one step, a NaN or an infinity; `names` are the dimensions'."""
     if len(episode) < 2:
         steps = f"{len(episode)} step{'s' * (len(episode) != 1)}"
-        raise BadEpisode(f"{name} has {steps}, and an action chunk needs at least 2")
+        raise BadEpisode(f"{name} has {steps}, but an action chunk needs at least 2")
     for part, values in (("state", episode.state), ("action", episode.action)):
         broken = np.argwhere(~np.isfinite(values))
         if len(broken):
@@ -119,7 +119,7 @@ def refuse_unusable(name: str, episode: Episode, names: dict[str, Sequence[str]]
 
 
 def hash_ends(path: Path, count: int = 64 * 1024) -> str:
-    """Hash of a file's size, head and tail: shows at little cost that a large file is another one."""
+    """Hash of a file's size, head and tail: a cheap way to notice that a large file has changed."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -128,28 +128,26 @@ def hash_ends(path: Path, count: int = 64 * 1024) -> str:
             file.seek(max(0, size - count))
             return hashlib.sha256(size.to_bytes(8, "little") + head + file.read(count)).hexdigest()
     except OSError:
-        return "unreadable"  # the ingest says which episode lacks it
+        return "unreadable"  # ingest reports which episode lacks it
 
 
 def is_pointer(path: Path | str) -> bool:
-    """Whether a file is what git puts in the place of a large one that was not fetched."""
+    """Whether a file is git's placeholder for a large file that was not fetched."""
     with suppress(OSError), open(path, "rb") as file:
         return file.read(20) == b"version https://git-"
     return False
 
 
 def existing(wanted: Sequence[int] | None, there: Collection[int], source: str) -> list[int]:
-    """The episodes wanted, or all that there are; a UserError if one of them does not exist."""
+    """The wanted episodes, or all; a UserError if one of them does not exist."""
     absent = sorted(set(wanted or ()) - set(there))
     if absent:
         names = ", ".join(map(str, absent[:5])) + ", ..." * (len(absent) > 5)
-        raise UserError(
-            f"{source} has no episode {names}: `python -m common.data.store inspect` lists what there is."
-        )
+        raise UserError(f"{source} has no episode {names}: `python -m common.data.store inspect` lists them.")
     return list(there if wanted is None else wanted)
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, as a clause."""
+    """An exception's message, as a clause."""
     said = str(getattr(error, "strerror", None) or error)
     return " ".join(said.split())[:200].rstrip(".") or type(error).__name__

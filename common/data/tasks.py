@@ -1,7 +1,7 @@
-"""Instructions of episodes: which are wanted, which episode has which, and how often each is drawn.
+"""Instructions of episodes: which are wanted, which episode has which, and how often each is sampled.
 
-An episode has one instruction. One whose instruction changes is cut where it does, so that no action chunk
-runs from one task into the next.
+An episode has one instruction. If it changes, the episode is cut there, so no action chunk runs from one task
+into the next.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 
 def listed(tasks: Iterable[str], most: int = 8) -> str:
-    """Instructions in a sentence."""
+    """Instructions as a list for a sentence."""
     tasks = list(tasks)
     more = f" and {len(tasks) - most} more" * (len(tasks) > most)
     return ", ".join(f'"{task}"' for task in tasks[:most]) + more
 
 
 def wanted_tasks(there: Sequence[str], config: DataConfig, source: str) -> list[str]:
-    """Those of a dataset's tasks that `--task` names, in its order; all, if it names none.
+    """The dataset's tasks that `--task` names, in its order; all if it names none.
 
     Raises:
-        UserError: if one does not exist, or, of several datasets, this one has none of them.
+        UserError: if one does not exist or, with several datasets, if this one has none of them.
     """
     if not config.task:
         return list(there)
@@ -47,7 +47,7 @@ def wanted_tasks(there: Sequence[str], config: DataConfig, source: str) -> list[
 
 
 def cut_at_tasks(store: EpisodeStore, wanted: Sequence[str]) -> EpisodeStore:
-    """The store with episodes cut where their instruction changes; of them the parts `wanted`, or else all.
+    """The store with episodes cut where their instruction changes, keeping the parts `wanted`, or all.
 
     A part of one step has no action chunk and is left out.
     """
@@ -74,7 +74,7 @@ def cut_at_tasks(store: EpisodeStore, wanted: Sequence[str]) -> EpisodeStore:
 
 
 def name_tasks(stores: Sequence[EpisodeStore], datasets: Sequence[str]) -> list[EpisodeStore]:
-    """Several `datasets`, of which those that state no instruction get their own name as one."""
+    """Several `datasets`; those that state no instruction get their own name as one."""
     both = list(zip(stores, datasets, strict=True))
     silent = list(dict.fromkeys(dataset for store, dataset in both if not store.instructions))
     paths = [Path(dataset) for dataset in silent]
@@ -83,7 +83,7 @@ def name_tasks(stores: Sequence[EpisodeStore], datasets: Sequence[str]) -> list[
     taken = {task for store in stores for task in store.instructions}
     names = dict(zip(silent, distinct(spelled, taken), strict=True))
     for dataset, name in names.items():
-        say(f'{dataset} states no instruction: it goes by its name, "{name}"')
+        say(f'{dataset} states no instruction: its name is used, "{name}"')
     return [
         replace(store, episode_tasks=(names[dataset],) * store.num_episodes) if dataset in names else store
         for store, dataset in both
@@ -91,7 +91,7 @@ def name_tasks(stores: Sequence[EpisodeStore], datasets: Sequence[str]) -> list[
 
 
 def weigh_tasks(store: EpisodeStore, config: DataConfig) -> EpisodeStore:
-    """The store with weights between its tasks, if they are asked for; refuses a task that it has not."""
+    """The store with weights between its tasks, if given; a UserError for a task that it does not have."""
     absent = [task for task in config.task if task not in store.instructions]
     if absent:
         there = listed(store.instructions) or "none"
@@ -116,14 +116,14 @@ def summary(store: EpisodeStore, most: int = 50) -> list[str]:
 
 
 def draw_shares(samples: np.ndarray, wanted: np.ndarray | None, balance: float) -> np.ndarray:
-    """How often each group of samples is drawn, relative to the others: (D, K), of K tasks in D datasets.
+    """Relative sampling frequency of each group of samples: (D, K), for K tasks in D datasets.
 
-    Tasks get the shares that are `wanted`, or else in proportion to n^(1 - balance) for n samples: with a
-    balance of 0 as they were recorded, with 1 all alike. A task's share is divided among its datasets as
-    `samples` are.
+    Tasks get the shares that are `wanted`, or else in proportion to n^(1 - balance) for n samples: a
+    balance of 0 keeps the recorded proportions, 1 makes all equal. A task's share is divided among its
+    datasets as `samples` are.
 
     Args:
-        samples: of each group, (D, K); with weights between datasets, how often they would be drawn.
+        samples: their number in each group, (D, K); with weights between datasets, frequencies.
         wanted: (K,), or None.
     """
     of_tasks = samples.sum(0)

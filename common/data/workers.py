@@ -14,11 +14,11 @@ from typing import Any
 
 from common.errors import UserError
 
-STALL_SECONDS = 60.0  # a task may take so long, and what it says it needs on top, before it counts as hung
+STALL_SECONDS = 60.0  # a task counts as hung after this, plus the time it says it needs
 
 
 class Died(Exception):
-    """A task ended its process, or would not end; the message, a clause, says which."""
+    """A task killed its process or hung; the message, a clause, says which."""
 
 
 def cores() -> int:
@@ -27,14 +27,14 @@ def cores() -> int:
 
 
 def refuse_inside_worker() -> None:
-    """A worker imports the program anew; to wait there for its own parent would never end."""
+    """Refuse to open a dataset while a worker imports the program: it would wait for its own parent."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise UserError("A program that opens a dataset must do so below `if __name__ == '__main__':`.")
+        raise UserError("A program that opens a dataset must do so under `if __name__ == '__main__':`.")
 
 
 @contextmanager
 def kept_pool() -> Iterator[None]:
-    """Within, calls of `guarded_map` share their processes, which take seconds to start."""
+    """In this block, calls of `guarded_map` share their processes, which take seconds to start."""
     _pool.users += 1
     try:
         yield
@@ -52,7 +52,7 @@ def guarded_map(
 ) -> Iterator[tuple[tuple, Any]]:
     """Call `function(*task)` for every task in other processes; yields (task, result) as they end.
 
-    Tasks start in order. Closing the iterator stops those that run. The result is a `Died` where a task
+    Tasks start in order. Closing the iterator stops the running ones. The result is a `Died` if a task
     killed its process or took `seconds(task)` longer than `STALL_SECONDS`; other exceptions are raised here.
     """
     from pebble import ProcessExpired
@@ -69,15 +69,15 @@ def guarded_map(
                     result = future.result()
                 except BrokenProcessPool as error:
                     raise UserError(
-                        "The processes that read the dataset die at once, most often for want of memory: "
-                        "start again with fewer --ingest-workers, what is finished is kept."
+                        "The processes that read the dataset die at once, usually from lack of memory: start "
+                        "again with fewer --ingest-workers; finished work is kept."
                     ) from error
                 except TimeoutError:
                     result = Died(f"reading did not end within {limit:.0f} s")
                 except ProcessExpired as error:
                     code = error.exitcode or 0
                     by = f"signal {-code}" if code < 0 else f"exit code {code}"
-                    result = Died(f"the process that read it ended with {by}, damage or too little memory")
+                    result = Died(f"the process that read it ended with {by}: damage or too little memory")
                 yield task, result
         finally:
             for future in pending:
@@ -85,7 +85,7 @@ def guarded_map(
 
 
 class _Pool:
-    """The processes, while anybody uses them."""
+    """The processes, as long as anybody uses them."""
 
     users, size, pool = 0, 0, None
 
@@ -96,7 +96,7 @@ class _Pool:
         if self.pool is not None and (size > self.size or not self.pool.active):
             self.stop()
         if self.pool is None:
-            context = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
+            context = multiprocessing.get_context("spawn")  # forking a process with threads can hang
             self.size, self.pool = size, ProcessPool(size, initializer=_start, context=context)
         return self.pool
 
@@ -111,7 +111,7 @@ _pool = _Pool()
 
 
 def _start() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end with it even if it is killed."""
+    """In a worker: leave Ctrl-C to the parent, and exit with it even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

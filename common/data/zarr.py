@@ -1,9 +1,9 @@
-"""Replay buffers in zarr, as UMI and diffusion_policy write them: a folder or a .zarr.zip.
+"""Zarr replay buffers as written by UMI and diffusion_policy: a folder or a .zarr.zip.
 
 data/<key>          all steps of all episodes, one after the other: (S, ...)
 meta/episode_ends   (E,), where each episode ends
 
-UMI's and pushT's names are recognised; others are given by `--state-keys` and its siblings.
+UMI's and pushT's names are recognised; for others, give `--state-keys` and the like.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def is_zarr(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class ZarrSource:
-    """A replay buffer, under the options chosen for it (see `Source`)."""
+    """A replay buffer with the options chosen for it (see `Source`)."""
 
     path: Path
     name: str
@@ -58,7 +58,7 @@ class ZarrSource:
         umi = tuple(name.format(robot) for robot in range(10) for name in UMI if name.format(robot) in arrays)
         if umi and "action" not in arrays and not self.config.action_keys:
             raise UserError(
-                f"{self.name} records no action: to learn where the robot went, give --action-keys "
+                f"{self.name} records no action: to learn the robot's own motion, give --action-keys "
                 f"{' '.join(umi)} --action-offset 1."
             )
         known = Known("UMI", umi, ("action",)) if umi else None
@@ -69,7 +69,7 @@ class ZarrSource:
     def info(self) -> Info:
         layout, fps = self.layout, self.config.fps
         if fps is None:
-            raise UserError(f"{self.name} does not say how many control steps a second it has: give --fps.")
+            raise UserError(f"{self.name} does not state its control rate: give --fps.")
         layout.say(f"{self.name}: zarr, {layout.name} layout, {fps:g} Hz")
         for line in absent_chunks(open_group(self.path, self.name), layout.arrays):
             say(f"  {line}")
@@ -101,13 +101,13 @@ class ZarrSource:
             for cell in rows_of(open_group(self.path, self.name)[f"data/{key}"], *episode.origin):
                 frame = pixel_frame(exact_pixels(cell), recorded, self.layout.size)
                 yield as_rgb(frame, self.layout.color_order)
-        except Exception as error:  # each codec has its own
+        except Exception as error:  # each codec raises its own
             said = f"Episode {episode.index} cannot be decoded from {key} ({reason(error)})"
             raise BadEpisode(said) from None
 
 
 def open_group(path: Path, name: str) -> Any:
-    """The buffer, opened read-only."""
+    """Open the buffer read-only."""
     try:
         import zarr
     except ImportError:
@@ -119,18 +119,18 @@ def open_group(path: Path, name: str) -> Any:
     try:
         group = zarr.open_group(zarr.storage.ZipStore(path, mode="r") if path.is_file() else path, mode="r")
         group["meta/episode_ends"], arrays_below(group["data"])
-    except Exception as error:  # zarr and its stores have classes of their own
+    except Exception as error:  # zarr and its stores raise classes of their own
         if codec := re.search(r"codec '?([\w.-]+)'?.*not available", str(error)):
             raise UserError(f"{name} is compressed with {codec[1]}: pip install imagecodecs.") from None
         if inside := _folder_inside(path):
-            said = f"{name} holds the buffer in a folder, {inside}/: zip what is in it, not the folder."
+            said = f"{name} holds the buffer in a folder, {inside}/: zip its contents, not the folder."
             raise UserError(said) from None
-        raise UserError(f"{name} is no replay buffer that can be read ({reason(error)}).") from None
+        raise UserError(f"{name} is not a readable replay buffer ({reason(error)}).") from None
     return group
 
 
 def _folder_inside(path: Path) -> str | None:
-    """The folder of a zip file that everything lies in, if there is one."""
+    """The one folder of a zip file that contains everything else, if any."""
     with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as file:
         names = {name.partition("/")[0] for name in file.namelist() if not FOREIGN.search(name)}
         return names.pop() if len(names) == 1 else None
@@ -138,26 +138,26 @@ def _folder_inside(path: Path) -> str | None:
 
 
 def absent_chunks(group: Any, keys: Iterable[str]) -> Iterator[str]:
-    """Lines about arrays of which zarr makes up a part: a chunk that is not there is read as its fill value.
+    """Lines about arrays with missing chunks, which zarr reads as the fill value.
 
-    Nothing may be wrong, since a chunk of nothing but that value need not be written.
+    This may be no error: a chunk that holds only that value need not be written.
     """
     for key in keys:
         array = group[f"data/{key}"]
         absent = array.nchunks - array.nchunks_initialized
         if absent:
-            share = f"{absent} of {array.nchunks} chunks are not there and read as {array.fill_value:g}"
-            yield f"data/{key}: {share}: copy the buffer again unless that was recorded"
+            share = f"{absent} of {array.nchunks} chunks are missing and read as {array.fill_value:g}"
+            yield f"data/{key}: {share}: copy the buffer again unless this value was recorded"
 
 
 def arrays_below(group: Any) -> list[tuple[str, Any]]:
     """The arrays in a group and the groups in it, by key."""
-    with warnings.catch_warnings(action="ignore"):  # of files that are none of zarr's
+    with warnings.catch_warnings(action="ignore"):  # about files that are not zarr's
         return sorted((key, item) for key, item in group.members(max_depth=None) if hasattr(item, "shape"))
 
 
 def fingerprint(path: Path) -> str:
-    """Hash of the content: of a zip file the checksums in it, of a folder each file's size, head and tail."""
+    """Hash of the content: a zip file's checksums, or the size, head and tail of each file in a folder."""
     if path.is_file():
         with zipfile.ZipFile(path) as file:
             found = [(entry.filename, entry.file_size, entry.CRC) for entry in file.infolist()]

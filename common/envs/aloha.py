@@ -1,8 +1,8 @@
 """ALOHA's bimanual tasks in MuJoCo (Zhao et al. 2023), on the scenes of gym-aloha, scored strictly.
 
-gym-aloha draws three pictures of 480x640 at every step, whatever is asked for, and calls a transfer done at
-the first touch. Here pictures are drawn when a policy looks, and what counts is the end: the cube is held by
-the left hand, off the table, the right hand away from it; or the peg touches the pin inside the socket while
+gym-aloha always renders three pictures of 480x640 at every step, and counts a transfer as done at the first
+touch. Here pictures are rendered only when a policy needs them, and the end state counts: the left hand holds
+the cube off the table, with the right hand away from it; or the peg touches the pin inside the socket while
 both are held up.
 """
 
@@ -102,7 +102,7 @@ class AlohaEnvironment:
         return np.concatenate([arms[:, :6], finger, -finger], axis=1).reshape(-1)
 
     def touching(self) -> set[tuple[str, str]]:
-        """Pairs of bodies in contact, in both orders; an arm's bodies go by the name of its side."""
+        """Pairs of bodies in contact, in both orders; an arm's bodies are named after its side."""
         pairs = set()
         for contact in self.data.contact[: self.data.ncon]:
             names = [self.model.geom(geom).name for geom in (contact.geom1, contact.geom2)]
@@ -143,10 +143,10 @@ START = {"left": Waypoint(0, (-0.16, 0.5, 0.31), -5, 0, 0), "right": Waypoint(0,
 
 
 def transfer(model, qpos: np.ndarray, steps: int) -> np.ndarray:
-    """Joint positions, (steps, 14), that bring the cube from the table into the left hand.
+    """Joint positions, (steps, 14), that move the cube from the table into the left hand.
 
     The right hand picks the cube and carries it to the middle; there the left hand, turned by 90 degrees so
-    that the fingers do not meet, takes its other half.
+    that the fingers do not collide, grasps its other half.
     """
     x, y, _ = qpos[16:19]
     meet, height = np.array([0.02, 0.5, 0.28]), 0.02

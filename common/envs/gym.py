@@ -28,12 +28,12 @@ def factory(name: str, image_size: tuple[int, int]) -> Callable[[], gymnasium.En
         return lambda: gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos", **size)
     if kind != "gymnasium":
         return import_factory(name)
-    if ":" in rest:  # module:ID, which gymnasium imports itself
+    if ":" in rest:  # module:ID: gymnasium imports the module
         return lambda: gymnasium.make(rest, render_mode="rgb_array")
     if rest not in gymnasium.registry:
         raise UserError(
             f"gymnasium knows no environment {rest or 'without a name'}{closest(rest, gymnasium.registry)}: "
-            f"give `gymnasium:module:ID` for one that a package registers when it is imported."
+            f"give `gymnasium:module:ID` for one that a package registers on import."
         )
     return lambda: gymnasium.make(rest, render_mode="rgb_array")
 
@@ -56,9 +56,9 @@ class GymEnvironment:
         self.fps = float(self._env.metadata.get("render_fps") or 30)
         limit = getattr(self._env.spec, "max_episode_steps", None)
         if not (limit or config.max_steps):
-            raise UserError(f"--env {self.name} does not say when an episode is over: give --max-steps.")
+            raise UserError(f"--env {self.name} sets no limit of steps: give --max-steps.")
         self.max_steps = config.max_steps or limit
-        self.task = getattr(self._env.unwrapped, "task_description", None) or self.name  # as LIBERO's have it
+        self.task = getattr(self._env.unwrapped, "task_description", None) or self.name  # LIBERO has it
 
     def reset(self, seed: int, episode: int) -> None:
         observation, _ = self._env.reset(seed=seed + episode)
@@ -70,7 +70,7 @@ class GymEnvironment:
         if isinstance(space, gymnasium.spaces.Box):
             if space.shape != action.shape:
                 raise UserError(
-                    f"--env {self.name} takes actions of shape {space.shape}, and the policy gives "
+                    f"--env {self.name} takes actions of shape {space.shape}, but the policy gives "
                     f"{action.shape}: it was trained for another robot."
                 )
             action = action.astype(space.dtype)

@@ -1,4 +1,4 @@
-"""Meta-World's tasks (Yu et al. 2020); state, cameras and success are as in LeRobot's environment."""
+"""Meta-World's tasks (Yu et al. 2020); state, cameras and success match LeRobot's environment."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from common.envs.mujoco import Renderer
 class MetaworldEnvironment:
     """A task such as `pick-place-v3`; see `common.envs.Environment`.
 
-    The state is the gripper's position and opening, the first four numbers of what Meta-World observes: where
-    the object and the goal are can only be seen. Cameras are `corner2`, moved and turned as LeRobot does it,
+    The state is the gripper's position and opening, the first four numbers of Meta-World's observation: only
+    the images show where the object and the goal are. Cameras are `corner2`, moved and turned as in LeRobot,
     and `gripper`.
     """
 
@@ -39,8 +39,8 @@ class MetaworldEnvironment:
         self._env = tasks.train_classes[self._task]()
         self._env.set_task(tasks.train_tasks[0])
         self._env.reset()
-        self._env._freeze_rand_vec = False  # every episode has an object and a goal of its own,
-        self._env.seeded_rand_vec = True  # which its seed decides
+        self._env._freeze_rand_vec = False  # every episode has its own object and goal,
+        self._env.seeded_rand_vec = True  # set by its seed
         self._env.model.camera("corner2").pos[:] = (0.75, 0.075, 0.7)
         self._renderer = Renderer(self._env.model, self._env.data, self.image_size)
 
@@ -58,7 +58,7 @@ class MetaworldEnvironment:
         return {"corner2": self.picture(), "gripper": self._renderer("gripperPOV")}
 
     def picture(self) -> np.ndarray:
-        upright = self._renderer("corner2")[::-1, ::-1]  # that camera hangs upside down
+        upright = self._renderer("corner2")[::-1, ::-1]  # that camera is mounted upside down
         return np.ascontiguousarray(upright)
 
     def step(self, action: np.ndarray) -> bool:
@@ -73,7 +73,7 @@ class MetaworldEnvironment:
         return {}
 
     def expert(self) -> Callable[[], np.ndarray]:
-        """Meta-World's own scripted policy of the task."""
+        """Meta-World's scripted policy for the task."""
         from metaworld.policies import ENV_POLICY_MAP
 
         policy = ENV_POLICY_MAP[self._task]()

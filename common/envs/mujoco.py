@@ -1,4 +1,4 @@
-"""Drawing MuJoCo scenes as fast as a computer without a graphics card can."""
+"""Fast rendering of MuJoCo scenes on computers without a graphics card."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _open: weakref.WeakSet = weakref.WeakSet()
 
 
 def _close() -> None:
-    """Close what still draws at the program's end."""
+    """Close renderers that are still open when the program ends."""
     for renderer in list(_open):
         renderer.close()
 
 
 class Renderer:
-    """Pictures of a scene, without what costs most and helps least: shadows, reflections, antialiasing.
+    """Renders a scene without what costs most and helps least: shadows, reflections, antialiasing.
 
-    As shipped, Meta-World has shadow maps of 4096 pixels and four samples a pixel: 112 ms a picture of
-    128x128 in software, and about 10 ms without.
+    By default, Meta-World has shadow maps of 4096 pixels and four samples per pixel: a 128x128 picture takes
+    112 ms in software, and about 10 ms without them.
 
     Args:
         model, data: MuJoCo's `MjModel` and `MjData`.
@@ -40,12 +40,12 @@ class Renderer:
         model.vis.global_.offwidth = max(model.vis.global_.offwidth, size[1])
         try:
             self.renderer = mujoco.Renderer(model, *size)
-        except Exception as error:  # whatever the platform's library says
+        except Exception as error:  # whatever the platform's library raises
             raise UserError(
-                f"MuJoCo cannot draw here ({' '.join(str(error).split())[:200]}): set MUJOCO_GL=egl or "
+                f"MuJoCo cannot render here ({' '.join(str(error).split())[:200]}): set MUJOCO_GL=egl or "
                 f"MUJOCO_GL=osmesa, and install libegl1 or libosmesa6."
             ) from error
-        if not _open:  # registered after MuJoCo's own end of the display, so called before it
+        if not _open:  # registered after MuJoCo closes the display itself, so called before that
             atexit.register(_close)
         _open.add(self.renderer)
 

@@ -1,8 +1,8 @@
-"""Demonstrations of a simulator's expert, as a LeRobot v3 dataset.
+"""Record demonstrations of a simulator's expert as a LeRobot v3 dataset.
 
     python -m common.envs.record metaworld:pick-place-v3 data/pick-place --episodes 50 --seed 0
 
-The dataset is a function of the seed. Episodes in which the expert fails are left out, and counted.
+The dataset is a function of the seed. Episodes in which the expert fails are left out and counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from common.envs import EnvConfig, Environment, make_environment
 from common.errors import UserError
 from common.rollout import answering
 
-MOST_FAILURES = 3  # for each wanted episode: an expert that fails more often is none
+MOST_FAILURES = 3  # per wanted episode: an expert that fails more often is useless
 
 
 @options
@@ -37,17 +37,17 @@ class Config:
     episodes: PositiveInt = 50
     """Successful episodes to record."""
     seed: NonNegativeInt = 0
-    """Seed of the episodes; `evaluate.py` acts in those from 1,000,000 on."""
+    """Seed of the episodes; `evaluate.py` uses those from 1,000,000 on."""
     hold: NonNegativeInt = 20
-    """Steps that the expert goes on after success, where an episode ends with it: a policy that never saw
-    what comes then does not stay at the goal, and one that just misses it drifts away."""
+    """Steps that the expert continues after success, if success ends an episode: a policy that never saw
+    these does not stay at the goal, and one that just misses it drifts away."""
     image_size: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)] = (96,)
     """Size of the pictures in pixels: one number for a square, or height and width."""
 
 
 def main(config: Config) -> None:
     if config.out.exists():
-        raise UserError(f"{config.out} is there already: give the new dataset another folder.")
+        raise UserError(f"{config.out} already exists: give the new dataset another folder.")
     size = (config.image_size[0], config.image_size[-1])
     environment = make_environment(EnvConfig(env=config.env), size)
     unfinished = config.out.with_name(f"{config.out.name}.recording")
@@ -64,7 +64,7 @@ def main(config: Config) -> None:
 
 
 def demonstrate(environment: Environment, episodes: int, seed: int, hold: int = 0) -> Iterator[Demonstration]:
-    """Successful episodes of an environment's expert; says how many were not."""
+    """Successful episodes of an environment's expert; prints how many failed."""
     number = found = 0
     with tqdm(total=episodes, desc=f"expert of {environment.name}", unit="episode") as bar:
         while found < episodes:
@@ -83,13 +83,13 @@ def demonstrate(environment: Environment, episodes: int, seed: int, hold: int = 
 
 
 def attempt(environment: Environment, seed: int, episode: int, hold: int = 0) -> Demonstration | None:
-    """What the expert does in an episode and `hold` steps beyond its end, or None if it fails."""
+    """The expert's demonstration of an episode and `hold` steps beyond its end; None if it fails."""
     environment.reset(seed, episode)
     act = environment.expert()
     if act is None:
-        raise UserError(f"{environment.name} has no expert: record it with LeRobot's tools.")
+        raise UserError(f"{environment.name} has no expert: record demonstrations with LeRobot's tools.")
     states, actions, views = [], [], []
-    beyond = 0  # steps since it was over
+    beyond = 0  # steps since the end
     for _ in range(environment.max_steps):
         states.append(environment.state())
         views.append(environment.images())
