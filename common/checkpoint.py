@@ -209,7 +209,7 @@ def _write_small(run: Run, folder: Path) -> None:
 
 def _large(run: Run) -> dict[str, dict]:
     """The tensors of a checkpoint, by file: weights and optimizer as Accelerate loads them, and averages."""
-    weights = clean_state_dict_for_safetensors(run.accelerator.get_state_dict(run.model, unwrap=False))
+    weights = clean_state_dict_for_safetensors(run.average.policy.state_dict())
     optimizer = run.average.optimizer.state_dict()
     components = run.average.model.named_children()
     return {
