@@ -184,7 +184,7 @@ def test_weights_that_may_not_be_used_commercially_are_announced(tmp_path, monke
         (lambda f, w: (f / "model.safetensors").unlink(), "has no model.safetensors"),
         (
             lambda f, w: write(f, {k: v for k, v in w.items() if k != "norm.bias"}),
-            "no da3-small (Error(s) in loading state_dict for DepthNetwork: Missing key(s) in state_dict: "
+            "not da3-small (Error(s) in loading state_dict for DepthNetwork: Missing key(s) in state_dict: "
             '"norm.bias"',
         ),
         (

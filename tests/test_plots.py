@@ -94,5 +94,5 @@ def test_a_full_disk_costs_the_picture_and_leaves_the_one_before(tmp_path, monke
     assert "a.png was not drawn (No space left on device)" in capsys.readouterr().out
     assert (tmp_path / "a.png").read_bytes() == b"before"
     write_gif(tmp_path / "a.gif", np.zeros((2, 8, 8, 3), np.uint8), fps=10)
-    assert "a.gif is not drawn (No space left on device)" in capsys.readouterr().out
+    assert "a.gif was not drawn (No space left on device)" in capsys.readouterr().out
     assert not (tmp_path / "a.gif").exists()

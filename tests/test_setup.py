@@ -304,6 +304,7 @@ def test_without_a_gpu_the_cpu_build_that_the_index_has_is_taken(
     if gpu == "told":
         monkeypatch.setenv("CUDA", "1")
     index("numpy", "1.0")
+    index("pip", "25.0")  # which `uv venv --seed` installs
     for versions in offered:
         for name, version in zip(("torch", "torchvision"), versions, strict=False):
             index(name, version)
