@@ -12,7 +12,7 @@ for the built-in task `rollouts.png` and `rollouts.gif`, for a policy with codes
 `alternatives.png`, and `guidance.png` if a sweep was asked for.
 """
 
-import common  # isort: skip  # noqa: F401  (before PyTorch: says how its threads wait)
+import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
 import json
 import math
 import time

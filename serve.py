@@ -10,7 +10,7 @@ All clients share one model, and each has its own episode. One thread computes o
 request gets a sentence in reply; its connection and all others stay usable.
 """
 
-import common  # isort: skip  # noqa: F401  (before PyTorch: says how its threads wait)
+import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
 import asyncio
 import errno
 import hmac

@@ -24,7 +24,7 @@ which is dropped at times; optimal transport of one-step predictions; guidance; 
     accelerate launch train_cfg_vqvae.py --dataset me/fold_towel --image-size 224 --num-codes 64
 """
 
-import common  # isort: skip  # noqa: F401  (before PyTorch: says how its threads wait)
+import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
 from dataclasses import field
 from pathlib import Path
 from typing import Literal

@@ -20,7 +20,7 @@ long chunk averages noise away and overlaps with its neighbours. With several ta
         --episodes-file runs/mi-20260301-101500/episodes_top80.json
 """
 
-import common  # isort: skip  # noqa: F401  (before PyTorch: says how its threads wait)
+import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
 import json
 import math
 import os

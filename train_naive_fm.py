@@ -16,7 +16,7 @@ some chunks are given: they have t = 1 and no loss (Black et al. 2025).
     accelerate launch train_naive_fm.py --dataset me/fold_towel --image-size 224 --backbone resnet18
 """
 
-import common  # isort: skip  # noqa: F401  (before PyTorch: says how its threads wait)
+import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
 from dataclasses import field
 from typing import Literal
 

@@ -18,7 +18,7 @@ schedule in place of schedule-free RAdam.
     accelerate launch train_vfp.py --dataset me/fold_towel --image-size 224 --backbone facebook/dinov2-base
 """
 
-import common  # isort: skip  # noqa: F401  (before PyTorch: says how its threads wait)
+import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
 from dataclasses import field
 from typing import Literal
 

@@ -22,7 +22,7 @@ loss; a picture of the features.
     accelerate launch train_vfp_depth.py --depth-weights random     # to try it without a download
 """
 
-import common  # isort: skip  # noqa: F401  (before PyTorch: says how its threads wait)
+import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
 from dataclasses import field
 from pathlib import Path
 from typing import Literal

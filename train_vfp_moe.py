@@ -24,7 +24,7 @@ guidance; a warning of idle experts; pictures of experts and latents.
     accelerate launch train_vfp_moe.py --dataset me/fold_towel --image-size 224 --num-experts 8
 """
 
-import common  # isort: skip  # noqa: F401  (before PyTorch: says how its threads wait)
+import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
 from dataclasses import field
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,7 @@
 """How many kernels a training step and a chunk launch, counted on a CPU.
 
     python benchmarks/launches.py                                   # every script, into docs/performance.md
-    python benchmarks/launches.py --scripts train_vfp --out /tmp/x.md --batch-size 2
+    python benchmarks/launches.py --scripts train_vfp --out launches.md --batch-size 2
 
 A small network's step on a GPU takes as long as its launches, not its arithmetic. What PyTorch dispatches is
 counted during one step of a script with its default networks on the built-in task, in float32: views and

@@ -167,6 +167,50 @@ def relative_pose_chunks(dataset: ChunkDataset, start: int, of: int) -> np.ndarr
     return np.concatenate(parts)
 
 
+def _relative(
+    dataset: ChunkDataset,
+    action: dict[str, Tensor],
+    spread: np.ndarray,
+    mask: Sequence[str],
+    relative_poses: bool,
+    say: Callable[[str], None],
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Replace statistics and spreads (A,) of the action by those of its differences, where it is relative.
+
+    Returns:
+        (A,), the state dimension that each action dimension is relative to, or -1; and the relative poses.
+    """
+    store = dataset.store
+    pairs = shared_dimensions(store.state_names, store.action_names)
+    absolute = [i for i in masked_dimensions(store.action_names, mask) if pairs[i] >= 0]
+    pairs[absolute] = -1
+    if absolute:
+        kept = ", ".join(store.action_names[i] for i in absolute)
+        say(f"--relative-actions: {kept} stay absolute (--relative-mask)")
+    if twice := differences_already(store, pairs):
+        say(
+            f"warning: the action seems to hold differences already, in "
+            f"{', '.join(store.action_names[i] for i in twice)}: --relative-actions would take the "
+            f"difference twice; leave the flag out"
+        )
+    poses = shared_poses(store, pairs) if relative_poses else []
+    for start, of in poses:
+        pairs[start : start + POSE] = -1
+        names = store.action_names[start : start + POSE]
+        say(f"--relative-poses: {', '.join(names[:3])} and {names[3].partition(':')[0]} are one pose")
+        found = relative_pose_chunks(dataset, start, of)
+        for i, values in enumerate(found.T[:, :, None]):
+            for name, value in fit_statistics(values).items():
+                action[name][start + i] = value[0]
+            spread[start + i] = without_extremes(values).std()
+    for dim in np.flatnonzero(pairs >= 0):
+        differences = relative_chunks(dataset, dim, pairs[dim])
+        for name, value in fit_statistics(differences[:, None]).items():
+            action[name][dim] = value[0]
+        spread[dim] = without_extremes(differences[:, None]).std()
+    return torch.from_numpy(pairs), poses
+
+
 class Normalizer(nn.Module):
     """Normalizes proprioception and actions, and inverts it for actions; always in float32.
 
@@ -233,34 +277,7 @@ class Normalizer(nn.Module):
             raise UserError(f"The action of {store.source} never changes: choose another with --action-keys.")
         action_range = torch.stack([action["min"], action["max"]])
         if relative:
-            pairs = shared_dimensions(store.state_names, store.action_names)
-            absolute = [i for i in masked_dimensions(store.action_names, mask) if pairs[i] >= 0]
-            pairs[absolute] = -1
-            if absolute:
-                kept = ", ".join(store.action_names[i] for i in absolute)
-                say(f"--relative-actions: {kept} stay absolute (--relative-mask)")
-            if twice := differences_already(store, pairs):
-                say(
-                    f"warning: the action seems to hold differences already, in "
-                    f"{', '.join(store.action_names[i] for i in twice)}: --relative-actions would take the "
-                    f"difference twice; leave the flag out"
-                )
-            poses = shared_poses(store, pairs) if relative_poses else []
-            for start, of in poses:
-                pairs[start : start + POSE] = -1
-                names = store.action_names[start : start + POSE]
-                say(f"--relative-poses: {', '.join(names[:3])} and {names[3].partition(':')[0]} are one pose")
-                found = relative_pose_chunks(dataset, start, of)
-                for i, values in enumerate(found.T[:, :, None]):
-                    for name, value in fit_statistics(values).items():
-                        action[name][start + i] = value[0]
-                    spread["action"][start + i] = without_extremes(values).std()
-            for dim in np.flatnonzero(pairs >= 0):
-                differences = relative_chunks(dataset, dim, pairs[dim])
-                for name, value in fit_statistics(differences[:, None]).items():
-                    action[name][dim] = value[0]
-                spread["action"][dim] = without_extremes(differences[:, None]).std()
-            pairs = torch.from_numpy(pairs)
+            pairs, poses = _relative(dataset, action, spread["action"], mask, relative_poses, say)
         for line in cautions(store, dataset.action_offset, relative):
             say(line)
         for part, names in (("state", store.state_names), ("action", store.action_names)):
