@@ -242,6 +242,8 @@ def draw_curves(path: Path, picture: Path) -> None:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
+        if names == ["rollout/success"]:
+            axis.set_ylim(-0.02, 1.02)
     axes[1, 1].set_ylim(bottom=0)
     figure.supxlabel("step", fontsize=9)
     save_figure(figure, picture, path.parent.name)

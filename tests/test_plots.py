@@ -68,6 +68,8 @@ def test_success_in_closed_loop_has_a_curve_of_its_own(tmp_path, monkeypatch):
         for axis in figures[0].axes
     }
     assert drawn["success in closed loop"] == {"success": [[1, 0.25], [3, 0.75]]}
+    limits = {axis.get_title(): axis.get_ylim() for axis in figures[0].axes}
+    assert limits["success in closed loop"] == (-0.02, 1.02)  # a share, whatever it has reached
     assert drawn["rollout"] == {"steps": [[1, 90], [3, 90]]}
     assert drawn["loss"].keys() == {"loss", "held out: loss"}
 
