@@ -162,10 +162,10 @@ class InfoEmbedder(nn.Module):
     `droppable` adds tokens that stand for a lost camera. Without camera dropout they would never get a
     gradient, which DistributedDataParallel takes for a mistake.
 
-    With `tasks`, the policy is told which one: a token of the memory, a part of the summary, and a scale for
-    each channel of the cameras' tokens and summaries (FiLM, Perez et al. 2018). Added up alone, instruction
-    and image meet only behind attention, which learns which object is meant far more slowly and from far
-    more scenes.
+    With `tasks`, the policy is told which one: by a token of the memory, a part of the summary, and a scale
+    for each channel of the cameras' tokens and summaries (FiLM, Perez et al. 2018). If only added, image
+    and instruction meet behind attention alone, which needs more scenes to learn which object is meant
+    (docs/methods.md).
     """
 
     def __init__(
