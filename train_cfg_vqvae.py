@@ -134,6 +134,8 @@ class Policy(nn.Module):
         self.backbone = vision.build_backbone(
             config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
         )
+        if spec.tasks:
+            self.backbone.listen(config.d_model)
         widths = [(self.backbone.token_dim, self.backbone.summary_dim)] * spec.views
         size = Size(config.d_model, config.num_heads)
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
@@ -157,7 +159,7 @@ class Policy(nn.Module):
             proprio: (B, K, P), normalized.
             task: which instruction, see `InstructionEmbedder`.
         """
-        views = vision.look([self.backbone], images)  # all cameras at once
+        views = vision.look([self.backbone], images, self.info_embedder.told(task))  # all cameras at once
         return views[0][0], self.info_embedder(views, proprio, task=task)
 
     def forward(

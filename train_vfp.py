@@ -95,6 +95,8 @@ class Policy(nn.Module):
             backbone = vision.build_backbone(
                 config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
             )
+            if spec.tasks:
+                backbone.listen(config.d_model)
             self.add_module(f"{camera}_backbone", backbone)
             widths += [(backbone.token_dim, backbone.summary_dim)] * spec.image_history
         size = Size(config.d_model, config.num_heads)
@@ -115,7 +117,8 @@ class Policy(nn.Module):
             dropped: (B, N), True where a sample has lost a camera.
             task: which instruction, see `InstructionEmbedder`.
         """
-        views = vision.look([getattr(self, f"{camera}_backbone") for camera in self.cameras], images)
+        backbones = [getattr(self, f"{camera}_backbone") for camera in self.cameras]
+        views = vision.look(backbones, images, self.info_embedder.told(task))
         return self.action_decoder.context(self.info_embedder(views, proprio, dropped, task))
 
     def forward(

@@ -105,6 +105,8 @@ class Policy(nn.Module):
             backbone = vision.build_backbone(
                 config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
             )
+            if spec.tasks:
+                backbone.listen(config.d_model)
             self.add_module(f"{camera}_backbone", backbone)
             widths.append((backbone.token_dim, backbone.summary_dim))
         self.depth_backbone = DepthBackbone(config.depth, spec.image_size, pretrained)
@@ -138,7 +140,8 @@ class Policy(nn.Module):
             dropped: (B, N), True where a sample has lost a camera, and with it the depth.
             task: which instruction, see `InstructionEmbedder`.
         """
-        views = vision.look([getattr(self, f"{camera}_backbone") for camera in self.cameras], images)
+        backbones = [getattr(self, f"{camera}_backbone") for camera in self.cameras]
+        views = vision.look(backbones, images, self.info_embedder.told(task))
         views += [(tokens, tokens.mean(dim=1)) for tokens in depth.float().unbind(1)]
         if dropped is not None:
             depth_dropped = [dropped[:, n : n + 1] for n in self.depth_cameras]

@@ -156,10 +156,13 @@ class Frames:
     def __init__(self, spec: PolicySpec):
         self.back = [spec.image_stride * i for i in reversed(range(spec.image_history))]  # control steps
         self.kept: list[tuple[float, Tensor]] = []  # control step, and (N, W)
+        self.task: object = ...
         self._said = False
 
-    def keep(self, step: float, features: Tensor) -> None:
-        """Keep the frame of a control step, (N, W)."""
+    def keep(self, step: float, features: Tensor, task: object = ...) -> None:
+        """Keep the frame of a control step, (N, W), and forget those seen with another instruction in mind."""
+        if task != self.task:
+            self.kept, self.task = [], task
         if self.kept and step < self.kept[-1][0]:
             raise ValueError(
                 f"step {step:g} comes after step {self.kept[-1][0]:g}: reset the policy at an episode's start"
@@ -336,7 +339,7 @@ class RobotPolicy:
         return chunks
 
     def watch(self, observation: Mapping) -> None:
-        """Remember the frames of an observation, for later ones: `images` and `step`, see `act`.
+        """Remember the frames of an observation, for later ones: `images`, `step` and `task`, see `act`.
 
         Only a policy that sees earlier frames needs it, where these lie between two calls of `act`. The
         backbone runs once for each frame.
@@ -350,14 +353,19 @@ class RobotPolicy:
         """Remember the frames of several observations, see `act_batch`; returns what episodes have seen."""
         images = torch.stack([self._images(observation["images"]) for observation in observations])
         steps = [self._step(observation.get("step")) for observation in observations]
+        tasks = [observation.get("task", ...) for observation in observations]
+        told = self.told(tasks)
         with self._precision():
-            seen = vision.features(vision.backbones_of(self.model), vision.to_float(images.to(self.device)))
+            if told is not None:
+                told = self.model.info_embedder.told(told.to(self.device))
+            images = vision.to_float(images.to(self.device))
+            seen = vision.features(vision.backbones_of(self.model), images, told)
         if frames is None:
             missing = len(observations) - len(self._frames)
             self._frames += [Frames(self.spec) for _ in range(missing)]
             frames = self._frames[: len(observations)]
-        for one, step, features in zip(frames, steps, seen, strict=True):
-            one.keep(step, features)
+        for one, step, features, task in zip(frames, steps, seen, tasks, strict=True):
+            one.keep(step, features, task)
         return frames
 
     def _step(self, given) -> float:
@@ -720,8 +728,6 @@ class Controller:
     def _sample(self, which: np.ndarray, look: Callable[[np.ndarray], Sequence[Mapping]]) -> None:
         """Sample a chunk for each of the episodes."""
         observations = self._seen(which, look)
-        for observation, task in zip(observations, self.tasks or (), strict=self.tasks is not None):
-            observation["task"] = task
         generators = self.generators and [self.generators[e] for e in which]
         more = {"prefixes": self._prefixes(which)} if self.chunks and self.join == "prefix" else {}
         if self.policy.spec.image_history > 1:
@@ -736,10 +742,13 @@ class Controller:
     def _seen(self, which: np.ndarray, look: Callable[[np.ndarray], Sequence[Mapping]]) -> list[dict]:
         """What the episodes see now."""
         states = np.stack(self.states, axis=1)[which]
-        return [
+        observations = [
             {"images": images, "state": state, "step": self.now}
             for images, state in zip(look(which), states, strict=True)
         ]
+        for observation, task in zip(observations, self.tasks or (), strict=self.tasks is not None):
+            observation["task"] = task
+        return observations
 
     def _prefixes(self, which: np.ndarray) -> list[np.ndarray]:
         """What each episode will have executed of the next chunk's steps when it arrives, (d, A)."""

@@ -163,9 +163,7 @@ class InfoEmbedder(nn.Module):
     gradient, which DistributedDataParallel takes for a mistake.
 
     With `tasks`, the policy is told which one: by a token of the memory, a part of the summary, and a scale
-    for each channel of the cameras' tokens and summaries (FiLM, Perez et al. 2018). If only added, image
-    and instruction meet behind attention alone, which needs more scenes to learn which object is meant
-    (docs/methods.md).
+    for each channel of the cameras' tokens and summaries; `told` is for backbones that listen.
     """
 
     def __init__(
@@ -191,6 +189,14 @@ class InfoEmbedder(nn.Module):
         if tasks is not None:
             self.scale = zeroed(nn.Linear(d_model, d_model))
 
+    def told(self, task: Tensor | None) -> Tensor | None:
+        """The whole instruction, (B, D), for `vision.look`; None without `tasks`."""
+        if self.instruction is None:
+            return None
+        if task is None:
+            raise ValueError("the policy was made for several instructions: give `task`")
+        return self.instruction(task)[:, -1]
+
     def forward(
         self,
         views: Sequence[tuple[Tensor, Tensor]],
@@ -211,8 +217,6 @@ class InfoEmbedder(nn.Module):
         if dropped is not None:
             dropped = dropped.repeat_interleave(len(views) // dropped.shape[1], dim=1)  # (B, V)
         if self.instruction is not None:
-            if task is None:
-                raise ValueError("the policy was made for several instructions: give `task`")
             instruction = self.instruction(task)
             scale = 1 + self.scale(instruction[:, -1:])  # (B, 1, D)
         for n, (tokens, summary) in enumerate(views):

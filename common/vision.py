@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.config import Share, options
 from common.errors import UserError
-from common.transformer import sincos_position_2d
+from common.transformer import sincos_position_2d, zeroed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -45,7 +45,8 @@ class VisionConfig:
 class Backbone(nn.Module):
     """Images (B, 3, H, W) to tokens (B, L, token_dim), one per region, and a summary (B, summary_dim).
 
-    Images are float, in [0, 1]; whatever normalization of pixels a network wants happens inside.
+    Images are float, in [0, 1]; whatever normalization of pixels a network wants happens inside. After
+    `listen`, `forward` takes an instruction for each image, too.
     """
 
     token_dim: int
@@ -54,7 +55,29 @@ class Backbone(nn.Module):
     """L, at the image size that the backbone was built for."""
     hf_config: dict | None = None
     """Architecture, if it is a Hugging Face model."""
+    film_dim = 0
+    """Channels in the middle of the network that `listen` lets an instruction scale and shift."""
     _checkpoints = False
+
+    def __init__(self):
+        super().__init__()
+        self.film: nn.Linear | None = None
+
+    def listen(self, d_model: int) -> None:
+        """Take instructions (B, d_model), which start without effect: FiLM (Perez et al. 2018).
+
+        A network that knows what it is to look for finds it in far fewer scenes, see docs/methods.md. A
+        Hugging Face model stays as it is.
+        """
+        if self.film_dim:
+            self.film = zeroed(nn.Linear(d_model, 2 * self.film_dim))
+
+    def _modulated(self, x: Tensor, told: Tensor | None) -> Tensor:
+        """Features (B, film_dim, H, W) as the instruction wants them."""
+        if self.film is None:
+            return x
+        scale, shift = self.film(told)[..., None, None].chunk(2, dim=1)
+        return x * (1 + scale) + shift
 
     def checkpoint_activations(self) -> None:
         """In training, keep only what goes into each stage, and compute the rest again for its gradient.
@@ -122,9 +145,10 @@ class ConvBackbone(Backbone):
         self.out = nn.Sequential(*stages)
         self.position = nn.Parameter(torch.randn(grid[0] * grid[1], 128) * 0.02)
         self.token_dim, self.summary_dim, self.num_tokens = 128, 2 * num_keypoints + 128, grid[0] * grid[1]
+        self.film_dim = 64
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self._stages(self.stem, 2 * images - 1)
+    def forward(self, images: Tensor, told: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        features = self._modulated(self._stages(self.stem, 2 * images - 1), told)
         attention = self.keypoints(features).float().flatten(2).softmax(dim=-1)  # (B, keypoints, H/4 * W/4)
         with torch.autocast(images.device.type, enabled=False):  # half precision would cost whole pixels
             keypoints = attention @ self.coordinates
@@ -147,9 +171,12 @@ class ResNetBackbone(Backbone):
         self.token_dim = self.summary_dim = network.fc.in_features
         self.num_tokens = math.prod(grid)
         self.register_buffer("position", sincos_position_2d(*grid, self.token_dim), persistent=False)
+        self.film_dim = self.token_dim // 4
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self._stages(self.network, (images - self.mean) / self.std)
+    def forward(self, images: Tensor, told: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        half = len(self.network) - 2  # two stages of residual blocks before, two behind
+        features = self._stages(self.network[:half], (images - self.mean) / self.std)
+        features = self._stages(self.network[half:], self._modulated(features, told))
         tokens = features.flatten(2).transpose(1, 2)
         return tokens + self.position, tokens.mean(dim=1)
 
@@ -338,13 +365,14 @@ def _load_huggingface(name: str, hf_config: dict | None):
     return network.float(), processor, set(report["missing_keys"])
 
 
-def look(backbones: Sequence[Backbone], images: Tensor) -> list[View]:
+def look(backbones: Sequence[Backbone], images: Tensor, told: Tensor | None = None) -> list[View]:
     """What backbones see: camera by camera, and of each the present frame first, then the one before it.
 
     Args:
         backbones: one for each camera, or one for all, which then runs once.
         images: (B, N, 3, H, W) float in [0, 1]; with earlier frames (B, N, F, 3, H, W), the present one last;
             or (B, N, F, W), what `features` made of these.
+        told: instructions (B, D), if the backbones `listen`.
     """
     if images.ndim == 4:
         one = backbones[0]  # they differ in weights alone
@@ -355,16 +383,19 @@ def look(backbones: Sequence[Backbone], images: Tensor) -> list[View]:
     groups = [images] if len(backbones) == 1 else images.unbind(1)  # (B, ..., 3, H, W) each
     views: list[View] = []
     for backbone, group in zip(backbones, groups, strict=True):
-        tokens, summary = backbone(group.flatten(0, -4))  # all in one batch
+        group = group.flatten(0, -4)  # all in one batch
+        more = [] if backbone.film is None else [told.repeat_interleave(len(group) // len(images), dim=0)]
+        tokens, summary = backbone(group, *more)
         tokens, summary = (x.unflatten(0, (len(images), -1)).unbind(1) for x in (tokens, summary))
         views += zip(tokens, summary, strict=True)
     return [view for n in range(0, len(views), frames) for view in views[n : n + frames][::-1]]
 
 
 @torch.no_grad()
-def features(backbones: Sequence[Backbone], images: Tensor) -> Tensor:
+def features(backbones: Sequence[Backbone], images: Tensor, told: Tensor | None = None) -> Tensor:
     """(B, N, 3, H, W) float to (B, N, W): tokens and summary of a frame side by side, to keep for `look`."""
-    return torch.stack([torch.cat([t.flatten(1), s], dim=1) for t, s in look(backbones, images)], dim=1)
+    views = look(backbones, images, told)
+    return torch.stack([torch.cat([t.flatten(1), s], dim=1) for t, s in views], dim=1)
 
 
 def backbones_of(policy: nn.Module) -> list[Backbone]:
