@@ -430,7 +430,7 @@ def test_a_disk_that_does_not_answer_is_told_by_the_watch(tiny, tmp_path):
     process = writing("stuck", tiny, tmp_path / "run", "--hang-timeout", 20)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == EXIT_HUNG
-    assert "process 0 of 1 has not come further than 'writing the checkpoint before'" in printed
+    assert "process 0 of 1 has not got past 'writing the checkpoint before'" in printed
     assert "in seal" in printed
 
 
@@ -489,7 +489,7 @@ def test_a_process_that_hangs_before_the_first_step_is_named(tiny, tmp_path):
     process = start(*TORCHRUN, "tests/ddp_hang.py", "starting", *flags)
     printed, _ = process.communicate(timeout=150)
     assert process.returncode != 0
-    assert "process 1 of 2 has not come further than 'setting up the policy'" in printed, printed[-3000:]
+    assert "process 1 of 2 has not got past 'setting up the policy'" in printed, printed[-3000:]
     assert "in build_optimizer" in printed
 
 
@@ -565,7 +565,7 @@ stuck_here()
     )
     assert done.returncode == EXIT_HUNG
     assert done.stdout == "alive\n"
-    assert "process 0 of 1 has not come further than 'loading data'" in done.stderr
+    assert "process 0 of 1 has not got past 'loading data'" in done.stderr
     assert "stuck_here" in done.stderr
 
 

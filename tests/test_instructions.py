@@ -316,7 +316,7 @@ def test_what_cannot_be_told(tmp_path, monkeypatch):
 
     assert known() is None
     state(0, "fold")
-    with pytest.raises(UserError, match=r"has 2 episodes without instruction .*first is 1, which has none"):
+    with pytest.raises(UserError, match=r"has 2 episodes without an instruction.*first is 1, which has none"):
         known()
     assert known("none") is None
     state(1, "fold")

@@ -274,7 +274,7 @@ def test_missing_datasets_are_not_downloaded(tmp_path, refused, monkeypatch):
         if name:
             refused(name, "was not found")
     (tmp_path / "file").touch()
-    refused(tmp_path / "file", "is a file")
+    refused(tmp_path / "file", "has an unknown format")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "neither LeRobot's meta/info.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]

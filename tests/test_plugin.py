@@ -197,7 +197,7 @@ def test_chunks_begin_now_and_are_the_run_s_to_the_bit(exported):
 def test_chunks_of_a_policy_that_sees_earlier_frames_are_refused(exported):
     policy, pre, _ = in_lerobot(exported("frames")[1])
     assert not policy.supports_rtc()
-    with pytest.raises(UserError, match="sees 2 frames of a camera, and LeRobot gives one"):
+    with pytest.raises(UserError, match="sees 2 frames of a camera, but LeRobot gives only one"):
         policy.predict_action_chunk(pre(batch_of([next(observations(0))])))
 
 
@@ -216,7 +216,7 @@ def test_every_byte_of_a_picture_survives():
     values = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
     assert np.array_equal(_bytes(values.float() / 255, "x"), values.permute(0, 2, 3, 1))
     assert np.array_equal(_bytes(values, "x"), values.permute(0, 2, 3, 1))
-    with pytest.raises(UserError, match="nobody normalized"):
+    with pytest.raises(UserError, match="images that are not normalized"):
         _bytes(values.float() / 127.5 - 1, "x")
 
 
@@ -332,11 +332,11 @@ def test_pictures_go_by_the_names_that_are_asked_for(exported, tmp_path):
     for images, words in (
         ("observation.image=roof", "the policy's cameras are front, wrist"),
         ("image=wrist", "write KEY=CAMERA"),
-        ("observation.images.front=wrist", "two cameras would have the same pictures"),
+        ("observation.images.front=wrist", "two cameras would have the same key"),
     ):
         with pytest.raises(UserError, match=words):
             main(run, tmp_path / "wrong", "--images", images)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         main(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -357,7 +357,7 @@ def test_what_has_no_policy_is_not_exported(exported, tmp_path):
 
 def test_a_script_that_the_plugin_does_not_carry_is_not_exported():
     require_carried(train_vfp)
-    with pytest.raises(UserError, match=r"train_regression\.py is no script beside common/: copy it there"):
+    with pytest.raises(UserError, match=r"train_regression\.py is not next to common/: copy it there"):
         require_carried(train_regression)
 
 
@@ -433,7 +433,7 @@ def without(word):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: edit(folder, version=2), "in version 2 of the format, and this is version 1"),
+        (lambda folder: edit(folder, version=2), "in version 2 of the format, and this code reads 1"),
         (lambda folder: edit(folder, run={"script": "train_vfp.py"}), "lacks config, spec, step of its run"),
         (lambda folder: edit_tensors(folder, without("action_in")), "do not fit their network"),
         (lambda folder: edit_tensors(folder, without("statistics.action")), "lacks the statistics 'action."),
@@ -469,10 +469,10 @@ def test_other_cameras_states_and_actions_are_refused(copy):
         "observation.images.third": {"type": "VISUAL", "shape": [3, 28, 28]}
     }
     edit(copy, input_features=three)
-    with pytest.raises(UserError, match="and its policy sees front, wrist: export it again with --images"):
+    with pytest.raises(UserError, match="but its policy sees front, wrist: export it again with --images"):
         in_lerobot(copy)
     edit(copy, **{**features, "output_features": {"action": {"type": "ACTION", "shape": [7]}}})
-    with pytest.raises(UserError, match=r"gives 6 actions .* and 7 are taken here"):
+    with pytest.raises(UserError, match=r"gives 6 actions .* but 7 are expected here"):
         in_lerobot(copy)
 
 

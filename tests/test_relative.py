@@ -153,7 +153,7 @@ def test_what_stays_absolute_is_chosen_by_name(record, capsys):
     assert "stay absolute" not in capsys.readouterr().out
     assert fitted(store, mask=("GRIPPER", "pos.2"))[0].relative_to.tolist() == [0, 1, -1, 3, 4, 5, 6, -1]
     assert "eef_pos.2, gripper_width stay absolute" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--relative-mask thumb: no dimension of the action is named so"):
+    with pytest.raises(UserError, match="--relative-mask thumb: no action dimension has this in its name"):
         fitted(store, mask=("thumb",))
     without = record("other", motion(np.random.default_rng(4)), keys=KEYS[:2])
     assert fitted(without, mask=("gripper",))[0].relative_to.tolist() == list(range(7))

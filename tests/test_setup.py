@@ -383,7 +383,7 @@ def test_the_demo_says_first_what_it_will_do_and_take(make):
     before, _, after = text.partition("tools/setup.py")
     for words in (
         "about ten minutes",
-        "2 GB for CPUs alone or 6 GB with CUDA",
+        "2 GB for CPUs only or 6 GB with CUDA",
         "0.5 GB",
         "runs/mine/evaluation",
     ):

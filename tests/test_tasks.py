@@ -65,7 +65,7 @@ def test_an_episode_is_cut_where_its_task_changes(changing, open_, capsys):
     assert store.episode_indices.tolist() == [0, 1, 1, 2]
     assert store.episode_starts.tolist() == [0, 4, 7, 13, 19]
     said = capsys.readouterr().out
-    assert "1 episodes, 1 for one, change their task and are cut there: 3 episodes become 4" in said
+    assert "1 episodes (the first is 1) change their task and are cut there: 3 episodes become 4" in said
     batch = ChunkDataset(store, range(4), 4, told=True).__getitems__([5, 7])
     assert batch.is_pad.tolist() == [[False, False, True, True], [False] * 4]  # no chunk leaves its task
     assert batch.task.tolist() == [0, 1]
