@@ -179,7 +179,7 @@ def test_a_report_of_some_of_the_runs(tmp_path, capsys):
     simulators_report.write_report({"runs": results}, simulators.plan(), tmp_path)
     text = (tmp_path / "benchmarks.md").read_text()
     assert text.startswith("# Mine\n")
-    assert "3 of 49 runs" in text
+    assert "3 of 49 planned runs" in text
     # 55 of 100 episodes of both seeds, with the interval of Clopper and Pearson
     assert "| pick-place | `train_vfp_moe.py` | 55.0 [45, 65] (90, 20) |" in text
     assert (
