@@ -1,4 +1,4 @@
-"""Policies that are pushed to the hub and come from there; the hub is a stand-in on the loopback."""
+"""Policies pushed to the hub and loaded from it; the hub is a local stand-in."""
 
 import json
 import os
