@@ -1,15 +1,15 @@
 # make demo       set up, record demonstrations, train train_vfp.py on them, evaluate (about ten minutes on two cores)
-# make setup      set up; with CUDA=1 for GPUs that this machine does not have itself
+# make setup      set up; with CUDA=1 for GPUs of other machines
 # make test       set up, lint, test
 # make sim        install simulators for `evaluate.py --env`, and try them
 # make ray        install Ray for `launch_ray.py`, and try it on virtual machines
-# make plugin     LeRobot and our plug-ins in an environment of their own, and LeRobot's commands in it
+# make plugin     install LeRobot and our plug-ins in a separate environment, and try LeRobot's commands in it
 # make lowest     try the lower bounds of requirements.txt
-# make test-all   the same, and the slow tests: several processes, processes that hang, files mutated at random
+# make test-all   make test, and the slow tests: several processes, processes that hang, files mutated at random
 
 RUN ?= runs/demo
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-# Any Python 3 that starts: a version manager's `python3` on the PATH can be one that does not.
+# Any Python 3 that starts: a version manager's `python3` on the PATH may not.
 PYTHON = $(shell for p in python3 /usr/bin/python3 python $(HOME)/.pyenv/versions/3*/bin/python; do \
 	"$$p" -c 'f""' 2>/dev/null && echo "$$p" && break; done)
 
@@ -35,7 +35,7 @@ sim: .venv/.installed-sim
 	.venv/bin/python -m common.envs
 	@touch $@
 
-# Groups of processes that Ray places and starts again, see docs/clusters.md.
+# Groups of processes that Ray places and restarts, see docs/clusters.md.
 ray: tools .venv/.installed-ray
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/test_ray.py
 
@@ -45,7 +45,7 @@ ray: tools .venv/.installed-ray
 
 plan:
 	@echo "make demo takes about ten minutes on two CPU cores. It"
-	@echo "  1. installs Python packages into .venv, once: some minutes, 2 GB for CPUs alone or 6 GB with CUDA libraries"
+	@echo "  1. installs Python packages into .venv, once: some minutes, 2 GB for CPUs only or 6 GB with CUDA libraries"
 	@echo "  2. records 200 demonstrations of the built-in task, once: 0.5 GB below $${XDG_CACHE_HOME:-~/.cache}/flow-policies"
 	@echo "  3. trains train_vfp.py on them for 1,400 steps: 0.1 GB in $(RUN)"
 	@echo "  4. evaluates it in 200 fresh episodes: errors, pictures, films and results.json in $(RUN)/evaluation"
@@ -59,13 +59,13 @@ demo: plan setup
 		train_vfp.py --config configs/train_vfp/demo.json --run-dir $(RUN) --resume auto
 	.venv/bin/python evaluate.py $(RUN)
 
-# One process a core; in each of them one thread, since threads that share a core wait for each other.
+# One process per core, with one thread each, since threads that share a core wait for each other.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(CORES)
 
 test: tools lint
 	$(PYTEST) -m "not slow"
 
-# Each of these has processes of its own: one after the other. What fails on a busy machine is tried once more.
+# Each of these starts processes itself, so they run one at a time. What fails on a busy machine is tried once more.
 SLOW = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow
 
 test-all: test
@@ -77,7 +77,7 @@ plugin: tools
 	PLUGIN_PYTHON=$(CURDIR)/.venv-plugin/bin/python OMP_NUM_THREADS=$(CORES) \
 		.venv/bin/python -m pytest -m slow tests/test_installed.py
 
-# The oldest versions that requirements.txt allows, in an environment of their own, and the tests that they decide.
+# The oldest versions that requirements.txt allows, in a separate environment, and the tests that depend on them.
 LOWEST = tests/test_config.py tests/test_inference.py tests/test_optim.py tests/test_vision.py
 
 lowest: tools

@@ -3,10 +3,11 @@
     python launch_ray.py --num-workers 4 train_vfp.py --run-dir /shared/towel -- --dataset me/fold_towel
     python launch_ray.py --num-workers 1-4 --global-batch 64 train_vfp.py --run-dir /shared/towel -- --lr 1e-4
 
-Ray's trainer places an actor for each process. The actor starts the script as a process of its own, in the
-launcher's working directory, with `--resume auto`, and the kernel ends it when the actor ends. The run folder
-stays the truth: a group that lost a process starts again from its newest whole checkpoint, and Ray is told
-what the folder shows. What follows `--` goes to the script. More, and which launcher when: docs/clusters.md.
+Ray's trainer places an actor for each process. The actor starts the script as a separate process, in the
+launcher's working directory, with `--resume auto`, and the kernel kills it when the actor ends. The run
+folder stays the truth: a group that lost a process restarts from its newest complete checkpoint, and Ray is
+told what the folder shows. What follows `--` goes to the script. More, and which launcher when:
+docs/clusters.md.
 """
 
 import importlib
@@ -34,8 +35,8 @@ from common.console import say
 from common.errors import EXIT_HUNG, EXIT_OUT_OF_MEMORY, EXIT_STOPPED, UserError
 from common.files import completed_checkpoints
 
-# Read when Ray starts. A group may import for minutes and is looked at each second (Ray: one minute, 2 s);
-# Ray's own priority for workers is nice 15; metrics for a dashboard are a part of ray[default].
+# Read when Ray starts. A group may import for minutes and is checked every second (Ray's defaults: one
+# minute, 2 s); Ray runs workers at nice 15 by default; metrics for a dashboard are a part of ray[default].
 SETTINGS = {"TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600", "TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
 SETTINGS |= {"worker_niceness": "0", "TRAIN_METRICS_ENABLED": "0"}
 for name, value in SETTINGS.items():
@@ -56,7 +57,7 @@ except ImportError as error:
 
 FINAL = (1, 2, EXIT_OUT_OF_MEMORY)  # exit codes of a script that another attempt would only repeat
 POLL_SECONDS = 1.0
-ABSENT_SECONDS = 30.0  # a group that has not asked for so long does not run
+ABSENT_SECONDS = 30.0  # a group that has not asked for this long is not running
 LEAVE_SECONDS = 120.0  # from the end of the first process to that of the others
 SAME_REQUEST_SECONDS = 2.0  # as in common/watch.py
 LOG_SECONDS = 2.0  # until Ray has printed what an actor wrote
@@ -78,32 +79,32 @@ class Config:
     run_dir: AbsolutePath
     """Run folder, which all machines must see: started, or resumed if it holds a checkpoint."""
     num_workers: str = "1"
-    """Processes: a number, or as in `1-4` the fewest and the most, for a cluster that grows and shrinks."""
+    """Processes: a number, or the fewest and the most (`1-4`), for a cluster that grows and shrinks."""
     global_batch: PositiveInt | None = None
     """Samples per optimizer step, whatever the number of processes; the script's --batch-size is then the
-    most that a process takes at once. Workers among whom they cannot be divided stay idle. Default: the
-    script's own --batch-size in each process."""
+    most that a process takes at once. Workers that cannot get an equal share stay idle. Default: the script's
+    own --batch-size in each process."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Times that a group which lost a process, an actor or a machine starts again; -1: always."""
+    """How many times a group that lost a process, an actor or a machine restarts; -1: always."""
     address: str | None = None
-    """Address of the cluster. Default: RAY_ADDRESS, else one that runs here, else one for this launch."""
+    """Address of the cluster. Default: RAY_ADDRESS, else one that runs here, else a new one."""
     gpus_per_worker: Literal[0, 1] | None = None
     """GPUs per process. Default: 1 if the cluster has any."""
     env: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Name of a variable that the scripts get as it is here, such as WANDB_API_KEY; may be given several
-    times. Of others they get what Ray was started with on their machine."""
+    """Environment variable to pass on to the scripts, such as WANDB_API_KEY; may be given several times. All
+    others come from Ray's own environment on each machine."""
     resize_every: NonNegativeFloat = 60.0
-    """Seconds between looks for machines that have come; a group that grows starts again."""
+    """Seconds between checks for new machines; a group that grows restarts."""
 
 
 def main(config: Config, flags: Sequence[str]) -> None:
-    """Train until the run is done, stopped, or cannot be helped; `flags` are the script's."""
+    """Train until the run is done, stopped, or fails for good; `flags` are the script's."""
     refuse_senseless(config, flags)
     try:
         ray.init(config.address, logging_level="WARNING")
     except Exception as error:
         raise UserError(
-            f"Ray cannot be reached or started ({brief(error)}): look at --address, and whether "
+            f"Ray cannot be reached or started ({brief(error)}): check --address, and that "
             f"~/.ray/auth_token is that of the cluster."
         ) from None
     stopped: list[float] = []
@@ -128,10 +129,10 @@ def main(config: Config, flags: Sequence[str]) -> None:
 
 
 def refuse_senseless(config: Config, flags: Sequence[str]) -> None:
-    """Refuse, in a sentence, what could only fail on the cluster or would change what is trained."""
+    """Refuse options that would only fail on the cluster or change what is trained."""
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", config.num_workers) or operator.gt(*workers(config)):
         raise UserError(
-            f"--num-workers is {config.num_workers}: give a number, or the fewest and most as 1-4."
+            f"--num-workers is {config.num_workers}: give a number, or the fewest and most, such as 1-4."
         )
     low, high = workers(config)
     if low < high and config.global_batch is None:
@@ -143,7 +144,7 @@ def refuse_senseless(config: Config, flags: Sequence[str]) -> None:
         raise UserError(f"{config.script} does not exist: give a training script.")
     for name in ("run-dir", "resume", *(["grad-accumulation"] if config.global_batch else [])):
         if flag(flags, name) is not None:
-            raise UserError(f"--{name} after the -- is launch_ray.py's to set: leave it out there.")
+            raise UserError(f"--{name} after the -- is set by launch_ray.py itself: leave it out there.")
     most = flag(flags, "batch-size")
     if config.global_batch and most is not None and not (most.isdecimal() and int(most)):
         raise UserError(f"--batch-size is {most}: give a number of samples.")
@@ -199,7 +200,7 @@ class Board:
         return self.stopping
 
     def stop(self) -> float:
-        """Have the workers stop; seconds since they last asked."""
+        """Tell the workers to stop; returns the seconds since they last asked."""
         self.stopping = True
         return time.monotonic() - self.asked
 
@@ -211,7 +212,7 @@ class Sharing(BackendConfig):
 
 
 class Trainer(DataParallelTrainer):
-    """Without an actor that needs the dashboard of ray[default], and would print a warning each second."""
+    """Without the actor that needs the dashboard of ray[default]: it would print a warning every second."""
 
     def _create_default_callbacks(self) -> list:
         made = super()._create_default_callbacks()
@@ -225,7 +226,7 @@ def trainer(config: Config, job: dict) -> Trainer:
     low, high = workers(config)
     room = int(min(cluster.get(name, 0) for name in need))
     if room < low:
-        say(f"The cluster has room for {room} of {low} workers: waiting for more.")
+        say(f"The cluster has room for {room} of {low} workers: waiting for more machines.")
     scaling = ray.train.ScalingConfig(
         num_workers=low if low == high else (low, high),
         use_gpu=bool(gpus),
@@ -233,7 +234,7 @@ def trainer(config: Config, job: dict) -> Trainer:
         elastic_resize_monitor_interval_s=config.resize_every,
     )
     run = ray.train.RunConfig(
-        name=f"{config.run_dir.name}.ray",  # beside the run folder: that of a new run must be empty
+        name=f"{config.run_dir.name}.ray",  # next to the run folder, which must be empty for a new run
         storage_path=str(config.run_dir.parent),
         storage_filesystem=pyarrow.fs.LocalFileSystem(),
         checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
@@ -245,13 +246,13 @@ def trainer(config: Config, job: dict) -> Trainer:
 
 
 def supervise(config: Config, job: dict, stopped: list[float]) -> int:
-    """Train, starting again what was lost; returns the exit code."""
+    """Train, restarting a group that lost something; returns the exit code."""
     failures, pool = 0, ThreadPoolExecutor(1)  # in the main thread, Ray takes SIGINT over
     while True:
         group: Future = pool.submit(trainer(config, job).fit)
         while not wait([group], POLL_SECONDS).done:
             if stopped and ray.get(job["board"].stop.remote()) > ABSENT_SECONDS:
-                return EXIT_STOPPED  # nothing runs: machines are awaited
+                return EXIT_STOPPED  # nothing runs: it waits for machines
         if group.exception() is None:
             return group.result().return_value
         code, what = judge(group.exception())
@@ -275,7 +276,7 @@ def judge(error: BaseException) -> tuple[int | None, str]:
         end = getattr(failures[rank], "health_check_failure", failures[rank])
         what.append(f"worker {rank} was lost ({type(end).__name__})")
     killed = len(codes) < len(failures) or any(code < 0 for code in codes.values())
-    final = [code for code in codes.values() if code in FINAL]  # or what the loss of another made of it
+    final = [code for code in codes.values() if code in FINAL]  # or a result of another's loss
     return (final[0] if final and not killed else None), "; ".join(what) or "a machine was taken away"
 
 
@@ -283,8 +284,8 @@ def judge(error: BaseException) -> tuple[int | None, str]:
 
 
 def run_worker(job: dict) -> int:
-    """Start a process of the run and stand by it; returns 0 or 75, any other code ends the whole group."""
-    logging.getLogger().setLevel(logging.WARNING)  # Ray says each report
+    """Start a process of the run and watch it; returns 0 or 75, any other code ends the whole group."""
+    logging.getLogger().setLevel(logging.WARNING)  # Ray would print each report
     rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     active, flags = divide(job["global_batch"], job["most"], world)
     store = None
@@ -339,7 +340,7 @@ def start_script(job: dict, flags: list[str], active: int, place: tuple[str, int
 
 
 class RunFolder:
-    """What a run folder shows that it did not show at the last look."""
+    """What is new in a run folder since the last look."""
 
     def __init__(self, folder: Path):
         self.folder, self.at, self.checkpoints = folder, 0, []
@@ -365,7 +366,7 @@ class RunFolder:
 
 
 def report(news: dict[str, Any]) -> None:
-    """Tell Ray; all workers call this. What Ray stores names our checkpoint, which is not copied."""
+    """Tell Ray; all workers call this. Ray stores only the path of our checkpoint: it is not copied."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if "checkpoint" in news:
@@ -379,9 +380,9 @@ def train_func(config: dict) -> None:
 
         TorchTrainer(train_func, train_loop_config={"script": "/shared/train_vfp.py", "flags": [...]}, ...)
 
-    It trains the same, bit for bit. But signals do not reach it: nothing is saved when the worker is
-    stopped. Ray has changed the working directory: give absolute paths. All that does not end well is a
-    failure to Ray, which tries it again: also what the user can put right, and code 75. Lines are printed
+    Training is the same, bit for bit. But signals do not reach it: nothing is saved when the worker is
+    stopped. Ray has changed the working directory: give absolute paths. Ray treats every end but success as a
+    failure and tries again, even after an error that the user must fix, and after code 75. Lines are printed
     twice, and nothing is reported to Ray.
     """
     script = Path(config["script"])

@@ -1,11 +1,11 @@
-"""Do low scores of `train_mi.py` find bad demonstrations, and does it help to leave them out?
+"""Do low scores from `train_mi.py` find bad demonstrations, and does it help to leave them out?
 
     python benchmarks/curation.py --skip-policies      # some ten minutes on two cores
-    python benchmarks/curation.py                      # and nine policies: an hour or two
+    python benchmarks/curation.py                      # also trains nine policies: an hour or two
 
-Demonstrations of the built-in task, one third of them degraded in three ways: noise on the actions, actions
-that come some steps late, actions of another episode. The area under the ROC curve (AUROC) says how well
-scores tell them from the others: the probability that a good episode scores above a bad one. Then
+One third of the built-in task's demonstrations are degraded in one of three ways: noise on the actions,
+actions delayed by some steps, actions of another episode. The area under the ROC curve (AUROC) measures how
+well the scores separate them: the probability that a good episode scores above a bad one. Then
 `train_vfp.py` learns from all episodes, from the best two thirds, and from a random two thirds.
 """
 
@@ -37,15 +37,15 @@ class Config:
     """Score degraded demonstrations, and train policies on the best."""
 
     runs: Path = ROOT / "runs" / "curation"
-    """Folder of the dataset and the runs; what is finished is kept."""
+    """Folder of the dataset and the runs; finished parts are kept."""
     episodes: int = 200
-    """Demonstrations; a third of them is degraded."""
+    """Demonstrations; a third of them are degraded."""
     noise: float = 0.1
     """Standard deviation of the noise on noisy actions, table units; a step of the demonstrator is 0.05."""
     delay: int = 5
-    """Steps by which delayed actions come late."""
+    """Delay of the delayed actions, in steps."""
     seed: int = 0
-    """Seed of the demonstrations and of what happens to them."""
+    """Seed of the demonstrations and of how they are degraded."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the policies."""
     rollouts: int = 200
@@ -66,7 +66,7 @@ def main(config: Config) -> None:
     print("| estimator | nats | " + " | ".join(WAYS) + " | all |")
     print("| --- |" + " --- |" * (len(WAYS) + 2))
     scores = {}
-    for estimator in reversed(ESTIMATORS):  # the first one's files stay, and choose the episodes
+    for estimator in reversed(ESTIMATORS):  # the first one runs last: its files choose the episodes
         call("train_mi.py", "--estimate-only", run, "--estimator", estimator, "--best", 2 / 3)
         scores[estimator] = read_scores(run)
         nats = json.loads((run / "mutual_information.json").read_text())["nats"]
@@ -80,7 +80,7 @@ def main(config: Config) -> None:
 
 
 def make_dataset(config: Config) -> list[str]:
-    """Record the demonstrations once; what was done to each, or "good"."""
+    """Record the demonstrations once; return how each was degraded, or "good"."""
     episodes = list(demo.demonstrate(config.episodes, config.seed))
     random = np.random.default_rng(config.seed)
     ways = ["good"] * len(episodes)
@@ -115,7 +115,7 @@ def dataset(config: Config) -> list:
 
 
 def call(script: str, *flags) -> None:
-    """Run a script of this project; its last words are shown if it fails."""
+    """Run a script of this project; if it fails, show the end of its output."""
     done = subprocess.run(
         [sys.executable, script, *map(str, flags)], cwd=ROOT, capture_output=True, text=True
     )
@@ -129,7 +129,7 @@ def read_scores(run: Path) -> dict[int, float]:
 
 
 def auroc(scores: dict[int, float], ways: list[str], bad_ways: tuple[str, ...]) -> float:
-    """Probability that a good episode scores above a bad one, ties counting half."""
+    """Probability that a good episode scores above a bad one; ties count half."""
     good = np.array([score for e, score in scores.items() if ways[e] == "good"])
     bad = np.array([score for e, score in scores.items() if ways[e] in bad_ways])
     return float((good[:, None] > bad).mean() + (good[:, None] == bad).mean() / 2)
@@ -144,7 +144,7 @@ def time_scoring() -> float:
 
 
 def compare_policies(config: Config, run: Path, scores: dict[int, float]) -> None:
-    """Success of `train_vfp.py` on all episodes, the best, and random ones."""
+    """Success of `train_vfp.py` trained on all episodes, the best, and random ones."""
     best = run / "episodes_top67.json"
     number = len(json.loads(best.read_text())["episodes"])
     drawn = np.random.default_rng((config.seed, 1)).permutation(sorted(scores))[:number]
@@ -171,7 +171,7 @@ def compare_policies(config: Config, run: Path, scores: dict[int, float]) -> Non
 
 
 def success(folder: Path, rollouts: int) -> float:
-    """Success rate of a policy with ten sampling steps, found once."""
+    """Success rate of a policy with ten sampling steps, measured once."""
     import evaluate
     from common.envs import EnvConfig
     from common.inference import load_policy

@@ -1,12 +1,12 @@
-"""What depth features cost: the cache, and a training step with and without it.
+"""The cost of depth features: the cache, and a training step with and without it.
 
     python benchmarks/depth.py
     python benchmarks/depth.py --image-size 224 --batch-size 32 --mixed-precision bf16
 
-Weights are random, which changes no timing. All loops run in one process, in turns, so that a machine that is
-busy with other work slows all alike; a ratio is the median over turns. A step with depth is compared with
-`train_vfp.py`, and with `train_vfp.py` given one more view, of as many tokens as the features have, that
-costs nothing to see: what remains is what reading and projecting features cost.
+Weights are random, which does not change timings. All loops take turns in one process, so that other work on
+the machine slows all of them equally; a ratio is the median over turns. A step with depth is compared with
+`train_vfp.py`, and with `train_vfp.py` given an extra view of as many tokens as the features have, which
+costs nothing to compute. The remaining difference is the cost of reading and projecting features.
 """
 
 import statistics
@@ -37,7 +37,7 @@ from common.transformer import InfoEmbedder, Size
 
 @options
 class Config:
-    """Measure what depth features cost."""
+    """Measure the cost of depth features."""
 
     script: Flat[train_vfp_depth.Config] = field(
         default_factory=lambda: train_vfp_depth.Config(depth=DepthConfig(depth_weights="random"))
@@ -47,13 +47,13 @@ class Config:
     rounds: PositiveInt = 10
     """Turns of each loop."""
     turn_steps: PositiveInt = 4
-    """Steps a turn."""
+    """Steps per turn."""
 
 
 def main(config: Config) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # the cache is built anew
+    with tempfile.TemporaryDirectory() as folder:  # build the cache from scratch
         data = replace(config.script.data, cache_dir=Path(folder))
-        if data.dataset == ("demo",):  # a few episodes of it
+        if data.dataset == ("demo",):  # use a few of its episodes
             data = replace(data, dataset=(str(record(Path(folder) / "demo", demonstrate(5, seed=0))),))
         compare(replace(config, script=replace(config.script, data=data)))
 
@@ -91,9 +91,9 @@ def compare(config: Config) -> None:
             for _ in range(config.turn_steps):
                 next(loop)
             synchronize(device)
-            if turn:  # the first turn warms up
+            if turn:  # the first turn is a warm-up
                 times[name].append((time.perf_counter() - start) / config.turn_steps * 1000)
-    print(f"{'':<28} {'ms a step':>9} {'of train_vfp':>13} {'of as many tokens':>18}")
+    print(f"{'':<28} {'ms / step':>9} {'/ train_vfp':>13} {'/ as many tokens':>18}")
     for name, values in times.items():
         ratio = median_ratio(values, times["train_vfp"])
         model, _, loop = name.partition(", ")
@@ -108,7 +108,7 @@ def median_ratio(values: list[float], others: list[float]) -> float:
 
 
 def measure_cache(store: EpisodeStore, backbone: DepthBackbone, device: torch.device) -> None:
-    """Build a cache from nothing; print its speed and size."""
+    """Build a cache from scratch; print its speed and size."""
     backbone(torch.zeros(1, 3, *store.image_size, device=device))
     before = folder_size(store.path)
     start = time.perf_counter()
@@ -132,10 +132,10 @@ def vfp_config(script: train_vfp_depth.Config) -> train_vfp.Config:
 
 
 class MoreTokens(train_vfp.Policy):
-    """The policy of train_vfp.py with further views that are always the same."""
+    """The policy of train_vfp.py with extra views that never change."""
 
     def __init__(self, config, spec, shape: tuple[int, ...]):
-        """`shape` is that of the views: (C, L, D)."""
+        """`shape` is the shape of the extra views: (C, L, D)."""
         super().__init__(config, spec)
         backbones = [getattr(self, f"{camera}_backbone") for camera in self.cameras]
         widths = [(b.token_dim, b.summary_dim) for b in backbones] + [(shape[-1],) * 2] * shape[0]

@@ -1,11 +1,11 @@
-"""What experts cost: a training step and a chunk of `train_vfp_moe.py` with one, two, four and eight.
+"""The cost of experts: a training step and a chunk of `train_vfp_moe.py` with one, two, four and eight.
 
     python benchmarks/experts.py
     python benchmarks/experts.py --mixed-precision bf16 --d-model 512 --num-heads 8 --batch-size 64
-    python benchmarks/experts.py --trained runs/methods/train_vfp_moe-0     # what experts are for instead
+    python benchmarks/experts.py --trained runs/methods/train_vfp_moe-0     # what each expert does, instead
 
-All loops run in one process, in turns, so that a machine that is busy with other work slows all alike; ratios
-are medians over turns. The arithmetic is counted by PyTorch: a step may grow as it does, not faster.
+All loops take turns in one process, so that other work on the machine slows all of them equally; ratios are
+medians over turns. PyTorch counts the arithmetic: the time of a step may grow as fast as it, not faster.
 """
 
 import statistics
@@ -36,7 +36,7 @@ from common.run import start_run
 
 @options
 class Config:
-    """Measure what experts cost, or what those of a trained run are for."""
+    """Measure the cost of experts, or what the experts of a trained run do."""
 
     script: Flat[train_vfp_moe.Config] = field(default_factory=train_vfp_moe.Config)
     experts: tuple[PositiveInt, ...] = (1, 2, 4, 8)
@@ -44,7 +44,7 @@ class Config:
     rounds: PositiveInt = 10
     """Turns of each loop."""
     turn_steps: PositiveInt = 3
-    """Steps a turn; ten times as many chunks."""
+    """Steps per turn; chunks are ten times as many."""
     trained: UserPath | None = None
     """A run on the built-in task: compare its experts with the modes of the demonstrations, and draw both."""
 
@@ -62,7 +62,7 @@ def main(config: Config) -> None:
         torch.manual_seed(0)
         policy = train_vfp_moe.Policy(chosen, data.spec).to(run.device)
         loops[num] = steps(policy, chosen, batch, data.normalizer, run), chunks(policy, chosen, batch, run)
-        # Fused attention on a CPU is not counted: while counting, it is written out.
+        # PyTorch does not count fused attention on a CPU, so counting uses the plain kernels.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             next(loops[num][0])
         gflops[num] = counter.get_total_flops() / 1e9
@@ -76,16 +76,16 @@ def main(config: Config) -> None:
                 for _ in range(count):
                     next(loop)
                 synchronize(run.device)
-                if turn:  # the first turn warms up
+                if turn:  # the first turn is a warm-up
                     kept.append((time.perf_counter() - start) / count * 1000)
     cuda = run.device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(
-        f"{name}, batch {script.optim.batch_size}, {script.decoder_layers} layers an expert, width "
+        f"{name}, batch {script.optim.batch_size}, {script.decoder_layers} layers per expert, width "
         f"{script.d_model}, {run.accelerator.mixed_precision}; chunks one at a time, {script.sample_steps} "
         "steps"
     )
-    print("experts   ms a step  of one   GFLOP  of one   ms a chunk  of one")
+    print("experts   ms / step   ratio   GFLOP   ratio   ms / chunk   ratio")
     first = config.experts[0]
     for num in config.experts:
         step, chunk = times[num]
@@ -131,9 +131,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def modes(states: list[np.ndarray]) -> np.ndarray:
-    """How each of some episodes, given by its states (L, 4), passes the obstacles.
+    """How each episode, given by its states (L, 4), passes the obstacles.
 
-    (E,) 0 to 3: 2 if the left hand passes on the right, plus 1 if the right hand does.
+    (E,), from 0 to 3: 2 if the left hand passes on the right, plus 1 if the right hand does.
     """
     sides = np.zeros((len(states), 2), int)
     for episode, state in enumerate(states):
@@ -144,7 +144,7 @@ def modes(states: list[np.ndarray]) -> np.ndarray:
 
 
 def compare_with_modes(folder: Path) -> None:
-    """Say how much experts and modes tell of each other where episodes begin, and draw latents by both."""
+    """Print the mutual information of experts and modes at the starts of episodes; draw latents by both."""
     from sklearn.metrics import normalized_mutual_info_score
 
     policy = load_policy(folder)
@@ -161,7 +161,7 @@ def compare_with_modes(folder: Path) -> None:
     labels = {"expert": policy.model.gate(z).argmax(dim=1), "mode": torch.from_numpy(modes(states))}
     plots.draw_latents(folder / "modes.png", z, labels)
     score = normalized_mutual_info_score(*(values.cpu().numpy() for values in labels.values()))
-    print(f"{len(z)} episodes: normalised mutual information of experts and modes {score:.3f}")
+    print(f"{len(z)} episodes: normalized mutual information of experts and modes {score:.3f}")
     print(f"picture: {folder / 'modes.png'}")
 
 

@@ -1,12 +1,12 @@
-"""Does a run survive what can happen? Runs are killed, stopped, starved of disk and damaged, then compared.
+"""Do runs survive faults? Runs are killed, stopped, starved of disk space and damaged, then compared.
 
     python benchmarks/faults.py                                # about a quarter of an hour on two cores
     python benchmarks/faults.py --kills 3 --stops 2 --damages 10 --full-disks 2
 
-Every run goes on with the command line it was started with (`--resume auto`) until it is done. Then its
-weights, averages, optimizer, random generators and metrics must be those of a run that was left alone, bit
-for bit. A run counts as lost if it cannot be brought to its end so, and as different if it ends otherwise.
-Children are forked from one process that has imported everything, so that moments, not imports, are sampled.
+Every run is resumed with its original command line (`--resume auto`) until it is done. Then its weights,
+averages, optimizer, random generators and metrics must equal those of an undisturbed run, bit for bit. A run
+counts as lost if it cannot be finished this way, and as different if it ends with other results. Children
+are forked from one process that has imported everything, so that faults hit training, not imports.
 """
 
 import importlib.util
@@ -53,28 +53,28 @@ SMALL = [
     *("--code-window", 3, "--ingest-workers", 1, "--eval-samples", 8, "--sample-steps", 2),
     *("--depth-weights", "random", "--depth-model", "small", "--num-experts", 2),
 ]
-UNLIKE = ("checksums.json", "policy.json")  # the second names the run's folder
+UNLIKE = ("checksums.json", "policy.json")  # differ: the second names the run's folder
 RHYTHM = ["--save-every", 4, "--log-every", 3, "--eval-every", 25, "--hang-timeout", 60]
 
 
 @options
 class Config:
-    """Disturb runs and see whether anything is lost."""
+    """Disturb runs and check whether anything is lost."""
 
     kills: int = 50
     """Times that a run is killed (SIGKILL), a third of them while it saves."""
     stops: int = 20
     """Times that a run of two processes is stopped (SIGTERM)."""
     damages: int = 200
-    """Times that a file of the newest checkpoint is cut off or changed."""
+    """Times that a file of the newest checkpoint is truncated or changed."""
     full_disks: int = 20
     """Times that the disk is full for a while."""
     ray_kills: int = 10
-    """Times that a script, an actor and a machine of a group on Ray are killed; none where Ray is absent."""
+    """Times that a script, an actor and a machine of a group on Ray are killed; skipped without Ray."""
     steps: int = 120
-    """Length of a run."""
+    """Steps of a run."""
     seed: int = 0
-    """Of what happens when."""
+    """Seed of what happens when."""
 
 
 def main(config: Config) -> None:
@@ -116,7 +116,7 @@ def main(config: Config) -> None:
 def fork(
     script, flags: list, rank: int = 0, world: int = 1, port: int = 0, before: Callable | None = None
 ) -> int:
-    """Start a script in a child of this process; returns its process id."""
+    """Start a script in a child process; returns its process id."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -143,7 +143,7 @@ def fork(
 
 
 def command(script, run_dir: Path, flags: list) -> list:
-    """The flags of a run; those of other methods are left out."""
+    """The flags of a run, without those that its script does not know."""
     known, kept = flat_options(script.Config()).keys(), []
     for name, value in zip(flags[::2], flags[1::2], strict=True):
         if name[2:].replace("-", "_") in known:
@@ -152,7 +152,7 @@ def command(script, run_dir: Path, flags: list) -> list:
 
 
 def wait(child: int, seconds: float = 300.0) -> int:
-    """Exit code of a child, negative for a signal; kills it when it takes too long."""
+    """Exit code of a child, negative for a signal; kills it if it takes too long."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -172,19 +172,19 @@ def alive(child: int) -> bool:
 
 
 def undisturbed(script, folder: Path, flags: list, world: int = 1) -> Path:
-    """A run that is left alone."""
+    """The folder of a run that nothing disturbs."""
     run_dir = folder / f"alone-{script.__name__}-{world}"
     if not run_dir.exists():
         codes = together(script, command(script, run_dir, flags), world)
         if any(codes):
-            sys.exit(f"a run that was left alone failed: {run_dir.with_suffix('.0.log').read_text()[-2000:]}")
+            sys.exit(f"an undisturbed run failed: {run_dir.with_suffix('.0.log').read_text()[-2000:]}")
     return run_dir
 
 
 def together(
     script, flags: list, world: int, meanwhile: Callable[[list[int]], None] | None = None
 ) -> list[int]:
-    """Run a script in so many processes; exit codes."""
+    """Run a script in `world` processes; returns their exit codes."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -198,7 +198,7 @@ def together(
 
 
 def same(one: Path, other: Path, steps: int) -> bool:
-    """Whether two runs ended alike: everything that is saved, and every line of metrics."""
+    """Whether two runs ended the same: everything that is saved, and every line of metrics."""
     name = f"checkpoints/step_{steps:07d}"
     files = [path for path in sorted((other / name).rglob("*")) if path.is_file()]
     return metrics(one) == metrics(other) and all(
@@ -227,7 +227,7 @@ def equal(a, b) -> bool:
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """Lines of metrics without what a clock has measured."""
+    """Lines of metrics, without those that depend on a clock."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in CLOCKS} for row in rows]
 
@@ -265,12 +265,12 @@ def killed(config: Config, folder: Path, flags: list) -> Counter:
 
 
 def kill_at_random(child: int, run_dir: Path, found: Counter, saving: bool) -> bool:
-    """Kill a process at some moment, or in the middle of saving; whether it was still alive."""
+    """Kill a process at a random moment, or while it saves; returns whether it was still alive."""
     if saving:
         pause = random.uniform(0, 0.05)
         checkpoints = run_dir / "checkpoints"
         had = set(checkpoints.glob(".*.unfinished"))
-        skip = random.randrange(3)  # so many checkpoints later
+        skip = random.randrange(3)  # checkpoints to let pass first
         while alive(child):
             now = set(checkpoints.glob(".*.unfinished"))
             if now - had:
@@ -297,7 +297,7 @@ def stopped(config: Config, folder: Path, flags: list) -> Counter:
 
     def stop(children: list[int]) -> None:
         nonlocal stops
-        # From the first step on: before, a process ends at once, having done nothing.
+        # Wait for the first step: before it, a process ends at once, having done nothing.
         lines = run_dir / "metrics.jsonl"
         size = lines.stat().st_size if lines.exists() else 0
         while all(map(alive, children)) and (not lines.exists() or lines.stat().st_size <= size):
@@ -316,17 +316,17 @@ def stopped(config: Config, folder: Path, flags: list) -> Counter:
             codes = together(train_vfp, command(train_vfp, run_dir, flags), 2, meanwhile)
             if not any(codes):
                 break
-            found["saved and left with code 75"] += set(codes) == {EXIT_STOPPED}
+            found["saved and exited with code 75"] += set(codes) == {EXIT_STOPPED}
         judge(found, run_dir, alone, config.steps)
         print(f"{stops} of {config.stops} stops, {dict(found)}", flush=True)
     return found
 
 
 def every_script(folder: Path, flags: list) -> Counter:
-    """Each of the six scripts, in two processes: stopped once, and gone on."""
+    """Each of the six scripts, in two processes: stopped once, then resumed."""
     found = Counter(runs=0, lost=0, different=0)
     steps = 30
-    flags = [*flags, "--steps", steps]  # the later one holds
+    flags = [*flags, "--steps", steps]  # of two, the later one counts
     for script in (train_naive_fm, train_vfp, train_vfp_depth, train_cfg_vqvae, train_vfp_moe, train_mi):
         home = folder / "every"
         home.mkdir(exist_ok=True)
@@ -340,7 +340,7 @@ def every_script(folder: Path, flags: list) -> Counter:
                 os.kill(child, signal.SIGTERM)
 
         codes = together(script, command(script, run_dir, flags), 2, stop)
-        found["saved and left with code 75"] += set(codes) == {EXIT_STOPPED}
+        found["saved and exited with code 75"] += set(codes) == {EXIT_STOPPED}
         together(script, command(script, run_dir, flags), 2)
         judge(found, run_dir, alone, steps)
         print(f"{script.__name__}, two processes: {dict(found)}", flush=True)
@@ -376,7 +376,7 @@ def damaged(config: Config, folder: Path, flags: list) -> Counter:
 
 
 def full_disk(config: Config, folder: Path, flags: list) -> Counter:
-    """A small file system that is filled for a while; where that cannot be mounted, a limit on file sizes."""
+    """Fill a small file system for a while; where none can be mounted, limit file sizes instead."""
     found = Counter(runs=0, lost=0, different=0)
     alone = undisturbed(train_vfp, folder, flags)
     small = folder / "small"
@@ -392,7 +392,7 @@ def full_disk(config: Config, folder: Path, flags: list) -> Counter:
             while times < config.full_disks and alive(child):
                 time.sleep(random.uniform(0.3, 1.2))
                 if not (run_dir / "metrics.jsonl").exists():
-                    continue  # a run that cannot even start says so, and is not what is tried here
+                    continue  # a run that cannot even start says so; that is not tested here
                 if mounted:
                     filler = small / "filler"
                     with suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -409,9 +409,9 @@ def full_disk(config: Config, folder: Path, flags: list) -> Counter:
             for _ in range(3):
                 if wait(child) == 0:
                     break
-                child = fork(train_vfp, command(train_vfp, run_dir, flags))  # its last step had no room
+                child = fork(train_vfp, command(train_vfp, run_dir, flags))  # disk was full at its last step
             log = run_dir.with_suffix(".0.log")
-            found["checkpoints left out"] += log.read_text().count("is not saved (")
+            found["checkpoints skipped"] += log.read_text().count("is not saved (")
             judge(found, run_dir, alone, config.steps)
             shutil.rmtree(run_dir)
             print(f"{times} of {config.full_disks} full disks, {dict(found)}", flush=True)
@@ -435,7 +435,7 @@ def process_lost(folder: Path, flags: list) -> Counter:
 
         started = time.monotonic()
         codes = together(train_vfp, command(train_vfp, run_dir, flags), 2, kill_one)
-        found["the other left with code 70"] += codes[0] == EXIT_HUNG
+        found["the other exited with code 70"] += codes[0] == EXIT_HUNG
         found["seconds, the slowest"] = max(found["seconds, the slowest"], round(time.monotonic() - started))
         together(train_vfp, command(train_vfp, run_dir, flags), 2)
         judge(found, run_dir, alone, flags[flags.index("--steps") + 1])
@@ -453,14 +453,14 @@ def worker_lost(folder: Path, flags: list) -> Counter:
         time.sleep(random.uniform(0, 1))
         for pid in Path(f"/proc/{child}/task/{child}/children").read_text().split():
             os.kill(int(pid), signal.SIGKILL)
-        found["left with code 70"] += wait(child) == EXIT_HUNG
+        found["exited with code 70"] += wait(child) == EXIT_HUNG
         wait(fork(train_vfp, command(train_vfp, run_dir, [*flags, "--num-workers", 1])))
         judge(found, run_dir, alone, flags[flags.index("--steps") + 1])
     return found
 
 
 def bad_numbers(folder: Path, flags: list) -> Counter:
-    """The loss is NaN in steps of its own: the run ends with finite weights, all of these counted."""
+    """The loss is NaN in ten random steps: the run must end with finite weights and have counted all ten."""
     found = Counter(runs=0, lost=0, different=0)
     steps = flags[flags.index("--steps") + 1]
     for n in range(3):
@@ -505,7 +505,7 @@ def clock_jumps(folder: Path, flags: list) -> Counter:
 
 
 class Machines:
-    """A Ray cluster of virtual machines with a processor each; the first, without one, has the launcher."""
+    """A Ray cluster of virtual machines with one processor each; the first has none and runs the launcher."""
 
     def __init__(self):
         from ray.cluster_utils import Cluster
@@ -515,7 +515,7 @@ class Machines:
         self.address = self.cluster.address
 
     def have(self, number: int) -> None:
-        """Let machines come, or kill the newest, until there are so many."""
+        """Add machines, or kill the newest ones, until there are `number`."""
         while len(self.nodes) < number:
             self.nodes.append(self.cluster.add_node(num_cpus=1))
         while len(self.nodes) > number:
@@ -524,7 +524,7 @@ class Machines:
 
 @contextmanager
 def machines() -> Iterator[Machines]:
-    """A cluster that is gone afterwards. A busy machine takes minutes for what Ray allows seconds."""
+    """A cluster that is shut down afterwards. Ray's time limits are raised, for busy machines."""
     patient = {"raylet_start_wait_time_s": 600, "agent_register_timeout_ms": 600_000, "worker_niceness": 0}
     os.environ.update({f"RAY_{name}": str(value) for name, value in patient.items()})
     made = Machines()
@@ -535,13 +535,13 @@ def machines() -> Iterator[Machines]:
 
 
 def launcher(address: str, workers: int | str, script: Path, run_dir: Path | str, flags: list, *more) -> list:
-    """Command line that runs a script on Ray; `more` are options of the launcher."""
+    """Command line that runs a script on Ray; `more` are options for the launcher."""
     own = ["--address", address, "--num-workers", workers, *more, script, "--run-dir", run_dir]
     return list(map(str, [sys.executable, ROOT / "launch_ray.py", *own, "--", *flags]))
 
 
 def scripts_of(run_dir: Path) -> list[int]:
-    """Ids of the processes that Ray's actors have started for a run."""
+    """Ids of the processes that Ray's actors started for a run."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
@@ -556,12 +556,12 @@ def parent(process: int) -> int:
 
 
 def killed_on_ray(what: str, nodes: Machines, config: Config, folder: Path, flags: list) -> Counter:
-    """A group of two loses a script, an actor or a machine at random moments, and goes on by itself."""
+    """A group of two loses a script, an actor or a machine at random moments, and must recover on its own."""
     found = Counter(runs=0, lost=0, different=0)
     alone, kills = undisturbed(train_vfp, folder, flags, world=2), 0
     while kills < config.ray_kills:
         run_dir = folder / f"ray-{what}-{found['runs']}"
-        own = command(train_vfp, run_dir, flags)[:-4]  # the launcher adds folder and resuming
+        own = command(train_vfp, run_dir, flags)[:-4]  # the launcher adds --run-dir and --resume
         start = launcher(nodes.address, 2, ROOT / "train_vfp.py", run_dir, own, "--max-failures", -1)
         nodes.have(2)
         with run_dir.with_suffix(".0.log").open("w") as log:
@@ -573,14 +573,14 @@ def killed_on_ray(what: str, nodes: Machines, config: Config, folder: Path, flag
                 kills += kill_part(what, nodes, run_dir, children, found)
                 nodes.have(2)
             time.sleep(0.2)
-        found["ended by itself"] += process.returncode == 0
+        found["ended with code 0"] += process.returncode == 0
         judge(found, run_dir, alone, config.steps)
         print(f"{what} on Ray: {kills} of {config.ray_kills} kills, {dict(found)}", flush=True)
     return found
 
 
 def kill_part(what: str, nodes: Machines, run_dir: Path, children: list[int], found: Counter) -> bool:
-    """Kill one of two scripts, its actor, or its machine; whether it was still there."""
+    """Kill one of two scripts, its actor, or its machine; returns whether it was still there."""
     child = random.choice(children)
     try:
         if what == "machine":

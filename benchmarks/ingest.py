@@ -1,12 +1,12 @@
-"""Camera frames per second of an ingest, beside bare PyAV decoding and resizing, and on one core and all.
+"""Camera frames per second of an ingest, compared with bare PyAV decoding and resizing; on one core and all.
 
     python benchmarks/ingest.py                       # records two episodes at 480x640 first
     python benchmarks/ingest.py --dataset FOLDER      # any LeRobot v3 dataset with video cameras
 
-The first table is one process with one decoding thread, in turns with bare decoding, so that frames per
-second are per core; seconds of processor time are counted, too, for a machine that does other things
-meanwhile. The second table has one worker process and one for every core, in turns, without the seconds that
-processes take to start.
+The first table is for one process with one decoding thread, which takes turns with bare decoding, so frames
+per second are per core. It also counts processor time, in case the machine does other work. The second table
+compares one worker process with one for every core, taking turns, without the seconds that processes take to
+start.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class Options:
     """Compare an ingest with bare decoding."""
 
     dataset: Path | None = None
-    """LeRobot v3 dataset; without one, a dataset is recorded for the occasion."""
+    """LeRobot v3 dataset; by default, one is recorded for this benchmark."""
     image_size: tuple[int, ...] = (224,)
-    """Size to store, as in the training scripts."""
+    """Size of the stored frames, as in the training scripts."""
     steps: int = 600
     """Steps to record, of two cameras at 480x640, in two episodes."""
     rounds: int = 5
     """Measurements of each; the best is printed."""
     copies: int = 6
-    """How many times the recording is taken for the second table, as one dataset of so many episodes."""
+    """Copies of the recording that form the dataset of the second table."""
 
 
 def bare(root: Path, keys: tuple[str, ...], size: tuple[int, int]) -> int:
-    """Decode and resize every frame of these cameras, keep nothing; the number of frames."""
+    """Decode and resize every frame of these cameras, keeping nothing; returns the number of frames."""
     import av
 
     count = 0
@@ -81,7 +81,7 @@ def main(options: Options) -> None:
             return store.num_steps * len(store.cameras)
 
         first = open_dataset(replace(config, cache_dir=Path(folder) / "cache"))
-        bare(root, first.camera_keys, first.image_size)  # the videos are in memory from here on
+        bare(root, first.camera_keys, first.image_size)  # brings the videos into memory
         results = {"bare PyAV": [], "ingest": []}
         for _ in range(options.rounds):
             results["bare PyAV"].append(measure(lambda: bare(root, first.camera_keys, first.image_size)))
@@ -96,7 +96,7 @@ def main(options: Options) -> None:
 
 
 def print_scaling(options: Options, video: Path, store: EpisodeStore, folder: Path) -> None:
-    """Frames per second on one worker process and on one for every core."""
+    """Frames per second with one worker process and with one for every core."""
     hdf5 = write_hdf5(folder / "hdf5", store)
     for copy in range(1, options.copies):
         for e in range(store.num_episodes):
@@ -119,10 +119,10 @@ def print_scaling(options: Options, video: Path, store: EpisodeStore, folder: Pa
 
 
 def timed_ingest(config: DataConfig, workers: int, cache: Path) -> float:
-    """Frames per second, with the processes already there."""
+    """Frames per second, once the processes have started."""
     config = replace(config, cache_dir=cache, ingest_workers=workers)
     with kept_pool():
-        list(guarded_map(time.sleep, [(1.0,)] * workers, workers))  # all have started
+        list(guarded_map(time.sleep, [(1.0,)] * workers, workers))  # starts all of them
         begin = time.perf_counter()
         store = open_dataset(config)
         seconds = time.perf_counter() - begin

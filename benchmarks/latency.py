@@ -1,16 +1,16 @@
-"""Milliseconds of a chunk, ours and LeRobot's, eager and compiled, on one thread or a GPU.
+"""Milliseconds to compute a chunk, ours and LeRobot's, eager and compiled, on one thread or a GPU.
 
     python benchmarks/latency.py                       # half an hour on a CPU, most of it compiling
     python benchmarks/latency.py --sizes 96x128 --groups conv --rounds 2 --no-compile --out /tmp
 
-From three camera frames (uint8, of the size that the networks see) and a state to actions in recorded units,
-with each project's own processing before and after the network. All policies are in one process and take
-turns. Sizes are matched, see `benchmarks/matched.py`, and weights are random: what a chunk costs does not
-depend on them. LeRobot's diffusion is also given DDIM with 10 steps, and its DiT 10 of the 100 steps that are
-its default.
+The time from three camera frames (uint8, at the networks' image size) and a state to actions in recorded
+units, with each project's own pre- and postprocessing. All policies are in one process and take turns. Their
+sizes are matched, see `benchmarks/matched.py`. Weights are random: the cost of a chunk does not depend on
+them. LeRobot's diffusion is also measured with DDIM in 10 steps, and its DiT with 10 steps instead of its
+default of 100.
 
-Needs the packages of requirements-bench.txt. Tables that were measured are not measured again: remove the
-results to measure anew. They go to `docs/performance.md`. Nothing else should run.
+Needs the packages of requirements-bench.txt. Finished tables are not measured again: delete the results to
+start over. Tables are written to `docs/performance.md`. Nothing else should run on the machine.
 """
 
 import json
@@ -46,7 +46,7 @@ SAMPLERS = {
     },
     "multi_task_dit": {"Euler 100": {}, "Euler 10": {"num_integration_steps": 10}},
 }
-"""Of LeRobot's policies, first their own default."""
+"""Samplers of LeRobot's policies; the first is the policy's default."""
 COMPILED = {
     "act": ("model",),
     "diffusion": ("diffusion.rgb_encoder", "diffusion.unet"),
@@ -56,13 +56,13 @@ COMPILED = {
         "noise_predictor",
     ),
 }
-"""Their networks."""
+"""Networks of LeRobot's policies that are compiled."""
 Times = dict[str, list[float]]
 
 
 @options
 class Config:
-    """Measure what a chunk costs."""
+    """Measure the latency of a chunk."""
 
     groups: tuple[Group, ...] = get_args(Group)
     """Sizes of the networks: see benchmarks/matched.py."""
@@ -81,7 +81,7 @@ class Config:
     compile: bool = True
     """Also measure the compiled networks."""
     device: str = "cpu"
-    """Where: `cpu`, one thread, or `cuda`."""
+    """`cpu` (one thread) or `cuda`."""
     runs: UserPath = ROOT / "runs" / "latency"
     """Folder of the results."""
     out: UserPath = ROOT / "docs"
@@ -107,7 +107,7 @@ def main(config: Config) -> None:
 
 
 def measure(group: Group, size: tuple[int, int], config: Config) -> dict:
-    """Parameters of every policy, and milliseconds of each way to act, eager and compiled, by turns."""
+    """Parameters of every policy, and milliseconds of each way to act, eager and compiled, taking turns."""
     counts: dict[str, int] = {}
     ways: dict[str, Callable[[], np.ndarray]] = {}
     frames = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
@@ -133,7 +133,7 @@ def measure(group: Group, size: tuple[int, int], config: Config) -> dict:
                 for network in networks(kind, found) if compiled else ():
                     network.compile(dynamic=False)
                 ways[f"{shown}{mark}"] = their_way(found, matched.seen(kind, size))
-    for name, act in ways.items():  # warms up, and compiles
+    for name, act in ways.items():  # warm up and compile
         start = time.perf_counter()
         act()
         print(f"{name}: first chunk after {time.perf_counter() - start:.1f} s", flush=True)
@@ -141,7 +141,7 @@ def measure(group: Group, size: tuple[int, int], config: Config) -> dict:
 
 
 def networks(kind: str, found: Peer) -> list[nn.Module]:
-    """What to compile of a policy of LeRobot."""
+    """The networks of a LeRobot policy to compile."""
     parts = [found.model.get_submodule(place) for place in COMPILED[kind]]
     return [part for one in parts for part in (one if isinstance(one, nn.ModuleList) else [one])]
 
@@ -152,7 +152,7 @@ def our_way(policy: RobotPolicy, frames: np.ndarray, steps: int) -> Callable[[],
 
 
 def their_way(found: Peer, size: tuple[int, int]) -> Callable[[], np.ndarray]:
-    """What LeRobot's loops do when a chunk is due; they give its first action."""
+    """What LeRobot's loops do when a new chunk is due; they return its first action."""
     frame = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
     found.model.eval()
 
@@ -167,7 +167,7 @@ def their_way(found: Peer, size: tuple[int, int]) -> Callable[[], np.ndarray]:
 
 
 def by_turns(ways: dict[str, Callable[[], np.ndarray]], rounds: int, least: float = 0.2) -> Times:
-    """Milliseconds of a call of each way in each round, averaged over so many as fill `least` seconds."""
+    """Milliseconds per call of each way in each round, averaged over the calls within `least` seconds."""
     times: Times = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, act in ways.items():
@@ -175,18 +175,18 @@ def by_turns(ways: dict[str, Callable[[], np.ndarray]], rounds: int, least: floa
             while not calls or time.perf_counter() - start < least:
                 act()
                 calls += 1
-            if number:  # the first round warms up
+            if number:  # the first round is a warm-up
                 times[name].append(1000 * (time.perf_counter() - start) / calls)
     return times
 
 
 def table(counts: dict[str, int], times: Times) -> str:
-    """Markdown: milliseconds, and medians over rounds of the ratios that the goals are about."""
+    """Markdown: milliseconds, and medians over rounds of the ratios to LeRobot's policies."""
     act, diffusion = "LeRobot ACT", "LeRobot diffusion, DDPM 100"
     others = [name for name in times if name in counts and name.startswith("LeRobot") and name != act]
     lines = [
-        "| | parameters | ms, 1 / 2 / 10 steps | compiled | 1 step, of ACT | of the fastest other | "
-        "10 steps, of diffusion | of diffusion, DDIM 10 |",
+        "| | parameters | ms, 1 / 2 / 10 steps | compiled | 1 step / ACT | / fastest other | "
+        "10 steps / diffusion | / diffusion, DDIM 10 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, count in counts.items():

@@ -1,13 +1,13 @@
-"""How many kernels a training step and a chunk launch, counted on a CPU.
+"""The number of kernels that a training step and a chunk launch, counted on a CPU.
 
     python benchmarks/launches.py                                   # every script, into docs/performance.md
     python benchmarks/launches.py --scripts train_vfp --out launches.md --batch-size 2
 
-A small network's step on a GPU takes as long as its launches, not its arithmetic. What PyTorch dispatches is
-counted during one step of a script with its default networks on the built-in task, in float32: views and
-empty tensors launch nothing, some operations several kernels (`KERNELS`), those over lists of tensors one for
-each `LIST` of them. What a CPU does not do, copies to the device, is not in it, nor what compiling saves. A
-chunk is one observation to one chunk of actions.
+On a GPU, a small network's step takes as long as its launches, not its arithmetic. This counts what PyTorch
+dispatches during one step of a script with its default networks on the built-in task, in float32. Views and
+empty tensors launch nothing, some operations launch several kernels (`KERNELS`), and operations on lists of
+tensors launch one kernel per `LIST` tensors. Copies to the device and the savings of compiling are not
+included. A chunk is one observation to one chunk of actions.
 """
 
 import importlib
@@ -70,15 +70,15 @@ class Config:
     )
     """Training scripts, without .py."""
     flags: str = ""
-    """Further flags of the scripts."""
+    """More flags for the scripts."""
     batch_size: PositiveInt = 4
-    """Samples; hardly anything depends on it."""
+    """Samples per step; counts hardly depend on it."""
     out: Path = ROOT / "docs" / "performance.md"
-    """Where the table goes."""
+    """Page to write the table to."""
 
 
 class Launches(TorchDispatchMode):
-    """Counts launches by phase, the innermost that is open."""
+    """Counts launches for the innermost open phase."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def phase(self, owner, attribute: str, name: str) -> None:
-        """Have calls of a function be a phase."""
+        """Count calls of a function as a phase."""
         original = getattr(owner, attribute)
 
         def wrapped(*args, **kwargs):
@@ -108,11 +108,11 @@ class Launches(TorchDispatchMode):
 
 
 class Counted(Exception):
-    """Ends a run whose second step was counted."""
+    """Ends a run after its second step was counted."""
 
 
 def count(name: str, config: Config) -> tuple[Counter, list[int]]:
-    """Launches of the second step of a script by phase, and of chunks of 10 steps and of 1."""
+    """Launches of a script's second step by phase, and of chunks with 10 steps and with 1."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     script, launches = importlib.import_module(name), Launches()
@@ -140,7 +140,7 @@ def count(name: str, config: Config) -> tuple[Counter, list[int]]:
     ):
         launches.phase(owner, attribute, phase)
     Run.micro_batches = micro_batches
-    optim.GradientClipper._known_good = lambda self: False  # as on a GPU, where nobody looks
+    optim.GradientClipper._known_good = lambda self: False  # as on a GPU, where the value is not read
     with tempfile.TemporaryDirectory() as folder:
         argv = f"--run-dir {folder}/run --batch-size {config.batch_size} --num-workers 0 --hang-timeout 0"
         argv = f"{argv} {FLAGS.get(name, '')} {config.flags}".split()
@@ -155,7 +155,7 @@ def count(name: str, config: Config) -> tuple[Counter, list[int]]:
 
 
 def chunk(script, run: Run, steps: int) -> int | None:
-    """Launches of a chunk in so many integration steps; None if the script has none."""
+    """Launches of a chunk with this many integration steps; None if the script has no chunks."""
     if not hasattr(script, "sample_actions"):
         return None
     batch, launches = run.data.train.__getitems__([0]), Launches()

@@ -1,9 +1,9 @@
-"""A policy that `lerobot-train` trained, acting in the loop of `evaluate.py`; see `benchmarks/simulators.py`.
+"""Evaluate a policy of `lerobot-train` in the loop of `evaluate.py`; see `benchmarks/simulators.py`.
 
     python benchmarks/lerobot_acts.py OUTPUT_DIR --dataset DATASET --env metaworld:push-v3 --sample-steps 1
 
-For policies that see the present observation alone, such as ACT. LeRobot's own model and processors give the
-chunk, of which as much is executed as LeRobot would execute.
+For policies that see only the current observation, such as ACT. LeRobot's own model and processors compute
+the chunk, and as much of it is executed as LeRobot would execute.
 """
 
 import json
@@ -37,7 +37,7 @@ def main(config: evaluate.Config) -> None:
 
 
 class LeRobotPolicy:
-    """What `common.rollout` needs of a policy, by LeRobot's model and processors; see `RobotPolicy`."""
+    """The policy interface of `common.rollout` for LeRobot's model and processors; see `RobotPolicy`."""
 
     device = torch.device("cpu")
 
@@ -51,7 +51,7 @@ class LeRobotPolicy:
         config = PreTrainedConfig.from_pretrained(path)
         if config.n_obs_steps > 1:
             raise UserError(
-                f"{folder}: a policy of type {config.type} sees {config.n_obs_steps} observations."
+                f"{folder}: a policy of type {config.type} sees {config.n_obs_steps} observations, not one."
             )
         self.model = get_policy_class(config.type).from_pretrained(path).eval()
         self.before, self.after = make_pre_post_processors(config, pretrained_path=str(path))
@@ -75,13 +75,13 @@ class LeRobotPolicy:
         return self.after(self.model.predict_action_chunk(self.before(batch))).numpy()
 
     def _picture(self, images: Mapping, name: str) -> torch.Tensor:
-        """(3, H, W) in [0, 1], as LeRobot's datasets give it."""
+        """(3, H, W) in [0, 1], as in LeRobot's datasets."""
         frames = {self.spec.camera(key): frame for key, frame in images.items()}
         return torch.from_numpy(frames[name]).permute(2, 0, 1).float() / 255
 
 
 def training_steps(dataset: Path, options: Mapping) -> Iterator[None]:
-    """What `lerobot-train` does between two batches of 8, with its ACT; yields after every step."""
+    """What `lerobot-train` does for each batch of 8 with its ACT; yields after every step."""
     from lerobot.configs.default import DatasetConfig
     from lerobot.configs.train import TrainPipelineConfig
     from lerobot.datasets.factory import make_dataset

@@ -1,16 +1,16 @@
-"""Training samples per second from every kind of source, side by side in one run.
+"""Training samples per second from every kind of source, compared in one run.
 
     python benchmarks/loader.py                       # records 3 cameras at 224x224 first
     python benchmarks/loader.py --dataset FOLDER      # any LeRobot v3 dataset with video cameras
 
 A LeRobot video dataset is decoded once, and the same pixels are written as a LeRobot image dataset, as HDF5
-(one uncompressed array a camera, as ALOHA records it), and into episode stores: every way but JPEG delivers
-the same bytes. Each sample is one step of all cameras with its chunk of actions, in shuffled order.
+(one uncompressed array per camera, as ALOHA records it), and into episode stores: all sources except JPEG
+deliver the same bytes. Each sample is one step of all cameras with its chunk of actions, in shuffled order.
 
-`memcpy` is one thread copying as many bytes out of an equally large array into a buffer that is used again:
-the most that a gather could reach. Warm means that the files are in memory; cold, that they were evicted just
-before and every sample is read once. The last line reads a store that is larger than the memory, a sparse
-file: no disk has to be waited for, but every page must be found room for.
+`memcpy` is one thread that copies as many bytes from an equally large array into a reused buffer: the upper
+bound for a gather. Warm: the files are in memory. Cold: they were evicted just before, and every sample is
+read once. The last line reads a store larger than the memory, from a sparse file: nothing waits for a disk,
+but memory must be freed for every page.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Options:
     """Compare ways to load training samples."""
 
     dataset: Path | None = None
-    """LeRobot v3 dataset; without one, a dataset is recorded for the occasion."""
+    """LeRobot v3 dataset; by default, one is recorded for this benchmark."""
     size: int = 224
     """Side of the recorded images, in pixels."""
     steps: int = 600
@@ -53,17 +53,17 @@ class Options:
     batch_size: int = 32
     horizon: int = 40
     seconds: float = 3.0
-    """How long to measure each way, at least."""
+    """Least time to measure each way."""
     rounds: int = 6
     """Measurements of each way; their median is printed."""
     beyond_memory: float = 1.25
-    """Size of the sparse store, as a share of the machine's memory; 0 leaves it out."""
+    """Size of the sparse store, as a multiple of the machine's memory; 0 skips it."""
 
 
 def record(
     root: Path, cameras: tuple[str, ...], height: int, width: int, steps: int, episodes: int = 2
 ) -> Path:
-    """Write a dataset of soft moving shapes with LeRobot's own writer and default video encoder."""
+    """Write a dataset of blurred moving shapes with LeRobot's own writer and default video encoder."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -84,7 +84,7 @@ def record(
 
 
 def write_lerobot(root, cameras, size, lengths, state, frames, video: bool) -> Path:
-    """A LeRobot dataset; `frames(row)` gives the pictures (H, W, 3) of all cameras at a step."""
+    """Write a LeRobot dataset; `frames(row)` gives the images (H, W, 3) of all cameras at a step."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     names = [f"joint_{i}" for i in range(state.shape[1])]
@@ -111,7 +111,7 @@ def write_lerobot(root, cameras, size, lengths, state, frames, video: bool) -> P
 
 
 def write_hdf5(root: Path, store: EpisodeStore) -> Path:
-    """The episodes of a store as one HDF5 file each, in ALOHA's layout."""
+    """Write each episode of a store as an HDF5 file in ALOHA's layout."""
     import h5py
 
     root.mkdir()
@@ -128,7 +128,7 @@ def write_hdf5(root: Path, store: EpisodeStore) -> Path:
 
 
 class Hdf5Samples(Dataset):
-    """HDF5 as it is usually read: sample by sample, straight from the file."""
+    """HDF5 as it is usually read: one sample at a time, directly from the file."""
 
     def __init__(self, root: Path, horizon: int):
         import h5py
@@ -146,7 +146,7 @@ class Hdf5Samples(Dataset):
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
         import h5py
 
-        if self.files is None:  # in the process that reads
+        if self.files is None:  # opened in the process that reads
             self.files = [h5py.File(path) for path in self.paths]
         number, step = self.index[sample]
         file = self.files[number]
@@ -159,7 +159,7 @@ class Hdf5Samples(Dataset):
 
 
 def rate(draw: Callable[[], int], seconds: float) -> float:
-    """Samples per second of repeated `draw()`, which says how many it drew."""
+    """Samples per second of repeated `draw()`, which returns how many it drew."""
     draw()
     begin, count = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - begin) < seconds:
@@ -168,7 +168,7 @@ def rate(draw: Callable[[], int], seconds: float) -> float:
 
 
 def memcpy(row_bytes: int, batch_size: int, rows: int) -> Callable[[], int]:
-    """Copies a batch worth of bytes a call, from ever other places of an array of the store's size."""
+    """Each call copies the bytes of a batch, from changing places of an array as large as the store."""
     source = np.ones((max(rows, 2 * batch_size), row_bytes), np.uint8)
     target, place = (
         torch.empty(batch_size, row_bytes, dtype=torch.uint8).numpy(),
@@ -185,7 +185,7 @@ def memcpy(row_bytes: int, batch_size: int, rows: int) -> Callable[[], int]:
 
 
 def sample_wise(dataset: Dataset, batch_size: int, workers: int) -> Callable[[], int]:
-    """Batches of a dataset that gives one sample at a time, collated by PyTorch."""
+    """Batches of a dataset that returns one sample at a time, collated by PyTorch."""
     loader = DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, drop_last=True)
 
     def forever():
@@ -207,7 +207,7 @@ def lerobot_samples(root: Path, horizon: int) -> Dataset:
 
 def evict(files: list[Path]) -> None:
     """Drop files from memory."""
-    gc.collect()  # what is still mapped would stay
+    gc.collect()  # mapped pages would stay in memory
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -215,7 +215,7 @@ def evict(files: list[Path]) -> None:
 
 
 def cold_rate(files: list[Path], total: int, make: Callable[[], Callable[[], int]]) -> tuple[float, float]:
-    """Samples per second of one pass over evicted files, and the share of them that came from the disk."""
+    """Samples per second of one pass over evicted files, and the share of their bytes read from the disk."""
     evict(files)
     draw = make()
     before, begin, count = _disk_bytes(), time.perf_counter(), 0
@@ -226,16 +226,16 @@ def cold_rate(files: list[Path], total: int, make: Callable[[], Callable[[], int
 
 
 def _disk_bytes() -> int:
-    """Bytes that this machine has read from its disks."""
+    """Bytes read from this machine's disks so far."""
     lines = [line.split() for line in Path("/proc/diskstats").read_text().splitlines()]
     return sum(512 * int(fields[5]) for fields in lines if not fields[2].startswith(("loop", "ram")))
 
 
 def larger_than_memory(store: EpisodeStore, share: float, folder: Path) -> EpisodeStore:
-    """A store of as many bytes as `share` of the memory, in a sparse file."""
+    """A store of `share` times the memory's size, in a sparse file."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     row_bytes = int(np.prod(store.row_shape))
-    steps = 2**30 // row_bytes  # of an episode
+    steps = 2**30 // row_bytes  # per episode
     episodes = int(share * memory / (steps * row_bytes)) + 1
     with (folder / "sparse.bin").open("wb") as file:
         file.truncate(episodes * steps * row_bytes)
@@ -257,7 +257,7 @@ def larger_than_memory(store: EpisodeStore, share: float, folder: Path) -> Episo
 
 
 class Sources(NamedTuple):
-    """The same recording in every form; paths only, so that nothing keeps files in memory."""
+    """The same recording in every format; only paths, so that nothing keeps files in memory."""
 
     video: Path
     images: Path
@@ -286,7 +286,7 @@ def prepare(options: Options, folder: Path) -> Sources:
     row_bytes = int(np.prod(store.row_shape))
     print(
         f"{store.num_steps} steps, {len(keys)} cameras at {size[0]}x{size[1]}, batch {options.batch_size}, "
-        f"chunk {options.horizon}: {row_bytes * options.batch_size / 1e6:.1f} MB of pixels a batch"
+        f"chunk {options.horizon}: {row_bytes * options.batch_size / 1e6:.1f} MB of pixels per batch"
     )
     for form, one in (("raw", store), ("JPEG", jpeg)):
         print(f"{form} store: {sum(file.stat().st_size for file in one.frame_files) / 1e6:.0f} MB")
@@ -315,7 +315,7 @@ def gather(options: Options, path: Path, workers: int) -> Callable[[], int]:
 
 
 def print_warm(options: Options, sources: Sources) -> None:
-    """Everything in memory."""
+    """Measure with all files in memory."""
     batch, horizon = options.batch_size, options.horizon
 
     def samples(make: Callable[..., Dataset], path: Path, workers: int) -> Callable[[], Callable[[], int]]:
@@ -335,23 +335,23 @@ def print_warm(options: Options, sources: Sources) -> None:
         "LeRobot video, 2 workers": samples(lerobot_samples, sources.video, 2),
     }
     results = {}
-    for group in (("memcpy", "raw store"), *((name,) for name in list(ways)[2:])):  # workers would run on
+    for group in (("memcpy", "raw store"), *((name,) for name in list(ways)[2:])):  # workers work ahead
         draws, rates = {name: ways[name]() for name in group}, {name: [] for name in group}
-        for _ in range(options.rounds):  # in turns: the machine's speed wanders
+        for _ in range(options.rounds):  # taking turns, because the machine's speed varies
             for name in group:
                 rates[name].append(rate(draws[name], options.seconds / options.rounds))
         results |= {name: statistics.median(found) for name, found in rates.items()}
         del draws
         gc.collect()
     video = max(value for name, value in results.items() if name.startswith("LeRobot video"))
-    print(f"\n{'warm':28}{'samples/s':>10}{'GB/s':>8}{'of memcpy':>11}{'of best LeRobot video':>24}")
+    print(f"\n{'warm':28}{'samples/s':>10}{'GB/s':>8}{'/ memcpy':>11}{'/ best LeRobot video':>24}")
     for name, value in results.items():
         share, speed = value / results["memcpy"], value * sources.row_bytes / 1e9
         print(f"{name:28}{value:10.0f}{speed:8.2f}{share:11.1%}{value / video:23.1f}x")
 
 
 def print_cold(options: Options, sources: Sources) -> None:
-    """Files evicted just before, one pass."""
+    """Measure one pass over files that were evicted just before."""
 
     def store(path: Path, workers: int) -> Callable[[], Callable[[], int]]:
         return lambda: gather(options, path, workers)
@@ -371,7 +371,7 @@ def print_cold(options: Options, sources: Sources) -> None:
 
 
 def print_large(options: Options, sources: Sources, folder: Path) -> None:
-    """A store that is larger than the memory."""
+    """Measure a store that is larger than the memory."""
     store = larger_than_memory(EpisodeStore.open(sources.raw), options.beyond_memory, folder)
     dataset = ChunkDataset(store, range(store.num_episodes), options.horizon)
     batches = iter(make_loader(dataset, options.batch_size, seed=0, num_workers=0))

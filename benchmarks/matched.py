@@ -1,8 +1,8 @@
-"""Untrained policies of LeRobot and of ours, of nearly the same size, for `peers.py` and `latency.py`.
+"""Untrained policies of nearly the same size, LeRobot's and ours, for `peers.py` and `latency.py`.
 
-LeRobot's ACT and diffusion cannot be smaller than a ResNet-18. So there are two groups. In `resnet18` every
-policy looks through a ResNet-18, except multi-task DiT, which knows CLIP alone. In `conv` ours look through
-their own small network, and LeRobot's are as small as they can be made.
+LeRobot's ACT and diffusion cannot be smaller than a ResNet-18, so there are two groups. In `resnet18` every
+policy has a ResNet-18 backbone, except multi-task DiT, which supports only CLIP. In `conv` ours have their
+own small network, and LeRobot's are as small as possible.
 """
 
 from bisect import bisect_left
@@ -25,16 +25,16 @@ from common.normalize import Normalizer, fit_statistics
 
 Group = Literal["resnet18", "conv"]
 CAMERAS = ("observation.images.cam_head", "observation.images.cam_left", "observation.images.cam_right")
-DIM, HORIZON = 14, 16  # of state and action; actions in a chunk
+DIM, HORIZON = 14, 16  # dimensions of state and action; actions in a chunk
 PARTNERS = {"act": "train_naive_fm", "diffusion": "train_vfp", "multi_task_dit": "train_naive_fm"}
-"""LeRobot's policies, and those of ours whose parameters they are matched to: either both have one backbone
-for all cameras, or both have one for each."""
+"""LeRobot's policies, and ours to whose parameters they are matched: both have one backbone for all cameras,
+or both have one per camera."""
 WIDTHS = range(32, 265, 8)
 CLIP_LAYERS = 8
 
 
 def ours(method: str, group: Group, size: tuple[int, int], device: str = "cpu") -> RobotPolicy:
-    """A policy of a training script, with the networks of its configuration for the built-in task."""
+    """A policy of a training script, with the networks configured for the built-in task."""
     script, flags = load_script(script_of(method)), ["--backbone", group]
     if config_file(method).is_file():
         flags += ["--config", str(config_file(method))]
@@ -52,7 +52,7 @@ def ours(method: str, group: Group, size: tuple[int, int], device: str = "cpu") 
 
 
 class Peer(NamedTuple):
-    """A policy of LeRobot, with what its commands do before and after it."""
+    """A LeRobot policy with its pre- and postprocessors."""
 
     model: Any
     before: Callable[[dict], dict]
@@ -60,7 +60,7 @@ class Peer(NamedTuple):
 
 
 def peer(kind: str, options: dict[str, Any], size: tuple[int, int], device: str = "cpu") -> Peer:
-    """A policy of LeRobot; `options` are those of `widened`, and more of its configuration."""
+    """A LeRobot policy; `options` are those of `widened`, and others of its configuration."""
     from lerobot.policies.factory import make_pre_post_processors
 
     model = network(kind, options, size, device).to(device)
@@ -78,7 +78,7 @@ def network(kind: str, options: dict[str, Any], size: tuple[int, int], device: s
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        logging.set_verbosity_error()  # CLIP's halves are loaded one by one, each surprised by the other
+        logging.set_verbosity_error()  # each half of CLIP is loaded alone and warns about the other's weights
         write_clip(Path(options["vision_encoder_name"]))
     config = make_policy_config(kind, device=device, push_to_hub=False, **options)
     visual = {key: PolicyFeature(FeatureType.VISUAL, (3, *seen(kind, size))) for key in CAMERAS}
@@ -89,7 +89,7 @@ def network(kind: str, options: dict[str, Any], size: tuple[int, int], device: s
 
 
 def seen(kind: str, size: tuple[int, int]) -> tuple[int, int]:
-    """The size that a policy of LeRobot sees: CLIP takes squares alone, here with at least as many pixels."""
+    """The image size of a LeRobot policy: CLIP takes only squares, here with at least as many pixels."""
     if kind != "multi_task_dit":
         return size
     side = 16 * round((size[0] * size[1]) ** 0.5 / 16 + 0.49)  # in whole patches
@@ -97,7 +97,7 @@ def seen(kind: str, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def widened(kind: str, width: int, size: tuple[int, int], clips: Path, separate: bool = False) -> dict:
-    """Options of a policy of LeRobot: its own proportions at this width, chunk and observation as ours."""
+    """Options of a LeRobot policy: its default proportions at this width, chunk and observation as ours."""
     if kind == "act":
         wide = {"dim_model": width, "dim_feedforward": width * 25 // 4}
         return {"pretrained_backbone_weights": None, "chunk_size": HORIZON, "n_action_steps": HORIZON, **wide}
@@ -112,7 +112,7 @@ def widened(kind: str, width: int, size: tuple[int, int], clips: Path, separate:
 
 
 def write_clip(folder: Path) -> None:
-    """A CLIP with random weights, of the width and image side in the folder's name; it spells words."""
+    """Save a random CLIP with the width and image side in the folder's name; its tokens are letters."""
     if (folder / "model.safetensors").is_file():
         return
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -130,18 +130,18 @@ def write_clip(folder: Path) -> None:
 
 
 def nearest(widths: Sequence[int], count: Callable[[int], int], target: int) -> int:
-    """The width whose count is nearest to the target; `count` increases with it."""
+    """The width whose count is nearest to the target; `count` must increase with the width."""
     place = bisect_left(widths, target, key=count)
     return min(widths[max(place - 1, 0) : place + 1], key=lambda width: abs(count(width) - target))
 
 
 def match(kind: str, group: Group, target: int, size: tuple[int, int], clips: Path) -> dict:
-    """Options with which a policy of LeRobot has about so many parameters."""
-    separate = kind == "diffusion" and group == "resnet18"  # as it does by default, and as its partner does
+    """Options with which a LeRobot policy has about `target` parameters."""
+    separate = kind == "diffusion" and group == "resnet18"  # its default, and as in its partner
 
     @cache
     def count(width: int) -> int:
-        reads = kind == "multi_task_dit"  # CLIP's weights
+        reads = kind == "multi_task_dit"  # reads CLIP's weights, so it cannot be on the meta device
         with nullcontext() if reads else torch.device("meta"):
             return parameters(network(kind, widened(kind, width, size, clips, separate), size))
 
@@ -149,7 +149,7 @@ def match(kind: str, group: Group, target: int, size: tuple[int, int], clips: Pa
 
 
 def parameters(model: nn.Module) -> int:
-    """Parameters that are trained."""
+    """Number of trained parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -157,11 +157,11 @@ def parameters(model: nn.Module) -> int:
 
 
 def flops(compute: Callable[[], Any]) -> int:
-    """Floating-point operations of matrix products and convolutions, attention's among them."""
+    """Floating-point operations of matrix products and convolutions, including attention."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it knows no CPU's kernels
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # knows no CPU kernels
         compute()
     return counter.get_total_flops()
 
@@ -181,7 +181,7 @@ def our_step(policy: RobotPolicy, batch_size: int) -> Callable[[], None]:
 
 def their_step(found: Peer, kind: str, size: tuple[int, int], batch_size: int) -> Callable[[], None]:
     """Loss and gradients of a batch."""
-    steps = () if kind == "act" else (1,)  # ACT's observations have no dimension of time
+    steps = () if kind == "act" else (1,)  # ACT's observations have no time dimension
     batch = dict.fromkeys(CAMERAS, torch.zeros(batch_size, *steps, 3, *seen(kind, size)))
     batch["observation.state"] = torch.randn(batch_size, *steps, DIM)
     batch |= {"action": torch.randn(batch_size, HORIZON, DIM), "task": ["measure"] * batch_size}

@@ -1,14 +1,13 @@
-"""The methods side by side on the built-in task: success, collisions, modes, cost.
+"""Compare the methods on the built-in task: success, collisions, modes, cost.
 
     python benchmarks/methods.py                        # every method, seeds 0 1 2; hours on two cores
     python benchmarks/methods.py --methods train_naive_fm train_vfp --seeds 0 --out /tmp
 
 Each method is trained with `configs/METHOD/demo.json`, or METHOD:NAME with `configs/METHOD/NAME.json`, and
-evaluated on the same fresh episodes. Runs that are
-finished are not repeated and interrupted ones go on, so that the comparison can be made in parts. What a
-training step costs is measured afterwards, the methods taking turns in one process on one thread, so that a
-machine busy with other work slows all alike; nothing else should run then. The table and the figure are
-written to `docs/`, beside the text that is there.
+evaluated on the same fresh episodes. Finished runs are not repeated and interrupted ones resume, so the
+comparison can be made in parts. The cost of a training step is measured afterwards: the methods take turns
+in one process on one thread, so that other work on the machine slows all of them equally, but nothing else
+should run then. The table and the figure are written to `docs/`; text around them stays.
 """
 
 import json
@@ -46,17 +45,17 @@ class Config:
         "train_cfg_vqvae",
         "train_vfp_moe",
     )
-    """Training scripts, without .py; each has a configs/METHOD/demo.json. METHOD:NAME takes another file."""
+    """Training scripts, without .py. Each uses configs/METHOD/demo.json; METHOD:NAME uses NAME.json."""
     ablations: tuple[str, ...] = (
         "train_vfp_moe:no_transport",
         "train_vfp_moe:one_expert",
         "train_vfp_moe:no_latent",
     )
-    """Further runs, with the first of the seeds alone."""
+    """More runs, with the first seed only."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
     jobs: int | None = None
-    """Runs at once, sharing the cores (default: one for each core)."""
+    """Runs at once, sharing the cores (default: one per core)."""
     runs: Path = ROOT / "runs" / "methods"
     """Folder of the runs."""
     out: Path = ROOT / "docs"
@@ -106,13 +105,13 @@ def folder_of(runs: Path, method: str, seed: int) -> Path:
 
 
 def label(method: str) -> str:
-    """How a method is called in tables and pictures."""
+    """A method's name in tables and figures."""
     name = method.partition(":")[2].replace("_", " ")
     return f"`{script_of(method)}`" + (f", {name}" if name else "")
 
 
 def train(method: str, seed: int, runs: Path, threads: int) -> Path:
-    """Train one run, as far as that has not been done; its folder."""
+    """Train one run, unless it is finished; returns its folder."""
     folder, config = folder_of(runs, method, seed), config_file(method)
     wanted = json.loads(config.read_text())["config"]
     steps = wanted["optim"]["steps"]
@@ -125,7 +124,7 @@ def train(method: str, seed: int, runs: Path, threads: int) -> Path:
 
 
 def run(method: str, seed: int, runs: Path, threads: int) -> None:
-    """Train and evaluate one run, as far as that has not been done."""
+    """Train and evaluate one run, skipping what is finished."""
     folder = train(method, seed, runs, threads)
     results = folder / "evaluation" / "results.json"
     found = json.loads(results.read_text()) if results.is_file() else {"checkpoint": None, "closed_loop": {}}
@@ -134,7 +133,7 @@ def run(method: str, seed: int, runs: Path, threads: int) -> None:
 
 
 def refuse_other_settings(folder: Path, had: dict, wanted: dict) -> None:
-    """Old runs must not be compared as if they had been made with the present configuration."""
+    """Refuse old runs that were made with another configuration."""
     for name, value in wanted.items():
         if isinstance(value, dict):
             refuse_other_settings(folder, had.get(name, {}), value)
@@ -145,7 +144,7 @@ def refuse_other_settings(folder: Path, had: dict, wanted: dict) -> None:
 
 
 def call(command: list, threads: int, folder: Path) -> None:
-    """Run a script of this project; its last words are shown if it fails."""
+    """Run a script of this project; if it fails, show the end of its output."""
     started = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(threads, 1))}
     done = subprocess.run(
@@ -169,13 +168,13 @@ def measure_steps(
             start = time.process_time()
             for _ in range(turn_steps):
                 next(loop)
-            if turn:  # the first turn warms up
+            if turn:  # the first turn is a warm-up
                 times[name].append((time.process_time() - start) / turn_steps)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def training_steps(method: str, *flags: str) -> Iterator[None]:
-    """What a script does between two batches, without what Accelerate adds; yields after every step."""
+    """A script's training steps, without what Accelerate adds; yields after every step."""
     import torch
 
     from common.checkpoint import PolicySpec
@@ -206,7 +205,7 @@ def training_steps(method: str, *flags: str) -> Iterator[None]:
 
 
 def collect(folder: Path) -> dict:
-    """What is compared of one run."""
+    """The results of one run that are compared."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["split"] == "train"]
     closed_loop = json.loads((folder / "evaluation" / "results.json").read_text())["closed_loop"]
@@ -220,7 +219,7 @@ def collect(folder: Path) -> dict:
 
 
 def count_parameters(policy: Path) -> int:
-    """Parameters that were trained: those of an exported policy without averages of others."""
+    """Trained parameters of an exported policy; averages of other parameters are not counted."""
     from safetensors import safe_open
 
     total = 0
@@ -233,7 +232,7 @@ def count_parameters(policy: Path) -> int:
 
 
 def table(results: dict[str, list[dict]], seconds: dict[str, float], seeds: tuple[int, ...]) -> str:
-    """Markdown: a row for each method, means over seeds with the seeds' own figures."""
+    """Markdown: a row for each method, with means over seeds and each seed's figure."""
 
     def rates(runs: list[dict], steps: str, name: str) -> str:
         values = [100 * run["closed_loop"][steps][name] for run in runs]
@@ -243,7 +242,7 @@ def table(results: dict[str, list[dict]], seconds: dict[str, float], seeds: tupl
     fastest = min(seconds.values())
     lines = [
         f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {episodes} fresh episodes each, the same for "
-        "all. Means, and each seed in brackets, in percent.",
+        "all. Means in percent, with each seed in brackets.",
         "",
         "| | success, 10 steps | 2 steps | 1 step | collisions, 10 steps | 2 steps | 1 step |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -253,7 +252,7 @@ def table(results: dict[str, list[dict]], seconds: dict[str, float], seeds: tupl
         lines.append(f"| {label(method)} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "| | rarest mode, 10 / 2 / 1 steps | parameters | s per step | of least | steps | training | "
+        "| | rarest mode, 10 / 2 / 1 steps | parameters | s per step | / fastest | steps | training | "
         "codes in use |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -271,17 +270,17 @@ def table(results: dict[str, list[dict]], seconds: dict[str, float], seeds: tupl
         )
     lines += [
         "",
-        "Parameters are all that were trained. Seconds are of one thread; training is their product with the "
-        "number of steps. The rarest mode is the smallest share of any of the four "
-        "among the successes of any seed.",
+        "All trained parameters are counted. Seconds are those of one thread; training time is seconds per "
+        "step times steps. The rarest mode is the smallest share of any of the four "
+        "modes among the successes of any seed.",
     ]
     return "\n".join(lines)
 
 
 def ablation_table(results: dict[str, list[dict]], ablations: dict[str, list[dict]], seed: int) -> str:
-    """Markdown: what is lost without a part, by the seed that all of these runs have."""
+    """Markdown: results of runs with a part left out, for the seed that all of them have."""
     lines = [
-        f"Parts left out, seed {seed}:",
+        f"With parts left out, seed {seed}:",
         "",
         "| | success, 10 steps | 2 steps | 1 step | rarest mode, 1 step |",
         "| --- | --- | --- | --- | --- |",
@@ -296,9 +295,9 @@ def ablation_table(results: dict[str, list[dict]], ablations: dict[str, list[dic
 
 
 def insert(path: Path, text: str, section: str | None = None) -> None:
-    """Put the measured part between its marks, leaving what people wrote around it.
+    """Replace the text between a page's markers; what people wrote around them stays.
 
-    Of a page with several such parts, `section` is the heading above the one that is meant.
+    On a page with several pairs of markers, `section` is the heading above the pair to use.
     """
     heading = f"\n## {section}\n" if section else ""
     old = path.read_text() if path.exists() else ""

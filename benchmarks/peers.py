@@ -1,17 +1,17 @@
-"""Training beside LeRobot's: samples a second, time to the first step, memory, on one dataset and machine.
+"""Compare training with LeRobot's: samples per second, time to the first step, memory, on the same data.
 
     python benchmarks/peers.py                                     # 70 minutes on two idle cores
     python benchmarks/peers.py --rounds 1 --steps 8 --warm-up 2 --episodes 2 --length 40 --out /tmp
 
-`lerobot-train` with ACT, diffusion and multi-task DiT (flow matching), and scripts of ours, each a process of
-its own, take turns. All learn from one LeRobot dataset, recorded here by LeRobot's own writer: three cameras
-at 480x640 as video. Networks see 96x128 (CLIP, which takes squares, 112x112) and one observation, and predict
-16 actions. Sizes are matched, see `benchmarks/matched.py`; parameters and arithmetic stand in the table. Each
-turn begins cold, without anything kept of the dataset, where ours decode all of it once, and then starts
-again; speeds are those of the second start.
+`lerobot-train` with ACT, diffusion and multi-task DiT (flow matching) and our scripts take turns, each in its
+own process. All learn from one LeRobot dataset, recorded here by LeRobot's own writer: three cameras at
+480x640 as video. Networks see 96x128 (CLIP, which takes squares: 112x112) and one observation, and predict
+16 actions. Sizes are matched, see `benchmarks/matched.py`; the table lists parameters and arithmetic. Each
+turn starts twice: cold, with nothing cached of the dataset, so that ours decode all of it once; then warm.
+Speeds are those of the second start.
 
-Needs the packages of requirements-bench.txt. Turns that were measured are not repeated: remove the results to
-measure anew. Medians over rounds go to `docs/performance.md`. Nothing else should run.
+Needs the packages of requirements-bench.txt. Finished turns are not repeated: delete the results to start
+over. Medians over rounds are written to `docs/performance.md`. Nothing else should run on the machine.
 """
 
 import json
@@ -50,7 +50,7 @@ OFFLINE = "--policy.push_to_hub=false --policy.device=cpu --wandb.enable=false"
 
 @options
 class Config:
-    """Train with LeRobot and with our scripts, in turns, and compare what it costs."""
+    """Train with LeRobot and with our scripts, taking turns, and compare the costs."""
 
     groups: tuple[Group, ...] = get_args(Group)
     """Sizes to compare: see benchmarks/matched.py."""
@@ -63,32 +63,32 @@ class Config:
     steps: PositiveInt = 60
     """Training steps of a turn."""
     warm_up: NonNegativeInt = 10
-    """Steps that are left out of the speed."""
+    """First steps that do not count for the speed."""
     batch_size: PositiveInt = 8
-    """Samples a step; LeRobot's default."""
+    """Samples per step; LeRobot's default."""
     workers: PositiveInt = cores()
     """Loading processes of LeRobot (its own default is 4); ours gather in the training process."""
     decoder: Literal["pyav", "torchcodec"] = "pyav"
-    """With which LeRobot decodes; its default is torchcodec where the system has FFmpeg for it."""
+    """LeRobot's decoder; its own default is torchcodec where the system has FFmpeg for it."""
     episodes: PositiveInt = 8
     """Recorded episodes."""
     length: PositiveInt = 150
     """Steps of an episode."""
     runs: UserPath = ROOT / "runs" / "peers"
-    """Folder of the dataset, of the turns and of their results."""
+    """Folder of the dataset, the turns and their results."""
     out: UserPath = ROOT / "docs"
     """Folder of performance.md."""
 
 
 class Turn(NamedTuple):
-    """What a process did."""
+    """Measurements of one process."""
 
     first: float
     """Seconds from launch to the end of the first step."""
     last: float
     """Seconds from launch to the end of the last step."""
     steps: list[tuple[float, float]]
-    """Of each step: its seconds, and how many of them it waited for data, by the program's own log."""
+    """Per step, from the program's own log: its seconds, and the seconds of them spent waiting for data."""
     largest_gib: float
     """Peak resident memory of the largest process."""
     all_gib: float
@@ -124,14 +124,14 @@ def main(config: Config) -> None:
 
 
 def settings(config: Config) -> list[str]:
-    """What tells the turns of each round from those that were measured otherwise."""
+    """Names of the rounds, with the options that affect results: turns with other options are not reused."""
     asked = (config.steps, config.warm_up, config.batch_size, config.episodes, config.length)
     asked += (config.workers, config.decoder)
     return [":".join(map(str, (number, *asked))) for number in range(config.rounds)]
 
 
 def describe(group: Group, name: str, config: Config) -> dict:
-    """Parameters and arithmetic of a sample, and what to tell LeRobot to have a policy of that size."""
+    """Parameters, arithmetic per sample, and LeRobot's options for a policy of that size."""
     clips = config.runs / "clip"
     if name in PARTNERS:
         target = matched.parameters(matched.ours(PARTNERS[name], group, SEEN).model)
@@ -146,7 +146,7 @@ def describe(group: Group, name: str, config: Config) -> dict:
 
 
 def command(group: Group, name: str, chosen: dict, data: Path, run: Path, steps: int, config: Config) -> list:
-    """How a user would train it."""
+    """The command with which a user would train it."""
     if name not in PARTNERS:
         file = config_file(name)
         return [
@@ -155,7 +155,8 @@ def command(group: Group, name: str, chosen: dict, data: Path, run: Path, steps:
             *("--steps", steps, "--save-every", steps, "--log-every", 1, "--run-dir", run),
         ]
     height, width = matched.seen(name, SEEN)
-    resize = {"weight": 1.0, "type": "Resize", "kwargs": {"size": [height, width]}}  # where it is cheapest
+    # Resizing in the loading processes is cheapest.
+    resize = {"weight": 1.0, "type": "Resize", "kwargs": {"size": [height, width]}}
     told = {"dataset.image_transforms.enable": True, "dataset.image_transforms.tfs": {"resize": resize}}
     told |= {"dataset.repo_id": "local/peers", "dataset.root": data, "output_dir": run, "steps": steps}
     told |= {"batch_size": config.batch_size, "num_workers": config.workers, "log_freq": 1}
@@ -170,7 +171,7 @@ def as_flag(value: object) -> str:
 
 
 def take_turn(group: Group, name: str, chosen: dict, data: Path, config: Config) -> dict:
-    """Start a training twice, cold for one step and warm for all; what is compared."""
+    """Start a training twice, cold for one step and warm for all steps; returns the measurements."""
     folder = config.runs / "turn"
     shutil.rmtree(folder, ignore_errors=True)
     runs, caches = [folder / "cold", folder / "warm"], folder / "cache"
@@ -199,7 +200,7 @@ def take_turn(group: Group, name: str, chosen: dict, data: Path, config: Config)
 
 
 def watch(words: list, run: Path, environment: dict, steps: int) -> Turn:
-    """Run a training to its end."""
+    """Run a training to its end and measure it."""
     start, ends, said, peaks = time.perf_counter(), [], [], [0.0, 0.0]
     process = subprocess.Popen(
         list(map(str, words)),
@@ -217,7 +218,7 @@ def watch(words: list, run: Path, environment: dict, steps: int) -> Turn:
             said.append(line)
             if step_ended(line):
                 ends.append(time.perf_counter() - start)
-    except BaseException:  # an interruption takes the training along
+    except BaseException:  # if interrupted, end the training too
         os.killpg(process.pid, signal.SIGKILL)
         raise
     finally:
@@ -231,7 +232,7 @@ def watch(words: list, run: Path, environment: dict, steps: int) -> Turn:
 
 
 def step_ended(line: str) -> bool:
-    """Whether a line of output is one that a program writes after each step."""
+    """Whether a program writes this line of output after a step."""
     return bool(LEROBOT_LINE.search(line) or OUR_LINE.match(line))
 
 
@@ -240,9 +241,9 @@ OUR_LINE = re.compile(r"step \d+/\d+  loss ")
 
 
 def read_lerobot(lines: Iterable[str]) -> list[tuple[float, float]]:
-    """Seconds, and those of them spent on data, of each step in what `lerobot-train` says.
+    """Seconds of each step in the output of `lerobot-train`, and the seconds of them spent on data.
 
-    Data are loaded, converted and normalized before the network's turn.
+    Data are loaded, converted and normalized before the network runs.
     """
     found = filter(None, map(LEROBOT_LINE.search, lines))
     times = ((float(match["update"]), float(match["data"])) for match in found)
@@ -257,11 +258,11 @@ def read_ours(metrics: str) -> list[tuple[float, float]]:
 
 
 def sample_memory(process: subprocess.Popen, peaks: list[float]) -> None:
-    """Watch a process and its descendants until it ends; GiB of the largest, and of all together."""
+    """Watch a process and its descendants until it ends; peaks in GiB: the largest, and all together."""
     while process.poll() is None:
         together = 0.0
         for pid in family(process.pid):
-            with suppress(OSError):  # it may end meanwhile
+            with suppress(OSError):  # it may have ended
                 status = Path(f"/proc/{pid}/status").read_text()
                 peaks[0] = max(peaks[0], in_gib(status, "VmHWM"))
                 together += in_gib(status, "RssAnon") + in_gib(status, "RssShmem")
@@ -272,7 +273,7 @@ def sample_memory(process: subprocess.Popen, peaks: list[float]) -> None:
 def family(pid: int) -> list[int]:
     """A process and its descendants."""
     found = [pid]
-    for one in found:  # it grows
+    for one in found:  # the list grows
         with suppress(OSError):
             threads = Path(f"/proc/{one}/task").iterdir()
             found += [int(child) for task in threads for child in (task / "children").read_text().split()]
@@ -280,7 +281,7 @@ def family(pid: int) -> list[int]:
 
 
 def in_gib(status: str, name: str) -> float:
-    """A figure that the kernel gives in kB."""
+    """A value that the kernel reports in kB, in GiB."""
     found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
     return int(found[1]) / 2**20 if found else 0.0
 
@@ -289,10 +290,10 @@ def in_gib(status: str, name: str) -> float:
 
 
 def report(results: dict, config: Config) -> str:
-    """Markdown: a table for each group, and what the goals ask for."""
+    """Markdown: the setting, and a table for each group."""
     setting = (
-        f"{cores()} CPU cores, batches of {config.batch_size}, {config.rounds} rounds, in each "
-        f"{config.steps} steps, of which the first {config.warm_up} are left out of the speed; "
+        f"{cores()} CPU cores, batches of {config.batch_size}, {config.rounds} rounds of "
+        f"{config.steps} steps, of which the first {config.warm_up} do not count for the speed; "
         f"{config.episodes * config.length} recorded steps; {config.workers} loading processes for LeRobot, "
         f"which decode with {config.decoder}. Medians."
     )
@@ -304,19 +305,19 @@ def report(results: dict, config: Config) -> str:
 
 TITLES = {
     "resnet18": "A ResNet-18 in all but DiT, whose CLIP is about as large",
-    "conv": "Ours with their own small network, LeRobot's as small as can be",
+    "conv": "Ours with their own small network, LeRobot's as small as possible",
 }
 COLUMNS = ("samples_per_s", "with_start", "cold", "warm", "waits", "largest_gib", "all_gib")
 
 
 def group_table(group: Group, results: dict, config: Config) -> str:
-    turns = {}  # of each policy, figures by column, in the order of the rounds
+    turns = {}  # for each policy, figures by column, in the order of the rounds
     for name in (*config.peers, *config.methods):
         measured = [results[f"{group}:{name}"]["turns"][setting] for setting in settings(config)]
         turns[name] = {column: [turn[column] for turn in measured] for column in COLUMNS}
     lines = [
-        "| | parameters | GFLOP a sample | samples/s | of the best peer | with the start | first step, "
-        "cold | warm | of the quickest peer | waits for data | memory | all processes |",
+        "| | parameters | GFLOP a sample | samples/s | / best peer | with the start | first step, "
+        "cold | warm | / fastest peer | waits for data | memory | all processes |",
         "|" + " --- |" * 12,
     ]
     for name, figures in turns.items():

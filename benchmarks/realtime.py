@@ -1,13 +1,13 @@
-"""Inference that takes time: success, collisions and jolts on the built-in task, by delay and way of joining.
+"""Inference that takes time: success, collisions and jerks on the built-in task, by delay and --join.
 
     python benchmarks/realtime.py                          # both methods, seeds 0 1 2; hours on two cores
     python benchmarks/realtime.py --methods train_naive_fm --seeds 0 --delays 0 4 --episodes 50 --out /tmp
 
 Each method is trained with `configs/METHOD/demo.json`, for chunks that block, overlap or are averaged, and
 for as many steps with `configs/METHOD/delay.json`, for chunks that continue a prefix. Time is simulated: the
-speed of the machine does not matter. Runs that are finished are not repeated (those with demo.json are the
-ones of `benchmarks/methods.py`) and interrupted ones go on; so does measuring. Tables and a figure are
-written to `docs/`, beside the text that is there.
+speed of the machine does not matter. Finished runs are not repeated (those with demo.json are the ones of
+`benchmarks/methods.py`); interrupted runs and measurements resume. Tables and a figure are written to
+`docs/`; text around them stays.
 """
 
 import json
@@ -30,8 +30,8 @@ from common.data.workers import cores
 from common.files import read_json, write_json
 from common.inference import load_policy
 
-TRAINED = ":delay"  # after a method's name: its configuration with prefixes
-WAYS = {  # of which run, and how chunks join
+TRAINED = ":delay"  # suffix of a method's name: its configuration with prefixes
+WAYS = {  # which run, and how chunks are joined
     "blocking": ("", "blocking"),
     "naive overlap": ("", "naive"),
     "temporal ensembling": ("", "ensemble"),
@@ -42,7 +42,7 @@ WAYS = {  # of which run, and how chunks join
 
 @options
 class Config:
-    """Compare ways of acting while chunks are computed."""
+    """Compare ways of acting while the next chunk is computed."""
 
     methods: tuple[str, ...] = ("train_naive_fm", "train_vfp_moe")
     """Training scripts, without .py; each has a demo.json and a delay.json in configs/METHOD."""
@@ -53,7 +53,7 @@ class Config:
     episodes: PositiveInt = 200
     """Fresh episodes for each run, delay and way of joining; the same for all."""
     jobs: int | None = None
-    """Runs at once, sharing the cores (default: one for each core)."""
+    """Runs at once, sharing the cores (default: one per core)."""
     runs: Path = ROOT / "runs" / "methods"
     """Folder of the runs."""
     out: Path = ROOT / "docs"
@@ -83,12 +83,12 @@ def main(config: Config) -> None:
 
 
 def joins_of(method: str) -> list[str]:
-    """Ways of joining that are measured with a run."""
+    """Ways of joining to measure with a run of this method."""
     return [join for trained, join in WAYS.values() if (trained == TRAINED) == method.endswith(TRAINED)]
 
 
 def measure(folder: Path, joins: list[str], delays: tuple[int, ...], episodes: int) -> None:
-    """Roll a run out with each delay and way of joining, as far as that has not been done."""
+    """Roll out a run with each delay and way of joining, skipping what is finished."""
     policy = load_policy(folder)
     config = evaluate.Config(folder, episodes=episodes, sample_steps=(10,))
     simulator = config.simulator.in_place_of_demo(policy.config.data.dataset)
@@ -100,7 +100,7 @@ def measure(folder: Path, joins: list[str], delays: tuple[int, ...], episodes: i
     if {name: found.get(name) for name in made_with} != made_with:
         found = made_with
     for delay, join in product(delays, joins):
-        join = join if delay or join == "ensemble" else "naive"  # without a delay, others are the same
+        join = join if delay or join == "ensemble" else "naive"  # without a delay, the others equal naive
         if join not in found.setdefault(str(delay), {}):
             found[str(delay)][join] = evaluate.act_with_delay(policy, config, delay, join)
             write_json(path, found)
@@ -112,7 +112,7 @@ def results_file(folder: Path) -> Path:
 
 
 def collect(method: str, config: Config) -> dict[str, dict[int, list[dict]]]:
-    """For each way of joining and delay, what was found with each seed."""
+    """For each way of joining and delay, the results of each seed."""
     results: dict[str, dict[int, list[dict]]] = {}
     for way, (trained, join) in WAYS.items():
         runs = [

@@ -1,10 +1,10 @@
-"""How long training stands still for a checkpoint: written by a thread, and written while training waits.
+"""How long a checkpoint stops training: written by a thread, or written while training waits.
 
     python benchmarks/saving.py                            # a state of about 1 GB, some minutes on two cores
     python benchmarks/saving.py --saves 1 --seconds 1 --d-model 16 --doc none
 
-One run in one process saves both ways in turns, below TMPDIR. After each save it trains for so many seconds,
-then waits for what is still being written. It stands still during the save and that wait.
+One run in one process saves in both ways, taking turns, below TMPDIR. After each save it trains for
+`--seconds`, then waits for what is still being written. Training is stopped during the save and that wait.
 """
 
 import statistics
@@ -39,9 +39,9 @@ class Config:
     saves: PositiveInt = 5
     """Checkpoints of each kind."""
     seconds: PositiveFloat = 30.0
-    """Time to train between two of them."""
+    """Training time between two of them."""
     doc: Path = ROOT / "docs" / "faults.md"
-    """Page into which the result is inserted; `none` prints it only."""
+    """Page to insert the result into; `none`: only print it."""
 
 
 def main(config: Config) -> None:
@@ -55,13 +55,13 @@ def main(config: Config) -> None:
             background = turn % 2 == 0
             run.config = replace(script, run=replace(script.run, background_saving=background))
             seconds = stand_still(run, loop, config.seconds)
-            if turn > 1:  # the first of each warm up
+            if turn > 1:  # the first of each is a warm-up
                 still[background].append(seconds)
         newest = (run.folder / "checkpoints" / "last").rglob("*")
         size = sum(path.stat().st_size for path in newest if path.is_file()) / 1e9
         loop.close()
     rows = [("training waits (`--no-background-saving`)", still[False]), ("a thread writes", still[True])]
-    lines = [f"| checkpoint of {size:.2f} GB, every {config.seconds:.0f} s | stands still | share |"]
+    lines = [f"| checkpoint of {size:.2f} GB, every {config.seconds:.0f} s | training stops for | share |"]
     lines += ["| --- | --- | --- |"]
     for what, values in rows:
         seconds = statistics.median(values)
@@ -74,7 +74,7 @@ def main(config: Config) -> None:
 
 
 def stand_still(run: Run, loop, seconds: float) -> float:
-    """Seconds in which a run does not train, around so many in which it does."""
+    """Save, then train for `seconds`; returns the seconds without training, before and after."""
     start = time.perf_counter()
     run.save()
     saved = time.perf_counter()

@@ -3,11 +3,11 @@
     python benchmarks/scale.py
     python benchmarks/scale.py --episodes 10 100 --sizes 1 2 --rounds 1     # quick
 
-Costs are seconds of processor time, the least of several rounds, so that a machine that does other things
-spoils them little. An exponent p says that a cost grows as x^p: the slope in a double-logarithmic plot
-between the two largest sizes, where what is always the same weighs least. Beside that of a training step
-stands that of its arithmetic (PyTorch's count of floating-point operations): the step must not grow faster.
-With --publish, the tables go into docs/performance.md.
+Costs are seconds of processor time, the least of several rounds, so that other work on the machine disturbs
+them little. An exponent p means that a cost grows as x^p: the slope in a log-log plot between the two largest
+sizes, where constant costs matter least. The exponent of a training step is compared with that of its
+arithmetic (PyTorch's count of floating-point operations): the step must not grow faster. With --publish, the
+tables are written to docs/performance.md.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ from common.data.store import EpisodeStore
 from common.normalize import Normalizer
 
 FAST = 0.3
-"""An exponent may be so much above its arithmetic's before a step counts as growing faster."""
+"""A step grows faster than its arithmetic if its exponent is larger by more than this."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Fit exponents of costs."""
+    """Measure how costs grow."""
 
     episodes: tuple[int, ...] = (10, 100, 1_000, 10_000, 100_000)
-    """Lengths of datasets, whose episodes have 20 steps."""
+    """Lengths of datasets in episodes; an episode has 20 steps."""
     sizes: tuple[int, ...] = (1, 2, 4, 8)
-    """Cameras, experts and processes; batches of 8 times and horizons of 4 times as many."""
+    """Numbers of cameras, experts and processes; batch sizes are 8 times, horizons 4 times these."""
     rounds: int = 3
     publish: bool = False
     """Write the tables to docs/performance.md."""
     child: Path | None = None
-    """For the processes that this one starts."""
+    """Used internally, for the processes that this one starts."""
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:
-    """Processor seconds of a call, the least of several; calls that are short are repeated."""
+    """Processor seconds per call, the least of several rounds; short calls are repeated."""
     found = []
     for _ in range(rounds):
         began, calls = time.process_time(), 0
@@ -76,19 +76,19 @@ def slope(sizes: list[int], costs: list[float]) -> float:
 
 
 def of_dataset(dataset: Path, store_path: Path, rounds: int) -> dict[str, float]:
-    """Costs of a start, and of a batch, with a dataset of some length."""
+    """Costs of a start and of a batch with one dataset."""
     config = DataConfig((str(dataset),), cache_dir=dataset.parent)
     store = EpisodeStore.open(store_path)
     samples = ChunkDataset(store, np.arange(store.num_episodes), 16)
     Normalizer.fit_once(samples, "mean-std")
     picked = np.random.default_rng(0).integers(0, len(samples), 32)
     return {
-        "what the dataset is": seconds(lambda: open_source(str(dataset), config).info(), rounds),
+        "reading the dataset's metadata": seconds(lambda: open_source(str(dataset), config).info(), rounds),
         "opening the store": seconds(lambda: EpisodeStore.open(store_path), rounds),
         "looking for copies": seconds(lambda: copies(store), rounds),
-        "statistics, first": seconds(lambda: Normalizer.fit(samples, "mean-std"), 1),
-        "statistics, kept": seconds(lambda: Normalizer.fit_once(samples, "mean-std"), rounds),
-        "samples and their order": seconds(lambda: first_batch(store), rounds),
+        "statistics, computed": seconds(lambda: Normalizer.fit(samples, "mean-std"), 1),
+        "statistics, cached": seconds(lambda: Normalizer.fit_once(samples, "mean-std"), rounds),
+        "first batch of a new loader": seconds(lambda: first_batch(store), rounds),
         "a batch of 32": seconds(lambda: samples.__getitems__(picked), rounds),
     }
 
@@ -123,7 +123,7 @@ def of_step(step: Callable[[], None], rounds: int) -> tuple[float, float]:
 
 
 def of_processes(dataset: Path, count: int) -> dict[str, float]:
-    """What processes that start at once on new data need: in all, and the largest of them."""
+    """Costs of processes that start at once on new data, summed over the processes."""
     for kept in dataset.parent.rglob("statistics-*.json"):
         kept.unlink()
     command = [sys.executable, __file__, "--child", str(dataset)]
@@ -137,7 +137,9 @@ def of_processes(dataset: Path, count: int) -> dict[str, float]:
 
 
 def child(dataset: Path) -> dict[str, float]:
-    """Open a dataset and its statistics: whether they were computed here, processor seconds, own GB."""
+    """Open a dataset and its statistics; returns whether this process computed them, its processor seconds
+    and its own GB.
+    """
     fit, fits = Normalizer.fit, []
     Normalizer.fit = lambda *args, **named: fits.append(1) or fit(*args, **named)
     before, began = memory()["own"], time.process_time()
@@ -148,7 +150,7 @@ def child(dataset: Path) -> dict[str, float]:
 
 
 def table(head: str, sizes: tuple[int, ...], rows: dict[str, list[float]], unit: str) -> str:
-    """Costs by size, and their exponent."""
+    """Markdown: costs by size, and their exponents."""
     lines = [f"| {head} | " + " | ".join(f"{size:,}" for size in sizes) + " | exponent |"]
     lines.append("| --- |" + " ---: |" * (len(sizes) + 1))
     for name, costs in rows.items():
@@ -186,9 +188,9 @@ def main(options: Options) -> None:
         for axis, ((factor, store), make) in axes.items():
             sizes = tuple(factor * size for size in options.sizes)
             costs = [of_step(make(size, store or stores[size]), options.rounds) for size in sizes]
-            rows = {"a step, ms": [1000 * s for s, _ in costs], "its GFLOP": [f / 1e9 for _, f in costs]}
+            rows = {"step, ms": [1000 * s for s, _ in costs], "step, GFLOP": [f / 1e9 for _, f in costs]}
             tables.append(table(axis, sizes, rows, ""))
-            if slope(sizes, rows["a step, ms"]) > slope(sizes, rows["its GFLOP"]) + FAST:
+            if slope(sizes, rows["step, ms"]) > slope(sizes, rows["step, GFLOP"]) + FAST:
                 print(f"{axis}: a step grows faster than its arithmetic")
 
         found = [of_processes(dataset, count) for count in options.sizes]

@@ -1,11 +1,11 @@
-"""What a policy server costs and withstands, and whether the robot's loop keeps its rate.
+"""The costs and robustness of a policy server, and whether the robot's loop keeps its rate.
 
-    python benchmarks/serve.py runs/vfp-20260301-101500 --openpi ~/openpi  # half an hour, on a quiet machine
-    python benchmarks/serve.py runs/vfp-20260301-101500 --parts loop       # late cycles alone
+    python benchmarks/serve.py runs/vfp-20260301-101500 --openpi ~/openpi  # half an hour, on an idle machine
+    python benchmarks/serve.py runs/vfp-20260301-101500 --parts loop       # only late cycles
 
-Parts that were measured with the same options are not measured again: what was is kept in the run's folder
-`evaluation`, and written to docs/robots.md. Exit code 1 if the server crashed, hung, or took a malformed
-request for an observation.
+Parts measured with the same options are not measured again: results are kept in the run's folder
+`evaluation`, and written to docs/robots.md. Exit code 1 if the server crashed, hung, or accepted a malformed
+request as an observation.
 """
 
 import json
@@ -53,12 +53,12 @@ class Config:
     """Measure a policy server on this machine."""
 
     run: Annotated[UserPath, tyro.conf.Positional]
-    """Run folder of a policy with three cameras, or as many as it has."""
+    """Run folder of a policy with any number of cameras."""
     parts: tuple[Part, ...] = ("overhead", "clients", "memory", "fuzz", "loop")
     """What to measure."""
     openpi: UserPath | None = None
-    """Folder of an environment with openpi's client, which sends the requests then; it is made if it is not
-    there. Default: our own client sends them."""
+    """Folder of a Python environment whose openpi client sends the requests; created if missing. Default: our
+    own client sends them."""
     size: PositiveInt = 224
     """Height and width of the frames that are sent."""
     requests: PositiveInt = 1000
@@ -68,17 +68,17 @@ class Config:
     memory_requests: PositiveInt = 10_000
     """Requests over which the server's memory is watched."""
     minutes: PositiveFloat = 10.0
-    """Of mutated messages."""
+    """Minutes of mutated messages."""
     loop_seconds: PositiveFloat = 60.0
-    """Of the robot's loop at 50 Hz, with a policy that takes 60 ms."""
+    """Seconds of the robot's loop at 50 Hz, with a policy that takes 60 ms."""
     seed: NonNegativeInt = 0
-    """Of mutations."""
+    """Seed of the mutations."""
     out: UserPath = ROOT / "docs"
     """Folder for robots.md."""
 
 
 def main(config: Config) -> None:
-    sys.stdout.reconfigure(line_buffering=True)  # into a file, too
+    sys.stdout.reconfigure(line_buffering=True)  # also when it is a file
     path = config.run / "evaluation" / "serve.json"
     made_with = {n: str(x) for n, x in asdict(config).items() if n not in ("run", "parts", "out")}
     made_with["checkpoint"] = find(config.run).name
@@ -102,7 +102,7 @@ def main(config: Config) -> None:
 
 
 def python_with_openpi(folder: Path) -> str:
-    """The Python of an environment that has openpi's client, which needs numpy < 2."""
+    """The Python of an environment with openpi's client, which needs numpy < 2."""
     python = str(folder / "bin" / "python")
     install = [python, "-m", "pip", "install", "--quiet", "openpi-client", "typing-extensions"]
     there = Path(python).exists() and not subprocess.call([python, "-c", "import openpi_client"])
@@ -114,7 +114,7 @@ def python_with_openpi(folder: Path) -> str:
 
 @contextmanager
 def served(run: Path, most: int) -> Iterator["Served"]:
-    """A server in a process of its own."""
+    """A server in its own process."""
     command = [
         sys.executable,
         str(ROOT / "serve.py"),
@@ -141,7 +141,7 @@ class Served(NamedTuple):
     process: subprocess.Popen
     port: int
     cameras: list[str]
-    """Of the policy."""
+    """The policy's cameras."""
 
 
 def requests(config: Config, server: Served, python: str, count: int) -> subprocess.Popen:
@@ -158,7 +158,7 @@ def answers(client: subprocess.Popen) -> dict[str, Any]:
 
 
 def overhead(config: Config, server: Served, python: str) -> tuple[bool, str]:
-    """A request beside `policy.act` in this process, in turns, so that a busy machine slows both alike."""
+    """Compare requests with `policy.act` in this process, taking turns so that a busy machine slows both."""
     policy, rng = load_policy(config.run, device="cpu"), np.random.default_rng(0)
     images = {
         camera: rng.integers(0, 255, (config.size, config.size, 3), np.uint8) for camera in server.cameras
@@ -172,7 +172,7 @@ def overhead(config: Config, server: Served, python: str) -> tuple[bool, str]:
             policy.act(observation)
             here.append(1000 * (time.perf_counter() - start))
         found = answers(requests(config, server, python, math.ceil(config.requests / ROUNDS)))
-        if turn:  # the first turn warms up
+        if turn:  # the first turn is a warm-up
             local, remote = local + here, remote + found["seen"]
             differences.append(statistics.median(found["seen"]) - statistics.median(here))
     text = (
@@ -185,7 +185,7 @@ def overhead(config: Config, server: Served, python: str) -> tuple[bool, str]:
 
 
 def clients(config: Config, server: Served, python: str) -> tuple[bool, str]:
-    """Several clients at once beside one alone, which does the same number of requests."""
+    """Several clients at once, compared with one client that sends as many requests in all."""
     seconds, medians, each = {}, {}, math.ceil(config.requests / config.clients)
     for num in (1, config.clients):
         start = time.perf_counter()
@@ -196,27 +196,27 @@ def clients(config: Config, server: Served, python: str) -> tuple[bool, str]:
     most = config.clients
     text = (
         f"{most} clients at once get {each * most:,} answers in {seconds[most]:.1f} s with their start, one "
-        f"client in {seconds[1]:.1f} s; the median of each is {min(medians[most]):.1f} to "
-        f"{max(medians[most]):.1f} ms, alone {medians[1][0]:.1f} ms."
+        f"client as many in {seconds[1]:.1f} s. Their medians are {min(medians[most]):.1f} to "
+        f"{max(medians[most]):.1f} ms; that of one client is {medians[1][0]:.1f} ms."
     )
     return True, text
 
 
 def memory(config: Config, server: Served, python: str) -> tuple[bool, str]:
-    """The server's memory before and after many requests, and on the way."""
+    """The server's memory at several points during many requests."""
     part, sizes = math.ceil(config.memory_requests / ROUNDS), []
     for _ in range(ROUNDS):
         answers(requests(config, server, python, part))
         sizes.append(resident(server.process.pid))
     text = (
-        f"The server's memory after each {part:,} of {part * ROUNDS:,} requests, in MiB: "
+        f"The server's memory after every {part:,} of {part * ROUNDS:,} requests, in MiB: "
         f"{', '.join(f'{size:.0f}' for size in sizes)}."
     )
     return True, text
 
 
 def resident(pid: int) -> float:
-    """MiB of a process."""
+    """Resident memory of a process, in MiB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
 
@@ -247,7 +247,7 @@ ODD: tuple[Any, ...] = (
 
 
 def fuzz(config: Config, server: Served, python: str) -> tuple[bool, str]:
-    """Mutated messages until the time is over; what came of them."""
+    """Send mutated messages until the time is over; count the outcomes."""
     port, cameras = server.port, server.cameras
     dice, found, end = random.Random(config.seed), Counter(), time.monotonic() + 60 * config.minutes
     with connect(f"ws://127.0.0.1:{port}", proxy=None) as connection:
@@ -268,7 +268,7 @@ def fuzz(config: Config, server: Served, python: str) -> tuple[bool, str]:
                     break
             if outcome(connection, wire.pack(valid), cameras, width) != "chunk":
                 found["valid, not answered"] += 1
-            if dice.random() < 0.2:  # go away in the middle of a frame, or send none
+            if dice.random() < 0.2:  # disconnect in the middle of a websocket frame, or send garbage
                 connection.socket.sendall(dice.randbytes(dice.randrange(1, 300)))
                 connection.socket.close()
         if found["hang"]:
@@ -277,15 +277,15 @@ def fuzz(config: Config, server: Served, python: str) -> tuple[bool, str]:
     bad = {name: found[name] for name in ("hang", "malformed, answered", "valid, not answered")}
     text = (
         f"{config.minutes:g} minutes of mutated messages, over {found['connections']:,} connections: "
-        f"{found['sentence']:,} got a sentence, {found['chunk']:,} that were still observations "
-        f"with a chunk, {found['reset']:,} reset an episode; "
-        f"{', '.join(f'{name}: {n}' for name, n in bad.items())}; the server {'died' if died else 'lives'}."
+        f"{found['sentence']:,} got an error message, {found['chunk']:,} were still observations and got "
+        f"a chunk, {found['reset']:,} reset an episode; "
+        f"{', '.join(f'{name}: {n}' for name, n in bad.items())}; server {'died' if died else 'survived'}."
     )
     return not (died or any(bad.values())), text
 
 
 def mutated(valid: dict, dice: random.Random) -> bytes:
-    """A message with some of its bytes changed, or some of its values."""
+    """A message with some of its bytes or values changed."""
     if dice.random() < 0.5:
         return wire.pack(replaced(valid, dice))
     data = bytearray(wire.pack(valid))
@@ -307,7 +307,7 @@ def mutated(valid: dict, dice: random.Random) -> bytes:
 
 
 def replaced(value: Any, dice: random.Random) -> Any:
-    """A map with one of its values, at any depth, replaced, renamed or left out."""
+    """A map with one of its values, at any depth, replaced, added or removed."""
     if not isinstance(value, dict) or not value or dice.random() < 0.1:
         return dice.choice(ODD)
     changed, name = dict(value), dice.choice(list(value))
@@ -339,7 +339,7 @@ def outcome(connection: Any, message: bytes, cameras: list[str], width: int) -> 
 def well_formed(message: bytes, cameras: list[str], width: int) -> bool:
     """Whether a message is an observation, judged without the server's code.
 
-    Extra values do no harm, as long as they are no prefix and no task of another kind.
+    Extra values are harmless, except a prefix or a task that is not a string.
     """
     try:
         seen = msgpack.unpackb(message)
@@ -376,7 +376,7 @@ def well_formed(message: bytes, cameras: list[str], width: int) -> bool:
 
 
 def keep_rate(config: Config, server: None, python: str) -> tuple[bool, str]:
-    """`ControlLoop` at 50 Hz, with a policy that takes 60 ms and knows prefixes."""
+    """`ControlLoop` at 50 Hz, with a policy that takes 60 ms and supports prefixes."""
     names = tuple(f"joint_{i}" for i in range(14))
     spec = SimpleNamespace(
         fps=50, action_offset=0, action_rotations=None, max_delay=6, state_names=names, action_names=names

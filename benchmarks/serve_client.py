@@ -1,9 +1,9 @@
-"""A client of benchmarks/serve.py, in a process and an environment of its own.
+"""A client of benchmarks/serve.py, in its own process and Python environment.
 
     python benchmarks/serve_client.py PORT REQUESTS SIZE CAMERA...
 
-Sends observations with openpi's client, if this Python has it, else with ours; prints JSON: which client it
-was, and milliseconds of each request as seen here, and in the server.
+Sends observations with openpi's client if this Python has it, else with ours. Prints JSON: which client it
+was, and the milliseconds of each request, as measured here and in the server.
 """
 
 import json
@@ -34,7 +34,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     images = {camera: rng.integers(0, 255, (int(size), int(size), 3), np.uint8) for camera in cameras}
     observation, seen, inside = {"images": images, "state": np.zeros(width, np.float32)}, [], []
-    for _ in range(int(count) + 3):  # the first ones warm up
+    for _ in range(int(count) + 3):  # the first three are a warm-up
         start = time.perf_counter()
         answer = infer(observation)
         seen.append(1000 * (time.perf_counter() - start))

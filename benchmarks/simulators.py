@@ -1,16 +1,16 @@
-"""Policies of this project and of LeRobot on public simulators, at equal demonstrations and compute.
+"""Policies of this project and of LeRobot on public simulators, with equal demonstrations and compute.
 
     python benchmarks/simulators.py                                   # the whole plan, or what is left of it
     python benchmarks/simulators.py --only pick-place:train_vfp_moe:0 push
-    python benchmarks/simulators.py --report                          # the table and the figure alone
+    python benchmarks/simulators.py --report                          # only the table and the figure
 
-Every run gets the same 50 demonstrations of a simulator's expert, the same pictures, and the same time of
-one core to train. The last checkpoint acts in the same 100 fresh episodes, in the same loop. Results are kept
-in `docs/simulators.json`: the plan can be carried out in parts, on several machines, by several processes at
-once. The table and the figure in `docs/benchmarks.md` are drawn from that file.
+Every run gets the same 50 demonstrations of a simulator's expert, the same images, and the same training time
+on one core. The last checkpoint acts in the same 100 fresh episodes, in the same loop. Results are kept in
+`docs/simulators.json`, so several machines or processes can share the plan, at once or in parts. The table
+and the figure in `docs/benchmarks.md` are made from that file.
 
-Time is counted in steps. What a step costs is measured once for each method, in processor time of one thread,
-the methods taking turns in one process. Nothing else should run then.
+Time is counted in steps. The cost of a step is measured once for each method, in processor time of one
+thread, with the methods taking turns in one process. Nothing else should run then.
 """
 
 import fcntl
@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "simulators.json"
 BUDGET = 20 * 60  # seconds of one core to train
 DEMONSTRATIONS, EPISODES, BLIND = 50, 100, 40
-MAX_STEPS = {"metaworld": 300}  # several times what an expert needs; ALOHA's own are 400
+MAX_STEPS = {"metaworld": 300}  # several times what an expert needs; ALOHA's default is 400
 
 TASKS = {
     "pick-place": "metaworld:pick-place-v3",
@@ -58,7 +58,7 @@ FORKS = ("train_regression", "train_two_step", "train_mean_flow")
 LEROBOT = {
     "act": {"chunk_size": 16, "n_action_steps": 8},
     "act-100": {"chunk_size": 100, "n_action_steps": 100},
-}  # options of its policies beside its defaults
+}  # options of LeRobot's policies that are not its defaults
 OFFLINE = (
     "--policy.type=act --batch_size=8 --policy.push_to_hub=false --policy.device=cpu --wandb.enable=false "
     "--policy.pretrained_backbone_weights=null --num_workers=0 --log_freq=100000"
@@ -78,7 +78,7 @@ class Job(NamedTuple):
 
 
 def plan() -> list[Job]:
-    """All runs of the benchmark of record, first those that say most."""
+    """All runs of the benchmark, the most informative first."""
     main = ("train_naive_fm", "train_vfp_moe", "act", "train_cfg_vqvae", "train_regression")
     jobs = [Job(task, method, 0) for task in ("pick-place", "push") for method in main]
     jobs += [Job(task, method, 0) for task in list(TASKS)[2:] for method in main[:3]]
@@ -89,16 +89,16 @@ def plan() -> list[Job]:
 
 @options
 class Config:
-    """Train and evaluate the runs of the plan that are still missing, and write the report."""
+    """Train and evaluate the missing runs of the plan, and write the report."""
 
     only: tuple[str, ...] = ()
-    """Runs to make, as TASK:METHOD:SEED or the first parts of it, in this order; default: all of the plan."""
+    """Runs to make, as TASK:METHOD:SEED or its first parts, in this order; default: the whole plan."""
     jobs: PositiveInt = 1
     """Runs at once, each on one core."""
     report: bool = False
-    """Make no run: write the report from what there is."""
+    """Only write the report, from existing results."""
     measure: bool = False
-    """Measure again what a step of each method costs; existing results keep their own figures."""
+    """Measure again the cost of each method's step; existing results keep their figures."""
     runs: Path = ROOT / "runs" / "simulators"
     """Folder of demonstrations and runs."""
 
@@ -124,11 +124,11 @@ def is_part(prefix: str, job: Job) -> bool:
 
 
 def kind_of(job: Job) -> str:
-    """What a step's cost depends on: the method, and how many cameras there are."""
+    """What a step's cost depends on: the method and the simulator, which sets the number of cameras."""
     return f"{TASKS[job.task].partition(':')[0]}:{job.method}"
 
 
-# Results, which several processes may add to
+# Results, shared by several processes
 
 
 def read() -> dict:
@@ -139,7 +139,7 @@ def read() -> dict:
 
 @contextmanager
 def changing() -> Iterator[dict]:
-    """The results, to be changed by one process at a time."""
+    """The results, locked so that one process at a time changes them."""
     with open(RESULTS.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = read()
@@ -151,7 +151,7 @@ def changing() -> Iterator[dict]:
 
 
 def record(task: str, runs: Path) -> None:
-    """Demonstrations of a task, a function of the seed."""
+    """Record the demonstrations of a task; they depend only on the seed."""
     folder = runs / "data" / task
     if not (folder / "meta" / "info.json").is_file():
         call([sys.executable, "-m", "common.envs.record", TASKS[task], folder, "--episodes", DEMONSTRATIONS])
@@ -182,7 +182,7 @@ def train_command(job: Job, runs: Path, folder: Path, steps: int) -> list:
 
 
 def measure(kinds: list[str], runs: Path) -> None:
-    """Processor seconds of a training step of each kind, in turns."""
+    """Processor seconds of a training step of each kind, taking turns."""
     loops = {}
     for kind in kinds:
         simulator, method = kind.split(":")
@@ -199,9 +199,9 @@ def measure(kinds: list[str], runs: Path) -> None:
 
 
 def make(job: Job, runs: Path) -> None:
-    """Train and evaluate a run, unless its result is there.
+    """Train and evaluate a run, unless its result exists.
 
-    One that was interrupted goes on, if it is ours; one of LeRobot's begins again.
+    If interrupted, our runs resume; LeRobot's start again.
     """
     if job.name in read()["runs"]:
         return
@@ -210,7 +210,7 @@ def make(job: Job, runs: Path) -> None:
     command = train_command(job, runs, folder, steps)
     if job.method in LEROBOT:
         if not (folder / "checkpoints" / "last").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # it saves at its end alone, and refuses a folder
+            shutil.rmtree(folder, ignore_errors=True)  # saves only at its end, refuses an existing folder
             call(command)
         command = [sys.executable, __file__.replace("simulators.py", "lerobot_acts.py")]
         command += [folder, "--dataset", runs / "data" / job.task]
@@ -235,7 +235,7 @@ def make(job: Job, runs: Path) -> None:
 
 
 def call(command: list) -> None:
-    """Run on one core."""
+    """Run a command on one core."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""The table and the figure of `benchmarks/simulators.py`."""
+"""Writes the table and the figure of `benchmarks/simulators.py`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +21,14 @@ LABELS = {"act": "LeRobot ACT, chunk 16", "act-100": "LeRobot ACT, chunk 100"}
 
 
 def write_report(results: dict, plan: Sequence, folder: Path) -> None:
-    """Into `folder/benchmarks.md`, between its marks, and `folder/benchmarks.png`."""
+    """Write the tables between the markers of `folder/benchmarks.md`, and `folder/benchmarks.png`."""
     done = [job for job in plan if job.name in results["runs"]]
     found: dict[str, dict[str, list[dict]]] = {}
     for job in sorted(done, key=lambda job: job.seed):
         found.setdefault(job.task, {}).setdefault(job.method, []).append(
             results["runs"][job.name] | {"seed": job.seed}
         )
-    text = f"{len(done)} of {len(plan)} runs of the plan are made.\n\n" + success_table(found)
+    text = f"{len(done)} of {len(plan)} planned runs are done.\n\n" + success_table(found)
     text += "\n\n" + comparisons(found)
     insert(folder / "benchmarks.md", text + "\n\n![success with 95 % intervals](benchmarks.png)")
     if found:
@@ -50,7 +50,7 @@ def interval(runs: list[dict], steps: str) -> tuple[float, float, float]:
 
 
 def success_table(found: dict[str, dict[str, list[dict]]]) -> str:
-    """Markdown: a row for each task and method; with several seeds, those in brackets, too."""
+    """Markdown: a row for each task and method; if there are several seeds, they follow in brackets."""
     lines = [
         "| task | method | 10 steps, % | 2 steps | 1 step | grey | seeds | parameters | steps | s a step |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -82,7 +82,7 @@ def cell(runs: list[dict], steps: str) -> str:
 
 
 def comparisons(found: dict[str, dict[str, list[dict]]]) -> str:
-    """Markdown: differences on the same episodes, with exact paired tests, corrected for their number."""
+    """Markdown: differences on the same episodes, with exact paired tests corrected for their number."""
     rows = []
     for task, methods in found.items():
         for (one, its), (other, others) in COMPARED:

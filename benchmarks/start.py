@@ -2,13 +2,13 @@
 
     python benchmarks/start.py                                # the built-in task
     python benchmarks/start.py --dataset FOLDER
-    python benchmarks/start.py --steps 1_000_000 10_000_000   # and made-up datasets of so many steps
+    python benchmarks/start.py --steps 1_000_000 10_000_000   # also synthetic datasets with as many steps
 
-Each start is a process of its own; the first of them keeps what the others read, and has a table of its own
-where a dataset is made up, which takes 300 bytes a step of the disk. Processor seconds are those of the whole
-process and hardly depend on what else a machine does; wall-clock seconds are what somebody waits. `own` is
-memory behind which there is no file; `resident` has pages of mapped files, too, which processes share, and
-`peak` is the most of that until then. With --publish, the medians go into docs/performance.md.
+Each start is a separate process. The first one fills the caches that the others read. For synthetic datasets,
+which take 300 bytes of disk per step, it has its own table. Processor seconds are those of the whole process
+and hardly depend on other work on the machine; wall-clock seconds are how long a user waits. `own` is memory
+that no file backs; `resident` includes pages of mapped files, which processes share; `peak` is the largest
+`resident` so far. With --publish, the medians are written to docs/performance.md.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.methods import insert
 
 DIMS = 14
-MADE_OF = 500_000  # steps that are made up at once
+MADE_OF = 500_000  # steps generated at once
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Take a start apart."""
+    """Measure each phase of a start."""
 
     dataset: str = "demo"
-    """What to start on."""
+    """Dataset to start with."""
     steps: tuple[int, ...] = ()
-    """Make up datasets of so many steps, too, with states and actions of 14 dimensions."""
+    """Also start with synthetic datasets of this many steps, with states and actions of 14 dimensions."""
     length: int = 300
-    """Steps an episode of them."""
+    """Steps of their episodes."""
     rounds: int = 3
-    """Warm starts to take the median of."""
+    """Warm starts; their median is printed."""
     batch_size: int = 16
     publish: bool = False
     """Write the tables to docs/performance.md."""
     child: str | None = None
-    """For the processes that this one starts."""
+    """Used internally, for the processes that this one starts."""
 
 
 def make_up(root: Path, cache: Path, steps: int, length: int, size: int = 16, cameras: int = 1) -> Path:
-    """A LeRobot dataset and its finished store, whose videos are absent and whose frames are a sparse file.
+    """Write a synthetic LeRobot dataset without videos, and its store with a sparse file of frames.
 
     Returns:
         The folder of the store.
@@ -70,7 +70,7 @@ def make_up(root: Path, cache: Path, steps: int, length: int, size: int = 16, ca
     episodes = steps // length
     state, action = (np.empty((episodes * length, DIMS), np.float32) for _ in range(2))
     rng, each = np.random.default_rng(0), max(1, MADE_OF // length)
-    for first in range(0, episodes, each):  # commands that wander, and joints that follow them
+    for first in range(0, episodes, each):  # actions are random walks, and states follow them
         rows = slice(first * length, min(first + each, episodes) * length)
         walk = rng.normal(size=((rows.stop - rows.start) // length, length, DIMS)).cumsum(1)
         action[rows] = walk.reshape(-1, DIMS)
@@ -89,12 +89,12 @@ def make_up(root: Path, cache: Path, steps: int, length: int, size: int = 16, ca
     meta |= {"skipped": [], "episode_tasks": ["measure"] * episodes}
     meta["bytes"] = {name: (path / name).stat().st_size for name in (ARRAYS, FRAMES)}
     (path / META).write_text(json.dumps({**meta, "arrays_crc32": checksum(path / ARRAYS)}))
-    time.sleep(3)  # checksums of files that have just been written are not kept
+    time.sleep(3)  # checksums of recently written files are not cached
     return path
 
 
 def write_dataset(root: Path, state: np.ndarray, action: np.ndarray, length: int, size: int, cameras: int):
-    """A LeRobot dataset without its videos."""
+    """Write a LeRobot dataset without its videos."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -133,7 +133,7 @@ def write_dataset(root: Path, state: np.ndarray, action: np.ndarray, length: int
 
 
 class Phases:
-    """Takes the time and the memory of what a process has just done."""
+    """Records the time and the memory of each phase of a process."""
 
     def __init__(self):
         self.done: dict[str, dict[str, float]] = {}
@@ -146,7 +146,7 @@ class Phases:
 
 
 def memory() -> dict[str, float]:
-    """Gigabytes of this process: see the module's docstring."""
+    """Memory of this process in GB: see the module's docstring."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     lines += [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     kilobytes = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
@@ -155,7 +155,7 @@ def memory() -> dict[str, float]:
 
 
 def start(arguments: list[str]) -> dict[str, dict[str, float]]:
-    """What `train_naive_fm.py` does until its first step is done."""
+    """Do what `train_naive_fm.py` does until the end of its first step; returns the phases."""
     phases = Phases()
     import torch  # noqa: F401
 
@@ -194,7 +194,7 @@ def start(arguments: list[str]) -> dict[str, dict[str, float]]:
 
 
 def launch(arguments: list[str]) -> dict[str, dict[str, float]]:
-    """The phases of a start in a process of its own, and how long it took in all."""
+    """The phases of a start in a separate process, and their total."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -212,7 +212,7 @@ def launch(arguments: list[str]) -> dict[str, dict[str, float]]:
 
 
 def table(title: str, starts: list[dict]) -> str:
-    """Medians of several starts."""
+    """Markdown: medians of several starts."""
     lines = [
         f"| {title} | wall s | processor s | own GB | resident GB | peak GB |",
         "| --- |" + " ---: |" * 5,

@@ -1,13 +1,12 @@
-"""What the training loop costs beside a bare PyTorch loop over the same policy and batches.
+"""The cost of the training loop, compared with a bare PyTorch loop over the same policy and batches.
 
     python benchmarks/step.py
     python benchmarks/step.py --mixed-precision bf16 --batch-size 64 --backbone resnet18
 
-Both loops run in one process on the same machine, in turns, so that a machine that is busy with other work
-slows both alike. The bare loop does what no training can do without: gather a batch, loss, backward, clip,
-step, average the weights. The script's loop adds what Accelerate does, the count of real elements over
-processes, gradient norms by component, skipping of bad steps, the schedule, metrics and progress. The result
-is the median over turns of the ratio.
+Both loops take turns in one process, so that other work on the machine slows them equally. The bare loop does
+only what training needs: gather a batch, loss, backward, clip, step, average the weights. The script's loop
+adds what Accelerate does, the count of real elements over processes, gradient norms by component, skipping
+of bad steps, the schedule, metrics and progress. The result is the median over turns of the ratio.
 """
 
 import statistics
@@ -37,7 +36,7 @@ class Config:
     rounds: PositiveInt = 12
     """Turns of each loop."""
     turn_steps: PositiveInt = 10
-    """Steps a turn."""
+    """Steps per turn."""
 
 
 def main(config: Config) -> None:
@@ -55,7 +54,7 @@ def main(config: Config) -> None:
                 for _ in range(config.turn_steps):
                     next(loop)
                 synchronize(run.device)
-                if turn:  # the first turn warms up
+                if turn:  # the first turn is a warm-up
                     times[name].append((time.perf_counter() - start) / config.turn_steps * 1000)
         for loop in loops.values():
             loop.close()
@@ -68,7 +67,7 @@ def main(config: Config) -> None:
     precision = run.accelerator.mixed_precision
     print(f"{device}, batch {script.optim.batch_size}, {script.vision.backbone}, {precision}")
     for name, values in times.items():
-        print(f"{name:>7}: {statistics.median(values):7.2f} ms a step (median of {len(values)} turns)")
+        print(f"{name:>7}: {statistics.median(values):7.2f} ms per step (median of {len(values)} turns)")
     print(f"  ratio: {statistics.median(ratios):7.4f}")
 
 
@@ -78,7 +77,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def bare_loop(script: train_vfp.Config, run: Run, data: Data):
-    """A loop as a tutorial writes it; yields after every step."""
+    """A loop as in a tutorial; yields after every step."""
     torch.manual_seed(0)
     policy = train_vfp.Policy(script, data.spec).to(run.device).train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=script.optim.lr, fused=True)

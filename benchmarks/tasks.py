@@ -1,17 +1,17 @@
-"""One policy for sixteen instructions: does it listen, and what does that cost beside a policy of one task?
+"""One policy for sixteen instructions: does it follow them, and how good is it next to single-task policies?
 
-    python benchmarks/tasks.py                                      # all of it; hours on two cores
-    python benchmarks/tasks.py --seeds 0 --steps 20 --episodes 16   # to see that it runs
+    python benchmarks/tasks.py                                      # everything; hours on two cores
+    python benchmarks/tasks.py --seeds 0 --steps 20 --episodes 16   # quick check that it runs
 
 `train_vfp_moe.py` with `configs/train_vfp_moe/demo_tasks.json` on the built-in task with instructions:
 
 - index: a learned embedding of each instruction.
 - text: a frozen text encoder; a small one with random weights, made here, unless --encoder names another.
-- none: a policy that is not told, which is right in one of sixteen.
-- single: one of the instructions alone, with as many demonstrations of it, evaluated on it.
+- none: a policy without instructions, which is right once in sixteen times.
+- single: trained and evaluated on one instruction, with as many demonstrations.
 
-Each is evaluated on the same fresh episodes, told what is asked, and told something else. Runs that are
-finished are not repeated and interrupted ones resume. The table is printed.
+Each is evaluated on the same fresh episodes, given the right instruction and given another one. Finished runs
+are not repeated and interrupted ones resume. The table is printed.
 """
 
 import json
@@ -36,16 +36,16 @@ SAMPLE_STEPS = ("10", "1")
 
 @options
 class Config:
-    """Train policies that are told their task, and others, and compare them."""
+    """Train policies with and without instructions, and compare them."""
 
     variants: tuple[str, ...] = ("index", "text", "none", "single")
-    """Which of them."""
+    """Policies to compare."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
     steps: int | None = None
     """Training steps. Default: what the configuration says."""
     episodes: int = 320
-    """Episodes to act in."""
+    """Episodes of each evaluation."""
     encoder: str | None = None
     """Text encoder. Default: a small one with random weights."""
     runs: UserPath = ROOT / "runs" / "tasks"
@@ -60,7 +60,7 @@ def main(config: Config) -> None:
 
 
 def run(config: Config, variant: str, seed: int) -> dict:
-    """Train and evaluate one run, as far as that has not been done; what is compared of it."""
+    """Train and evaluate one run, skipping what is finished; returns its results."""
     folder = config.runs / f"{variant}-{seed}"
     wanted = json.loads(CONFIG.read_text())["config"]
     steps = config.steps or wanted["optim"]["steps"]
@@ -109,7 +109,7 @@ def small_encoder(folder: Path) -> Path:
 
 
 def table(rows: list[tuple[str, list[dict]]], config: Config) -> str:
-    """Markdown: a row for each variant, means over seeds with the seeds' own figures, in percent."""
+    """Markdown: a row for each variant, with means over seeds and each seed's figure, in percent."""
 
     def rates(runs: list[dict], what: str, name: str) -> str:
         values = [100 * run["closed_loop"][what][name] for run in runs if what in run["closed_loop"]]
@@ -121,7 +121,7 @@ def table(rows: list[tuple[str, list[dict]]], config: Config) -> str:
         f"Seeds {', '.join(map(str, config.seeds))}, {config.episodes} fresh episodes each, the same for "
         f"all; chance is {100 / len(TASKS):.1f}.",
         "",
-        "| | success, 10 steps | 1 step | told another task | wrong target | collisions | parameters |",
+        "| | success, 10 steps | 1 step | given another task | wrong target | collisions | parameters |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for variant, runs in rows:

@@ -1,11 +1,11 @@
-"""What OMP_WAIT_POLICY=passive does to the speed of training on a CPU, on an idle machine and a busy one.
+"""The effect of OMP_WAIT_POLICY=passive on training speed on a CPU, idle and busy.
 
     python benchmarks/waiting.py
     python benchmarks/waiting.py --busy 0 2 4
 
 Two processes train the same policy, one with threads that wait passively and one with PyTorch's default. They
-take turns, so that whatever else a machine does slows both alike; the result is the median over turns of the
-ratio of their speeds. `--busy` processes compute meanwhile.
+take turns, so that other work on the machine slows both equally; the result is the median over turns of the
+ratio of their speeds. Meanwhile, `--busy` other processes compute.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class Options:
     """Compare ways for threads to wait."""
 
     busy: tuple[int, ...] = (0, 2)
-    """Processes that compute meanwhile, one number after the other."""
+    """Numbers of other processes that compute meanwhile; each is measured."""
     rounds: int = 12
     """Turns of each."""
     turn_steps: int = 10
-    """Steps a turn."""
+    """Steps per turn."""
     threads: int = os.cpu_count() or 1
     batch_size: int = 16
     child: bool = False
-    """For the processes that this one starts."""
+    """Used internally, for the processes that this one starts."""
 
 
 def train(options: Options) -> None:
-    """Train `turn_steps` steps whenever a line comes in; answer with samples per second."""
-    import torch  # before anything of this project, which would say how threads wait
+    """Train `turn_steps` steps for every line on stdin; answer with samples per second."""
+    import torch  # before this project's modules, which would set OMP_WAIT_POLICY
 
     import train_vfp
     from benchmarks.step import bare_loop

@@ -2,6 +2,6 @@
 
 import os
 
-# Threads that spin while they wait take the cores from whoever has work: at a load of 4 on 2 cores, half the
-# speed of training (benchmarks/waiting.py).
+# Threads that spin while they wait take cores from threads with work: at a load of 4 on 2 cores, training
+# ran at half the speed (benchmarks/waiting.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,7 +1,7 @@
-"""Accelerate, set up as every script needs it, and what its environment variables may not overrule.
+"""Sets up Accelerate as every script needs it, and refuses environment variables that contradict the flags.
 
-Accelerate and `accelerate launch` hand settings over in variables, some of which win over what a script asks
-for. What a run prints, saves and resumes must be what it does: a variable that contradicts a flag is refused.
+Accelerate and `accelerate launch` pass settings in environment variables, some of which override what a
+script asks for. But what a run prints, saves and resumes must be what it does.
 """
 
 import logging
@@ -23,17 +23,17 @@ SHARDING = ("USE_DEEPSPEED", "USE_FSDP", "USE_MEGATRON_LM", "USE_PARALLELISM_CON
 
 
 def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerator:
-    """Accelerate for a run; without a GPU on the CPU, with several processes too.
+    """Accelerate for a run; without a GPU it uses the CPU, with several processes too.
 
     Raises:
         UserError: if an environment variable contradicts the flags, or the device lacks the precision.
     """
     _refuse_contradictions(grad_accumulation)
-    # The launcher's own hints about defaults say nothing that a user of these scripts can act on.
+    # Users of these scripts cannot act on the launcher's hints about defaults.
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
-    # On CUDA, all buffers follow from what all processes know: batch norm is of all of them, and methods sum
-    # what they count. On a CPU there is no such batch norm: process 0 has the buffers.
+    # On CUDA, all processes compute the same buffers: batch norm is synchronized, and methods sum their
+    # counts over processes. On a CPU there is no synchronized batch norm: process 0 sends its buffers.
     cuda = torch.cuda.is_available()
     ddp = DistributedDataParallelKwargs(broadcast_buffers=not cuda, gradient_as_bucket_view=True)
     accelerator = Accelerator(
@@ -44,7 +44,7 @@ def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerat
         step_scheduler_with_optimizer=False,  # scripts step the scheduler themselves
     )
     precision, device = accelerator.mixed_precision, accelerator.device.type
-    if precision != "no" and not accelerator.native_amp:  # Accelerate would train in float32 and not say so
+    if precision != "no" and not accelerator.native_amp:  # Accelerate would silently train in float32
         raise UserError(f"There is no {precision} training on {device}: use --mixed-precision bf16 or no.")
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -63,18 +63,18 @@ def make_accelerator(config: RunConfig, grad_accumulation: int = 1) -> Accelerat
 
 
 def _refuse_contradictions(grad_accumulation: int) -> None:
-    """Refuse variables by which Accelerate would do something else than the flags say."""
+    """Refuse variables that would make Accelerate do something other than the flags say."""
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(grad_accumulation))
     if steps != str(grad_accumulation):
         raise UserError(
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps} and --grad-accumulation is "
-            f"{grad_accumulation}: unset the variable, and say with the flag how many batches make a step."
+            f"{grad_accumulation}: unset the variable, and set the batches per step with the flag."
         )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         raise UserError(
             f"ACCELERATE_DYNAMO_BACKEND is {backend}, which compiles the policy whatever --compile says: "
-            f"unset it, or launch with --dynamo_backend no, and give --compile."
+            f"unset it, or launch with --dynamo_backend no, and use --compile."
         )
     for name in SHARDING:
         value = os.environ.get(f"ACCELERATE_{name}", "false")
@@ -86,17 +86,17 @@ def _refuse_contradictions(grad_accumulation: int) -> None:
 
 
 def _precision(config: RunConfig) -> str:
-    """`--mixed-precision`, else what the launcher says, else that of the resumed run.
+    """`--mixed-precision`, else the launcher's setting, else that of the resumed run.
 
-    The launcher says `no` where it was told nothing.
+    The launcher sets `no` if it was given none.
     """
     if config.mixed_precision is not None:
         return config.mixed_precision
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if told not in get_args(Precision):
         raise UserError(
-            f"ACCELERATE_MIXED_PRECISION is {told}, which these scripts do not know: give --mixed-precision "
-            f"{', '.join(get_args(Precision)[:-1])} or {get_args(Precision)[-1]}."
+            f"ACCELERATE_MIXED_PRECISION is {told}, which these scripts do not support: give "
+            f"--mixed-precision {', '.join(get_args(Precision)[:-1])} or {get_args(Precision)[-1]}."
         )
     if told == "no" and config.resume is not None:
         return read_json(config.run_dir / "config.json").get("mixed_precision", "no")

@@ -1,4 +1,4 @@
-"""Errors that a user is meant to read, and the exit codes of the scripts."""
+"""Errors meant for users, and the exit codes of the scripts."""
 
 import errno
 import re
@@ -12,11 +12,11 @@ LOST = (
 
 
 class UserError(Exception):
-    """An error that the user can fix: the message names the thing and the way out, in one sentence.
+    """An error that the user can fix: the message says in one sentence what is wrong and how to fix it.
 
     The command line (`common/config.py`) prints the message without a traceback and exits with code 1;
-    code that imports this project (a robot's control loop, a test) catches it like any exception. Names from
-    damaged files can hold anything; characters that cannot be printed become question marks.
+    code that imports this project (a robot's control loop, a test) can catch it like any exception. Names
+    from damaged files can hold anything: unprintable characters become question marks.
     """
 
     def __init__(self, sentence: str):
@@ -38,7 +38,7 @@ def explain(error: Exception) -> tuple[str, int] | None:
         return f"The disk is full ({error.filename or text}): free disk space and start again.", 1
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return f"Too many files are open ({error.filename or text}): allow more with `ulimit -n`.", 1
-    # The pipe from a data loading process can break before anybody notices that it died.
+    # The pipe from a data loading process can break before anyone notices that it died.
     broken = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
     if broken or (runtime and re.search(r"DataLoader worker \(pid", text)):
         return (

@@ -1,4 +1,4 @@
-"""Exported policies, in a folder or on the hub: found and read here, written by `lerobot_policy_flow`.
+"""Finds and reads exported policies, in a folder or on the hub; `lerobot_policy_flow` writes them.
 
     config.json         LeRobot's settings, and a checkpoint's policy.json as `run`
     model.safetensors   weights as `model.<component>.<name>`, statistics as `statistics.<part>.<name>`
@@ -36,7 +36,7 @@ class Exported(NamedTuple):
 
 
 def find(name: str | Path) -> Path | None:
-    """Folder of an exported policy; None for the name of something else, such as a run folder.
+    """Folder of an exported policy; None if the name is something else, such as a run folder.
 
     Downloads a hub name into the hub's cache.
 
@@ -56,16 +56,16 @@ def find(name: str | Path) -> Path | None:
     except Exception as error:  # the hub's client raises dozens of classes, from three libraries
         reason = "it is not in the hub's cache here, and there is no connection" if far else brief(error)
         raise UserError(
-            f"{name} is no folder here and cannot be had from the hub ({reason}): check the name, and "
-            f"`hf auth login` if it is private."
+            f"{name} is no folder here and cannot be loaded from the hub ({reason}): check the name, and "
+            f"run `hf auth login` if it is private."
         ) from None
     if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{name} on the hub has no {WEIGHTS}: give one that this project exported.")
+        raise UserError(f"{name} on the hub has no {WEIGHTS}: give a policy that this project exported.")
     return folder
 
 
 def read(folder: Path) -> Exported:
-    """Read an exported policy; a UserError if it is of another project or version, or damaged."""
+    """Read an exported policy; a UserError if it comes from another project or version, or is damaged."""
     try:
         config = read_json(folder / CONFIG)
         kind, version, settings = config.get("type"), config.get("version"), config.get("run")
@@ -87,8 +87,8 @@ def require_version(version: object, where: object) -> None:
     """Refuse exports of another version."""
     if version != VERSION:
         raise UserError(
-            f"{where} was exported in version {version} of the format, and this is version {VERSION}: export "
-            f"the run again, or use the version that wrote it."
+            f"{where} was exported in version {version} of the format, and this code reads {VERSION}: export "
+            f"the run again, or use the code that wrote it."
         )
 
 
@@ -110,7 +110,7 @@ def parts(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tens
 
 
 def require_pushable(name: str, script: str) -> None:
-    """Refuse, before a run starts, what could not be pushed to the hub at its end."""
+    """Refuse, before a run starts, a policy that could not be pushed to the hub at its end."""
     from huggingface_hub import get_token
 
     from common.inference import load_script
@@ -118,7 +118,7 @@ def require_pushable(name: str, script: str) -> None:
     require_hub_name(name, "--push-to-hub")
     found = load_script(script)
     if not hasattr(found, "sample_actions"):
-        raise UserError(f"--push-to-hub {name}: {script} trains no policy, so leave it out.")
+        raise UserError(f"--push-to-hub {name}: {script} trains no policy, so leave the flag out.")
     require_carried(found)
     if get_token() is None:
         raise UserError(f"--push-to-hub {name} needs a login: `hf auth login`, or the variable HF_TOKEN.")
@@ -128,7 +128,7 @@ def require_carried(script: ModuleType) -> None:
     """Refuse a script outside the distribution: LeRobot could not load its policies."""
     path = Path(script.__file__)
     if path.parent != Path(__file__).resolve().parents[1]:
-        raise UserError(f"{path.name} is no script beside common/: copy it there, and train, to export.")
+        raise UserError(f"{path.name} is not next to common/: copy it there and train again to export.")
 
 
 def require_hub_name(name: str, flag: str) -> None:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, what is on the disk for certain, and disks that are full."""
+"""Writes files whole or not at all, makes sure that they are on disk, and handles full disks."""
 
 import errno
 import hashlib
@@ -16,13 +16,13 @@ from typing import Any
 
 from common.errors import UserError
 
-CHECKSUMS = "checksums.json"  # of a checkpoint: is there once all its files are
-SETTLED_SECONDS = 2.0  # file systems count the time in steps, of up to two seconds
+CHECKSUMS = "checksums.json"  # of a checkpoint: written after all its other files
+SETTLED_SECONDS = 2.0  # file systems round times to up to two seconds
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or absent, whatever stops or writes beside it."""
+    """Write a file whole or not at all, even if interrupted or if other processes write it too."""
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         with part.open("wb") as file:
@@ -48,13 +48,13 @@ def read_json(path: Path) -> Any:
 
 
 def completed_checkpoints(run_dir: Path) -> list[Path]:
-    """Folders of a run's checkpoints that were written to their end, by step; one may be damaged since."""
+    """Folders of a run's completely written checkpoints, by step; one may have been damaged since."""
     folder = (Path(run_dir).expanduser() / "checkpoints").resolve()
     return sorted(path for path in folder.glob("step_*") if (path / CHECKSUMS).is_file())
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file: finds damage, at several GB/s."""
+    """CRC-32 of a file: detects damage, at several GB/s."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(2**22):
@@ -63,9 +63,9 @@ def checksum(path: Path) -> int:
 
 
 def unchanged_while(files: Iterable[Path]) -> list | None:
-    """What stays the same as long as files do: their names, sizes, inodes and times, as JSON can hold it.
+    """Names, sizes, inodes and times of files, as JSON: they stay the same as long as the files do.
 
-    None if one was changed in the last seconds: another change at once could leave it the same times.
+    None if one was changed in the last seconds: another change right now could leave its times the same.
     """
     found = [(str(file), file.stat()) for file in files]
     if any(abs(time.time() - status.st_ctime) < SETTLED_SECONDS for _, status in found):
@@ -74,10 +74,10 @@ def unchanged_while(files: Iterable[Path]) -> list | None:
 
 
 def computed_once(path: Path, key: Any, compute: Callable[[], Any]) -> Any:
-    """The value of `compute`, as JSON can hold it, kept in the file `path` for whoever gives the same key.
+    """The value of `compute`, as JSON, cached in the file `path` for calls with the same key.
 
-    Other processes that ask for it meanwhile wait, and read. A file that is damaged or has another key is
-    not trusted, but written anew. With no key (None), or where nothing can be written, nothing is kept.
+    Other processes that ask for it meanwhile wait, then read it. A file that is damaged or has another key is
+    ignored and replaced. Without a key (None), or where nothing can be written, nothing is cached.
     """
     from filelock import FileLock
 
@@ -102,7 +102,7 @@ def computed_once(path: Path, key: Any, compute: Callable[[], Any]) -> Any:
 
 
 def _kept(path: Path, key: str) -> Any:
-    """What `computed_once` has kept under a key; None if there is nothing, or nothing to trust."""
+    """The value that `computed_once` cached under a key; None if there is none, or it is damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = read_json(path)
         if (found["key"], found["crc32"]) == (key, zlib.crc32(json.dumps(found["value"]).encode())):
@@ -117,7 +117,7 @@ def sync(folder: Path) -> None:
 
 
 def sync_one(path: Path) -> None:
-    """Wait until a file is on disk, or of a folder, what it holds by which names."""
+    """Wait until a file is on disk or, for a folder, the names of what it holds."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -126,9 +126,9 @@ def sync_one(path: Path) -> None:
 
 
 def require_space(folder: Path, needed: int, what: str, remedy: str) -> None:
-    """Refuse to fill the disk of a folder: `what`, as in "The store needs", is so many bytes.
+    """Raise a UserError if the disk of a folder has no space for `needed` bytes.
 
-    A UserError says that `remedy` makes them fewer.
+    Its message begins with `what`, such as "The store needs", and suggests `remedy`, which needs less.
     """
     free = shutil.disk_usage(folder).free
     if needed * 1.01 > free:
@@ -139,9 +139,9 @@ def require_space(folder: Path, needed: int, what: str, remedy: str) -> None:
 
 
 def allow_many_open() -> None:
-    """Have as many files open as the system allows at most; usually it begins with 1,024."""
+    """Raise the limit of open files to the system's maximum; it usually starts at 1,024."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # a system that states no limit, and has one
+    with suppress(OSError, ValueError):  # a system that states no limit, but has one
         resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
 
 
@@ -149,7 +149,7 @@ def allow_many_open() -> None:
 def writing_below(
     folder: Path, smaller: str = "a smaller --image-size", elsewhere: str = "another --cache-dir"
 ) -> Iterator[None]:
-    """Within, a disk that is full or cannot be written is a UserError; the other words say the way out."""
+    """In this block, a full or read-only disk is a UserError, which suggests the other arguments."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
 """Flow matching: times t from 0 (noise x_0) to 1 (data x_1), the path between, guidance, integration.
 
 A chunk can begin with a *prefix*: actions that are given, because the robot executes them while the others
-are computed (training-time real-time chunking, Black et al. 2025, arXiv 2512.05964). Flow time is then one
-for each action, (B, T): 1 for those that are given, and the sample's t for those to predict.
+are computed (training-time real-time chunking, Black et al. 2025, arXiv 2512.05964). Each action then has its
+own flow time, (B, T): 1 if it is given, and the sample's t if it is to be predicted.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +29,10 @@ class DelayConfig:
 
     max_delay: NonNegativeInt = 0
     """Most control steps that a robot may take between an observation and its chunk: the actions of these
-    steps are given then, and the chunk continues them. In training, 0 to so many are; 0 trains none of it."""
+    steps are given, and the chunk continues them. Training draws 0 to this many; 0 turns this off."""
     prefix_share: Share = 0.5
-    """Share of the training draws that are given so many; the others have no prefix, because a network that
-    learns little else than to continue a motion learns late to look at the images."""
+    """Share of the training draws that have such a prefix; the others have none, because a network that
+    mostly learns to continue a motion is slow to learn to look at the images."""
 
 
 def noise(shape: Sequence[int], device: torch.device | str, generator: Generators = None) -> Tensor:
@@ -52,7 +52,7 @@ def sample_time(
     """Draw flow times, (num,) float32 in [0, 1].
 
     The default Beta(1.0, 1.5) favours the noisy end, where the velocity field decides which mode a sample
-    goes to (as pi0 does, Black et al. 2024, whose code runs time the other way). "logit-normal" is the
+    goes to (as in pi0, Black et al. 2024, whose code runs time the other way). "logit-normal" is the
     sigmoid of a standard normal (Esser et al. 2024), with few draws at either end.
     """
     if distribution == "uniform":
@@ -63,7 +63,7 @@ def sample_time(
     if a == 1.0:  # inverse of the distribution function 1 - (1 - t)^b: one uniform draw
         return 1 - torch.rand(num, device=device, generator=generator) ** (1 / b)
     concentration = torch.stack([torch.full((num,), float(c), device=device) for c in (a, b)], dim=1)
-    # Dirichlet is what torch draws Beta from; the private function is the one that takes a generator.
+    # torch draws Beta from Dirichlet; only the private function takes a generator.
     return torch._sample_dirichlet(concentration, generator=generator)[:, 0]
 
 
@@ -86,10 +86,10 @@ def linear_path(x_0: Tensor, x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_prefix(t: Tensor, horizon: int, config: DelayConfig) -> Tensor:
-    """Flow times (B, T) of chunks whose first actions are given: 0 to `max_delay`, each number as probable.
+    """Flow times (B, T) of chunks whose first 0 to `max_delay` actions are given, each number equally likely.
 
-    A share of the chunks has none, unlike in the paper, whose policies are trained already: see
-    `docs/chunks.md`. Without `max_delay` nothing is drawn, and t (B,) comes back as it is.
+    Some of the chunks have no prefix, unlike in the paper, which starts from trained policies: see
+    `docs/chunks.md`. Without `max_delay`, nothing is drawn and t (B,) is returned as it is.
     """
     if config.max_delay == 0:
         return t
@@ -99,7 +99,7 @@ def random_prefix(t: Tensor, horizon: int, config: DelayConfig) -> Tensor:
 
 
 def to_predict(t: Tensor) -> Tensor:
-    """Which actions are not given, by flow times (B,) or (B, T): (B, T) bool, or (B, 1) where all are alike.
+    """Which actions are not given: bool (B, T) from flow times (B, T); from (B,), (B, 1), all True.
 
     Only these have a loss: the velocity of a given action means nothing.
     """
@@ -107,16 +107,16 @@ def to_predict(t: Tensor) -> Tensor:
 
 
 def share_to_predict(horizon: int, config: DelayConfig) -> Tensor:
-    """How often `random_prefix` leaves each action of a chunk to predict, (T,) float32, in (0, 1]."""
+    """How often `random_prefix` leaves each action of a chunk to be predicted, (T,) float32, in (0, 1]."""
     given = (1 - torch.arange(1, horizon + 1) / (config.max_delay + 1)).clamp(min=0)
     return 1 - config.prefix_share * given
 
 
 def levels(t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The flow times that a sample has, for a network that embeds them.
+    """The distinct flow times of each sample, for a network that embeds them.
 
-    Of t (B,), t itself and None. Of t (B, T), (B, 2): that of the actions to predict, then 1; and which
-    actions are given, (B, T) bool.
+    From t (B,): t itself and None. From t (B, T): (B, 2), the time of the actions to predict, then 1; and
+    which actions are given, (B, T) bool.
     """
     if t.ndim == 1:
         return t, None
@@ -124,15 +124,15 @@ def levels(t: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class Prefix(NamedTuple):
-    """Actions that are given to B chunks: as many as each needs."""
+    """Actions that are given to B chunks, as many as each needs."""
 
     actions: Tensor
-    """(B, T, A), normalized; anything where they are not given."""
+    """(B, T, A), normalized; arbitrary where not given."""
     given: Tensor
     """(B, T) bool."""
 
     def of(self, rows: Tensor) -> "Prefix":
-        """That of some of the chunks."""
+        """The prefix of some of the chunks."""
         return Prefix(self.actions[rows], self.given[rows])
 
 
@@ -151,7 +151,7 @@ def integrate(
     """Carry noise (B, ...) to data: solve dx/dt = velocity(x, t), t (B,), from 0 to 1 in equal steps.
 
     Euler evaluates the velocity once a step (error O(h)); midpoint and Heun twice (O(h^2)). The actions of a
-    prefix stay as they are, to the bit; the velocity is then asked for with the time of each action, (B, T).
+    prefix stay as they are, to the bit; `velocity` is then called with a time for each action, (B, T).
     """
     if steps < 1:
         raise ValueError(f"integration needs at least 1 step, got {steps}")
@@ -161,7 +161,7 @@ def integrate(
 
 @contextmanager
 def compiled(function: Callable[..., Tensor] | None) -> Iterator[None]:
-    """Within, `integrate` runs what `compile_integration` gave; None: as it is."""
+    """In this block, `integrate` runs `function`, made by `compile_integration`; None: runs uncompiled."""
     token = _compiled.set(function)
     try:
         yield
@@ -170,10 +170,10 @@ def compiled(function: Callable[..., Tensor] | None) -> Iterator[None]:
 
 
 def compile_integration(device: torch.device) -> Callable[..., Tensor]:
-    """`integrate` with all of its steps as one graph, which is captured on CUDA, and replayed.
+    """`integrate` with all of its steps as one graph, which CUDA captures and replays.
 
-    Another number of steps or another shape is compiled anew. Where that fails, as after too many shapes, it
-    says so, and nothing is compiled from then on. A captured graph belongs to the thread that runs it first.
+    Another number of steps or another shape compiles again. If that fails, for example after too many shapes,
+    it says so and runs uncompiled from then on. A captured graph belongs to the thread that runs it first.
     """
     mode = "reduce-overhead" if device.type == "cuda" else None
     run = torch.compile(_integrate, dynamic=False, fullgraph=True, mode=mode)
@@ -223,11 +223,11 @@ def _integrate(
 
 
 def prepend_start(x_0: Tensor, x_t: Tensor, t: Tensor, flow_samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give each observation one draw more, before its M others: the first one's noise, at t = 0.
+    """Give each observation one more draw, before its M others: the first one's noise, at t = 0.
 
-    The velocity there, added to that noise, is the chunk that a single integration step makes: a whole one,
-    also where others have a prefix. From noise and points (B * M, T, A) and times (B * M,) to the noise of
-    the new draws (B, T, A), and points (B * (1 + M), T, A) and times (B * (1 + M),) of all; times of each
+    This noise plus the velocity there is the chunk that a single integration step makes; it has no prefix,
+    even if the other draws do. Takes noise and points (B * M, T, A) and times (B * M,); returns the noise of
+    the new draws (B, T, A), and points (B * (1 + M), T, A) and times (B * (1 + M),) of all. Times of each
     action, (B * M, T), become (B * (1 + M), T).
     """
     start = x_0.unflatten(0, (-1, flow_samples))[:, :1]

@@ -160,7 +160,7 @@ class Frames:
         self._said = False
 
     def keep(self, step: float, features: Tensor, task: object = ...) -> None:
-        """Keep the frame of a control step, (N, W), and forget those seen with another instruction in mind."""
+        """Keep the frame of a control step, (N, W); forget those that were seen under another instruction."""
         if task != self.task:
             self.kept, self.task = [], task
         if self.kept and step < self.kept[-1][0]:

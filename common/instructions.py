@@ -1,7 +1,7 @@
 """Instructions: how a policy of several tasks is told which one to do.
 
-A sentence becomes one vector or a few: learned for each known instruction, or what a frozen text encoder
-makes of it (`common/text.py`). `InfoEmbedder` puts them into the memory and, the last one, into the summary.
+A sentence becomes one vector or a few: learned for each known instruction, or the output of a frozen text
+encoder (`common/text.py`). `InfoEmbedder` adds all of them to the memory, and the last one to the summary.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ from common.data.store import EpisodeStore
 from common.data.tasks import listed
 from common.errors import UserError
 
-MOST_LEARNED = (
-    1000  # instructions: more are descriptions, each of a few episodes, which a text encoder must read
-)
+MOST_LEARNED = 1000  # instructions; more are descriptions of a few episodes each: for a text encoder
 
 
 def _in_full(name: str | None) -> str | None:
-    """A model that lies here by its whole path: a run may be resumed from another working directory."""
+    """A local model by its absolute path: a run may be resumed from another working directory."""
     if name in (None, "none", "index"):
         return name
     path = Path(name).expanduser()
@@ -40,8 +38,8 @@ class TaskConfig:
 
     task_encoder: Annotated[str | None, AfterValidator(_in_full)] = None
     """`index`, a learned embedding of each instruction; `none`, the policy is not told; or a frozen text
-    encoder by name or folder, such as CLIP, SigLIP, T5 or a sentence encoder, which takes new sentences too.
-    Default: index where there are several instructions."""
+    encoder by name or folder, such as CLIP, SigLIP, T5 or a sentence encoder, which also takes new sentences.
+    Default: index if there are several instructions."""
     task_tokens: Literal["pooled", "all"] = "pooled"
     """Text encoders: a sentence as one vector, or also word by word."""
     task_dropout: Share = 0.1
@@ -56,8 +54,8 @@ class Instructions:
         sentences: each once, in alphabetical order.
         encoder: `index`, or the name of a text encoder.
         droppable: whether the policy has learned to act without an instruction.
-        identity: what shows that a text encoder is the same one, see `TextEncoder`.
-        table: of a text encoder, (S, L, D) float32, L vectors of each sentence, the last for all of it.
+        identity: identifies a text encoder, see `TextEncoder`.
+        table: output of a text encoder, (S, L, D) float32: L vectors per sentence, the last for all of it.
     """
 
     sentences: tuple[str, ...]
@@ -68,11 +66,11 @@ class Instructions:
 
     @classmethod
     def of(cls, store: EpisodeStore, config: TaskConfig) -> Instructions | None:
-        """Those of a dataset; None where there is nothing to tell, or it is not to be told.
+        """The instructions of a dataset; None if there are fewer than two, or the policy is not to be told.
 
         Raises:
-            UserError: for episodes without an instruction beside others that have one, texts that are not
-                UTF-8, too many to learn, or a text encoder that cannot be loaded.
+            UserError: if only some episodes have an instruction, a text is not UTF-8, there are too many to
+                learn, or the text encoder cannot be loaded.
         """
         sentences = store.instructions
         if config.task_encoder == "none" or not sentences:
@@ -81,8 +79,8 @@ class Instructions:
         if len(silent):
             stated = "none" if store.episode_tasks[silent[0]] is None else "an empty one"
             raise UserError(
-                f"{store.source} has {len(silent)} episodes without instruction beside others that have one, "
-                f"the first is {store.episode_indices[silent[0]]}, which has {stated}: choose "
+                f"{store.source} has {len(silent)} episodes without an instruction, but others have one (the "
+                f"first is {store.episode_indices[silent[0]]}, which has {stated}): choose "
                 f"with --task, or give --task-encoder none."
             )
         broken = [sentence for sentence in sentences if "\ufffd" in sentence]
@@ -101,7 +99,7 @@ class Instructions:
             )
         table, identity = None, ()
         if encoder != "index":
-            from common.text import encode_once  # which needs what needs this module
+            from common.text import encode_once  # it imports this module
 
             table, identity = encode_once(store, encoder, config.task_tokens)
         how = "a learned embedding of each" if table is None else f"encoded by {encoder}"
@@ -110,7 +108,7 @@ class Instructions:
 
 
 def drop_some(task: Tensor | None, config: TaskConfig) -> Tensor | None:
-    """Instructions (B,) of training samples, of which a share is lost: -1."""
+    """Instructions (B,) of training samples, with a share of them lost: -1."""
     if task is None or not config.task_dropout:
         return task
     lost = torch.rand(len(task), device=task.device) < config.task_dropout
@@ -118,7 +116,7 @@ def drop_some(task: Tensor | None, config: TaskConfig) -> Tensor | None:
 
 
 class InstructionEmbedder(nn.Module):
-    """Vectors of instructions, and of none, which is learned in any case."""
+    """Vectors of instructions, and one for none, which is always learned."""
 
     def __init__(self, known: Instructions, d_model: int):
         super().__init__()
@@ -126,7 +124,7 @@ class InstructionEmbedder(nn.Module):
             self.table = nn.Parameter(torch.randn(len(known.sentences), 1, d_model))
             self.none, self.project = nn.Parameter(torch.randn(1, d_model)), nn.Identity()
             return
-        # What all sentences share says nothing, and is most of what a text encoder gives.
+        # Most of a text encoder's output is the same for all sentences, and tells nothing apart.
         tokens, whole = known.table[:, :-1], known.table[:, -1:]
         centre = torch.cat(
             [tokens.mean(dim=(0, 1), keepdim=True).expand_as(tokens[:1]), whole.mean(0)[None]], 1
@@ -141,8 +139,8 @@ class InstructionEmbedder(nn.Module):
         """(B, L, D), the last for the whole sentence.
 
         Args:
-            task: (B,), places of known sentences, -1 for none; or what the text encoder makes of any, (B, L,
-                D_text), NaN for none.
+            task: (B,), indices of known sentences, -1 for none; or the text encoder's output for any
+                sentences, (B, L, D_text), NaN for none.
         """
         if task.is_floating_point():
             vectors = (task - self.centre) / self.scale

@@ -25,7 +25,7 @@ from common.files import checksum, computed_once
 Normalization = Literal["mean-std", "min-max", "quantile"]
 POSE = 3 + TARGET_DIM  # numbers in a position and a re-expressed rotation
 STATISTICS = ("mean", "std", "min", "max", "q01", "q99")
-FORMULAS = ("normalize.py", "data/motion.py", "data/rotation.py", "data/samples.py")  # what makes statistics
+FORMULAS = ("normalize.py", "data/motion.py", "data/rotation.py", "data/samples.py")  # code of the statistics
 
 
 def fit_statistics(values: np.ndarray) -> dict[str, Tensor]:
@@ -44,10 +44,10 @@ def scale_offset(statistics: dict[str, Tensor], mode: Normalization) -> tuple[Te
     "mean-std": zero mean, unit variance. "min-max": the recorded range becomes [-1, 1]. "quantile": the
     range from the 1st to the 99th percentile becomes [-1, 1], outliers lie outside.
 
-    A dimension whose spread is nothing but rounding would explode when divided by it. Such a dimension gets
-    scale 1: it normalizes to 0 where it was recorded, and the inverse gives back its constant. A dimension
-    that moves in less than 1 % of the steps (a gripper that closes once) has equal quantiles, but is not
-    constant: it falls back to its whole range. No scale is below the `floor`, see `Normalizer.fit`.
+    A dimension whose spread is only rounding would explode when divided by it. It gets scale 1 instead: its
+    recorded values normalize to 0, and the inverse returns the constant. A dimension that moves in less than
+    1 % of the steps (a gripper that closes once) has equal quantiles, but is not constant: it falls back to
+    its whole range. No scale is below the `floor`, see `Normalizer.fit`.
     """
     low, high = statistics["min"], statistics["max"]
     constant = high - low <= 1e-6 * torch.maximum(high.abs(), low.abs()).clamp(min=1e-6)
@@ -65,11 +65,11 @@ def scale_offset(statistics: dict[str, Tensor], mode: Normalization) -> tuple[Te
 
 
 def masked_dimensions(names: Sequence[str], mask: Sequence[str]) -> list[int]:
-    """Action dimensions whose names contain a part of `--relative-mask`; a UserError if one is in none."""
+    """Action dimensions whose names contain a part of `--relative-mask`; a UserError if a part is in none."""
     for part in mask:
         if part != GRIPPER and not any(part.lower() in name.lower() for name in names):
             raise UserError(
-                f"--relative-mask {part}: no dimension of the action is named so ({', '.join(names)})."
+                f"--relative-mask {part}: no action dimension has this in its name ({', '.join(names)})."
             )
     return [i for i, name in enumerate(names) if any(part.lower() in name.lower() for part in mask)]
 
@@ -81,7 +81,7 @@ def shared_poses(store: EpisodeStore, pairs: np.ndarray) -> list[tuple[int, int]
         pairs: see `shared_dimensions`.
 
     Raises:
-        UserError: if the action has no rotation, or one without a position, or the state not the same pose.
+        UserError: if the action has no rotation or one without a position, or the state lacks the same pose.
     """
     found = []
     for start in store.action_rotations.encoded_starts():
@@ -106,8 +106,8 @@ def shared_poses(store: EpisodeStore, pairs: np.ndarray) -> list[tuple[int, int]
 def in_frame(poses: Tensor, frame: Tensor, invert: bool = False) -> Tensor:
     """Poses (B, T, 9) as seen from a frame (B, 9), itself a pose: T_frame^-1 T; inverted, T_frame T.
 
-    A pose is a position and the first two columns of a rotation matrix, so that all that is left of the
-    matrices' product is to turn three vectors. They need not be unit vectors, as a network predicts them.
+    A pose is a position and the first two columns of a rotation matrix, so the matrix product reduces to
+    rotating three vectors. They need not be unit vectors, since a network predicts them.
     """
     position, first, second = frame.unflatten(-1, (3, 3)).unbind(-2)
     columns = torch.stack([first, second, torch.linalg.cross(first, second)], dim=-1)  # (B, 3, 3)
@@ -120,10 +120,10 @@ def in_frame(poses: Tensor, frame: Tensor, invert: bool = False) -> Tensor:
 
 
 def shared_dimensions(state_names: Sequence[str], action_names: Sequence[str]) -> np.ndarray:
-    """For each action dimension the state dimension that is the same thing, or -1: (A,) int64.
+    """For each action dimension, the state dimension that is the same quantity, or -1: (A,) int64.
 
-    They are the same where they have the same name, or, if no name agrees, where there are as many of both;
-    it is a UserError if neither holds.
+    Dimensions match by name or, if no name agrees, by order if there are as many of both; a UserError if
+    neither holds.
     """
     places = {name: i for i, name in enumerate(state_names)}
     if places.keys() & set(action_names):
@@ -137,12 +137,12 @@ def shared_dimensions(state_names: Sequence[str], action_names: Sequence[str]) -
 
 
 def in_blocks(rows: np.ndarray) -> list[np.ndarray]:
-    """Steps a few thousand at a time: their chunks, whole, can be many gigabytes."""
+    """Steps, a few thousand at a time: all their chunks at once can be many gigabytes."""
     return np.array_split(rows, max(len(rows) // 4096, 1))
 
 
 def relative_chunks(dataset: ChunkDataset, dim: int, of: int) -> np.ndarray:
-    """All real actions of chunks in a dimension, less the state at which the chunk begins: (S,) float32.
+    """All real actions of chunks in a dimension, minus the state at which the chunk begins: (S,) float32.
 
     `of` is the dimension of the state.
     """
@@ -212,14 +212,14 @@ def _relative(
 
 
 class Normalizer(nn.Module):
-    """Normalizes proprioception and actions, and inverts it for actions; always in float32.
+    """Normalizes proprioception and actions, and unnormalizes actions; always in float32.
 
     Args:
         state, action: statistics from `fit_statistics`, and the `floor`, (D,), of the scale.
         action_range: (2, A), lowest and highest recorded action.
         relative_to: normalize the difference from the present state, in `shared_dimensions`; None leaves
             actions as recorded.
-        poses: where poses begin in action and state that are normalized in the frame of the present one.
+        poses: where poses begin, in action and state, that are normalized in the frame of the present pose.
     """
 
     def __init__(
@@ -254,14 +254,14 @@ class Normalizer(nn.Module):
     ) -> Self:
         """Fit on the steps of a dataset, each counted once whatever the datasets' weights.
 
-        A dimension that shows nothing but sensor noise would magnify it: an idle joint with a jitter of 1e-5
-        that is 0.01 off on the robot would be 1000 deviations away. Its scale is at least `idle_floor` times
-        the spread that is usual for the others, and a line says so; see `idle_dimensions`. Lines say, too,
-        what makes statistics useless, and what stays absolute.
+        Normalizing a dimension that shows only sensor noise would magnify the noise: an idle joint with a
+        jitter of 1e-5 that is 0.01 off on the robot would be 1000 deviations away. The scale of such a
+        dimension is at least `idle_floor` times the usual spread of the others; see `idle_dimensions`. Says
+        which these are, what makes statistics useless, and what stays absolute.
 
         Args:
             relative, mask, relative_poses: see `DataConfig`.
-            say: what takes the lines.
+            say: called with each line.
 
         Raises:
             UserError: if the action never changes, so that there is nothing to learn.
@@ -298,7 +298,7 @@ class Normalizer(nn.Module):
     def fit_once(
         cls, dataset: ChunkDataset, mode: Normalization, relative: bool = False, *options: Any
     ) -> Self:
-        """`fit`, once for all runs and processes that ask for the same: the result lies beside the store."""
+        """`fit`, once for all runs and processes that need the same: the result is kept in the store."""
         store = dataset.store
         of_store = store.fingerprint, store.arrays_checksums, store.state_names, store.action_names
         rotations = repr((store.state_rotations, store.action_rotations))
@@ -360,7 +360,7 @@ class Normalizer(nn.Module):
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor], mode: Normalization) -> Self:
-        """A KeyError if one is missing."""
+        """The inverse of `tensors`; a KeyError if one is missing."""
         parts = [{key: tensors[f"{n}.{key}"] for key in STATISTICS} for n in ("state", "action")]
         for name, part in zip(("state", "action"), parts, strict=True):
             part["floor"] = tensors.get(f"{name}.floor", torch.zeros_like(part["std"]))

@@ -39,10 +39,10 @@ class OptimConfig:
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of Adam's second moment."""
     schedule: MayChange[Literal["cosine", "onecycle", "constant", "schedule-free"]] = "cosine"
-    """cosine: linear warmup, cosine decay. onecycle: cosine up, cosine down. schedule-free: RAdam, which does
-    without --warmup-steps and --ema-decay."""
+    """cosine: linear warmup, cosine decay. onecycle: cosine up, cosine down. schedule-free: RAdam, which
+    needs neither --warmup-steps nor --ema-decay."""
     warmup_steps: MayChange[NonNegativeInt | None] = None
-    """Steps of linear warmup, or of onecycle's rise (default: 5 %, onecycle 30 %, of the steps)."""
+    """Steps of linear warmup, or of onecycle's rise (default: 5 % of the steps, for onecycle 30 %)."""
     batch_size: MayChange[PositiveInt] = 32
     """Samples per process and micro-batch; the global batch is this x processes x --grad-accumulation."""
     grad_accumulation: MayChange[PositiveInt] = 1
@@ -52,7 +52,7 @@ class OptimConfig:
     epochs: MayChange[PositiveFloat | None] = None
     """Passes over the training episodes to train for, converted to steps at the start."""
     grad_clip: MayChange[Annotated[float, Field(gt=0, allow_inf_nan=True), BeforeValidator(float)]] = 1.0
-    """Largest norm of the gradient; it is scaled down to this. inf clips nothing."""
+    """Largest norm of the gradient, which is scaled down to this. inf: no clipping."""
     ema_decay: MayChange[Share] = 0.999
     """Decay of the averaged weights that are evaluated and exported; 0 exports the raw weights."""
 
@@ -87,7 +87,7 @@ def build_optimizer(policy: nn.Module, config: OptimConfig) -> torch.optim.Optim
 
 
 def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
-    """Two groups for each trainable component: what weight decay applies to, and the rest."""
+    """Two groups for each trainable component: parameters with weight decay, and the rest."""
     groups, components = [], dict(policy.named_children())
     rates = _per_component(config.component_lr, components, "--component-lr")
     decays = _per_component(config.component_weight_decay, components, "--component-weight-decay")
@@ -152,16 +152,16 @@ def lr_factor(step: int, total_steps: int, schedule: str, warmup_steps: int | No
 
 
 def ramp(progress: float | Tensor, over: float) -> Tensor:
-    """What rises from 0 to 1 over a share of training, at `progress`; a scalar, float64, on the CPU."""
+    """Rises from 0 to 1 over the first share `over` of training; a scalar, float64, on the CPU."""
     return (torch.as_tensor(progress, dtype=torch.float64) / max(over, 1e-9)).clamp(max=1.0)
 
 
 def build_scheduler(
     optimizer: torch.optim.Optimizer, policy: nn.Module, config: OptimConfig, total_steps: int, step: int
 ) -> LambdaLR:
-    """Scheduler that stands at `step`, with the configuration's learning rates and weight decays.
+    """Scheduler that continues at `step`, with the configuration's learning rates and weight decays.
 
-    An optimizer that was restored from a checkpoint remembers others if flags beside --resume changed them.
+    An optimizer restored from a checkpoint has the old ones, which flags given with --resume may change.
     """
     for group, now in zip(optimizer.param_groups, parameter_groups(policy, config), strict=True):
         group["initial_lr"], group["weight_decay"] = now["lr"], now["weight_decay"]
@@ -180,20 +180,20 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 def or_nan(loss: Tensor) -> Tensor:
     """The loss, or NaN with a gradient of NaN everywhere if it is not finite.
 
-    A loss that overflowed can have a finite gradient. NaN makes that of all processes NaN when DDP averages
-    them, and `GradientClipper` skips the step everywhere, with no further communication.
+    A loss that overflowed can have a finite gradient. NaN makes the gradient NaN in all processes when DDP
+    averages it, so that `GradientClipper` skips the step everywhere, with no further communication.
     """
-    # Not `where` on the loss itself: the branch that is not taken would send back 0 * NaN.
+    # Not `where` on the loss itself: the branch that is not taken would backpropagate 0 * NaN.
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 class GradientClipper:
-    """Scales gradients to a largest norm, and lets steps whose gradient is not finite do nothing.
+    """Clips gradients to a largest norm, and skips steps whose gradient is not finite.
 
-    Nothing here waits for the device: what is to be skipped is decided there. After DDP's all-reduce every
-    process holds the same gradient, hence all decide the same. Weights and moments stay as they were, and so
-    do buffers, which the forward pass has changed already (statistics of batch norm, counts of codes). AdamW
-    is told to skip; the step of any other optimizer is undone.
+    Nothing here waits for the device, which decides itself what to skip. After DDP's all-reduce every process
+    holds the same gradient, so all decide the same. Weights and moments stay as they were; buffers that the
+    forward pass has changed already (statistics of batch norm, counts of codes) are restored. AdamW is told
+    to skip; the step of any other optimizer is undone.
     """
 
     def __init__(self, policy: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float):
@@ -208,17 +208,17 @@ class GradientClipper:
         self.begin_step()
 
     def begin_step(self) -> None:
-        """Note the buffers to which a bad step goes back; called before its first forward pass."""
+        """Save the buffers, which a bad step restores; called before the step's first forward pass."""
         self._buffers = _Snapshot(self._saved)
 
     def _before_step(self) -> None:
-        """Note what the optimizer is about to change: weights and, from the second step on, moments."""
+        """Save what the optimizer is about to change: weights and, from the second step on, moments."""
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = [x for p in weights for x in self.optimizer.state.get(p, {}).values() if torch.is_tensor(x)]
         self._state = _Snapshot([] if self._known_good() else [*weights, *moments])
 
     def _known_good(self) -> bool:
-        return self.bad.device.type == "cpu" and not self.bad  # there, looking waits for nothing
+        return self.bad.device.type == "cpu" and not self.bad  # there, reading it waits for nothing
 
     @torch.no_grad()
     def __call__(self) -> dict[str, Tensor]:
@@ -231,7 +231,7 @@ class GradientClipper:
         grads = {name: [p.grad for p in part.parameters() if p.grad is not None] for name, part in named}
         grads = {name: part for name, part in grads.items() if part}
         everything = [grad for part in grads.values() for grad in part]
-        # What torch.nn.utils computes of a component, of all of them at once: few launches.
+        # The norms that torch.nn.utils computes, for all components at once: few launches.
         single = torch.stack(torch._foreach_norm(everything)).split([len(part) for part in grads.values()])
         norms = {f"grad_norm/{name}": part.norm() for name, part in zip(grads, single, strict=True)}
         total = torch.stack(list(norms.values())).norm()
@@ -240,7 +240,7 @@ class GradientClipper:
         if self._fused:
             self.optimizer.found_inf = self.bad.float()
             self.optimizer.grad_scale = None
-        else:  # the step is undone afterwards; the moments that the first one makes may not become NaN
+        else:  # the step is undone afterwards; the moments that the first one makes must not be NaN
             for group in _as_integers(everything):  # whose product with 0 is 0, unlike that of NaN
                 torch._foreach_mul_(group, (~self.bad).to(group[0].dtype))
         self._buffers.restore_where(self.bad)
@@ -248,9 +248,9 @@ class GradientClipper:
 
 
 def _as_integers(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors seen as integers, those of the same width together.
+    """Tensors viewed as integers, grouped by width.
 
-    Arithmetic of many tensors at once chooses between numbers that can be NaN: `where` takes a launch each.
+    Integer arithmetic on many tensors at once can select values that may be NaN: `where` needs a launch each.
     """
     groups: dict[int, list[Tensor]] = {}
     for tensor in tensors:
@@ -260,7 +260,7 @@ def _as_integers(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 class _Snapshot:
-    """Values of tensors, and the way back to them, in few launches whatever their number."""
+    """Saves values of tensors and restores them, in few launches whatever their number."""
 
     @torch.no_grad()
     def __init__(self, tensors: list[Tensor]):
@@ -271,13 +271,13 @@ class _Snapshot:
 
     @torch.no_grad()
     def restore_where(self, condition: Tensor) -> None:
-        """Go back if the condition, a bool scalar on the device, holds. Values are then forgotten."""
+        """Restore the values if the condition, a bool scalar on the device, holds; then free them."""
         for before, now in zip(self.before, self.now, strict=True):
             back = condition.to(now[0].dtype)
             torch._foreach_mul_(before, back)
             torch._foreach_mul_(now, 1 - back)
             torch._foreach_add_(now, before)
-        self.now, self.before = [], []  # gives the memory back
+        self.now, self.before = [], []  # frees the memory
 
 
 @torch.no_grad()
@@ -285,7 +285,7 @@ def move_average(averages: Iterable[Tensor], now: Iterable[Tensor], updates: int
     """Exponential moving average, in place: average <- d average + (1 - d) now.
 
     At update n, d = min(decay, (1 + n) / (10 + n)), so that the first, bad weights are forgotten early.
-    Nothing waits for the device, as torch's AveragedModel does to copy its counter there.
+    Nothing waits for the device, unlike torch's AveragedModel, which copies its counter there.
     """
     torch._foreach_lerp_(list(averages), list(now), 1 - min(decay, (1 + updates) / (10 + updates)))
 
@@ -306,7 +306,7 @@ class AveragedPolicy:
         self.updates = 0
         self._average = copy.deepcopy(policy).requires_grad_(False)
         pairs = zip(policy.parameters(), self._average.parameters(), strict=True)
-        # Without what never changes, which copies share.
+        # Without tensors that never change, which the copies share.
         self._average_of = {p: average for p, average in pairs if average is not p}
 
     @torch.no_grad()
@@ -322,7 +322,7 @@ class AveragedPolicy:
     @property
     @torch.no_grad()
     def model(self) -> nn.Module:
-        """The policy with the averaged weights, in eval mode: a module of its own, apart from training."""
+        """The policy with the averaged weights, in eval mode: a separate module from the one in training."""
         if not self.decay:
             self._average.load_state_dict(self.policy.state_dict())
         if self.schedule_free:  # x from the training point y = (1 - beta1) z + beta1 x (Defazio et al. 2024)
@@ -334,7 +334,7 @@ class AveragedPolicy:
 
     @torch.no_grad()
     def replace_rows(self, parameter: nn.Parameter, rows: Tensor, values: Tensor) -> None:
-        """Start some rows of a parameter (K, ...) anew: there, in its average, and in the optimizer's memory.
+        """Reset some rows of a parameter (K, ...), also in its average and in the optimizer's state.
 
         `rows` (K,) is True where `values` (K, ...) hold a new row.
         """
@@ -343,7 +343,7 @@ class AveragedPolicy:
             tensor.copy_(torch.where(rows, values, tensor))
         for name, moment in self.optimizer.state.get(parameter, {}).items():
             if torch.is_tensor(moment) and moment.shape == parameter.shape:
-                # schedule-free's z is not a moment, but where the parameter itself is
+                # schedule-free's z is not a moment, but a point like the parameter itself
                 moment.copy_(torch.where(rows, values if name == "z" else torch.zeros_like(moment), moment))
 
     def load(self, weights: dict[str, Tensor], updates: int) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def grid(num: int, columns: int, size: tuple[float, float], **sharing) -> tuple[Figure, np.ndarray]:
-    """A figure that needs no screen, with `num` panels of a size in inches, and all axes (rows, columns)."""
+    """A figure that needs no screen, with `num` panels of `size` inches, and all its axes (rows, columns)."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -50,7 +50,7 @@ def save_figure(figure: Figure, path: Path, title: str = "") -> None:
 
 
 def write_picture(path: Path, content: bytes) -> None:
-    """Write the content of a picture's file, whole or not at all; prints a warning if that fails."""
+    """Write a picture's file, whole or not at all; prints a warning if that fails."""
     try:
         write_whole(path, content)
     except OSError as error:
@@ -126,8 +126,8 @@ def draw_features(
 ) -> None:
     """Draw images (B, 3, H, W) uint8 above their features: three principal components as red, green, blue.
 
-    Features are (B, L, D), L tokens row by row, in rows and columns of `shape`. Equal colours
-    look the same to the network that made them.
+    Features are (B, L, D), L tokens row by row, on a grid of `shape` (rows, columns). Regions of equal colour
+    look the same to the network.
     """
     components, _ = principal_components(features.reshape(-1, features.shape[-1]), 3)
     low, high = np.quantile(components, [0.01, 0.99], axis=0)
@@ -161,7 +161,7 @@ def draw_latents(path: Path, latents: Tensor, labels: Mapping[str, Tensor]) -> N
 def draw_reconstructions(
     path: Path, images: np.ndarray, decoded: np.ndarray, chunks: np.ndarray, decoded_chunks: np.ndarray
 ) -> None:
-    """Draw images (B, 3, H, W) in [0, 1] and chunks (B, T, A) with their reconstructions, but not NaN."""
+    """Draw images (B, 3, H, W) in [0, 1] and chunks (B, T, A) with their reconstructions, without NaN."""
     figure, axes = grid(3 * len(images), len(images), (2.1, 2.1), sharey="row")
     show_images(axes[0], images)
     show_images(axes[1], decoded)
@@ -223,7 +223,7 @@ def draw_curves(path: Path, picture: Path) -> None:
     groups: dict[str, list[str]] = {}
     for name in sorted({key for line in lines for key in line if "/" in key}):
         groups.setdefault(name.split("/")[0], []).append(name)
-    if "rollout/success" in groups.get("rollout", ()):  # it would lie flat beside numbers of steps
+    if "rollout/success" in groups.get("rollout", ()):  # next to numbers of steps it would look flat
         groups["rollout"].remove("rollout/success")
         groups["success in closed loop"] = ["rollout/success"]
     held_out = {key for line in lines if line["split"] == "val" for key in line if "/" not in key}

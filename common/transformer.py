@@ -14,13 +14,13 @@ from common.errors import UserError
 from common.instructions import InstructionEmbedder, Instructions
 
 Linear = Callable[[int, int], nn.Module]
-"""Makes a layer of so many inputs and outputs."""
+"""Makes a layer, given its numbers of inputs and outputs."""
 KeysValues = tuple[Tensor, Tensor]
 Shape = tuple[int, int]
 
 
 class Size(NamedTuple):
-    """Of the blocks of a transformer."""
+    """Size of a transformer's blocks."""
 
     d_model: int
     num_heads: int
@@ -44,14 +44,14 @@ class StackedLinear(nn.Module):
 
 
 def take_expert(module: nn.Module, expert: int | Tensor) -> nn.Module:
-    """The module with one expert of each of its stacked layers, for inference.
+    """The module with only one expert of each stacked layer, for inference.
 
-    Given by a number, it shares their memory. Given by an index (1,) on the device, its weights are copied
-    there, which costs microseconds on a GPU, and nobody waits to learn the number.
+    With a number, the expert shares the layers' memory. With an index (1,) on the device, its weights are
+    copied there, which costs microseconds on a GPU, and nothing waits to read the index.
     """
     taken = copy.copy(module)
     children = {name: take_expert(child, expert) for name, child in module.named_children()}
-    parameters = dict(module._parameters)  # with those that are None
+    parameters = dict(module._parameters)  # also those that are None
     if isinstance(module, StackedLinear):
         slices = isinstance(expert, int)
         parameters = {
@@ -59,7 +59,7 @@ def take_expert(module: nn.Module, expert: int | Tensor) -> nn.Module:
             for name, p in parameters.items()
         }
     taken.__dict__.update(_modules=children, _parameters=parameters)
-    if module._compiled_call_impl is not None:  # which a copy has not; all of them run the same code
+    if module._compiled_call_impl is not None:  # a copy loses this; all of them run the same code
         taken.compile(dynamic=False)
     return taken
 
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         queries, stack = self._heads(self.query(x)), x.shape[:-3]
         if mask is not None:
             mask = mask[:, None, None, :].repeat(math.prod(stack), 1, 1, 1)  # expert by expert
-        if stack:  # fused kernels know one batch dimension
+        if stack:  # fused kernels take one batch dimension
             queries, keys, values = (part.flatten(0, -4) for part in (queries, keys, values))
         seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal)
         return self.out(seen.transpose(-3, -2).reshape(x.shape))
@@ -121,7 +121,7 @@ class EncoderBlock(nn.Module):
         self.attention, self.mlp = Attention(d_model, num_heads), mlp(d_model, 4 * d_model, d_model)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, D) -> (B, L, D); mask (B, L) is False for tokens that nobody may see."""
+        """x (B, L, D) -> (B, L, D); mask (B, L) is False for tokens to ignore."""
         x = x + self.attention(self.norm_attention(x), mask=mask)
         return x + self.mlp(self.norm_mlp(x))
 
@@ -149,21 +149,21 @@ class Observation(NamedTuple):
     """One vector for all of it, (B, D), that did not pass through attention."""
 
     def detach(self) -> "Observation":
-        """For a network that shall not train what made the observation."""
+        """Without gradient, for a network that must not train what made the observation."""
         return Observation(self.memory.detach(), self.summary.detach())
 
 
 class InfoEmbedder(nn.Module):
-    """Fuses all views, each of whose tokens and summary have two `widths`, with joint states (K, P).
+    """Fuses all views, whose tokens and summaries have the `widths`, with joint states (K, P).
 
-    A view is a frame of a camera, or depth. Each has a projection and an embedding of its own. Earlier frames
-    have them, too: otherwise the sum of the summaries would not depend on their order, and so not on motion.
+    A view is a frame of a camera, or depth. Each has its own projection and embedding. So do earlier frames:
+    otherwise the sum of the summaries would not depend on their order, and so not on motion.
 
     `droppable` adds tokens that stand for a lost camera. Without camera dropout they would never get a
-    gradient, which DistributedDataParallel takes for a mistake.
+    gradient, which DistributedDataParallel treats as an error.
 
-    With `tasks`, the policy is told which one: by a token of the memory, a part of the summary, and a scale
-    for each channel of the cameras' tokens and summaries; `told` is for backbones that listen.
+    With `tasks`, the policy is told which one: by tokens of the memory, a part of the summary, and a scale
+    for each channel of the cameras' tokens and summaries; backbones that listen get it from `told`.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class InfoEmbedder(nn.Module):
 
 
 class ObservationHead(nn.Module):
-    """A vector predicted from an observation, for example a latent's prior: read at a token of its own."""
+    """A vector predicted from an observation, for example a latent's prior; read from its own token."""
 
     def __init__(self, size: Size, num_layers: int, out_dim: int):
         super().__init__()
@@ -250,9 +250,9 @@ class ObservationHead(nn.Module):
 
 
 class ChunkEncoder(nn.Module):
-    """A vector that describes a recorded chunk where it was recorded, for example a latent's posterior.
+    """A vector that describes a recorded chunk in its context, for example a latent's posterior.
 
-    A transformer over states (K, P), tokens of the head camera and actions (T, A), read at its own token.
+    A transformer over states (K, P), tokens of the head camera and actions (T, A), read from its own token.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ class ChunkEncoder(nn.Module):
         Args:
             proprio: (B, K, P), normalized.
             head_tokens: (B, L, D_v), of the first camera.
-            actions: (B, T, A), normalized; those past the episode's end, by `is_pad` (B, T), are not seen.
+            actions: (B, T, A), normalized; those past the episode's end, `is_pad` (B, T), are masked.
         """
         steps = torch.cat([self.proprio_in(proprio), self.action_in(actions)], dim=1) + self.position
         x = torch.cat([self.readout.expand(len(actions), 1, -1), self.tokens_in(head_tokens), steps], dim=1)
@@ -306,9 +306,9 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
 
     def condition(self, t: Tensor, latent: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """What modulates a `DecoderBlock`, and which actions are given, of flow times and a latent (B, D).
+        """What modulates a `DecoderBlock`, and which actions are given, from flow times and a latent (B, D).
 
-        Of t (B,), a condition (B, D) and None; of t (B, T), (B, 2, D) and (B, T): see `flow.levels`.
+        From t (B,): a condition (B, D) and None; from t (B, T): (B, 2, D) and (B, T), see `flow.levels`.
         """
         times, given = flow.levels(t)
         condition = self(times)
@@ -321,8 +321,8 @@ class DecoderBlock(nn.Module):
     """Self-attention, cross-attention to the observation, MLP; time modulates each (Peebles & Xie 2023).
 
     Every part computes x + gate(t) * part(norm(x) * (1 + scale(t)) + shift(t)). Gates, scales and shifts
-    start at zero (adaLN-Zero): an untrained block passes its input through. A `linear` that makes stacked
-    layers makes a block of several experts.
+    start at zero (adaLN-Zero): an untrained block passes its input through. With a `linear` that makes
+    stacked layers, this is a block of several experts.
     """
 
     def __init__(self, d_model: int, num_heads: int, linear: Linear = nn.Linear):
@@ -344,13 +344,13 @@ class DecoderBlock(nn.Module):
         """Refine action tokens x (B * M, T, D), M draws for each of the observations of the context.
 
         The condition (B * M, D) embeds the flow time; `mask` (B * M, T) is False for padded actions. Where
-        some actions are `given` (B * M, T), the condition is (B * M, 2, D): of the others, and of these. Of E
-        experts all but `mask` and `given` have a leading dimension E.
+        some actions are `given` (B * M, T), the condition is (B * M, 2, D): for the others, then for these.
+        With E experts, all but `mask` and `given` have a leading dimension E.
         """
         modulation = self.modulation(F.silu(condition))
         if given is None:
             modulation = modulation.unsqueeze(-2)
-        else:  # two times a sample, not T: this layer is wide
+        else:  # two flow times per sample, not T: this layer is wide
             choice = torch.stack([~given, given], dim=-1).to(modulation.dtype)
             modulation = choice @ modulation  # (..., T, 9 D)
         modulation = modulation.chunk(9, dim=-1)
@@ -367,11 +367,11 @@ class DecoderBlock(nn.Module):
 
 
 class ActionDecoder(nn.Module):
-    """Velocity of a noisy chunk (T, A), given an observation, the flow time and, if it has a width, a latent.
+    """Velocity of a noisy chunk (T, A), given an observation, flow time and, with a `latent_dim`, a latent.
 
     The observation enters twice: by cross-attention to its memory, and its summary is added to every action
-    token. Attention alone learns late to look: at first it averages over all tokens, and what the few that
-    matter say is drowned. Regressing noisy targets from images of the built-in task, a network like this one
+    token. Attention alone is slow to learn where to look: at first it averages over all tokens, which drowns
+    the few that matter. Regressing noisy targets from images of the built-in task, a network like this one
     began to find them after about 100 steps with the summary, after more than 300 without it.
     """
 
@@ -408,7 +408,7 @@ class ActionDecoder(nn.Module):
 
         Args:
             x_t: noisy actions, (B * M, T, A).
-            t: flow time, (B * M,); or of each action, (B * M, T), where 1 says that it is given.
+            t: flow time, (B * M,); or of each action, (B * M, T), where 1 means that it is given.
             is_pad: (B * M, T), True for actions past the episode's end.
             latent: (B * M, latent_dim); modulates the blocks as flow time does.
         """
@@ -425,7 +425,7 @@ class ActionDecoder(nn.Module):
 def sincos_position_2d(height: int, width: int, d_model: int) -> Tensor:
     """Fixed position embedding of a grid, (height * width, d_model), row by row.
 
-    A quarter of the features each for sin and cos of y and of x (Vaswani et al. 2017); others are zero.
+    A quarter of the features each for sin and cos of y and of x (Vaswani et al. 2017); the rest is zero.
     """
     quarter = d_model // 4
     frequencies = torch.exp(-math.log(100.0) * torch.arange(quarter) / max(quarter, 1))

@@ -19,8 +19,8 @@ from common.transformer import sincos_position_2d, zeroed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
-SMALLEST_SIDE = {"conv": 16, "resnet18": 32, "resnet34": 32, "resnet50": 32}  # pixels, of those made here
-CONVOLUTIONAL = {"convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet"}  # they know no patches
+SMALLEST_SIDE = {"conv": 16, "resnet18": 32, "resnet34": 32, "resnet50": 32}  # pixels, of those defined here
+CONVOLUTIONAL = {"convnext", "convnextv2", "dinov3_convnext", "resnet", "regnet"}  # without patches
 View = tuple[Tensor, Tensor]
 """Tokens (B, L, D_v) and summary (B, D_s) of a frame."""
 
@@ -33,7 +33,7 @@ class VisionConfig:
     """`conv` (a small network for small images), `resnet18`, `resnet34`, `resnet50` (all from scratch), or
     a pretrained Hugging Face vision model by name or local path, for example `facebook/dinov2-base`."""
     aug_shift: Share = 0.0
-    """Largest random shift, as a share of the image's side; the rim is repeated. 0.05 is a usual value."""
+    """Largest random shift, as a share of the image's side; the edge is repeated. 0.05 is a usual value."""
     aug_rotate: NonNegativeFloat = 0.0
     """Largest random rotation, degrees. 3 is a usual value."""
     aug_color: Share = 0.0
@@ -45,8 +45,8 @@ class VisionConfig:
 class Backbone(nn.Module):
     """Images (B, 3, H, W) to tokens (B, L, token_dim), one per region, and a summary (B, summary_dim).
 
-    Images are float, in [0, 1]; whatever normalization of pixels a network wants happens inside. After
-    `listen`, `forward` takes an instruction for each image, too.
+    Images are float, in [0, 1]; each network normalizes the pixels itself. After `listen`, `forward` also
+    takes an instruction for each image.
     """
 
     token_dim: int
@@ -56,7 +56,7 @@ class Backbone(nn.Module):
     hf_config: dict | None = None
     """Architecture, if it is a Hugging Face model."""
     film_dim = 0
-    """Channels in the middle of the network that `listen` lets an instruction scale and shift."""
+    """Channels, halfway through the network, that an instruction may scale and shift."""
     _checkpoints = False
 
     def __init__(self):
@@ -64,30 +64,30 @@ class Backbone(nn.Module):
         self.film: nn.Linear | None = None
 
     def listen(self, d_model: int) -> None:
-        """Take instructions (B, d_model), which start without effect: FiLM (Perez et al. 2018).
+        """Let instructions (B, d_model) scale and shift features: FiLM (Perez et al. 2018), at first the identity.
 
-        A network that knows what it is to look for finds it in far fewer scenes, see docs/methods.md. A
-        Hugging Face model stays as it is.
+        A network that knows what to look for learns to find it from far fewer scenes (docs/methods.md).
+        Hugging Face models do not change.
         """
         if self.film_dim:
             self.film = zeroed(nn.Linear(d_model, 2 * self.film_dim))
 
     def _modulated(self, x: Tensor, told: Tensor | None) -> Tensor:
-        """Features (B, film_dim, H, W) as the instruction wants them."""
+        """Features (B, film_dim, H, W), scaled and shifted by the instruction."""
         if self.film is None:
             return x
         scale, shift = self.film(told)[..., None, None].chunk(2, dim=1)
         return x * (1 + scale) + shift
 
     def checkpoint_activations(self) -> None:
-        """In training, keep only what goes into each stage, and compute the rest again for its gradient.
+        """In training, keep only the input of each stage, and recompute the rest for its gradient.
 
         The gradient is the same to the last bit: random numbers are drawn again as they were.
         """
         self._checkpoints = True
 
     def _stages(self, stages: nn.Sequential, x: Tensor) -> Tensor:
-        """Run stages one after the other."""
+        """Run the stages in order."""
         for stage in stages:
             x = checkpoint(stage, x, use_reentrant=False) if self._checkpoints and self.training else stage(x)
         return x
@@ -98,8 +98,8 @@ def build_backbone(
 ) -> Backbone:
     """The backbone that `VisionConfig.backbone` names, for images of (H, W) pixels.
 
-    Unless `pretrained`, a Hugging Face model has the architecture `hf_config` and random weights, for a
-    checkpoint to be loaded next. A UserError says what cannot be loaded, or which image size does not fit.
+    Unless `pretrained`, a Hugging Face model has the architecture `hf_config` and random weights, to be
+    replaced by a checkpoint's. A UserError says what cannot be loaded, or which image size does not fit.
     """
     if name not in SMALLEST_SIDE:
         return HuggingFaceBackbone(name, image_size, pretrained, hf_config)
@@ -110,7 +110,7 @@ def build_backbone(
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    """Of groups, since batch norm misbehaves with small batches, averaged weights and several processes."""
+    """Group norm: batch norm misbehaves with small batches, averaged weights and several processes."""
     return nn.GroupNorm(max(channels // 16, 1), channels)
 
 
@@ -131,7 +131,7 @@ class ConvBackbone(Backbone):
         self.stem = nn.Sequential(_conv(3, 32, 5, 2), _conv(32, 64, 3, 2), _conv(64, 64, 3, 1))
         self.keypoints = nn.Conv2d(64, num_keypoints, 1)
         with torch.no_grad():
-            # As they come, logits hardly differ: every keypoint sits in the middle of every image, and
+            # By default, logits start out nearly equal: every keypoint sits in the middle of every image, and
             # hundreds of steps pass before the first one finds something to look at.
             self.keypoints.weight.mul_(4)
         grid = [math.ceil(side / 4) for side in image_size]
@@ -216,13 +216,13 @@ class HuggingFaceBackbone(Backbone):
         self._measure(name, image_size, absent)
 
     def checkpoint_activations(self) -> None:
-        """The same, by the network's own checkpoints; a UserError if it has none."""
+        """The same, with the network's own checkpointing; a UserError if it has none."""
         network = self.network
         # Batch norm would count every image twice.
         counts = any("BatchNorm" in type(module).__name__ for module in network.modules())
         if counts or not network.supports_gradient_checkpointing:
             raise UserError(
-                f"--checkpoint-activations: a {network.config.model_type} cannot compute activations again: "
+                f"--checkpoint-activations: a {network.config.model_type} cannot recompute activations: "
                 f"leave the flag out, or choose another --backbone, for example a vision transformer."
             )
         old = network.gradient_checkpointing_enable  # its name in older versions of transformers
@@ -245,7 +245,7 @@ class HuggingFaceBackbone(Backbone):
         return tokens, tokens.mean(dim=1) if pooled is None else pooled.flatten(1)
 
     def _count_leading(self, length: int, image_size: tuple[int, int]) -> int:
-        """How many tokens of a sequence stand before those of the image's regions."""
+        """How many tokens of a sequence come before those of the image's regions."""
         registers = getattr(self.network.config, "num_register_tokens", None) or 0
         for stride in [(self._patch or 4) * 2**k for k in range(6)]:  # some networks merge patches
             extra = length - math.prod(math.ceil(side / stride) for side in image_size)
@@ -288,7 +288,7 @@ def brief(error: Exception) -> str:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """No progress bars and warnings from loading a model."""
+    """In this block, loading a model shows no progress bars or warnings."""
     from transformers.utils import logging as bars
 
     shown, disabled = bars.is_progress_bar_enabled(), logging.root.manager.disable
@@ -303,7 +303,7 @@ def silence() -> Iterator[None]:
 
 
 def hub_answers(name: str) -> bool:
-    """Whether the hub can be asked for a model now: one request, where its client tries for 23 seconds."""
+    """Whether the hub can be asked for a model now: one request; its client would try for 23 seconds."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -317,8 +317,8 @@ def hub_answers(name: str) -> bool:
 def model_source(name: str, look: bool = True) -> tuple[str, dict[str, bool], bool]:
     """Where a Hugging Face model is: path or name, how to load it, and whether the hub is out of reach.
 
-    Nothing that is loaded can run code. A local path is never looked up on the hub, nor, without `look`,
-    is anything else.
+    Nothing that is loaded can run code. A local path is never looked up on the hub; without `look`, nothing
+    is.
     """
     path = Path(name).expanduser()
     is_path = path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1
@@ -330,7 +330,7 @@ def _load_huggingface(name: str, hf_config: dict | None):
     """The vision part of a model, its image processor's settings, and the weights that its files lack.
 
     With an `hf_config`, random weights. Nothing that is loaded can run code: weights must be safetensors, and
-    no code comes with a model. A local path is never looked up on the hub.
+    a model's own code is not used. A local path is never looked up on the hub.
     """
     from transformers import AutoConfig, AutoModel, ViTConfig
     from transformers.image_processing_base import ImageProcessingMixin
@@ -366,13 +366,13 @@ def _load_huggingface(name: str, hf_config: dict | None):
 
 
 def look(backbones: Sequence[Backbone], images: Tensor, told: Tensor | None = None) -> list[View]:
-    """What backbones see: camera by camera, and of each the present frame first, then the one before it.
+    """The views of all cameras, in order; of each camera the present frame first, then the one before it.
 
     Args:
         backbones: one for each camera, or one for all, which then runs once.
         images: (B, N, 3, H, W) float in [0, 1]; with earlier frames (B, N, F, 3, H, W), the present one last;
-            or (B, N, F, W), what `features` made of these.
-        told: instructions (B, D), if the backbones `listen`.
+            or (B, N, F, W), the output of `features` for these.
+        told: instructions (B, D), for backbones that `listen`.
     """
     if images.ndim == 4:
         one = backbones[0]  # they differ in weights alone
@@ -399,7 +399,7 @@ def features(backbones: Sequence[Backbone], images: Tensor, told: Tensor | None 
 
 
 def backbones_of(policy: nn.Module) -> list[Backbone]:
-    """Those of a policy, in the order of its cameras; one, if it looks at all of them."""
+    """The backbones of a policy, in the order of its cameras; one, if it looks at all of them."""
     return [child for child in policy.children() if isinstance(child, Backbone)]
 
 
@@ -411,7 +411,7 @@ def to_float(images: Tensor) -> Tensor:
 def augment(images: Tensor, config: VisionConfig, generator: torch.Generator | None = None) -> Tensor:
     """(B, N, [F,] 3, H, W) uint8 to float32 in [0, 1], with a shift, rotation, colour and blur.
 
-    They are drawn for each camera of a sample; its frames have the same.
+    They are drawn for each camera of a sample; all frames of a camera get the same.
     """
     x = to_float(images).flatten(0, -4)  # (B * N * F, 3, H, W)
     frames = images.shape[2] if images.ndim == 6 else 1
@@ -435,7 +435,7 @@ def augment(images: Tensor, config: VisionConfig, generator: torch.Generator | N
 
 
 def _shift_rotate(x: Tensor, draw, shift: float, degrees: float) -> Tensor:
-    """Rotate about the centre, then shift; what comes in from outside repeats the rim."""
+    """Rotate about the centre, then shift; outside the image, its edge is repeated."""
     height, width = x.shape[-2:]
     angle = draw(-math.pi / 180 * degrees, math.pi / 180 * degrees).flatten()
     dx, dy = 2 * draw(-shift, shift).flatten(), 2 * draw(-shift, shift).flatten()  # the grid spans [-1, 1]

@@ -21,13 +21,13 @@ from torch import distributed
 from common.errors import EXIT_HUNG
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-SAME_REQUEST_SECONDS = 2.0  # a terminal's Ctrl-C reaches a process directly and once more by its launcher
+SAME_REQUEST_SECONDS = 2.0  # a terminal's Ctrl-C reaches a process directly and again through its launcher
 POLL_SECONDS = 5.0
 PREPARING = "preparing the data"
-"""What a process does that may take hours: no watch ends it, nor those that wait for it."""
+"""Work that may take hours: no watch ends the process that does it, nor those that wait for it."""
 
 Told = dict[int, tuple[int, int, str]]
-"""Of each process: ticks of its watch, count of what it has done, what it does now."""
+"""For each process: ticks of its watch, count of what it has done, what it does now."""
 
 _started = time.monotonic()  # of the process: --max-time counts from here
 
@@ -39,9 +39,9 @@ def patience(hang_timeout: float) -> timedelta:
 
 @contextmanager
 def meeting(hang_timeout: float) -> Iterator[None]:
-    """Within, processes look for each other: one that waits longer than `hang_timeout` exits with code 70.
+    """In this block, processes find each other: one that waits longer than `hang_timeout` exits with code 70.
 
-    Which one is missing is not known before they have met.
+    Before they have met, none can tell which one is missing.
     """
     me, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
 
@@ -79,8 +79,8 @@ class StopRequests:
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
-            # Python's own handlers wait until the main thread is back from C, where it may hang; the numbers
-            # of signals are written to this socket at once.
+            # Python's own handlers run only once the main thread is back from C, where it may hang; signal
+            # numbers are written to this socket at once.
             receiving, self._sending = socket.socketpair()
             self._sending.setblocking(False)
             signal.set_wakeup_fd(self._sending.fileno(), warn_on_full_buffer=False)
@@ -90,12 +90,12 @@ class StopRequests:
         if self.reason is None:
             self.reason = signal.Signals(number).name
             if self._rank == 0:  # not `print`, which a signal may have interrupted
-                _write_raw(f"\n{self.reason}: the step is finished and saved; once more to exit at once\n")
+                _write_raw(f"\n{self.reason}: finishing this step, then saving; once more to exit at once\n")
 
     def agreed(self) -> bool:
         """Whether all processes stop after this step; called once a step by all of them.
 
-        With several processes the answer is that of the step before: it has crossed the network meanwhile.
+        With several processes the answer is from the step before, and has crossed the network meanwhile.
         """
         if self.reason is None and self._deadline is not None and time.monotonic() > self._deadline:
             self.reason = "time is over"
@@ -115,7 +115,7 @@ class StopRequests:
         return bool(flag.item())
 
     def close(self, leaving: bool) -> None:
-        """Give signals back; if `leaving`, about to exit, ignore those that others have had already."""
+        """Restore signal handlers; if `leaving`, about to exit, ignore signals that others already got."""
         if self._group is not None:
             self._answer()
             distributed.barrier(self._group)  # a launcher ends the others as soon as the first has left
@@ -127,7 +127,7 @@ class StopRequests:
 
 
 def _exit_on_second(receiving: socket.socket) -> None:
-    """Read the numbers of signals that come; exit at the second one, if it is a request of its own."""
+    """Read the numbers of signals that come; exit at the second one, if it is a separate request."""
     first = None
     while received := receiving.recv(1):
         if received[0] not in SIGNALS:
@@ -143,17 +143,17 @@ class HangWatch:
     """A thread that ends the process when it makes no progress, and names the process to blame.
 
     Each process tells the others, through the store by which they found each other, how far it is and that
-    its thread lives. All wait for the one that is behind. Time that the whole process was stopped for
+    its thread is alive. All wait for the one that is behind. Time during which the whole process was stopped
     (Ctrl-Z, a laptop's lid) does not count.
 
-    It sees a run from the moment its processes have met (before: `meeting`) to its end. Between, it does not
-    end what a script does before `Run.prepare`: reading or decoding data, computing features and downloading
-    models take as long as they take, and downloads have time limits of their own.
+    It watches a run from the moment its processes have met (before that: `meeting`) to its end. It ignores
+    only what a script does before `Run.prepare`: reading or decoding data, computing features and downloading
+    models take as long as they take, and downloads have their own time limits.
 
     Args:
         run: its `progress_mark` is (count of what was done, what is being done now). Held weakly: a run that
             ended by an exception is not watched any more.
-        timeout: seconds without progress after which the process exits with code 70; 0 waits for ever.
+        timeout: seconds without progress after which the process exits with code 70; 0 waits forever.
     """
 
     def __init__(self, run, rank: int, world: int, timeout: float):
@@ -206,11 +206,11 @@ class HangWatch:
     def _tell(self, ticks: int) -> None:
         if self.store is not None:
             count, where = self.progress
-            with suppress(RuntimeError):  # who keeps the store may be gone or stopped: `_others` will tell
+            with suppress(RuntimeError):  # the store's process may be gone or stopped: `_others` will show
                 self.store.set(f"watch/{self.rank}", f"{ticks} {count} {where}")
 
     def _others(self) -> Told:
-        """Ticks of its thread, progress, and whereabouts of each process that can be asked about."""
+        """Of each process that has reported: ticks of its thread, progress, and whereabouts."""
         if self.store is None:
             return {0: (0, *self.progress)}
         found = {}
@@ -229,7 +229,7 @@ class HangWatch:
             what = f"process {_listed(silent)} of {self.world} does not answer (it hangs, or is lost)"
         else:
             where = now[behind[0]][2] if behind else "starting"
-            what = f"process {_listed(behind)} of {self.world} has not come further than {where!r}"
+            what = f"process {_listed(behind)} of {self.world} has not got past {where!r}"
         first = self._is_first()
         if first:
             _write_raw(
@@ -239,11 +239,11 @@ class HangWatch:
         if first or self.rank in behind:
             _write_raw(f"where process {self.rank} stands:\n")
             faulthandler.dump_traceback(sys.__stderr__.fileno())
-        time.sleep(2 * self.interval)  # others, whose patience began later, speak as well
+        time.sleep(2 * self.interval)  # others, which began to wait later, report as well
         os._exit(EXIT_HUNG)
 
     def _is_first(self) -> bool:
-        """Whether no other process has ended the job: one sentence is enough."""
+        """Whether this is the first process to end the job: one message is enough."""
         if self.store is not None:
             with suppress(RuntimeError):
                 return self.store.add("watch/ended", 1) == 1

@@ -1,8 +1,8 @@
 """Messages between a robot and a policy server: msgpack with numpy arrays, in the format of openpi's client.
 
 An array is the map {b"__ndarray__": true, b"data": bytes, b"dtype": "<f4", b"shape": [2, 3]}, a numpy number
-{b"__npgeneric__": true, b"data": 1.5, b"dtype": "<f4"}; the format is that of the package openpi-client
-0.1. Reading a message cannot run code: arrays hold plain numbers only.
+{b"__npgeneric__": true, b"data": 1.5, b"dtype": "<f4"}: the format of the package openpi-client 0.1. Reading
+a message cannot run code: arrays hold plain numbers only.
 """
 
 import math

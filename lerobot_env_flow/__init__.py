@@ -1,8 +1,8 @@
 """LeRobot's plug-in for the simulators of this project: `--env.type=flow --env.task=metaworld:pick-place-v3`.
 
-Pictures are those of `common/envs`, which cost a tenth of what the simulators draw as they come, so that
-LeRobot's policies and ours see the same. Like the policies' plug-in, it is used in this repository and as a
-distribution that carries `common/` inside of it (tools/bundle.py).
+Images are those of `common/envs`, which cost a tenth of what the simulators draw by default; LeRobot's
+policies and ours see the same. Like the policies' plug-in, it is used in this repository and as a
+distribution that carries `common/` inside it (tools/bundle.py).
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class FlowEnv(EnvConfig):
 
     Args:
         task: `metaworld:TASK`, `aloha:transfer-cube` or `aloha:insertion`.
-        observation_height, observation_width: of the pictures, pixels.
+        observation_height, observation_width: of the images, in pixels.
         episode_length: control steps after which an episode has failed; default: what the simulator says.
     """
 
@@ -55,10 +55,10 @@ class FlowEnv(EnvConfig):
             self.features_map[f"pixels/{camera}"] = f"{OBS_IMAGES}.{camera}"
 
     def make(self):
-        """The environment of `common/envs`; a UserError if there is none of that name."""
+        """The environment of `common/envs`; a UserError if none has that name."""
         if (self.task or "").partition(":")[0] not in KINDS:
             raise UserError(
-                f"--env.task={self.task}: give metaworld:TASK or aloha:TASK; LeRobot has others itself."
+                f"--env.task={self.task}: give metaworld:TASK or aloha:TASK; LeRobot itself has others."
             )
         size = (self.observation_height, self.observation_width)
         return make_environment(Named(env=self.task, max_steps=self.episode_length), size)

@@ -1,4 +1,4 @@
-"""The model card of an exported policy: what it is, what it learned from, how well it does, how to use it."""
+"""The model card of an exported policy: what it is, what it learned from, its results, how to use it."""
 
 import json
 import re
@@ -21,7 +21,7 @@ PICTURES = (
     "latents.png",
     "depth.png",
 )
-# Options that say where and how a run was done, not what was learned.
+# Options about where and how a run was done, not about what was learned.
 ABOUT_THE_PLACE = {
     *("run_dir", "resume", "config", "cache_dir", "num_workers", "ingest_workers", "max_time"),
     *("tracker", "project", "push_to_hub", "keep", "keep_every", "log_every", "save_every", "hang_timeout"),
@@ -31,7 +31,7 @@ BLIND = {"grey": "grey pictures", "mismatched": "pictures of another episode", "
 
 
 def write_card(folder: Path, policy: RobotPolicy, run: Path, config: FlowConfig, name: str) -> None:
-    """Write README.md, and the run's pictures beside it.
+    """Write README.md, and the run's pictures next to it.
 
     Args:
         folder: of the export.
@@ -59,12 +59,12 @@ def write_card(folder: Path, policy: RobotPolicy, run: Path, config: FlowConfig,
 
 
 def public(dataset: str) -> str:
-    """A dataset as others may know it: its name on the hub, or of a folder here the last part."""
+    """A dataset's name for others: its name on the hub, or the last part of a local folder."""
     return Path(dataset).name if dataset.startswith(("/", "~", ".")) or Path(dataset).exists() else dataset
 
 
 def _read(path: Path) -> dict:
-    """A JSON file of the run; nothing, if it is not there."""
+    """A JSON file of the run; empty if it is missing."""
     try:
         return read_json(path)
     except (OSError, ValueError):
@@ -72,7 +72,7 @@ def _read(path: Path) -> dict:
 
 
 def _front_matter(about: dict, method: str) -> str:
-    """What the hub sorts by, as YAML, of which JSON is a part."""
+    """What the hub sorts by, as YAML, of which JSON is a subset."""
     names = about.get("config", {}).get("data", {}).get("dataset", ())
     on_hub = [n for n in names if re.fullmatch(HUB_NAME, n) and not Path(n).exists()]
     tags = ["robotics", "lerobot", "flow-matching", method]
@@ -87,7 +87,7 @@ def _what_it_learned_from(policy: RobotPolicy, about: dict, config: FlowConfig) 
     history = f"{spec.proprio_history} states" if spec.proprio_history > 1 else "state"
     apart = f"{spec.image_stride} step{'s' * (spec.image_stride > 1)} apart"
     frames = f", {spec.image_history} frames of each, {apart}" if spec.image_history > 1 else ""
-    later = f", from {spec.action_offset} steps later on" if spec.action_offset else ""
+    later = f", starting {spec.action_offset} steps later" if spec.action_offset else ""
     pictures = ", ".join(f"`{key}` ({camera})" for key, camera in config.cameras.items())
     rows = {
         "data": ", ".join(map(public, policy.config.data.dataset)),
@@ -107,7 +107,7 @@ def _what_it_learned_from(policy: RobotPolicy, about: dict, config: FlowConfig) 
 def _results(results: dict, checkpoint: str) -> str:
     """Success and errors by `evaluate.py`, if it saw this checkpoint."""
     if results.get("checkpoint") != checkpoint:
-        return "## Results\n\nNot evaluated: `python evaluate.py RUN` before the export puts results here."
+        return "## Results\n\nNot evaluated: run `python evaluate.py RUN` before the export."
     lines = []
     for name, found in results.get("closed_loop", {}).items():
         what = f"{name} sampling steps" if name.isdigit() else BLIND.get(name, name)
@@ -152,7 +152,7 @@ chunk = policy.act({{"images": {{{images}}}, "state": state}})  # {shape}
 
 
 def _how_it_was_trained(policy: RobotPolicy, about: dict) -> str:
-    """The command line again, with every option that is not its default."""
+    """The command line, with every option that differs from its default."""
     given = flat_options(to_dict(policy.config))
     given["dataset"] = [public(name) for name in given["dataset"]]
     usual = flat_options(to_dict(type(policy.config)()))

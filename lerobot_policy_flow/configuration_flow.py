@@ -1,4 +1,4 @@
-"""What LeRobot knows of a policy of this project: its features, and how it acts."""
+"""What LeRobot knows about a policy of this project: its features, and how it acts."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,12 +13,12 @@ from common.exported import TYPE, VERSION, require_settings, require_version
 @PreTrainedConfig.register_subclass(TYPE)
 @dataclass
 class FlowConfig(PreTrainedConfig):
-    """Settings of an exported policy; those of acting can be changed on LeRobot's command line.
+    """Settings of an exported policy; those for acting can be changed on LeRobot's command line.
 
     Args:
         version: of this format.
         run: `script`, `spec`, `config` and `step` of the run that was exported.
-        cameras: the policy's camera by LeRobot's key of its pictures.
+        cameras: the policy's camera for each of LeRobot's image keys.
         n_obs_steps, chunk_size: K and T; see `common/checkpoint.py`.
         n_action_steps: actions of a chunk that are executed before the next is sampled; default: half of it.
         sample_steps: integration steps; default: what the run was trained with.
@@ -42,7 +42,7 @@ class FlowConfig(PreTrainedConfig):
     )
 
     def validate_features(self) -> None:
-        """Refuse what is no export, of another version, or not for this robot or environment."""
+        """Refuse what is no export, has another version, or does not fit this robot or environment."""
         where = self.pretrained_path or "--policy.path"
         if not self.run:
             raise UserError(
@@ -55,13 +55,13 @@ class FlowConfig(PreTrainedConfig):
         there = self.output_features.get(ACTION) if self.output_features else None
         if there is not None and tuple(there.shape) != (len(names),):
             raise UserError(
-                f"{where} gives {len(names)} actions ({', '.join(names)}), and {there.shape[0]} are taken "
+                f"{where} gives {len(names)} actions ({', '.join(names)}), but {there.shape[0]} are expected "
                 f"here: it was trained for another robot."
             )
         pictures = {key for key, feature in self.input_features.items() if feature.type is FeatureType.VISUAL}
         if pictures != self.cameras.keys() or set(self.cameras.values()) != set(spec["cameras"]):
             raise UserError(
-                f"{where} has pictures of {', '.join(sorted(pictures)) or 'no camera'}, and its policy sees "
+                f"{where} has images of {', '.join(sorted(pictures)) or 'no camera'}, but its policy sees "
                 f"{', '.join(spec['cameras'])}: export it again with --images."
             )
         if OBS_STATE not in self.input_features:

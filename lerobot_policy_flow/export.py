@@ -1,11 +1,11 @@
-"""Export a run's policy in the form that LeRobot's commands and its hub know.
+"""Export a run's policy in the form that LeRobot's commands and its hub use.
 
     python -m lerobot_policy_flow.export runs/vfp-20260301-101500 exports/towel
     python -m lerobot_policy_flow.export runs/vfp-20260301-101500 exports/towel --hub me/towel
     python -m lerobot_policy_flow.export RUN DIR --images observation.image=image
 
-Writes `config.json`, `model.safetensors`, LeRobot's two processors, and a model card with pictures. What is
-written is read back by `load_policy` and `--init-from`, too; see docs/lerobot.md.
+Writes `config.json`, `model.safetensors`, LeRobot's two processors, and a model card with pictures.
+`load_policy` and `--init-from` read exports, too; see docs/lerobot.md.
 """
 
 import re
@@ -44,7 +44,7 @@ class Config:
     out: Annotated[UserPath, tyro.conf.Positional]
     """Folder of the export, which must be new."""
     images: tuple[str, ...] = ()
-    """What LeRobot calls the pictures of a camera, as in `observation.image=image`. Default: as in the
+    """LeRobot's key for the images of a camera, such as `observation.image=image`. Default: as in the
     dataset, or `observation.images.CAMERA`."""
     checkpoint: str = "last"
     """`last`, or the number of a saved step."""
@@ -65,24 +65,24 @@ def main(config: Config) -> None:
 def export(
     run: Path, out: Path, images: tuple[str, ...] = (), checkpoint: str = "last", hub: str | None = None
 ) -> None:
-    """Write the policy of a run to a folder, wholly or not at all.
+    """Write the policy of a run to a folder, whole or not at all.
 
     Args:
         images: see `Config`.
         hub: what the model card calls the policy.
 
     Raises:
-        UserError: if the run has no policy, the folder is there already, or an entry of `images` is wrong.
+        UserError: if the run has no policy, the folder exists already, or an entry of `images` is wrong.
     """
     if out.exists():
-        raise UserError(f"{out} is there already: give the export another folder.")
+        raise UserError(f"{out} exists already: give the export another folder.")
     if not completed_checkpoints(run):
         raise UserError(f"{run} holds no finished checkpoint: give the folder of a run that has saved one.")
     policy = load_policy(run, checkpoint, device="cpu")
     require_carried(policy.script)
     if policy.spec.tasks is not None and policy.spec.tasks.table is not None:
         raise UserError(
-            f"{run} was told its tasks by {policy.spec.tasks.encoder}, which LeRobot has no place for: train "
+            f"{run} needs the text encoder {policy.spec.tasks.encoder}, which an export cannot hold: train "
             f"it with --task-encoder index, or serve the run itself with serve.py."
         )
     config = flow_config(policy, picture_keys(policy.spec, images))
@@ -101,12 +101,12 @@ def export(
 
 
 def picture_keys(spec: PolicySpec, images: tuple[str, ...] = ()) -> dict[str, str]:
-    """The policy's camera by LeRobot's key of its pictures."""
+    """The policy's camera for each of LeRobot's image keys."""
     chosen: dict[str, str] = {}
     for entry in images:
         key, equals, name = entry.partition("=")
         if not (equals and re.fullmatch(r"observation\.images?(\.[\w.-]+)?", key)):
-            raise UserError(f"--images {entry}: write KEY=CAMERA, as in observation.images.top=head.")
+            raise UserError(f"--images {entry}: write KEY=CAMERA, such as observation.images.top=head.")
         camera = spec.camera(name)
         if camera not in spec.cameras or camera in chosen:
             raise UserError(
@@ -117,7 +117,7 @@ def picture_keys(spec: PolicySpec, images: tuple[str, ...] = ()) -> dict[str, st
         usual = key if key.startswith("observation.image") else f"{OBS_IMAGES}.{camera}"
         chosen.setdefault(camera, usual)
     if len(set(chosen.values())) < len(chosen):
-        raise UserError(f"--images {' '.join(images)}: two cameras would have the same pictures.")
+        raise UserError(f"--images {' '.join(images)}: two cameras would have the same key.")
     return {chosen[camera]: camera for camera in spec.cameras}
 
 
@@ -147,7 +147,7 @@ def flow_config(policy: RobotPolicy, cameras: dict[str, str]) -> FlowConfig:
 
 
 def without_places(config: dict) -> dict:
-    """A run's options less the folders it used here: they are nobody's business on the hub."""
+    """A run's options without the local folders that it used, which do not belong on the hub."""
     places = {"run": ("run_dir", "resume", "config"), "data": ("cache_dir",)}
     kept = {
         group: {name: value for name, value in config[group].items() if name not in names}
@@ -158,7 +158,7 @@ def without_places(config: dict) -> dict:
 
 
 def push_run(run: Path, name: str) -> str:
-    """Export a run's policy and upload it; its address."""
+    """Export a run's policy and upload it; returns its address."""
     with tempfile.TemporaryDirectory() as folder:
         export(run, Path(folder) / "export", hub=name)
         again = f"python -m lerobot_policy_flow.export {run} DIR --hub {name}"
@@ -166,10 +166,10 @@ def push_run(run: Path, name: str) -> str:
 
 
 def push(folder: Path, name: str, again: str) -> str:
-    """Upload an export to the hub, where its files replace those that are there; its address.
+    """Upload an export to the hub, where its files replace those that are there; returns its address.
 
     Args:
-        again: the command that does it later, for the message if the hub does not take it now.
+        again: the command that does it later, for the message if it fails now.
     """
     from huggingface_hub import HfApi
 
@@ -177,10 +177,10 @@ def push(folder: Path, name: str, again: str) -> str:
     try:
         name = api.create_repo(name, exist_ok=True).repo_id
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload policy")
-    except Exception as error:  # the hub's client has dozens of classes, of three libraries
+    except Exception as error:  # the hub's client raises dozens of classes, from three libraries
         raise UserError(
             f"The policy could not be pushed to {name} ({brief(error)}): check connection and login, then "
-            f"`{again}`."
+            f"run `{again}`."
         ) from None
     return f"{api.endpoint}/{name}"
 

@@ -23,9 +23,9 @@ from lerobot_policy_flow.configuration_flow import FlowConfig, trained_elsewhere
 class FlowPolicy(PreTrainedPolicy):
     """Acts as `common.inference` does, to the bit, on LeRobot's batches.
 
-    Pictures come as float in [0, 1]; they were bytes, and become these again. States and actions are in
-    recorded units. Noise follows torch's generator, and with it LeRobot's `--seed`: `reset` draws a number,
-    and episode i of a batch has the noise of that number + i.
+    Images come as float in [0, 1]; they were bytes, and are converted back to these. States and actions are
+    in recorded units. Noise follows torch's generator, and with it LeRobot's `--seed`: `reset` draws a
+    number, and that number + i is the seed of episode i of a batch.
     """
 
     config_class = FlowConfig
@@ -45,7 +45,7 @@ class FlowPolicy(PreTrainedPolicy):
 
     @classmethod
     def of(cls, policy: RobotPolicy, config: FlowConfig) -> "FlowPolicy":
-        """A policy that was loaded, in LeRobot's form."""
+        """A loaded policy, in LeRobot's form."""
         made = cls(config)
         return made._filled(policy.model.state_dict(), policy.normalizer.tensors(), policy.checkpoint)
 
@@ -67,7 +67,7 @@ class FlowPolicy(PreTrainedPolicy):
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write `config.json` and `model.safetensors`; `state_dict` is for training in LeRobot."""
         config = copy.copy(self.config)
-        config.device = None  # wherever it is loaded, the best that is there
+        config.device = None  # wherever it is loaded, LeRobot picks the best one
         config._save_pretrained(save_directory)
         weights, statistics = self.model.state_dict(), self.normalizer.tensors()
         tensors = {f"{MODEL}{key}": tensor.cpu().contiguous() for key, tensor in weights.items()}
@@ -77,7 +77,7 @@ class FlowPolicy(PreTrainedPolicy):
     # Acting
 
     def reset(self) -> None:
-        """Start episodes: forget states and chunks; draw where their noise begins."""
+        """Start episodes: forget states and chunks; draw the seed of their noise."""
         self._seed = int(torch.randint(2**62, ()))
         self._robot: RobotPolicy | None = None
         self._controller: Controller | None = None
@@ -131,19 +131,19 @@ class FlowPolicy(PreTrainedPolicy):
     ) -> Tensor:
         """Sample a chunk, (B, T, A) in recorded units; row i is for i control steps from now.
 
-        A policy with an action offset says nothing of the first steps: its first action stands there, too,
+        A policy with an action offset does not predict the first steps: its first action is repeated there,
         and the chunk is that much longer.
 
         Args:
             batch: see `select_action`; a policy that sees K states needs `observation.state` (B, K, P).
-            inference_delay: control steps that will have passed when the chunk is there.
+            inference_delay: control steps that will have passed when the chunk is ready.
             prev_chunk_left_over: (T', A), what is left of the chunk that is being executed; its first
-                `inference_delay` actions are those that will be, and the new chunk continues them.
+                `inference_delay` actions will still be executed, and the new chunk continues them.
         """
         if (frames := self._blank.spec.image_history) > 1:
             raise UserError(
-                f"The policy sees {frames} frames of a camera, and LeRobot gives one to get a chunk: use "
-                f"--inference.type=sync, which asks for actions."
+                f"The policy sees {frames} frames of a camera, but LeRobot gives only one for a chunk: use "
+                f"--inference.type=sync, which asks for single actions."
             )
         states, pictures = self._states(batch), self._pictures(batch)
         observations = [{"images": i, "state": s} for i, s in zip(pictures, states, strict=True)]
@@ -168,11 +168,11 @@ class FlowPolicy(PreTrainedPolicy):
             return "it was not trained to continue a chunk"
         if spec.proprio_history > 1 or spec.image_history > 1:
             seen = f"{spec.proprio_history} states and {spec.image_history} frames"
-            return f"it sees {seen}, and LeRobot hands over one"
+            return f"it sees {seen}, but LeRobot gives only one"
         return None
 
     def _prefix(self, delay: int | None, left_over: Tensor | None, episodes: int) -> np.ndarray | None:
-        """The actions, (d, A), that will be executed before the new chunk is there; None without any."""
+        """The actions, (d, A), that will be executed before the new chunk is ready; None without any."""
         if left_over is None or not delay:
             return None
         if why := self._why_no_rtc():
@@ -181,7 +181,7 @@ class FlowPolicy(PreTrainedPolicy):
             raise UserError(f"A chunk of one episode can be continued, and there are {episodes}.")
         spec = self._blank.spec
         left = left_over.reshape(-1, left_over.shape[-1]).float().cpu().numpy()
-        real = np.flatnonzero(left.any(axis=1))  # LeRobot fills up with rows of zeros
+        real = np.flatnonzero(left.any(axis=1))  # LeRobot pads with rows of zeros
         first, last = spec.action_offset, min(delay, spec.action_offset + spec.max_delay)
         if last < delay and not self._said:
             self._said = True
@@ -191,7 +191,7 @@ class FlowPolicy(PreTrainedPolicy):
             )
         if not len(real) or first >= last:
             return None
-        return left[np.minimum(np.arange(first, last), real[-1])]  # without another, the robot holds its last
+        return left[np.minimum(np.arange(first, last), real[-1])]  # after the last one, the robot holds it
 
     def _tasks(self, batch: Mapping[str, Any], episodes: int) -> list[str | None] | None:
         """The instruction of each episode, if the policy is told any."""
@@ -240,7 +240,7 @@ def _bytes(pictures: Tensor, key: str) -> np.ndarray:
     pictures = pictures[:, -1] if pictures.ndim == 5 else pictures
     if pictures.dtype != torch.uint8:
         if not (pictures.min() >= 0 and pictures.max() <= 1):
-            raise UserError(f"{key} is not within 0 to 1: the policy takes pictures that nobody normalized.")
+            raise UserError(f"{key} is not within 0 to 1: the policy takes images that are not normalized.")
         pictures = (pictures.float() * 255).round().to(torch.uint8)
     return pictures.permute(0, 2, 3, 1).cpu().numpy()
 

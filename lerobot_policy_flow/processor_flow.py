@@ -1,4 +1,4 @@
-"""LeRobot's steps around a policy of this project: names, batch, device."""
+"""LeRobot's processing steps around a policy of this project: names, batch, device."""
 
 from typing import Any
 
@@ -13,6 +13,6 @@ def make_flow_pre_post_processors(
     PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
 ]:
-    """LeRobot's usual steps. Its commands override them by name, so that none may be left out; those that
-    normalize do nothing, as `FlowConfig.normalization_mapping` says, whatever statistics they are given."""
+    """LeRobot's usual steps. Its commands override them by name, so none may be left out; those that
+    normalize do nothing, whatever statistics they get, because of `FlowConfig.normalization_mapping`."""
     return make_default_pre_post_processors(config, dataset_stats, normalizer_device=config.device)

@@ -1,11 +1,11 @@
-"""A gymnasium environment for the policies of the tests' dataset, as a lab's own module would have one."""
+"""A gymnasium environment for policies of the tests' dataset, like one in a lab's own module."""
 
 import gymnasium
 import numpy as np
 
 
 class Arm(gymnasium.Env):
-    """Three joints that go where they are told; done when an episode has had six steps."""
+    """Three joints that follow commands exactly; an episode is done after six steps."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     action_space = gymnasium.spaces.Box(-10, 10, (3,), np.float32)

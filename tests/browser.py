@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through its pipe: no driver to install."""
+"""A headless Chromium, controlled through a pipe: there is no driver to install."""
 
 import base64
 import json
@@ -13,14 +13,14 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Page:
-    """One page of a browser; what it complains about is in `complaints`."""
+    """One page of a browser; its errors and requests are in `complaints`."""
 
     def __init__(self):
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         flags = f"--headless --no-sandbox --disable-gpu --user-data-dir={self._profile.name}"
-        command = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'  # where Chromium expects them
+        command = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'  # the descriptors Chromium uses
         self._process = subprocess.Popen(
             ["bash", "-c", command, CHROMIUM, *flags.split(), "--remote-debugging-pipe"],
             pass_fds=(to_browser, from_browser),

@@ -1,6 +1,6 @@
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def quick(request, monkeypatch):
-    """Leave out what costs time and is not what most tests are about: git, waiting for the disk, curves.
+    """Skip slow parts that most tests do not check: git, waiting for the disk, curves.
 
-    `@pytest.mark.real("git", "fsync", "drawing")` leaves some of it as it is.
+    `@pytest.mark.real("git", "fsync", "drawing")` keeps the parts that it names.
     """
     real = {what for mark in request.node.iter_markers("real") for what in mark.args}
     if "git" not in real:
@@ -29,14 +29,14 @@ def quick(request, monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def reading_processes():
-    """The processes that read HDF5 take seconds to start: all tests share them."""
+    """All tests share the processes that read HDF5, because they take seconds to start."""
     with kept_pool():
         yield
 
 
 @pytest.fixture
 def accelerate_reset():
-    """Accelerate keeps its settings for the life of a process; a test that trains wants fresh ones."""
+    """Accelerate keeps its settings for the life of a process; a test that trains needs fresh ones."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -1,4 +1,4 @@
-"""Run by torchrun from test_launch.py: train with codes that are replaced, compare them between processes.
+"""Run by torchrun from test_launch.py: train with codes that get replaced, compare them between processes.
 
 Arguments: those of train_cfg_vqvae.py.
 """

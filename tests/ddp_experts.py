@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     def close(run, original=Run.close):
         everyone = run.accelerator.gather(torch.stack(counted)[None])
         assert all(torch.equal(theirs, everyone[0]) for theirs in everyone), "processes differ"
-        together = run.accelerator.gather(torch.stack(own)[None].float()).sum(dim=0)  # one step a line
+        together = run.accelerator.gather(torch.stack(own)[None].float()).sum(dim=0)  # a line per step
         assert torch.equal(together, torch.stack(counted)), "counts are not those of all processes"
         run.accelerator.print(f"samples {int(together.sum())}")
         original(run)

@@ -1,7 +1,7 @@
 """Run by torchrun from test_faults.py: a training run whose process 1 does not keep up.
 
-Arguments: how, and the flags of train_vfp.py. In step 5 it is `stopped`, `asleep` or `killed`; before the
-first step it hangs while it is `starting`, or takes long over its data (`reading`), which is no fault.
+Arguments: how, and flags for train_vfp.py. In step 5 it is `stopped`, `asleep` or `killed`; before the
+first step it hangs while `starting`, or takes long to read its data (`reading`), which is allowed.
 """
 
 import os

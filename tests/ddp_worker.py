@@ -1,6 +1,6 @@
-"""Run by torchrun from test_launch.py: gradients of one step, each process with its share of one batch.
+"""Run by torchrun from test_launch.py: gradients of one step, with one batch split over the processes.
 
-For every script whose loss is a mean over samples alone, whatever else is in the batch.
+For every script whose loss is a mean over samples, independent of the rest of the batch.
 
 Arguments: the folder of a dataset, its cache folder, where process 0 writes the gradients.
 """
@@ -48,7 +48,7 @@ def gradients(script, flags: str, dataset: str, cache_dir: str, accelerator) -> 
     normalizer = Normalizer.fit(data)
     torch.manual_seed(0)
     policy = script.Policy(config, checkpoint.PolicySpec.of(data))
-    with torch.no_grad():  # zero-initialised projections would hide most gradients
+    with torch.no_grad():  # zero-initialized projections would hide most gradients
         for parameter in policy.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     ddp_policy = accelerator.prepare(policy)

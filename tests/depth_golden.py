@@ -1,4 +1,4 @@
-"""How `golden/depth*.safetensors` were made: what the official Depth Anything 3 gives for seeded weights.
+"""How `golden/depth*.safetensors` were made: outputs of the official Depth Anything 3 for seeded weights.
 
     uv pip install --target official --no-deps depth-anything-3 omegaconf addict einops antlr4-python3-runtime
     PYTHONPATH=official python tests/depth_golden.py
@@ -25,14 +25,14 @@ ARCHITECTURES = {
     "one_view": Architecture("golden", 64, 6, 2),  # as mono and metric are
 }
 LARGE_SIZES = ((224, 224), (518, 518), (252, 336))
-LARGE = {  # of the published widths; six blocks of the 24 say as much
+LARGE = {  # the published widths; six of the 24 blocks are enough
     "small": depth.ARCHITECTURES["small"],
     "few": Architecture("few", 1024, 6, 16),
 }
 
 
 def official(architecture: Architecture) -> torch.nn.Module:
-    """The official network of that shape."""
+    """The official network with this architecture."""
     from depth_anything_3.model.dinov2.vision_transformer import DinoVisionTransformer
 
     views = architecture.alt_start < math.inf
@@ -52,7 +52,7 @@ def official(architecture: Architecture) -> torch.nn.Module:
 
 @torch.no_grad()
 def randomise(network: torch.nn.Module) -> None:
-    """Fill every parameter: as they are initialised, unit scales and zero positions hide mistakes."""
+    """Fill every parameter: initial unit scales and zero positions would hide mistakes."""
     random = np.random.default_rng(0)
     for _, parameter in sorted(network.named_parameters()):
         values = torch.from_numpy(random.standard_normal(parameter.shape).astype(np.float32))
@@ -60,7 +60,7 @@ def randomise(network: torch.nn.Module) -> None:
 
 
 def images(size: tuple[int, int] = SIZE) -> torch.Tensor:
-    """(1, 3, H, W), as if normalized."""
+    """(1, 3, H, W), like a normalized image."""
     return torch.from_numpy(np.random.default_rng(1).standard_normal((1, 3, *size)).astype(np.float32))
 
 
@@ -73,7 +73,7 @@ def run(network: torch.nn.Module, architecture: Architecture, size: tuple[int, i
 
 
 def sampled(outputs: dict, count: int = 64) -> dict:
-    """Evenly spaced numbers of each output: a file of all would have hundreds of megabytes."""
+    """Evenly spaced numbers of each output: all of them would take hundreds of megabytes."""
     return {
         name: x.flatten()[torch.linspace(0, x.numel() - 1, count, dtype=torch.float64).long()]
         for name, x in outputs.items()

@@ -1,11 +1,11 @@
-"""Mutated datasets against the readers: never a crash, a hang, or a batch that differs from the file.
+"""Fuzz the readers with mutated datasets: no crash, no hang, no batch that differs from the file.
 
-    python tests/fuzz_data.py --minutes 10        # prints what became of the files
+    python tests/fuzz_data.py --minutes 10        # prints the outcomes
 
 Every example takes a small dataset, changes bytes of one of its files, and opens it as training would.
 Either a `UserError` says in one sentence what is wrong, or the store holds what an independent reading of the
-changed file gives. (A bit that flips in a pixel is flipped in the store, too: nothing in the file tells.)
-Every other example leaves the files of a LeRobot dataset sound and makes them contradict each other.
+changed file gives. (A flipped bit in a pixel is also flipped in the store: the file cannot show it.)
+Every other example keeps the files of a LeRobot dataset valid but makes them contradict each other.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LENGTHS, SIZE = (5, 4), (16, 24)
 
 
 def corpus(folder: Path) -> dict[str, Path]:
-    """One small sound dataset of every kind."""
+    """One small valid dataset of every kind."""
     roots = {}
     for name, (layout, images) in CASES.items():
         roots[name] = folder / name
@@ -99,7 +99,7 @@ def mutate(content: bytes, mutations: list) -> bytes:
 
 
 class Fuzz:
-    """Opens mutated datasets and counts what became of them."""
+    """Opens mutated datasets and counts the outcomes."""
 
     def __init__(self, folder: Path):
         self.folder, self.roots = folder, corpus(folder / "corpus")
@@ -108,7 +108,7 @@ class Fuzz:
         self.slowest = 0.0
 
     def bytes_of(self, case: tuple) -> None:
-        """Open a dataset with other bytes in one of its files."""
+        """Open a dataset with changed bytes in one of its files."""
         name, which, mutations = case
         work = self._copy(self.roots[name], case)
         files = sorted(path for path in (work / "d").rglob("*") if path.is_file())
@@ -118,7 +118,7 @@ class Fuzz:
         self._open(name, config, check_hdf5 if CASES[name][0] else check_lerobot)
 
     def contradictions(self, case: tuple) -> None:
-        """Open a LeRobot dataset that contradicts itself, then once more without what is unusable."""
+        """Open a LeRobot dataset that contradicts itself, then again without its unusable episodes."""
         is_video, mutations = case
         name = "video" if is_video else "images"
         work = self._copy(self.folder / "contradictions" / name, case)
@@ -133,11 +133,11 @@ class Fuzz:
         work = self.folder / "work"
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(root, work / "d")
-        (self.folder / "last.txt").write_text(repr(case))  # for when the process does not survive it
+        (self.folder / "last.txt").write_text(repr(case))  # in case the process dies
         return work
 
     def _open(self, name: str, config: DataConfig, check) -> None:
-        """Open a dataset as training would: refused in a sentence, or what `check` finds right."""
+        """Open a dataset as training would: it is refused with a sentence, or `check` finds it right."""
         began = time.monotonic()
         refusal = None
         try:
@@ -165,7 +165,7 @@ class Fuzz:
 
 
 def check_hdf5(root: Path, store) -> None:
-    """The store against plain reading, in a process that may die of it."""
+    """Compare the store with plain reading, in a process that may crash."""
     keys = json.loads((store.path / "meta.json").read_text())["choices"]["choices"]["keys"]
     args = (str(root), keys["state"], keys["action"], store.camera_keys[0], store.image_size)
     for _, expected in workers.guarded_map(plainly, [args], 1):
@@ -202,7 +202,7 @@ def plainly(root: str, state_keys, action_keys, camera: str, size) -> tuple:
 def check_lerobot(root: Path, store) -> None:
     import pyarrow.parquet as pq
 
-    columns = ["observation.state", "action"]  # others may be damaged without consequence
+    columns = ["observation.state", "action"]  # damage to others does not matter
     files = sorted((root / "data").rglob("*.parquet"))
     tables = [pq.read_table(file, columns=columns, partitioning=None) for file in files]
     for key, values in zip(columns, (store.state, store.action), strict=True):
@@ -212,7 +212,7 @@ def check_lerobot(root: Path, store) -> None:
 
 
 def fuzz(folder: Path, seconds: float, first_seed: int = 0, examples: int | None = None) -> Fuzz:
-    """Fuzz for so long, or for so many examples; raises what one raises, after printing it."""
+    """Fuzz for this long, or for this many examples; if one raises, print it and raise."""
     target, end, number = Fuzz(folder), time.monotonic() + seconds, first_seed
     kinds = (
         st.tuples(st.just(target.bytes_of), example),

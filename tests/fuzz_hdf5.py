@@ -1,7 +1,7 @@
-"""HDF5 files as people might arrange them, against the reader: what is read is what was written, or refused.
+"""Fuzz the reader with HDF5 files as people might arrange them: it reads what was written, or refuses.
 
-Every example draws an arrangement (layout, cameras and their names and types, further vectors, copies of the
-next step, one observation more, further and damaged files), writes it, and knows by this alone what is right.
+Every example draws an arrangement (layout, cameras and their names and types, other vectors, copies of the
+next step, one more observation, extra and damaged files) and writes it, so it knows the right result.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def picture(step: int, camera: int) -> np.ndarray:
 
 
 def stored(pictures: np.ndarray, kind: str) -> np.ndarray:
-    """Pictures (L, H, W, 3) as one of `KINDS` or `NOT_COLOUR`."""
+    """Images (L, H, W, 3) as one of `KINDS` or `NOT_COLOUR`."""
     grey = pictures[..., :1]
     if "PNG" in kind:
         deep = kind.startswith("16") * 1
@@ -85,7 +85,7 @@ def stored(pictures: np.ndarray, kind: str) -> np.ndarray:
 
 
 class Written:
-    """What an arrangement puts into its files, and what is right to be read of it."""
+    """The content of an arrangement's files, and what the reader should find."""
 
     def __init__(self, case: dict, root: Path):
         self.case, self.root, self.layout = case, root, case["layout"]
@@ -107,7 +107,7 @@ class Written:
             (root / "broken_7.hdf5").write_bytes(b"\x89HDF, but not for long")
 
     def write(self, file: int, number: int, steps: int) -> dict[str, np.ndarray]:
-        """An episode, and its state, action and pictures by the camera's key."""
+        """Write an episode; record its state, action and images by camera key."""
         more = self.case["more"] if self.many else 0
         rng = np.random.default_rng((file, number))
         state, action = rng.random((2, steps + more, 5)).astype(np.float32)
@@ -150,7 +150,7 @@ class Written:
 
     @property
     def readable(self) -> bool:
-        """Whether anything can be wrong with the episodes themselves."""
+        """Whether the episodes themselves can be read."""
         extra = self.case["more"] if self.many else 0
         return bool(self.cameras) and extra <= (self.layout == "maniskill")
 
@@ -160,7 +160,7 @@ def shown_later(steps: int) -> np.ndarray:
 
 
 def check(written: Written, store, said: str) -> None:
-    """The store holds what was written, under the right numbers and names, and the rest was named."""
+    """Check that the store holds what was written, numbers and names too, and that the rest was named."""
     case = written.case
     assert written.readable, "what cannot be right was accepted"
     assert len(store.episode_indices) == len(written.episodes)
@@ -197,7 +197,7 @@ def same(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 class FuzzLayouts:
-    """Writes arrangements, opens them, and counts what became of them."""
+    """Writes arrangements, opens them, and counts the outcomes."""
 
     def __init__(self, folder: Path):
         self.folder, self.outcomes = folder, Counter()
@@ -225,10 +225,10 @@ class FuzzLayouts:
 
 
 def fuzz_layouts(folder: Path, seconds: float, first_seed: int = 0, examples: int = 200) -> FuzzLayouts:
-    """Fuzz for so long, or for so many examples; raises what one raises, after printing it."""
+    """Fuzz for this long, or for this many examples; if one raises, print it and raise."""
     target, end, begun = FuzzLayouts(folder), time.monotonic() + seconds, 0
     with workers.kept_pool():
-        while begun < examples and time.monotonic() < end:  # a run cannot be ended by the clock
+        while begun < examples and time.monotonic() < end:  # hypothesis cannot end a run by the clock
             count = min(20, examples - begun)
 
             @seed(first_seed + begun)

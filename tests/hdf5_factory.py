@@ -1,4 +1,4 @@
-"""Tiny HDF5 datasets whose frames say which step they show, in every layout that is read."""
+"""Tiny HDF5 datasets whose frames encode their step, in every supported layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_images(
     kind: Literal["array", "gzip", "channels first", "padded", "variable", "bytes"] = "array",
     format: str = "PNG",
 ) -> None:
-    """Store (H, W, 3) pictures as one of the kinds of image dataset in use."""
+    """Store (H, W, 3) pictures as one of the kinds of image dataset that are in use."""
     stack = np.stack(pictures)
     if kind == "array":
         group[key] = stack
@@ -88,7 +88,7 @@ def make_hdf5(
     """Write a dataset as `make_dataset` does: the same numbers, the same pictures.
 
     Args:
-        root: folder to make.
+        root: folder to create.
         options: see `write_episode`.
     """
     sizes = dict(cameras) if isinstance(cameras, Mapping) else dict.fromkeys(cameras, (32, 48))

@@ -1,4 +1,4 @@
-"""A stand-in for the hub's HTTP interface, on the loopback: repositories of models, in memory."""
+"""A local stand-in for the hub's HTTP interface: model repositories in memory."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ NAME = r"(?P<name>[\w.-]+/[\w.-]+)"
 
 
 class Hub(ThreadingHTTPServer):
-    """`repos` are files by repository, `refused` repositories that nobody may write, `asked` all requests."""
+    """`repos`: files by repository; `refused`: repositories closed for writing; `asked`: all requests."""
 
     daemon_threads = True
 

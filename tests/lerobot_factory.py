@@ -1,4 +1,4 @@
-"""Tiny LeRobot v3 datasets, written with pyarrow and PyAV alone, whose frames say which step they show."""
+"""Tiny LeRobot v3 datasets, written with only pyarrow and PyAV, whose frames encode their step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STATE, ACTION = "observation.state", "action"
 
 
 def draw(number: int, camera: int, size: tuple[int, int]) -> np.ndarray:
-    """A (H, W, 3) picture of a number, as dark and bright bars, and of a camera, as the colour below them."""
+    """A (H, W, 3) picture: a number as dark and bright bars, and a camera as the colour below them."""
     height, width = size
     bits = number >> np.arange(BITS) & 1
     picture = np.zeros((height, width, 3), np.uint8)
@@ -54,13 +54,13 @@ def make_dataset(
     """Write a dataset; step i of the whole dataset is drawn as number i in every camera.
 
     Args:
-        root: folder to make.
+        root: folder to create.
         lengths: steps of each episode.
         cameras: feature names, with sizes (H, W) if they differ from 32x48.
         video: mp4 files of several episodes each, or images inside the data files.
-        dims: of state and action.
+        dims: dimensions of state and action.
         names: how dimensions are named: `flat`, `nested`, `dict`, `index`, or None.
-        tasks: instructions, given to the episodes in turn.
+        tasks: instructions, assigned to the episodes in turn.
         episodes_per_file: episodes that share a file.
         gop: distance of key frames in a video; B-frames are used above 2.
         changes: entries of info.json to replace.
@@ -120,10 +120,10 @@ def write_video(
     ticks: Sequence[int] | None = None,
     **color: int,
 ) -> None:
-    """A video of (H, W, 3) pictures, FPS a second; `color` sets colorspace and the like.
+    """Write a video of (H, W, 3) pictures, FPS per second; `color` sets colorspace and similar options.
 
-    Pictures of the format yuv420p are planes below each other, (H * 3 / 2, W), and are stored as they are.
-    `stored` is the format of the stream, and `ticks` when each picture is shown, in 1/1000 of its duration.
+    Pictures in yuv420p are planes below each other, (H * 3 / 2, W), and are stored unchanged.
+    `stored` is the stream's format; `ticks` are the times of the pictures, in 1/1000 of a picture's duration.
     """
     ticks = range(0, 1000 * len(pictures), 1000) if ticks is None else ticks
     height, width = pictures[0].shape[:2]

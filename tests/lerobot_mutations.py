@@ -1,4 +1,4 @@
-"""Changes to a LeRobot dataset that leave its files sound and make them contradict each other.
+"""Changes to a LeRobot dataset that keep its files valid but make them contradict each other.
 
 Every step's picture and state are the same number (`lerobot_factory`), whatever the metadata say about it: a
 dataset that was changed must be refused, in whole or in part, or show at every step the step's own picture.
@@ -49,13 +49,13 @@ example = st.tuples(st.booleans(), st.lists(mutation, min_size=1, max_size=2, un
 
 
 def corpus(folder: Path) -> None:
-    """A sound dataset with a video camera, and one with an image camera."""
+    """A valid dataset with a video camera, and one with an image camera."""
     for name, video in (("video", True), ("images", False)):
         make_dataset(folder / name, LENGTHS, {CAMERA: SIZE}, video=video, episodes_per_file=5, dims=(3, 3))
 
 
 def mutate(root: Path, is_video: bool, mutations: list[tuple]) -> None:
-    """Apply mutations; what concerns videos leaves a dataset without them as it is."""
+    """Apply mutations; those of videos do not change a dataset without videos."""
     for kind, *values in sorted(mutations, key=lambda each: each[0] == "extra"):
         if kind in ("from", "to", "both", "from on", "both on", "drift", "drop a key", "row", "places"):
             edit_rows(root, lambda rows, kind=kind, values=values: _edit_rows(rows, kind, *values))
@@ -112,7 +112,7 @@ def _edit_rows(rows: list[dict], kind: str, *values) -> list[dict] | None:
             one[key], other[key] = other[key], one[key]
         return None
     for number, row in enumerate(rows):
-        if row[begin] is None:  # another mutation has taken its place away
+        if row[begin] is None:  # another mutation removed it
             continue
         shift = (
             values[0] * number
@@ -160,7 +160,7 @@ def _edit_info(root: Path, kind: str, value, names=None) -> None:
 
 
 def _cells(rows: list[dict], how: str, number: int) -> list:
-    """An image column of another kind, in part or in whole."""
+    """An image column with another kind of image, in some rows or all."""
     import io
 
     start = sum(LENGTHS[:number])
@@ -180,7 +180,7 @@ def _cells(rows: list[dict], how: str, number: int) -> list:
 
 
 def _extra(root: Path, how: str) -> None:
-    """Files that somebody has left beside the tables."""
+    """Stray files next to the tables."""
     for file in [*(root / "data").rglob("*.parquet"), *(root / "meta").rglob("*.parquet")]:
         if how == "capital":
             file.rename(file.with_suffix(".PARQUET"))
@@ -197,7 +197,7 @@ def _extra(root: Path, how: str) -> None:
 
 
 def check(root: Path, store) -> None:
-    """Every step of a store shows its own picture, and stands where the data files have it."""
+    """Check that every step of a store shows its own picture, in the order of the data files."""
     images = store.images(np.arange(store.num_steps)).numpy()[:, 0]
     steps = store.state[:, 0].round().astype(int).tolist()
     assert [read(image)[0] for image in images] == steps

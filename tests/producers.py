@@ -1,7 +1,7 @@
-"""Small files as other projects' recorders write them: names, shapes, types, attributes, compression.
+"""Small files like those of other projects' recorders: names, shapes, types, attributes, compression.
 
-Step i of a dataset shows picture i; its state and its action, the parts that a policy gets, are those of
-`lerobot_factory`. Whatever else the recorder stores is there, too, filled with numbers that are no step's.
+Step i of a dataset shows picture i; the parts of state and action that a policy gets are those of
+`lerobot_factory`. Everything else that the recorder stores is there too, filled with values of no step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hdf5_factory import write_images
 from lerobot_factory import action_of, draw, state_of
 
 SIZE = (32, 48)
-OTHER = 1000.0  # of what a policy does not get
+OTHER = 1000.0  # value of everything that a policy does not get
 
 
 def pictures(steps: np.ndarray, camera: int = 0) -> np.ndarray:
@@ -109,7 +109,7 @@ def libero(file: Path, lengths: tuple[int, ...], first: int = 0) -> None:
 
 
 def maniskill(file: Path, lengths: tuple[int, ...], obs_mode: str = "rgb+depth+segmentation") -> None:
-    """ManiSkill's `RecordEpisode`: one observation more than actions, and a JSON file beside."""
+    """ManiSkill's `RecordEpisode`: one more observation than actions, and a JSON file next to it."""
     first, episodes = 0, []
     with h5py.File(file, "w") as root:
         for number, length in enumerate(lengths):
@@ -158,7 +158,7 @@ def replay_buffer(path: Path, lengths: tuple[int, ...], arrays: dict[str, np.nda
 
 
 def push_t(path: Path, lengths: tuple[int, ...]) -> None:
-    """diffusion_policy's pusht_cchi_v7_replay.zarr: all in float32, images, too."""
+    """diffusion_policy's pusht_cchi_v7_replay.zarr: everything in float32, even images."""
     steps = np.arange(sum(lengths))
     arrays = {
         "action": action_of(steps, 2),

@@ -1,4 +1,4 @@
-"""Runs of scripts inside a test, and what they leave behind."""
+"""Run scripts inside a test, and read their files."""
 
 import json
 import shutil
@@ -18,13 +18,13 @@ SMALL = {
 
 
 def reset():
-    """Let the next run have an Accelerate of its own."""
+    """Reset Accelerate's state for the next run."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 def fitting(script, flags):
-    """The flags without the options of a flow, where a script has none; each has one value."""
+    """The flags, without the flow's options if the script has none; each flag has one value."""
     known = {f"--{f.name.replace('_', '-')}" for f in fields(script.Config)}
     absent = {"--flow-samples", "--sample-steps"} - known
     return [f for i, f in enumerate(flags) if f not in absent and (i == 0 or flags[i - 1] not in absent)]
@@ -42,14 +42,14 @@ def train(script, tiny, run_dir, *more):
 
 
 def lines(run_dir, split="train"):
-    """Metrics by step, without what depends on the clock."""
+    """Metrics by step, without those that depend on a clock."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     timed = ("samples_per_s", "steps_per_s", "data_wait_share", "memory_gb", "elapsed_s", "eta_s", "split")
     return [{k: v for k, v in row.items() if k not in timed} for row in rows if row["split"] == split]
 
 
 def interrupt_after(run_dir, step, copy):
-    """A copy of the run as it stood when the checkpoint of a step had just been written."""
+    """A copy of the run as it was right after the checkpoint of a step was written."""
     shutil.copytree(run_dir, copy, symlinks=True)
     for folder in (copy / "checkpoints").glob("step_*"):
         if int(folder.name[5:]) > step:

@@ -1,4 +1,4 @@
-"""What a run prints, saves and resumes is what it does, whatever the environment says to Accelerate."""
+"""A run prints, saves and resumes its real settings, whatever the environment tells Accelerate."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_a_gpu_that_pytorch_was_not_built_for_is_named(cuda, device, warned, mon
 
 
 def test_variables_that_agree_change_nothing(monkeypatch):
-    """What `accelerate launch` sets where it is told nothing."""
+    """The variables that `accelerate launch` sets by default."""
     said = {"GRADIENT_ACCUMULATION_STEPS": "2", "DYNAMO_BACKEND": "NO", "USE_FSDP": "false"}
     for name, value in (said | {"MIXED_PRECISION": "no", "USE_CPU": "False"}).items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
@@ -84,7 +84,7 @@ def test_variables_that_agree_change_nothing(monkeypatch):
         ("bf16", "no", None, "bf16"),
         ("bf16", "fp8", None, "bf16"),
         (None, None, "bf16", "bf16"),
-        (None, "no", "bf16", "bf16"),  # the launcher was told nothing
+        (None, "no", "bf16", "bf16"),  # the launcher's default
         (None, "bf16", "no", "bf16"),
         ("no", None, "bf16", "no"),
     ],
@@ -113,11 +113,11 @@ def test_a_resumed_run_keeps_the_precision_that_the_launcher_gave(tiny, tmp_path
     assert "bf16 mixed precision" in capsys.readouterr().out
     assert json.loads((run / "config.json").read_text())["mixed_precision"] == "bf16"
     assert lines(run) == lines(whole)
-    assert lines(exact)[1]["loss"] != lines(whole)[1]["loss"]  # else it would prove nothing
+    assert lines(exact)[1]["loss"] != lines(whole)[1]["loss"]  # otherwise the test would prove nothing
 
 
 def launched(*command, **environment):
-    """What a command prints that Accelerate's launcher runs, and what it leaves in its run folder."""
+    """Run a command with Accelerate's launcher; returns its exit code, output and errors."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     done = subprocess.run(
         [*launcher, *map(str, command)],

@@ -1,4 +1,4 @@
-"""The comparison of methods: what it reads out of runs, and what it writes."""
+"""The benchmarks: what they read from runs, and what they write."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ def methods():
 
 
 def finished_run(folder, success, codes=False):
-    """What training and evaluating leave."""
+    """Write the files of a trained and evaluated run."""
     policy = folder / "checkpoints" / "step_0000020" / "policy"
     policy.mkdir(parents=True)
     (policy / "policy.json").write_text("{}")
@@ -90,7 +90,7 @@ def test_runs_are_compared_and_what_people_wrote_stays(methods, tmp_path):
 
 
 def delayed_run(folder, joins, success):
-    """What measuring a run with delays of 0 and 4 leaves."""
+    """Write the files of a run measured with delays of 0 and 4."""
     found = {"checkpoint": "step_0000020", "episodes": 50}
     for delay in ("0", "4"):
         ways = {join if delay == "4" or join == "ensemble" else "naive" for join in joins}
@@ -143,7 +143,7 @@ def test_runs_with_and_without_prefixes_are_trained_alike():
 
 
 def outcomes(runs):
-    """Results as `benchmarks/simulators.py` keeps them: outcomes by sampling steps."""
+    """Results in the form of `benchmarks/simulators.py`: outcomes by sampling steps."""
     return {
         "steps": 5000,
         "seconds_a_step": 0.24,
@@ -179,13 +179,13 @@ def test_a_report_of_some_of_the_runs(tmp_path, capsys):
     simulators_report.write_report({"runs": results}, simulators.plan(), tmp_path)
     text = (tmp_path / "benchmarks.md").read_text()
     assert text.startswith("# Mine\n")
-    assert "3 of 49 runs" in text
+    assert "3 of 49 planned runs" in text
     # 55 of 100 episodes of both seeds, with the interval of Clopper and Pearson
     assert "| pick-place | `train_vfp_moe.py` | 55.0 [45, 65] (90, 20) |" in text
     assert (
         "| pick-place | LeRobot ACT, chunk 16 |  |  | 20.0 [10, 34] | 0 | 1 | 2.5 M | 5000 | 0.24 |" in text
     )
-    # seed 0 alone is in both: 35 episodes more, none less
+    # only seed 0 is in both: 35 more successes, none fewer
     assert "| +70.0 | 5.8e-11 | distinguishable |" in text
     assert Image.open(tmp_path / "benchmarks.png").width > 300
 
@@ -236,5 +236,5 @@ def test_launches_are_counted_by_phase(tiny, tmp_path, accelerate_reset):
         assert step == sum(phases)
         assert phases[2] > phases[0] > 50  # backward, forward
         assert (phases[1] > 40 * 20) == ("moe" in name)  # Sinkhorn
-        assert (ten - one) % 9 == 0  # of nine steps more
-    assert train_vfp_moe.compute_loss is original  # nothing stays changed
+        assert (ten - one) % 9 == 0  # from nine more steps
+    assert train_vfp_moe.compute_loss is original  # patches are undone

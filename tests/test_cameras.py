@@ -56,7 +56,7 @@ def test_names_are_distinct_valid_and_do_not_depend_on_the_order(seed):
     assert len({name.casefold() for name in names.values()}) == len(keys)
     assert all(name.isidentifier() for name in names.values())
     assert dict(zip(sorted(keys), shorts(*sorted(keys)), strict=True)) == names
-    for camera in cameras(*keys):  # both names find the camera, and no other
+    for camera in cameras(*keys):  # both names find this camera and no other
         for name in camera[:2]:
             if name == camera.key or name not in keys:
                 assert select_cameras(cameras(*keys), [name], "d") == (camera,)
@@ -78,7 +78,7 @@ def test_cameras_that_are_not_plain_take_no_name_away():
     keys = dict.fromkeys(("next_obs/front", "obs/depth"), (4, 6))
     others = named_cameras(keys, [], plain)
     assert [camera.short for camera in others] == ["next_obs_front", "obs_depth"]
-    (alone,) = named_cameras({"depth": (4, 6)}, [])  # as the component of a network is called
+    (alone,) = named_cameras({"depth": (4, 6)}, [])  # also the name of a network's component
     assert alone.short.startswith("depth_")
     assert select_cameras(plain, ["front"], "d", others) == tuple(plain)
     assert select_cameras(plain, ["next_obs/front"], "d", others) == (others[0],)

@@ -1,4 +1,4 @@
-"""What only `train_cfg_vqvae.py` has: a latent that is dropped, guidance."""
+"""Parts specific to `train_cfg_vqvae.py`: latent dropout, guidance."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from common.normalize import Normalizer
 
 
 def prepare(tiny, *flags, script=train_cfg_vqvae):
-    """A policy whose every weight has a value, one batch, and what else the loss needs."""
+    """A policy without zero weights, one batch, and what else the loss needs."""
     config = parse(
         script.Config, [*SMALL[script.__name__].split(), *tiny, *flags], Path(script.__file__).name
     )
@@ -28,7 +28,7 @@ def prepare(tiny, *flags, script=train_cfg_vqvae):
     data = ChunkDataset(store, range(store.num_episodes), config.horizon)
     torch.manual_seed(0)
     policy = script.Policy(config, PolicySpec.of(data))
-    with torch.no_grad():  # zero-initialised projections would hide most gradients
+    with torch.no_grad():  # zero-initialized projections would hide most gradients
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -50,14 +50,14 @@ def test_every_component_learns_and_the_averaged_posterior_does_not(tiny):
     config, policy, batch, normalizer = prepare(tiny)
     loss, _ = train_cfg_vqvae.compute_loss(policy, batch, normalizer, config, train=True)
     loss.backward()
-    for name, parameter in policy.named_parameters():  # DDP would wait for a missing gradient for ever
+    for name, parameter in policy.named_parameters():  # DDP would wait forever for a missing gradient
         assert (parameter.grad is None) == name.startswith("latent.posterior_average."), name
     for name, component in policy.named_children():
         assert sum(p.grad.abs().sum() for p in component.parameters() if p.grad is not None) > 0, name
 
 
 def test_codes_and_prior_do_not_train_the_encoder(tiny):
-    """Backbone and encoder have the gradient of the velocity and transport losses alone."""
+    """Backbone and encoder get gradients only from the velocity and transport losses."""
     config, policy, batch, normalizer = prepare(tiny)
     grads = []
     for parts in (("velocity", "transport"), ("velocity", "transport", "commitment", "kl")):
@@ -83,7 +83,7 @@ def test_the_share_of_dropped_latents_follows_its_ramp(tiny):
     for progress in (0.0, config.cfg_ramp / 2, config.cfg_ramp, 1.0):
         with pytest.raises(InterruptedError):
             train_cfg_vqvae.compute_loss(policy, batch, normalizer, config, progress, train=True)
-    assert not any(dropped[:, 0].any() for dropped in seen)  # the one-step prediction is with the latent
+    assert not any(dropped[:, 0].any() for dropped in seen)  # the one-step prediction keeps the latent
     shares = [dropped[:, 1:].float().mean().item() for dropped in seen]
     assert shares == pytest.approx([0, 0.2, 0.4, 0.4], abs=0.04)
 
@@ -116,7 +116,7 @@ def test_chunks_past_an_episodes_end_have_no_share_in_the_transport(tiny):
 
 
 def test_guided_sampling_is_two_velocities_in_one_call(tiny):
-    """One Euler step from x_0 is x_0 + v_null + w (v_z - v_null), computed here one by one."""
+    """One Euler step from x_0 is x_0 + v_null + w (v_z - v_null), computed here term by term."""
     config, policy, batch, normalizer = prepare(tiny, "--guidance", "3", "--sample-steps", "1")
     policy.eval()
     images, proprio = vision.to_float(batch.images), normalizer.proprio(batch.proprio)

@@ -64,7 +64,7 @@ def test_deleting_newer_steps_goes_back_to_an_earlier_one(run_dir):
 
 
 def test_half_a_checkpoint_is_never_used_and_is_cleared_away(run_dir):
-    """What a process that was killed while saving leaves behind."""
+    """The leftovers of a process that was killed while saving."""
     folder = run_dir / "checkpoints"
     shutil.copytree(folder / "step_0000003", folder / ".step_0000004.unfinished")
     assert checkpoint.find(run_dir).name == "step_0000003"
@@ -97,7 +97,7 @@ FILES = [
 
 
 def damaged(content, how, generator):
-    """A file's content cut off, or with one bit turned, somewhere."""
+    """A file's content, truncated or with one bit flipped, at a random place."""
     if how == "cut":
         return content[: generator.randrange(len(content))]
     where = generator.randrange(len(content))
@@ -116,7 +116,7 @@ def test_damage_is_found_and_the_checkpoint_before_it_is_used(run_dir, name, how
     else:
         file.write_bytes(damaged(content, how, generator))
     told = name.split("/")[-1]
-    if (name, how) != ("checksums.json", "missing"):  # without it, it was never complete
+    if (name, how) != ("checksums.json", "missing"):  # without that file, the checkpoint was never complete
         assert told in checkpoint.damage(run_dir / "checkpoints" / "step_0000003")
     assert checkpoint.newest_undamaged(run_dir, tell=True).name == "step_0000002"
     if name.startswith("policy/"):

@@ -1,4 +1,4 @@
-"""The files in docs/clusters.md: shells and YAML can read them, and scripts know their flags."""
+"""The files in docs/clusters.md: shells and YAML parse them, and scripts know their flags."""
 
 import re
 import subprocess

@@ -13,7 +13,7 @@ def test_paired_tests_agree_with_closed_forms():
 
 def test_pairs_are_compared_together():
     clear, even = compare([("1111111100", "0000000000"), ("1100", "1010")])
-    assert clear == (10, 8, 0, pytest.approx(4 * 0.5**8))  # twice the p of one comparison
+    assert clear == (10, 8, 0, pytest.approx(4 * 0.5**8))  # twice the p of a single comparison
     assert (clear.points, clear.verdict) == (80.0, "distinguishable")
     assert even == (4, 1, 1, 1.0)
     assert (even.points, even.verdict) == (0.0, "not distinguishable")

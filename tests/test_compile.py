@@ -1,4 +1,4 @@
-"""`--compile`: what is compiled, how often, and that it changes no number."""
+"""`--compile`: what is compiled, how often, and that results do not change."""
 
 import json
 from importlib import import_module
@@ -29,11 +29,11 @@ def test_a_loss_is_compiled_once_as_one_graph(
         at = tiny.index("--decoder-layers")
         tiny = tiny[:at] + tiny[at + 2 :]
     eager = train(script, tiny, tmp_path / "eager", *flags)
-    counter, compile = CompileCounter(), torch.compile  # runs the graph as it is
+    counter, compile = CompileCounter(), torch.compile  # runs the graph uncompiled
     monkeypatch.setattr(torch, "compile", lambda f, **given: compile(f, backend=counter, dynamic=False))
     torch._dynamo.reset()
     compiled = train(script, tiny, tmp_path / "compiled", *flags, "--compile")
-    assert counter.frame_count == 1  # augmentation, networks and loss, whatever the progress of the training
+    assert counter.frame_count == 1  # augmentation, networks and loss; training progress does not recompile
     assert lines(compiled) == lines(eager)
     expected = weights(eager, 3)
     assert all(torch.equal(value, expected[key]) for key, value in weights(compiled, 3).items())

@@ -71,7 +71,7 @@ def test_options_of_groups_are_flat_flags():
     assert (config.horizon, config.kind, config.beta) == (8, "b", (2.0, 3.0))
     assert config.names == ("x=1", "y=2")
     assert config.run.compile
-    assert parse("--log_every", "7").run.log_every == 7  # underscores work too
+    assert parse("--log_every", "7").run.log_every == 7  # underscores also work
 
 
 @pytest.mark.parametrize("argv", [("--lr", "fast"), ("--no-such-flag", "1"), ("--kind", "c")])
@@ -169,7 +169,7 @@ def test_a_new_run_never_goes_into_a_folder_in_use(tmp_path):
 
 def test_only_auto_restarts_a_run_that_died_before_its_first_checkpoint(tmp_path):
     run = write_run(tmp_path / "run", parse(), checkpoint=False)
-    (run / "wandb").mkdir()  # whatever else it has left
+    (run / "wandb").mkdir()  # other files that may be there
     with pytest.raises(UserError, match="not empty"):
         parse("--run-dir", str(run))
     assert parse("--run-dir", str(run), "--resume", "auto").run == replace(c.RunConfig(), run_dir=run)
@@ -253,7 +253,7 @@ def test_exit_codes(error, rank, code, printed, monkeypatch, capsys):
 
 @options
 class Evaluation:
-    """A script without runs of its own."""
+    """The configuration of a script that makes no runs."""
 
     run: Annotated[c.UserPath, tyro.conf.Positional]
     episodes: int = 200

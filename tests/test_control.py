@@ -1,4 +1,4 @@
-"""The robot's loop: how chunks join, what bounds its commands, and what it does when no chunk comes."""
+"""The robot's loop: joining chunks, bounds on commands, and what happens when no chunk arrives."""
 
 import threading
 import time
@@ -27,14 +27,14 @@ def policy(horizon=16, max_delay=0, fps=50.0, offset=0, rotations=None):
 
 
 def chunk(start, horizon=16, slope=1.0):
-    """One number that grows by a slope from what it is at a start."""
+    """A number that grows with a constant slope from a start value."""
     return (start + slope * np.arange(horizon, dtype=np.float32))[:, None]
 
 
 def drive(plan, cycles, delay, make):
-    """The actions of so many cycles, None where the robot holds; chunks come `delay` cycles late.
+    """The actions of `cycles` cycles, None where the robot holds; chunks arrive `delay` cycles late.
 
-    `make(time, prefix)` gives the chunk that is asked for at a time.
+    `make(time, prefix)` returns the chunk that is requested at a time.
     """
     given, coming = [], None
     for cycle in range(cycles):
@@ -80,12 +80,12 @@ def test_a_chunk_is_joined_where_its_prefix_ends():
         return own
 
     given = drive(plan, 40, 3, make)
-    assert given[:3] == [None] * 3  # the first chunk: the robot is at rest
+    assert given[:3] == [None] * 3  # the robot rests until the first chunk
     assert None not in given[3:]  # afterwards it never stops
-    # Nothing is known of delays yet: the longest prefix. Then three cycles were measured.
+    # No delay is known yet: the longest prefix. Later ones have the measured three cycles.
     assert prefixes[1] == [1008, 1009, 1010, 1011, 1012, 1013]
     assert [len(prefix) for prefix in prefixes[2:]] == [3] * len(prefixes[2:])
-    # Asked for after eight actions; its own fourth is the first that is executed.
+    # Requested after eight actions; of the new chunk, the fourth action is the first to be executed.
     assert given[3:14] == [1000 + i for i in range(11)]
     assert given[14:22] == [1011, 1012, 1013, 2006, 2007, 2008, 2009, 2010]
     assert prefixes[2] == [2008, 2009, 2010]
@@ -94,7 +94,7 @@ def test_a_chunk_is_joined_where_its_prefix_ends():
 
 @pytest.mark.parametrize(("fps", "rate", "delay"), [(30, 50, 4), (10, 100, 17), (50, 25, 3), (30, 30, 5)])
 def test_no_jump_at_any_ratio_of_rates(fps, rate, delay):
-    """A policy that goes on from its prefix in a straight line: the robot must do so, whatever the rates."""
+    """The policy continues its prefix in a straight line: so must the robot, whatever the rates."""
     plan = Plan(policy(max_delay=8, fps=fps, horizon=24), rate)
 
     def make(now, prefix):
@@ -106,7 +106,7 @@ def test_no_jump_at_any_ratio_of_rates(fps, rate, delay):
     given = drive(plan, 300, delay, make)
     moving = [x for x in given if x is not None]
     np.testing.assert_allclose(np.diff(moving), fps / rate, rtol=1e-3)
-    assert len(moving) == 300 - delay  # it stops for the first chunk alone
+    assert len(moving) == 300 - delay  # it stops only for the first chunk
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_an_action_offset_gives_time_too():
         return chunk(now + 2)
 
     given = drive(plan, 40, 5, make)
-    assert given[5:8] == [2, 2, 2]  # until the first action is due, that action
+    assert given[5:8] == [2, 2, 2]  # the first action, until it is due
     assert given[8:] == [3 + i for i in range(32)]
     assert prefixes[2:] == [3] * len(prefixes[2:])
 
@@ -166,12 +166,12 @@ def test_nothing_is_extrapolated_when_no_chunk_comes():
     assert plan.due
     plan.ask()
     assert [float(plan.next()[0]) for _ in range(4)] == [8, 9, 10, 11]
-    assert plan.next() is None  # what was promised is over
+    assert plan.next() is None  # the promised prefix has ended
     plan.fail()
     given = [plan.next() for _ in range(10)]
     assert [float(x[0]) for x in given[:4]] == [12, 13, 14, 15]
     assert given[4:] == [None] * 6
-    prefix = plan.ask()  # it will still be there
+    prefix = plan.ask()  # the robot will still be there
     assert prefix.tolist() == [[15.0]]
 
 
@@ -181,7 +181,7 @@ def test_ensembling_averages_all_that_is_known_about_now():
     given = drive(plan, 12, 2, lambda now, prefix: np.full((6, 1), float(next(values)), np.float32))
     assert given[:2] == [None, None]
     assert None not in given[2:]
-    # Chunk i is observed at 2 (i - 1): times 0, 2, 4; at time 4 the first (0 to 5) and the second are known.
+    # Chunk i is observed at time 2 (i - 1); at time 4 the first (steps 0 to 5) and the second have arrived.
     weights = np.exp(-0.5 * np.arange(3))
     assert given[4] == pytest.approx((0 * weights[0] + 1 * weights[1]) / weights[:2].sum(), abs=1e-6)
 
@@ -190,11 +190,11 @@ def test_rotations_are_blended_as_rotations():
     turn = Rotations("euler", (1,), ("x", "r", "p", "y"))
     between = blend([np.array([0, 0, 0, 3.1]), np.array([2, 0, 0, -3.1])], [0.5, 0.5], turn)
     assert between[0] == pytest.approx(1)
-    assert abs(between[3]) == pytest.approx(np.pi, abs=1e-4)  # by the short way
+    assert abs(between[3]) == pytest.approx(np.pi, abs=1e-4)  # the short way round
     turn = Rotations("quaternion", (0,), tuple("xyzw"))
     first, second = np.array([0, 0, -0.6, -0.8], np.float32), np.array([0, 0, -0.8, -0.6], np.float32)
     between = blend([first, second], [0.5, 0.5], turn)
-    np.testing.assert_allclose(between, [0, 0, -np.sqrt(0.5), -np.sqrt(0.5)], atol=1e-5)  # of the same sign
+    np.testing.assert_allclose(between, [0, 0, -np.sqrt(0.5), -np.sqrt(0.5)], atol=1e-5)  # with the same sign
 
 
 # Bounds
@@ -214,9 +214,9 @@ def test_a_jump_is_bounded_and_braked_for():
     given = np.array([limit(np.ones(2)) for _ in range(200)], np.float64)
     velocity = np.diff(np.vstack([np.zeros((2, 2)), given]), axis=0) * 50
     assert np.abs(velocity[:, 0]).max() == pytest.approx(1.0, abs=1e-3)
-    assert np.abs(velocity).max() < 2.1  # sqrt(a x) is the fastest that can still brake
+    assert np.abs(velocity).max() < 2.1  # sqrt(a x) is the highest speed that can still brake in time
     assert np.abs(np.diff(velocity, axis=0)).max() * 50 < 4.0 + 1e-2
-    assert given.max() < 1 + 4.0 / 50**2  # within what one cycle can brake
+    assert given.max() < 1 + 4.0 / 50**2  # overshoots by no more than one cycle's braking
     np.testing.assert_allclose(given[-1], 1, atol=1e-4)
 
 
@@ -231,7 +231,7 @@ def test_holding_brakes_and_stays():
     free = RateLimit(None, None, 100, 1)
     free.begin(np.zeros(1))
     assert free(np.array([5.0])) == 5
-    assert free.hold() == 5  # unbounded: at once
+    assert free.hold() == 5  # without bounds: stops at once
 
 
 @pytest.mark.parametrize("wrong", [0, -1, [1, 2, 3], "fast", [1, float("nan")]])
@@ -250,7 +250,7 @@ def test_rotations_are_not_limited():
 
 
 class Arm:
-    """A robot that goes where it is told, and remembers when."""
+    """A robot that follows commands exactly, and records their times."""
 
     def __init__(self):
         self.sent, self.times, self.position, self.resets = [], [], np.zeros(2, np.float32), 0
@@ -268,7 +268,7 @@ class Arm:
 
 
 class Line:
-    """A policy that goes on in a straight line from where the robot is, or from its prefix."""
+    """A policy that continues in a straight line from the robot's position, or from its prefix."""
 
     def __init__(self, seconds=0.03, max_delay=6, slope=0.01):
         made = policy(max_delay=max_delay)
@@ -294,9 +294,9 @@ def test_the_robot_moves_without_a_stop_at_its_rate(capsys):
     assert report.cycles + report.late >= 74
     moved = np.diff(arm.sent)
     assert np.median(moved) == pytest.approx(0.01, rel=1e-3)
-    assert report.held < report.cycles / 4  # 0 on a quiet machine
+    assert report.held < report.cycles / 4  # 0 on an idle machine
     assert moved.max() < 0.011
-    assert max(report.seams, default=0) < 0.6  # a stop and go is 0.5
+    assert max(report.seams, default=0) < 0.6  # stopping and starting gives 0.5
     assert line.prefixes[0] == 0
     assert set(line.prefixes[1:]) <= set(range(1, 7))
     assert "--max-delay" not in capsys.readouterr().out
@@ -312,7 +312,7 @@ def test_a_policy_without_prefixes_stops_and_says_so(capsys):
     report = ControlLoop(line, arm, rate=50).run(1.0)
     assert "trained without --max-delay: the robot stops" in capsys.readouterr().out
     assert set(line.prefixes) == {0}
-    assert report.held >= 2  # cycles for each chunk
+    assert report.held >= 2  # cycles while it waits for each chunk
     report = ControlLoop(line, Arm(), rate=50, ensemble=0.1).run(1.0)
     assert report.held < report.cycles / 4
     assert len(report.infer) > 5  # as often as it can
@@ -327,7 +327,7 @@ def test_a_policy_that_is_slower_than_its_prefixes_is_said(capsys):
 
 
 def failing(arm, line, after, error, until=99):
-    """Let a policy raise from one chunk to another."""
+    """Let a policy raise errors between two chunks."""
     calls, act = iter(range(100)), line.act
 
     def sometimes(observation, prefix=None):
@@ -409,7 +409,7 @@ def test_an_observation_that_blocks_is_said_and_the_robot_holds(capsys):
         ControlLoop(Line(), arm, rate=50, patience=1.2).run(10)
     release.set()
     assert "robot.observe() has not answered for 0." in capsys.readouterr().out
-    assert len(arm.sent) > 20  # commands went on
+    assert len(arm.sent) > 20  # commands continued
     assert len(set(arm.sent[-10:])) == 1
 
 
@@ -487,7 +487,7 @@ def test_a_report_tells_seams_from_the_rest():
         (7, True, False),
     ]:
         report.command(np.array([position], float), joins, holds)
-    assert report.seams == [20, 10, 10]  # from 1 to 3 a cycle; the stop; the start
+    assert report.seams == [20, 10, 10]  # from 1 to 3 per cycle; the stop; the start
     assert report.inside == [0, 20]
     assert report.held == 2
 

@@ -72,7 +72,7 @@ def test_chosen_episodes_are_the_same_from_their_own_store_and_from_the_whole(ro
     assert chosen.path == full.path != own.path
     assert chosen.episode_indices.tolist() == [1, 3]
     assert equal(whole(own), whole(chosen))
-    assert own.fingerprint == chosen.fingerprint != full.fingerprint  # a resumed run meets the same choice
+    assert own.fingerprint == chosen.fingerprint != full.fingerprint  # a resumed run has the same episodes
     starts = full.episode_starts
     rows = np.concatenate([np.arange(starts[e], starts[e + 1]) for e in (1, 3)])
     assert torch.equal(whole(own).images, full.images(rows))
@@ -141,7 +141,7 @@ def test_several_datasets_are_one_after_the_other(lerobot, hdf5, open_):
 
 
 def test_datasets_of_both_kinds_mix(tmp_path, hdf5, open_):
-    names = [f"joint_{i}" for i in range(3)]  # as the ALOHA layout calls them
+    names = [f"joint_{i}" for i in range(3)]  # the names in the ALOHA layout
     lerobot = make_dataset(tmp_path / "named", (5, 7), KEYS, video=False, dims=(3, 3))
     info = json.loads((lerobot / "meta/info.json").read_text())
     for key in ("observation.state", "action"):
@@ -318,7 +318,7 @@ def test_what_a_policy_must_know_survives_its_file(tmp_path, open_):
     assert spec.state_rotations.recorded[3] == "robot0_eef_quat.0"
 
 
-# Kept as JPEG
+# Stored as JPEG
 
 
 def test_frames_kept_as_jpeg_are_nearly_those_recorded(root, open_):
@@ -367,6 +367,6 @@ def test_auto_takes_raw_where_it_fits_and_says_so(root, open_, monkeypatch, caps
     assert open_(root, store="auto").storage == "jpeg"
     assert "store: jpeg (raw frames need 0.0 GB, 0.0 GB are free" in capsys.readouterr().out
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    assert open_(root, store="auto").storage == "jpeg"  # what is there is used
+    assert open_(root, store="auto").storage == "jpeg"  # uses the existing store
     assert open_(root, store="auto", image_size=(16, 24)).storage == "raw"
     assert "store: raw" in capsys.readouterr().out

@@ -53,7 +53,7 @@ def test_the_straight_way_collides():
 
 
 def test_the_average_of_the_modes_collides():
-    """What a policy that averages demonstrations would do: the mean of going left and going right."""
+    """A policy that averages demonstrations takes the mean of going left and going right."""
 
     def average(s):
         ones = np.ones((len(s.hands), 2), int)

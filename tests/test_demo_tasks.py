@@ -1,4 +1,4 @@
-"""The built-in task with instructions: what it asks for, and that nobody does it without being told."""
+"""The built-in task with instructions: what it asks for, and that it cannot be done without them."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from common.errors import UserError
 
 
 def expert(simulator, aim=TasksSimulator.aim, seed=0):
-    """Drive with the demonstrator, whose hands head for `aim(simulator)`."""
+    """Drive with the demonstrator, its hands heading for `aim(simulator)`."""
     rng = np.random.default_rng(seed)
     sides = rng.choice([-1, 1], (len(simulator.hands), 2))
 
@@ -29,17 +29,17 @@ def test_sixteen_instructions_by_turns():
     assert simulator.tasks == [*TASKS, *TASKS[:4]]
     assert TasksSimulator(3, seed=5, first=7).tasks == list(TASKS[7:10])
     assert (TasksSimulator(3, seed=5, first=7).drawn == simulator.drawn[7:10]).all()
-    # The constants are those of the task with one target for each hand.
+    # The constants equal those of the task with one target per hand.
     assert (simulator.hands == demo.Simulator(20, seed=5).hands).all()
     x, y = np.moveaxis(simulator.drawn.reshape(20, 2, 4, 2), -1, 0)
     assert (np.abs(x - demo.OBSTACLES[:, :1]) <= demo.TARGET_X_SPREAD + 1e-9).all()
     assert (np.abs(y - demo.TARGET_Y) <= demo.TARGET_Y_SPREAD).all()
-    assert len({tuple(np.argsort(row).tolist()) for row in x.reshape(-1, 4)}) > 10  # their order changes
+    assert len({tuple(np.argsort(row).tolist()) for row in x.reshape(-1, 4)}) > 10  # their order varies
 
 
 def test_the_colours_are_where_the_instruction_means_them():
     simulator = TasksSimulator(16, seed=1)
-    simulator.hands[:] = 3  # out of the picture
+    simulator.hands[:] = 3  # outside the image
     views = simulator.images()[:, 0]
     for i, (left, right) in enumerate((left, right) for left in COLORS for right in COLORS):
         for arm, color in enumerate((left, right)):
@@ -56,7 +56,7 @@ def test_the_expert_does_what_it_is_told():
 
 
 def test_without_the_instruction_nobody_exceeds_chance():
-    """The demonstrator that heads for the targets of another episode's instruction, or drives along all."""
+    """The demonstrator heads for another instruction's targets, or drives along all of them."""
     others = np.random.default_rng(0).integers(16, size=3200)
 
     def guess(simulator):
@@ -76,7 +76,7 @@ def test_without_the_instruction_nobody_exceeds_chance():
     assert simulator.wrong.mean() > 0.9
 
     def along(s):
-        """Along all four targets of each side, at the height of their middle."""
+        """Along all four targets of each side, at their mean height."""
         first, last = demo.OBSTACLES + np.array([-0.45, 0.5]), demo.OBSTACLES + np.array([0.4, 0.75])
         return np.where(s.hands[..., 1:] < 0.4, first, np.broadcast_to(last, s.hands.shape))
 

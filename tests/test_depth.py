@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def outputs_of(architecture, size):
-    """What this project's network gives for the weights and images of the golden values."""
+    """Outputs of this project's network for the weights and images of the golden values."""
     network = DepthNetwork(architecture).eval()
     depth_golden.randomise(network)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_cameras_with_depth_are_named_or_the_head():
 
 @pytest.fixture
 def snapshot(tmp_path, tiny_depth):
-    """A folder as the official ones are, and the weights in it."""
+    """A folder like the official ones, and its weights."""
     torch.manual_seed(3)
     weights = DepthNetwork(tiny_depth).state_dict()
     write(tmp_path, weights)
@@ -229,7 +229,7 @@ def test_what_cannot_be_loaded_is_refused_with_a_way_out(tiny_depth, options, wo
     assert words in str(error.value)
 
 
-# The cache; `test_features.py` has what is the same for every network
+# The cache; tests that hold for every network are in `test_features.py`
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ def test_a_dropped_head_camera_takes_its_depth_along(prepared):
 def test_cached_features_are_those_of_the_weights_that_a_checkpoint_brings(
     tiny, tiny_depth, tmp_path, accelerate_reset
 ):
-    """On resume, and with --init-from, the network is not the one that the options would make."""
+    """On resume, and with --init-from, the network comes from the run, not from the options."""
     flags = ["--cache-dir", tmp_path / "cache", "--depth-weights", "random:5", "--save-every", 1]
     first = train(script, tiny, tmp_path / "first", *flags, "--steps", 2)
     folder = next((tmp_path / "cache" / "stores").glob("*/features-depth-*"))

@@ -1,4 +1,4 @@
-"""What README.md and docs/ point at is there: links, anchors, files, scripts and their flags."""
+"""Everything that README.md and docs/ refer to exists: links, anchors, files, scripts and their flags."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 COMMAND = re.compile(r"(?:accelerate launch|torchrun|python) (?:.*?\s)??((?:\w+/)*\w+\.py)\b(.*)")
-OTHERS = {"trainer/offline_trainer.py", "examples/extensions/"}  # of the framework that moving.md is about
+OTHERS = {"trainer/offline_trainer.py", "examples/extensions/"}  # files of the framework in moving.md
 
 
 def prose(page):
@@ -17,13 +17,13 @@ def prose(page):
 
 
 def anchors(page):
-    """Those that GitHub gives to the headings of a page."""
+    """Anchors that GitHub gives to a page's headings."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def commands(page):
-    """(script, flags) of each command in a page's blocks of code, lines that are continued joined."""
+    """(script, flags) of each command in a page's code blocks; continued lines are joined."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     found = [match.groups() for match in map(COMMAND.search, lines) if match]
@@ -61,7 +61,7 @@ def test_commands_name_scripts_and_flags_that_exist(page):
     for script, flags in commands(page):
         if script in OTHERS:
             continue
-        script = script.replace("train_mine", "train_vfp")  # the fork that the pages tell readers to make
+        script = script.replace("train_mine", "train_vfp")  # the fork that the pages ask readers to make
         assert (ROOT / script).is_file(), script
         options = (ROOT / script).read_text() + shared
         for flag in flags:

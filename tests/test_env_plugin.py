@@ -1,4 +1,4 @@
-"""The simulators as LeRobot's environments: the pictures, episodes and scores of `common/envs`."""
+"""The simulators as LeRobot's environments, with the images, episodes and scores of `common/envs`."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_lerobot_sees_the_pictures_and_states_of_our_environments(task):
     after, *_ = envs.step(actions)
     ours = make_environment(EnvConfig(env=task), (40, 48))
     for episode in range(2):
-        ours.reset(7, episode)  # the seed of `evaluate.py`, and which of its episodes
+        ours.reset(7, episode)  # `evaluate.py`'s seed, and the number of its episode
         for seen in (observation, after):
             np.testing.assert_array_equal(seen["agent_pos"][episode], ours.state())
             for camera, picture in ours.images().items():
@@ -64,10 +64,10 @@ def test_success_counts_at_the_end_and_what_is_over_waits(monkeypatch):
     for _ in range(5):
         _, reward, terminated, truncated, info = envs.step(action)
         found.append((reward[0], terminated[0], truncated[0], info["is_success"][0]))
-    assert found[0] == found[1] == (0.0, False, False, False)  # held too early does not count
+    assert found[0] == found[1] == (0.0, False, False, False)  # holding too early does not count
     assert found[2] == (1.0, False, True, True)
     steps = envs.envs[0].unwrapped.steps
-    assert steps == 3  # the steps after the end cost nothing
+    assert steps == 3  # steps after the end are not simulated
     envs.close()
 
 

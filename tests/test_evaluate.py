@@ -34,7 +34,7 @@ def test_a_run_on_recorded_data_is_evaluated(tiny, tmp_path, capsys):
     assert "closed_loop" not in results
     assert "held-out error" in capsys.readouterr().out
 
-    # the trivial predictors against loops over samples
+    # compare the trivial predictors with loops over samples
     policy = evaluate.load_policy(run_dir)
     data = policy.config.data
     store = evaluate.open_dataset(data)
@@ -66,7 +66,7 @@ def test_a_run_on_recorded_data_is_evaluated(tiny, tmp_path, capsys):
 
 
 class Expert:
-    """Acts like the demonstrator who passes on the right; it knows the targets by the episode's number."""
+    """Acts like the demonstrator, passing on the right; it knows the targets from the episode's number."""
 
     horizon, state_dim, device = 8, 4, torch.device("cpu")
 
@@ -150,7 +150,7 @@ def test_numbers_below_one_are_refused(option, tmp_path):
 
 
 class Continuing(Expert):
-    """Continues a prefix from where it leads, and says how long it was."""
+    """Continues a prefix from its end, and records its length."""
 
     def __init__(self, max_delay):
         super().__init__(1, 0)
@@ -168,7 +168,7 @@ class Continuing(Expert):
 
 
 def test_ways_of_joining_are_compared(tmp_path, capsys):
-    """An expert whose chunks continue what is executed loses nothing by a delay."""
+    """An expert whose chunks continue the executed actions loses nothing through a delay."""
     settings = ["--env", "demo", "--episodes", "4", "--parallel", "4", "--seed", "3", "--delay", "0", "3"]
     settings += ["--execute-steps", "4"]
     config = parse(evaluate.Config, [str(tmp_path), *settings], "evaluate.py")

@@ -1,4 +1,4 @@
-"""Forks in `examples/`: the formulas that are theirs, and that they stay forks."""
+"""Forks in `examples/`: their own formulas, and that they stay forks."""
 
 import difflib
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_a_fork_changes_at_most_60_lines(path):
 
 
 def observed(script, tiny):
-    """A policy with random weights, and an observation of it."""
+    """A policy with random weights, and an observation for it."""
     config = parse(script.Config, fitting(script, tiny), "")
     store = open_dataset(config.data)
     spec = PolicySpec.of(ChunkDataset(store, range(store.num_episodes), config.horizon))

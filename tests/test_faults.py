@@ -1,4 +1,4 @@
-"""What can go wrong with a run while it runs: signals, numbers that are none, full disks, lost processes."""
+"""What can go wrong during a run: signals, NaN, full disks, lost processes."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("accelerate_reset", "tiny_depth", "signals"
 
 @pytest.fixture
 def signals():
-    """Put signal handlers back: a run that ends by an exception leaves its own."""
+    """Restore signal handlers: a run that ends with an exception leaves its own."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in handlers.items():
@@ -47,7 +47,7 @@ def signals():
 
 
 def start(*command, **options):
-    """A script as a process of its own."""
+    """A script in its own process."""
     return subprocess.Popen(
         list(map(str, command)),
         cwd=ROOT,
@@ -60,7 +60,7 @@ def start(*command, **options):
 
 
 def wait_for_step(run_dir, step, process, seconds=120):
-    """Wait until a process has written down that it has done a step."""
+    """Wait until a process has logged a step."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert process.poll() is None, process.communicate()[0][-3000:]
@@ -110,7 +110,7 @@ def test_time_that_is_over_does_the_same(tiny, tmp_path, capsys):
     assert stopped.value.code == EXIT_STOPPED
     assert checkpoint.find(tmp_path / "run").name == "step_0000001"
     assert "stopped after step 1 of 9 (time is over)" in capsys.readouterr().out
-    # and a run that stands at its end is simply done
+    # a finished run just ends, whatever the time limit
     train(train_vfp, [], None, "--resume", tmp_path / "run", "--steps", 2, "--max-time", 1e-9)
 
 
@@ -185,7 +185,7 @@ def test_clocks_that_jump_change_nothing(tiny, tmp_path, monkeypatch):
 
 
 def test_a_bad_step_after_a_window_was_reset_does_not_bring_it_back(tiny, tmp_path, monkeypatch):
-    """Counts of codes and experts begin anew after a line or window; the step after it may be a bad one."""
+    """Counts of codes and experts restart after a line or window; the next step may be a bad one."""
     flags = ["--num-experts", 2, "--latent", "vq", "--num-codes", 4, "--latent-dim", 4, "--code-window", 2]
     flags += ["--steps", 4, "--log-every", 2, "--max-bad-steps", 9]
     original, seen = train_vfp_moe.compute_loss, []
@@ -200,7 +200,7 @@ def test_a_bad_step_after_a_window_was_reset_does_not_bring_it_back(tiny, tmp_pa
     monkeypatch.setattr(train_vfp_moe, "compute_loss", compute_loss)
     run = train(train_vfp_moe, tiny, tmp_path / "run", *flags)
     assert seen[1] > 0
-    assert seen[2] == seen[3] == 0  # a window of skipped steps has counted nothing, and replaces nothing
+    assert seen[2] == seen[3] == 0  # skipped steps count nothing, so nothing is replaced
     assert all(value.isfinite().all() for value in weights(run, 4).values())
     assert [row["bad_steps"] for row in lines(run)] == [0, 2]
     assert lines(run)[1]["codes/replaced"] == 0
@@ -227,7 +227,7 @@ def test_one_bad_step_is_skipped_counted_and_told(tiny, tmp_path, monkeypatch, c
     run = train(train_vfp, tiny, tmp_path / "run", "--steps", 4, "--log-every", 4, "--max-bad-steps", 2)
     (row,) = lines(run)
     assert row["bad_steps"] == 1
-    assert math.isfinite(row["loss"])  # of the other three
+    assert math.isfinite(row["loss"])  # averaged over the other three
     assert all(value.isfinite().all() for value in weights(run, 4).values())
     assert "step 4  skipped 1 step whose loss" in capsys.readouterr().out
 
@@ -235,7 +235,7 @@ def test_one_bad_step_is_skipped_counted_and_told(tiny, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_too_many_bad_steps_stop_the_run_and_name_their_samples(accumulation, tiny, tmp_path, monkeypatch):
     bad_steps = {3, 4, 5}
-    bad = {accumulation * (step - 1) + 1 for step in bad_steps}  # one micro-batch spoils its step
+    bad = {accumulation * (step - 1) + 1 for step in bad_steps}  # one bad micro-batch makes its step bad
     drawn = spoil(monkeypatch, train_vfp, bad)
     flags = ["--steps", 50, "--log-every", 3, "--save-every", 2, "--grad-accumulation", accumulation]
     with pytest.raises(UserError, match=r"In 3 steps in a row, 3 to 5, .*bad_steps\.json") as refused:
@@ -292,7 +292,7 @@ def test_a_last_step_that_cannot_be_saved_is_an_error(tiny, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_files_that_may_not_grow_are_a_full_disk(tiny, tmp_path):
-    """The real errors of torch, safetensors and Python, by a limit on the size of files."""
+    """Real errors of torch, safetensors and Python, caused by a limit on file sizes."""
     train(train_vfp, tiny, tmp_path / "before", "--steps", 1)  # its store may be larger than the limit
     run, limit = tmp_path / "run", 300_000
 
@@ -319,7 +319,7 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, monkeypatch, capsys):
     original = os.write
 
     def full(descriptor, content):
-        original(descriptor, content[:2])  # a part fits
+        original(descriptor, content[:2])  # only part of it fits
         return 2
 
     with monkeypatch.context() as patch:
@@ -365,7 +365,7 @@ EVERY_TWO = ["--save-every", 2, "--eval-every", 1000, "--schedule", "constant", 
 
 
 def writing(how, tiny, run_dir, *more):
-    """A run of which the checkpoint of step 4 is being written, slowly, while it trains."""
+    """A run that trains on while its checkpoint of step 4 is being written, slowly."""
     flags = [*tiny, *EVERY_TWO, "--steps", 100_000, "--run-dir", run_dir, *more]
     process = start(sys.executable, "-c", SLOWLY, how, *flags)
     while not (run_dir / "writing").exists():
@@ -401,7 +401,7 @@ def test_a_signal_waits_for_what_is_written_and_a_second_one_does_not(tiny, tmp_
     assert "(SIGTERM): continue with --resume" in printed
     last = checkpoint.find(once)
     steps = sorted(path.name for path in (once / "checkpoints").iterdir())
-    assert steps == ["last", "step_0000004", last.name]  # that of step 4, and that of the signal
+    assert steps == ["last", "step_0000004", last.name]  # saved at step 4, and at the signal
     assert lines(once)[-1]["step"] == int(last.name[5:]) > 4
     assert all(checkpoint.damage(once / "checkpoints" / step) is None for step in steps)
 
@@ -430,11 +430,11 @@ def test_a_disk_that_does_not_answer_is_told_by_the_watch(tiny, tmp_path):
     process = writing("stuck", tiny, tmp_path / "run", "--hang-timeout", 20)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == EXIT_HUNG
-    assert "process 0 of 1 has not come further than 'writing the checkpoint before'" in printed
+    assert "process 0 of 1 has not got past 'writing the checkpoint before'" in printed
     assert "in seal" in printed
 
 
-@pytest.mark.parametrize("script", [train_vfp, train_naive_fm])  # an average, and schedule-free's
+@pytest.mark.parametrize("script", [train_vfp, train_naive_fm])  # a weight average, and that of schedule-free
 def test_what_is_written_late_is_what_there_was(script, tiny, tmp_path, monkeypatch):
     flags = ["--steps", 4, "--save-every", 2, "--eval-every", 1]
     waited = train(script, tiny, tmp_path / "waited", *flags, "--no-background-saving")
@@ -489,7 +489,7 @@ def test_a_process_that_hangs_before_the_first_step_is_named(tiny, tmp_path):
     process = start(*TORCHRUN, "tests/ddp_hang.py", "starting", *flags)
     printed, _ = process.communicate(timeout=150)
     assert process.returncode != 0
-    assert "process 1 of 2 has not come further than 'setting up the policy'" in printed, printed[-3000:]
+    assert "process 1 of 2 has not got past 'setting up the policy'" in printed, printed[-3000:]
     assert "in build_optimizer" in printed
 
 
@@ -565,7 +565,7 @@ stuck_here()
     )
     assert done.returncode == EXIT_HUNG
     assert done.stdout == "alive\n"
-    assert "process 0 of 1 has not come further than 'loading data'" in done.stderr
+    assert "process 0 of 1 has not got past 'loading data'" in done.stderr
     assert "stuck_here" in done.stderr
 
 
@@ -588,11 +588,11 @@ def test_running_out_of_memory_says_what_to_lower():
     assert explain(IndexError("Caught IndexError in DataLoader worker process 0.")) is None
 
 
-# -- what a run leaves behind
+# -- the files of a run
 
 
 def test_a_run_may_change_its_precision(tiny, tmp_path, monkeypatch):
-    """fp16 has a state that other precisions do not save."""
+    """fp16 has a state that other precisions lack."""
     run = train(train_vfp, tiny, tmp_path / "run", "--steps", 1)
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu")
@@ -682,7 +682,7 @@ def test_deterministic_runs_use_only_such_algorithms(tiny, tmp_path, monkeypatch
 
 
 def test_a_run_goes_on_from_another_folder(tiny, dataset, tmp_path, monkeypatch):
-    """What the configuration says of the data is in full, whatever the command line said."""
+    """The saved configuration describes the data in full, whatever the command line said."""
     flags = ["--dataset", dataset.name, "--cache-dir", "cache", "--run-dir", str(tmp_path / "run")]
     monkeypatch.chdir(dataset.parent)
     settings = parse(train_vfp.Config, [*tiny, *flags], "train_vfp.py")

@@ -1,4 +1,4 @@
-"""Features of frozen networks beside an episode store, with a network that is a sum."""
+"""Features of frozen networks, cached next to an episode store; the network here is a sum."""
 
 import errno
 import pickle
@@ -26,8 +26,8 @@ class Network:
 
     Attributes:
         sizes: steps of each batch that was computed.
-        fits: larger batches exceed the memory.
-        stops_after: so many steps, as if killed.
+        fits: largest batch that fits; larger ones raise an out-of-memory error.
+        stops_after: stop after this many steps, as if killed.
     """
 
     def __init__(self, fits=99, stops_after=None, identity=1):
@@ -56,7 +56,7 @@ def check(store, network):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """The episodes in three blocks of rows: 0 to 6, 7 to 13, 14 to 19."""
+    """Store the episodes in three blocks of rows: 0 to 6, 7 to 13, 14 to 19."""
     monkeypatch.setattr(features, "BLOCK", 7)
     return build(tmp_path)
 
@@ -88,7 +88,7 @@ def test_features_are_computed_once_and_delivered_with_the_batch(store):
 def test_only_what_is_chosen_is_computed(store):
     network = Network()
     check(with_depth(store.select([2]), network), network)
-    assert sum(network.sizes) == 2 * LENGTHS[2]  # `check` computed them, too
+    assert sum(network.sizes) == 2 * LENGTHS[2]  # includes those that `check` computed
 
 
 def test_other_networks_have_features_of_their_own(store):
@@ -107,7 +107,7 @@ def test_an_interrupted_computation_continues(store, cut):
     before = sum(stopped.sizes)
     assert 11 <= before < STEPS
     (folder,) = store.path.glob("features-*")
-    if cut:  # the last mark did not reach the disk
+    if cut:  # the last step was not marked as done on disk
         features.forget(folder, np.array([before - 1]))
     network = Network()
     found = with_depth(store, network)
@@ -120,11 +120,11 @@ def test_an_interrupted_computation_continues(store, cut):
 def test_features_whose_files_were_cut_off_are_computed_again(store, file):
     path = folder_of(with_depth(store, Network())) / file
     size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[: -size // STEPS])  # the last row
+    path.write_bytes(path.read_bytes()[: -size // STEPS])  # cut off the last row
     network = Network()
     assert len(damages(store.path)) == 1
     check(with_depth(store, network), network)
-    assert sum(network.sizes) == 1 + STEPS  # `check` computed them, too
+    assert sum(network.sizes) == 1 + STEPS  # includes those that `check` computed
     path.unlink()
     assert len(damages(store.path)) == (file == "rows.bin")
     check(with_depth(store, network), network)
@@ -137,7 +137,7 @@ def test_features_of_other_frames_are_computed_again(store):
     done = np.fromfile(path, np.int64).reshape(-1, 2)
     checksums = store.episode_checksums[[0, 1, 2, 3]].repeat(LENGTHS)
     assert (done[:, 0] == checksums + 1).all()
-    done[5:7, 0] += 1  # as if episode 1 had been decoded otherwise
+    done[5:7, 0] += 1  # as if episode 1 had been decoded differently
     done.tofile(path)
     network = Network()
     found = with_depth(store, network)
@@ -198,7 +198,7 @@ def test_joined_and_compressed_stores_have_features(store, tmp_path):
 def test_memory_that_does_not_suffice_halves_the_batch_for_all_blocks(store):
     network = Network(fits=5)
     found = with_depth(store, network, batch_size=16)
-    assert network.sizes == [7, 3, 3, 1, 3, 3, 1, 3, 3]  # seven, seven and six steps
+    assert network.sizes == [7, 3, 3, 1, 3, 3, 1, 3, 3]  # blocks of seven, seven and six steps
     network.fits = 99
     check(found, network)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -213,7 +213,7 @@ def test_blocks_that_other_processes_work_on_are_left_to_them_and_waited_for(sto
 
     def slow(self, timeout=None, **options):
         block = int(Path(self.lock_file).stem.lstrip("."))
-        if timeout == 0 and block != 1:  # somebody else holds it, and finishes in the meantime
+        if timeout == 0 and block != 1:  # another process holds the lock, and finishes now
             waited.append(block)
             marks = np.fromfile(path, np.int64).reshape(-1, 2)
             marks[7 * block : 7 * block + 7] = done[7 * block : 7 * block + 7]

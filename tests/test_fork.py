@@ -1,4 +1,4 @@
-"""A fork is a copy of a script with a few other lines: all that surrounds it works for it unchanged."""
+"""A fork is a copy of a script with a few changed lines: everything around it works unchanged."""
 
 import json
 import os
@@ -51,7 +51,7 @@ print(json.dumps([said, policy.config.tilt, policy.trained_steps, policy.script.
 
 @pytest.fixture
 def project(tmp_path):
-    """The project as somebody who forks has it, with a fork of train_vfp.py."""
+    """A copy of the project with a fork of train_vfp.py."""
     root = tmp_path / "project"
     shutil.copytree(ROOT / "common", root / "common", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "evaluate.py", root)

@@ -12,7 +12,7 @@ def test_reducing_does_not_alias(tmp_path):
     write_video(tmp_path / "board.mp4", [board] * 2)
     moving = next(video_frames(tmp_path / "board.mp4", np.array([0.0]), 0.05, (96, 128), (36, 50)))
     still = frames.resize_rgb(board, (36, 50))
-    assert moving.std() < 12  # a picked-out pixel would be black or white, 127 off
+    assert moving.std() < 12  # picking single pixels would give black or white, 127 off
     assert still.std() < 12
 
 
@@ -81,7 +81,7 @@ def test_frames_before_a_cut_are_not_counted(tmp_path):
         stream = cut.add_stream_from_template(whole.streams.video[0])
         for packet in whole.demux(whole.streams.video[0]):
             if packet.dts is not None:
-                shift = round(0.5 / packet.time_base)  # what lies before zero is decoded, but not shown
+                shift = round(0.5 / packet.time_base)  # frames before time zero are decoded, but not shown
                 packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, stream
                 cut.mux(packet)
     times = frames.video_times(tmp_path / "cut.mp4")
@@ -143,7 +143,7 @@ def test_damaged_bytes_are_noticed(tmp_path):
         try:
             found = [frame.copy() for frame in video_frames(path, times, 0.05, (64, 96), (64, 96))]
             unnoticed += not all(map(np.array_equal, found, expected))
-        except FrameError:  # and nothing else
+        except FrameError:  # no other error
             noticed += 1
     assert noticed > 50
     assert unnoticed < 0.1 * noticed

@@ -32,7 +32,7 @@ def open_(tmp_path):
 
 @pytest.fixture
 def refused(open_):
-    """Opening fails with one sentence of that pattern, and leaves no store behind."""
+    """Opening fails with one sentence that matches the pattern, and leaves no store behind."""
 
     def refused(root, pattern, **options):
         with pytest.raises(UserError, match=pattern) as caught:
@@ -84,7 +84,7 @@ def test_hdf5_and_lerobot_give_the_same_batches_to_the_bit(tmp_path, open_, layo
     for store in (one, two):
         dataset = ChunkDataset(store, [0, 2], horizon=5, proprio_history=3, action_offset=1)
         batches.append(dataset.__getitems__(np.arange(len(dataset))))
-    for a, b in zip(*(batch[:5] for batch in batches), strict=True):  # all but extras, which there are none
+    for a, b in zip(*(batch[:5] for batch in batches), strict=True):  # without extras: there are none
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
     if not image_size:
@@ -142,7 +142,7 @@ def test_blue_first_frames_are_turned_round(tmp_path, open_, kind):
 
 
 def test_grey_and_transparent_frames(tmp_path, open_, capsys):
-    """Grey is no colour camera unless it is asked for; colours beside transparency stay as they are."""
+    """Grey images are no camera unless asked for; colours with an alpha channel stay as they are."""
     make_hdf5(tmp_path / "d", (4,))
     file = tmp_path / "d/day_0/episode_0.hdf5"
     with h5py.File(file, "a") as opened:
@@ -258,7 +258,7 @@ def test_the_frame_rate(tmp_path, open_, refused):
 
 
 def write_times(root, *times):
-    """Recorded times for the episodes, (L,) each."""
+    """Write recorded times for the episodes, (L,) each."""
     for episode, values in enumerate(times):
         with h5py.File(root / f"day_{episode % 2}/episode_{episode}.hdf5", "a") as file:
             file["timestamps"] = values
@@ -268,7 +268,7 @@ def test_recorded_times_are_kept_in_whatever_unit_they_are(tmp_path, open_):
     root = make_hdf5(tmp_path / "d", (4, 4, 4, 4))
     times = 1.7e9 + np.array([0, 0.1, 0.35, 0.45])
     write_times(root, times, (times * 1e9).astype(np.int64), times * 1e3, np.arange(4))
-    uneven, even = [0, 0.1, 0.35, 0.45], [0, 0.1, 0.2, 0.3]  # a count of steps is no time
+    uneven, even = [0, 0.1, 0.35, 0.45], [0, 0.1, 0.2, 0.3]  # a step counter is not a time
     np.testing.assert_allclose(open_(root).timestamps, uneven * 3 + even, atol=1e-6)
 
 
@@ -294,7 +294,7 @@ def test_steps_that_were_never_written_are_no_zeros(tmp_path, open_, refused):
         item[4:8, :2] = action[4:8, :2]
     refused(root, r"Episode 0 .* steps 4 to 7 of action were never written")
     with h5py.File(root / "day_0/episode_0.hdf5", "a") as file:
-        file["action"][4:8] = action[4:8]  # the end of what was allocated may stay empty, see --trim-idle
+        file["action"][4:8] = action[4:8]  # trailing rows may be empty, see --trim-idle
     assert (open_(root).action[10:12] == 0).all()
 
 
@@ -535,7 +535,7 @@ BAD = {
 
 
 def test_widths_are_compared_key_by_key(tmp_path, refused):
-    """The same number of dimensions in all, differently divided, would change places silently."""
+    """The same total number of dimensions, divided differently, would be mixed up silently."""
     root = make_hdf5(tmp_path / "d", (6, 5), layout="grouped")
     with h5py.File(root / "day_1/episode_1.hdf5", "a") as file:
         for part in ("observation", "action"):
@@ -595,7 +595,7 @@ def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, refused, mon
     root, scandir = make_hdf5(tmp_path / "d", (4, 5)), os.scandir
 
     def guarded(path):
-        if Path(path).name == "day_1":  # as for anybody but root, whom nothing stops
+        if Path(path).name == "day_1":  # simulated, because root may read everything
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
@@ -629,7 +629,7 @@ def forbidden(path, name):
 
 
 def test_a_file_that_crashes_or_hangs_the_library_costs_itself_only(tmp_path, open_, refused, monkeypatch):
-    """The library's faults are its own; here a worker is stopped while it reads."""
+    """A crash in the HDF5 library is simulated: the worker is killed while it reads."""
     from common.data import hdf5, workers
 
     root = make_hdf5(tmp_path / "d", (12, 9, 15))
@@ -639,7 +639,7 @@ def test_a_file_that_crashes_or_hangs_the_library_costs_itself_only(tmp_path, op
     monkeypatch.setattr(workers, "STALL_SECONDS", 1.0)
     refused(root, f"{NAME} is unusable: reading did not end within 1 s")
     monkeypatch.undo()
-    assert open_(root).num_episodes == 3  # neither is remembered: the fault may have been the machine's
+    assert open_(root).num_episodes == 3  # not remembered: it may have been the machine's fault
 
 
 def die_of_the_second(path, name):

@@ -1,4 +1,4 @@
-"""What of an HDF5 file is used, what is left out, and what is said about it; which files are read at all."""
+"""Which files are read, which parts of an HDF5 file are used or left out, and what is printed about it."""
 
 import re
 import shutil
@@ -27,7 +27,7 @@ def open_(tmp_path):
 
 @pytest.fixture
 def one(tmp_path):
-    """A dataset of one ALOHA file, and the file, open to be changed."""
+    """A dataset of one ALOHA file, and the file, open for changes."""
     root = make_hdf5(tmp_path / "d", (6,))
 
     def one(change):
@@ -107,7 +107,7 @@ def depth(dtype, *shape):
         (pictures() > 100, "bool"),
         ((pictures() > 100).astype("f4"), "float32"),
         (pictures().astype("f4") + np.float32(0.5), "float32"),
-        (np.zeros((6, 3, 32, 3), "u1"), "uint8"),  # which axis has the colours?
+        (np.zeros((6, 3, 32, 3), "u1"), "uint8"),  # which axis is colour?
         (pictures()[..., 0], "uint8"),
     ],
 )
@@ -300,7 +300,7 @@ def test_rates_in_any_kind_of_attribute(tmp_path, open_, name, value):
     root = make_hdf5(tmp_path / "d", (5,), fps=None)
     with h5py.File(root / "day_0/episode_0.hdf5", "a") as file:
         file.attrs[name] = value
-        file.attrs["hz"], file.attrs["frequency"] = h5py.Empty("f8"), np.array([1.0, 2.0])  # say nothing
+        file.attrs["hz"], file.attrs["frequency"] = h5py.Empty("f8"), np.array([1.0, 2.0])  # no usable value
     assert open_(root).fps == 12
 
 
@@ -367,7 +367,7 @@ def test_a_folder_of_datasets_says_so(tmp_path, open_):
 
 
 def test_variable_images_are_written_as_before(one, open_):
-    """The factory's kinds of images keep their numbers beside arrays that are left out."""
+    """The factory's kinds of images keep their numbers next to arrays that are left out."""
 
     def change(file):
         write_images(file, IMAGES + "cam_left", list(pictures(7, camera=1)), "variable")

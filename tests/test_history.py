@@ -40,14 +40,14 @@ def run_dir(tiny, tmp_path_factory):
 def policy(run_dir):
     policy = load_policy(run_dir, device="cpu", seed=0)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # an untrained decoder looks at nothing
+    with torch.no_grad():  # an untrained decoder ignores the observation
         for parameter in policy.model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     return policy
 
 
 def looks(policy):
-    """How many frames each backbone has looked at, as it goes."""
+    """Counts the frames that each backbone encodes."""
     seen = {name: [] for name, child in policy.model.named_children() if name.endswith("_backbone")}
     for name, numbers in seen.items():
         hook = lambda _, images, out, numbers=numbers: numbers.append(len(images[0]))  # noqa: E731
@@ -55,7 +55,7 @@ def looks(policy):
     return seen
 
 
-# What backbones see
+# Input of backbones
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["one for all", "one each"])
@@ -85,11 +85,11 @@ def test_all_frames_of_a_camera_are_augmented_alike():
     assert not torch.equal(*vision.augment(same, config)[:, 0, 0])
 
 
-# What an episode has seen
+# Frames kept during an episode
 
 
 def kept(steps, history, stride):
-    """Frames that hold the number of their step."""
+    """Frames whose value is the number of their step."""
     frames = Frames(SimpleNamespace(image_history=history, image_stride=stride))
     for step in steps:
         frames.keep(step, torch.full((1, 1), float(step)))
@@ -99,13 +99,13 @@ def kept(steps, history, stride):
 @pytest.mark.parametrize(
     ("steps", "stride", "expected"),
     [
-        ([0], 2, [0, 0, 0]),  # before the first frame there was none
+        ([0], 2, [0, 0, 0]),  # repeats the first frame
         ([0, 1], 2, [0, 0, 1]),
         (range(6), 2, [1, 3, 5]),
         ([0, 4, 8, 12], 4, [4, 8, 12]),
-        ([0, 3.9, 8.2, 12], 4, [3.9, 8.2, 12]),  # of a clock
-        ([0, 1, 2, 3, 3, 4], 1, [2, 3, 4]),  # a step that is asked for again
-        ([0, 7, 8, 15, 16, 17], 8, [0, 8, 17]),  # of 1 and 9, those nearest
+        ([0, 3.9, 8.2, 12], 4, [3.9, 8.2, 12]),  # measured times
+        ([0, 1, 2, 3, 3, 4], 1, [2, 3, 4]),  # a repeated step
+        ([0, 7, 8, 15, 16, 17], 8, [0, 8, 17]),  # the nearest to 1 and 9
     ],
 )
 def test_the_frame_nearest_to_each_time_is_seen(steps, stride, expected):
@@ -144,7 +144,7 @@ def test_what_later_chunks_want_is_known_ahead(stride, period):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_kept_features_give_the_chunk_of_all_frames(tiny, tmp_path, script):
-    """With one look at each frame."""
+    """Each frame is encoded only once."""
     run = train(script, tiny, tmp_path / "run", *HISTORY, "--steps", 2, "--eval-every", 2)
     policy = load_policy(run, device="cpu", seed=0)
     seen = [observation(policy, seed=step) for step in range(4)]
@@ -201,7 +201,7 @@ def test_pictures_are_taken_when_a_chunk_will_need_them(policy, execute, expecte
 
 
 def test_episodes_that_act_together_keep_their_own_frames(policy):
-    """Also when one of them is over, and when the robot waits for its chunk."""
+    """Also when one of them has ended, and when the robot waits for its chunk."""
     for options in ({"execute_steps": 3}, {"delay": 1, "join": "blocking"}):
         together, alone = Controller(policy, [5, 6, 7], **options), [Controller(policy, [7], **options)]
         for step in range(9):
@@ -285,7 +285,7 @@ def test_a_loop_gives_the_step_of_what_it_sees():
 
 
 def test_without_a_history_the_network_and_its_draws_are_what_they_were(tiny):
-    """Weights of a seed, counted by hand: an embedding and two projections for each camera."""
+    """Weights from a seed; by hand: an embedding and two projections for each camera."""
     config = parse(train_naive_fm.Config, tiny, "")
     spec = PolicySpec(("head", "left"), (32, 32), ("x", "y"), ("x", "y"), 10.0)
     shapes = {
@@ -299,7 +299,7 @@ def test_without_a_history_the_network_and_its_draws_are_what_they_were(tiny):
 
 @pytest.mark.parametrize("frames", [1, 2])
 def test_motion_can_be_seen_in_two_frames_alone(tiny, frames):
-    """A bar moves right or left, through the same places: its present frame does not say where to go."""
+    """A bar moves right or left through the same places: one frame alone does not show the direction."""
     torch.manual_seed(0)
     flags = ["--horizon", "1", "--flow-samples", "4", "--sample-steps", "2", "--camera-dropout", "0"]
     config = parse(train_vfp.Config, [*tiny, *flags], "")

@@ -1,4 +1,4 @@
-"""Policies that are pushed to the hub and come from there; the hub is a stand-in on the loopback."""
+"""Policies pushed to the hub and loaded from it; the hub is a local stand-in."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def test_pushing_again_replaces(said, server):
     ("case", "words"),
     [
         ("none", "there is no component 'wings'"),
-        ("absent", "me/absent is no folder here and cannot be had from the hub"),
+        ("absent", "me/absent is no folder here and cannot be loaded from the hub"),
         ("other", "holds a policy of type 'act'"),
         ("folder", "me/cards on the hub has no model.safetensors"),
         ("forbidden", "could not be pushed to you/towel"),

@@ -241,17 +241,17 @@ def test_scripts_are_found_by_name():
 
 
 def test_nothing_that_loading_reads_can_run_code(run_dir):
-    """What a policy is loaded from: no pickles, only safetensors and JSON."""
+    """Policies are loaded without pickles, only from safetensors and JSON."""
     folder = run_dir / "checkpoints" / "last" / "policy"
     assert {file.suffix for file in folder.iterdir()} == {".safetensors", ".json"}
-    for name in ("optimizer.bin", "random_states_0.pkl"):  # Accelerate's own: tensors and plain values alone
+    for name in ("optimizer.bin", "random_states_0.pkl"):  # Accelerate's own: only tensors and plain values
         from accelerate.utils.other import load
 
         load(run_dir / "checkpoints" / "last" / "state" / name, weights_only=True)
     assert torch.get_default_dtype() == torch.float32
 
 
-# Policies that see more than the present, and act relative to it
+# Policies that see earlier states, and act relative to the current one
 
 
 def trained(tiny, folder, *flags):
@@ -305,7 +305,7 @@ def test_next_action_remembers_states_and_waits_for_the_first_action(relative_po
     for step in range(20):
         state = np.full(3, step, np.float32)
         given.append(policy.next_action({"images": frames, "state": state}, execute_steps=6)[0])
-    assert given == [2, 2, *range(2, 20)]  # until step 2 is due, its action
+    assert given == [2, 2, *range(2, 20)]  # the action of step 2, until it is due
     assert [seen[:, 0].tolist() for seen in asked] == [[0, 0, 0], [4, 5, 6], [10, 11, 12], [16, 17, 18]]
     with pytest.raises(ValueError, match=r"execute_steps must lie in 1..6, got 7"):
         policy.next_action({"images": frames, "state": state}, execute_steps=7)
@@ -318,7 +318,7 @@ def test_next_action_remembers_states_and_waits_for_the_first_action(relative_po
     policy.reset(0)
     asked.clear()
     policy.next_action({"images": frames, "state": np.full(3, 7)})
-    assert asked[0][:, 0].tolist() == [7, 7, 7]  # an episode before is forgotten
+    assert asked[0][:, 0].tolist() == [7, 7, 7]  # the previous episode is forgotten
 
 
 def test_rotations_are_taken_and_given_as_recorded(tiny, tmp_path, accelerate_reset):
@@ -340,7 +340,7 @@ def test_rotations_are_taken_and_given_as_recorded(tiny, tmp_path, accelerate_re
     flags = ["--dataset", str(root), "--rotation", "quaternion->6d", "--normalization", "min-max"]
     policy = trained(tiny, tmp_path / "run", *flags)
     assert policy.spec.state_rotations.recorded == tuple(keys)
-    assert not policy.spec.action_rotations.starts  # "actions.3" does not say what it is
+    assert not policy.spec.action_rotations.starts  # the name "actions.3" does not show a rotation
     assert policy.state_dim == 7
     frames = observation(policy)["images"]
     state = np.array([1, 2, 3, 0.1, 0.2, 0.3, 0.9], np.float32)
@@ -363,7 +363,7 @@ def test_rotations_are_taken_and_given_as_recorded(tiny, tmp_path, accelerate_re
 
 
 def awake(policy):
-    """Weights as of a policy that was trained: all of them matter."""
+    """Nonzero weights, as after training, so that all of them matter."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -381,15 +381,15 @@ SCRIPTS = (train_naive_fm, train_cfg_vqvae, train_vfp_moe)
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_compiled_components_give_the_same_chunks(tiny, tmp_path, script, traced_only, accelerate_reset):
-    """What is traced, by a backend that runs it as it is: machine code takes minutes, see the slow test."""
+    """Test tracing with an eager backend: compiling to machine code takes minutes, see the slow test."""
     run = train(script, tiny, tmp_path / "run", "--steps", "1", "--max-delay", "2")
     stats = torch._dynamo.utils.counters["stats"]
     eager, traced = (awake(load_policy(run, device="cpu", seed=0, compile=c)) for c in (False, True))
     graphs = stats["unique_graphs"]
-    # Backbone, embedder, the whole integration, with and without a prefix; of a latent the prior, of experts
-    # the gate.
+    # One graph each: backbone, embedder, the integration with and without a prefix; the prior of a latent,
+    # the gate of experts.
     assert graphs == {train_naive_fm: 4, train_cfg_vqvae: 5, train_vfp_moe: 6}[script]
-    for number in range(6):  # of train_vfp_moe, by both experts
+    for number in range(6):  # enough that train_vfp_moe uses both experts
         seen = observation(eager, seed=number)
         for prefix in (None, np.ones((number % 3, 3))):
             chunks = [policy.act(seen, prefix=prefix) for policy in (traced, eager)]
@@ -397,7 +397,7 @@ def test_compiled_components_give_the_same_chunks(tiny, tmp_path, script, traced
     assert stats["unique_graphs"] == graphs
     assert not torch._dynamo.utils.counters["graph_break"]
     traced.act(seen, 5)
-    assert stats["unique_graphs"] == graphs + 1  # the integration, in five steps
+    assert stats["unique_graphs"] == graphs + 1  # the integration with five steps
 
 
 @pytest.fixture
@@ -435,7 +435,7 @@ def test_compiled_code_gives_the_same_chunks(tiny, tmp_path, script, accelerate_
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_half_precision_changes_chunks_by_little(tiny, tmp_path, script, accelerate_reset):
-    """By at most a twentieth of a standard deviation of the actions; and it does change them."""
+    """They change, by at most a twentieth of the actions' standard deviation."""
     run = tiny_run(script, tiny, tmp_path / "run")
     full, half = (awake(load_policy(run, device="cpu", seed=0, precision=p)) for p in ("no", "bf16"))
     scale = full.normalizer.action_scale.numpy()
@@ -447,7 +447,7 @@ def test_half_precision_changes_chunks_by_little(tiny, tmp_path, script, acceler
 
 
 class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for its device: numbers read, and shapes that depend on values."""
+    """Counts operations that make the host wait for its device: reading values, value-dependent shapes."""
 
     count = 0
 
@@ -459,14 +459,14 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_no_sampler_waits_for_its_device(script, tiny):
-    """One that is not the CPU is `meta` here: it has no values, so that whoever asks for one fails."""
+    """`meta` stands in for another device: it has no values, so reading one fails."""
     argv = [*tiny, *SMALL.get(script.__name__, "").split()]
     config = parse(script.Config, argv, "")
     policy = script.Policy(config, PolicySpec(("head",), (32, 32), ("x",), ("x",), 10.0)).eval()
 
     def waits(device, batch):
         images = torch.zeros(batch, 1, 3, 32, 32, dtype=torch.uint8)
-        if device == "meta":  # where autocast does not exist, which the backbone switches off
+        if device == "meta":  # has no autocast, which the backbone turns off
             images = vision.features([policy.backbone], vision.to_float(images)).unsqueeze(2).to(device)
         proprio, x_0 = torch.zeros(batch, 1, 1, device=device), torch.zeros(batch, 4, 1, device=device)
         with Waits() as mode:
@@ -474,5 +474,5 @@ def test_no_sampler_waits_for_its_device(script, tiny):
         assert chunks.shape == (batch, 4, 1)
         return mode.count
 
-    assert (waits("cpu", 2) > 0) == (script is train_vfp_moe)  # there the experts' numbers cost nothing
+    assert (waits("cpu", 2) > 0) == (script is train_vfp_moe)  # a CPU reads the experts' numbers at no cost
     assert waits("meta", 1) == 0

@@ -33,7 +33,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """Run a command as its command line is parsed."""
+    """Run a command from its parsed command line."""
 
     def run(name, *flags):
         function, options = {
@@ -163,7 +163,7 @@ def test_a_store_that_differs_from_its_source(tmp_path, root, run):
     store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
     flip(store.frame_files[0])
     arrays = load_file(store.path / "arrays.safetensors")
-    arrays["episode_checksums"][3] = store.frames[0].checksum(36, 11)  # as if it had been written so
+    arrays["episode_checksums"][3] = store.frames[0].checksum(36, 11)  # as if it had been written like that
     (store.path / "arrays.safetensors").write_bytes(save(arrays))
     meta = json.loads((store.path / "meta.json").read_text())
     meta["arrays_crc32"] = inspect.checksum(store.path / "arrays.safetensors")

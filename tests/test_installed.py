@@ -1,4 +1,4 @@
-"""LeRobot's commands with our plug-ins, in an environment that has nothing of this checkout: `make plugin`.
+"""LeRobot's commands with our plug-ins, in an environment without this checkout: `make plugin`.
 
 Policies are trained and exported here, and act there; `PLUGIN_PYTHON` names that environment's Python.
 """
@@ -84,7 +84,7 @@ for line in sys.argv[1].splitlines():
 
 
 def run(*command, cwd, code=0):
-    """Output of a command of the clean environment; nothing of the checkout is on its path."""
+    """Output of a command in the clean environment; the checkout is not on its path."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "home"), "OMP_NUM_THREADS": "1"}
     command = [Path(PYTHON).parent / command[0], *map(str, command[1:])]
@@ -101,7 +101,7 @@ def work(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arm(work):
-    """Demonstrations in the simulator."""
+    """Demonstrations from the simulator."""
     pytest.importorskip("metaworld")
     record.main(record.Config("metaworld:push-v3", work / "push", episodes=2, image_size=(56,)))
     return work / "push"
@@ -109,7 +109,7 @@ def arm(work):
 
 @pytest.fixture(scope="module")
 def poses(work):
-    """Demonstrations whose states and actions have a rotation."""
+    """Demonstrations whose states and actions contain a rotation."""
     rng, demonstrations = np.random.default_rng(0), []
     for steps in (14, 11, 13):
         values = rng.normal([0, 0, 0, 0, 0, 2], 0.5, (steps, 6)).astype(np.float32)
@@ -121,7 +121,7 @@ def poses(work):
 
 @pytest.fixture(scope="module")
 def exports(work, arm, poses, tiny):
-    """(run folder, folder of the export) by name, of each script and of a policy with everything."""
+    """(run folder, export folder) by name, for each script and for a policy that uses every option."""
     made = {}
     plans = {script.__name__: (script, arm, ()) for script in SCRIPTS}
     plans["everything"] = (train_vfp_depth, poses, EVERYTHING)
@@ -141,7 +141,7 @@ def export(run_dir, folder, *flags):
 
 
 def expected(run_dir, file, steps=9):
-    """Write what one and five robots see, and what the run does then, as this checkout has it."""
+    """Write observations of one and five robots, and the actions that this checkout computes for them."""
     import torch
 
     from common.inference import Controller
@@ -183,8 +183,8 @@ def test_every_policy_acts_as_it_does_here_to_the_bit(exports, work):
 
 
 def test_lerobot_eval_runs_to_its_end_with_each_policy(exports, work):
-    """The first by the command itself, with environments in processes of their own, as is its default; the
-    others by what it calls, in one process, since LeRobot takes long to start."""
+    """The first runs the command itself, with environments in separate processes, its default. The others
+    call the same function in one process, because LeRobot starts slowly."""
     count = ("--eval.n_episodes=2", "--eval.batch_size=2", "--seed=3", "--policy.device=cpu")
     names = [script.__name__ for script in SCRIPTS]
     commands = {
@@ -244,7 +244,7 @@ def recorded(work):
 
 
 def roll_out(work, name, *flags, code=0):
-    """What the robot was told and `lerobot-rollout` said."""
+    """The commands that the robot got, and the output of `lerobot-rollout`."""
     log = work / f"{name}.log"
     common = ("--robot.type=paper", f"--robot.log={log}", "--fps=10", "--duration=2", "--play_sounds=false")
     task = ("--task=draw a circle", "--return_to_initial_position=false", "--device=cpu")

@@ -1,4 +1,4 @@
-"""Policies that are told their task: what the network gets, what a robot must say, text encoders."""
+"""Policies with instructions: what the network gets, what a robot must send, text encoders."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ TASKS = ("fold the towel", "open the box")
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Eight short episodes of two tasks by turns."""
+    """Eight short episodes, alternating between two tasks."""
     root = tmp_path_factory.mktemp("two") / "both"
     lengths = (12, 9, 15, 11, 8, 10, 9, 12)
     return make_dataset(root, lengths, CAMERAS, video=False, dims=(3, 3), names=None, tasks=TASKS)
@@ -74,11 +74,11 @@ def test_vectors_of_a_text_encoder_are_centred_and_mapped():
     torch.testing.assert_close(module.table[:, -1].mean(0), torch.zeros(7), atol=1e-3, rtol=0)
     torch.testing.assert_close(module.table[:, :-1].mean((0, 1)), torch.zeros(7), atol=1e-3, rtol=0)
     assert module.table.square().mean().item() == pytest.approx(1, rel=1e-3)
-    # by number and by vectors is the same; NaN is no instruction
+    # a task's number and its vector give the same; NaN means no instruction
     rows = torch.stack([table[3], torch.full_like(table[0], torch.nan)])
     torch.testing.assert_close(module(torch.tensor([3, -1])), module(rows))
     assert torch.equal(module(torch.tensor([-1]))[0], module.project(module.none))
-    assert set(module.state_dict()) == {"none", "project.weight", "project.bias"}  # the table lies elsewhere
+    assert set(module.state_dict()) == {"none", "project.weight", "project.bias"}  # the table is elsewhere
 
 
 def test_a_share_of_samples_loses_its_instruction():
@@ -94,7 +94,7 @@ def test_a_share_of_samples_loses_its_instruction():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_an_encoder_nothing_differs_from_a_single_task(script, tiny, two, tmp_path):
-    """The same numbers and pictures under one sentence, and under two that nobody is told."""
+    """The same numbers and images with one instruction, and with two that the policy does not get."""
     one = make_dataset(
         tmp_path / "one", (12, 9, 15, 11, 8, 10, 9, 12), CAMERAS, video=False, dims=(3, 3), names=None
     )
@@ -119,7 +119,7 @@ def test_every_policy_is_told_and_resumes_exactly(script, told, tmp_path):
     assert lines(part, "val") == lines(whole, "val")
     policy = load_policy(whole, device="cpu", seed=0)
     assert policy.spec.tasks.sentences == TASKS
-    # An untrained velocity is zero whatever is said: make it say something.
+    # An untrained velocity is always zero: give it nonzero weights.
     with torch.no_grad():
         decoder = policy.model.action_decoder
         torch.nn.init.normal_(decoder.velocity_out.weight)
@@ -139,7 +139,7 @@ def test_every_policy_is_told_and_resumes_exactly(script, told, tmp_path):
 
 @pytest.mark.parametrize("script", [train_naive_fm, train_vfp_moe])
 def test_a_policy_learns_to_do_what_it_is_told(script, told):
-    """One and the same observation, from which one instruction leads up and the other down."""
+    """From the same observation, one instruction leads up and the other down."""
     flags = (*SMALL.get(script.__name__, "").split(), "--flow-samples", "4", "--task-dropout", "0.3")
     config = parse(script.Config, [*told, *flags], "")
     store = open_dataset(config.data)
@@ -164,7 +164,7 @@ def test_a_policy_learns_to_do_what_it_is_told(script, told):
     unsure = torch.cat(
         [script.sample_actions(policy, seen, proprio, config, 4, task=torch.full((8,), -1)) for _ in range(8)]
     ).mean((1, 2))
-    assert unsure.max() > 0.3  # without an instruction, now this way, now that
+    assert unsure.max() > 0.3  # without an instruction, sometimes one way, sometimes the other
     assert unsure.min() < -0.3
 
 
@@ -214,7 +214,7 @@ def test_another_task_takes_effect_at_once(run_dir):
     )
     for task in (TASKS[0], TASKS[1], TASKS[1], TASKS[1], TASKS[0]):
         policy.next_action(seen(task=task))
-    assert said == [TASKS[0], TASKS[1], TASKS[1], TASKS[0]]  # the third of them was due: half a chunk is two
+    assert said == [TASKS[0], TASKS[1], TASKS[1], TASKS[0]]  # the third was due: half a chunk is 2
 
 
 # Text encoders
@@ -226,13 +226,13 @@ def test_sentences_become_vectors(kind, tmp_path):
     sentences = ["fold the towel", "open the box now please", "fold"]
     pooled, words = encoder(sentences), encoder(sentences, None)
     assert pooled.shape == (3, 1, 16)
-    assert words.shape == (3, 7, 16)  # five words, the end, and all of it
+    assert words.shape == (3, 7, 16)  # five words, the end token, and the pooled sentence
     torch.testing.assert_close(words[:, -1:], pooled)
     torch.testing.assert_close(
         words[2, 2:], pooled[2].expand(5, -1)
-    )  # "fold" and the end are its only tokens
+    )  # its only tokens are "fold" and the end
     assert (words[2, 0] - words[2, 1]).abs().max() > 1e-3
-    alone = encoder(["open the box now please"], 3)  # however many are encoded together
+    alone = encoder(["open the box now please"], 3)  # independent of the batch
     torch.testing.assert_close(alone[0, :3], words[1, :3], atol=1e-5, rtol=1e-4)
     assert (pooled[0] - pooled[1]).abs().max() > 1e-3
 
@@ -243,7 +243,7 @@ def test_mean_over_real_tokens_and_trained_poolers(tmp_path):
     torch.testing.assert_close(words[0, -1], words[0, :2].mean(0))
     clip = TextEncoder(str(make_encoder(tmp_path / "clip", "clip")))
     words = clip(["open the box"], None)
-    torch.testing.assert_close(words[0, -1], words[0, -2])  # CLIP's sentence is its end token
+    torch.testing.assert_close(words[0, -1], words[0, -2])  # CLIP pools by taking the end token
 
 
 @pytest.mark.parametrize("tokens", ["pooled", "all"])
@@ -253,7 +253,7 @@ def test_a_policy_that_reads(told, bert, tmp_path, tokens, monkeypatch, capsys):
     flags = ("--steps", 2, "--save-every", 1, "--task-encoder", model, "--task-tokens", tokens)
     flags = (*flags, "--cache-dir", tmp_path / "cache")
     whole = train(train_vfp_moe, told, tmp_path / "run", *flags)
-    # The second start finds the vectors beside the store.
+    # The second start finds the vectors next to the store.
     with monkeypatch.context() as patch:
         patch.setattr(TextEncoder, "_load", lambda self: pytest.fail("encoded again"))
         again = train(train_vfp_moe, told, tmp_path / "again", *flags)
@@ -316,12 +316,12 @@ def test_what_cannot_be_told(tmp_path, monkeypatch):
 
     assert known() is None
     state(0, "fold")
-    with pytest.raises(UserError, match=r"has 2 episodes without instruction .*first is 1, which has none"):
+    with pytest.raises(UserError, match=r"has 2 episodes without an instruction.*first is 1, which has none"):
         known()
     assert known("none") is None
     state(1, "fold")
     state(2, "fold")
-    assert known() is known("index") is None  # one task
+    assert known() is known("index") is None  # only one task
     state(2, np.bytes_("räume auf".encode("latin-1")))
     with pytest.raises(UserError, match='instruction "r\ufffdume auf" is not UTF-8 text'):
         known()

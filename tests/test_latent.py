@@ -10,7 +10,7 @@ from common.optim import AveragedPolicy, OptimConfig, build_optimizer
 
 
 class Policy(nn.Module):
-    """What `end_window` and `follow` know of a policy, with four codes in four dimensions."""
+    """The parts of a policy that `end_window` and `follow` use, with four codes in four dimensions."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ def averaged(policy):
 
 
 def counted(codes, error):
-    """As of one process."""
+    """Counts as from one process."""
     return torch.tensor([*codes, error, 1.0])
 
 
@@ -83,7 +83,7 @@ def test_the_averaged_posterior_follows_fast_at_first_and_slowly_later(policy):
 
 def test_counts_of_processes_add_up_and_their_errors_are_averaged(policy):
     first, second = policy.infer(torch.randn(8, 6)), policy.infer(torch.randn(8, 6))
-    policy.latent.count(first.counted + second.counted)  # as a sum over two processes
+    policy.latent.count(first.counted + second.counted)  # the sum over two processes
     policy.latent.count(first.counted)
     assert policy.latent.usage.counts.sum() == 24
     torch.testing.assert_close(policy.latent.error, first.commitment.detach())
@@ -100,7 +100,7 @@ def test_unused_codes_become_copies_of_used_ones_without_memory(policy):
     latent.count(counted([50, 50, 0, 2], 0.04))
     metrics = latent.end_window(policy.prior, average, 100, True)
     assert latent.usage.shares.tolist() == pytest.approx([50 / 102, 50 / 102, 0, 2 / 102])
-    assert metrics["codes/replaced"] == 2  # 2 / 102 is below a tenth of a quarter
+    assert metrics["codes/replaced"] == 2  # codes with shares below a tenth of 1/4: 0 and 2 / 102
     assert metrics["codes/in_use"] == 2
     expected = np.exp(-2 * 50 / 102 * np.log(50 / 102) - 2 / 102 * np.log(2 / 102))
     assert metrics["codes/perplexity"].item() == pytest.approx(expected, rel=1e-5)
@@ -109,13 +109,13 @@ def test_unused_codes_become_copies_of_used_ones_without_memory(policy):
     assert (distance > 0).all()
     assert (distance < 5 * 0.1 * 0.2 * 2).all()  # a tenth of the distance 0.2 in each of 4 dimensions
     logits = policy.prior(torch.randn(16))
-    torch.testing.assert_close(logits[2:], logits[source])  # the prior takes copy and source for the same
+    torch.testing.assert_close(logits[2:], logits[source])  # the prior treats copy and source the same
     assert torch.equal(average.model.latent.vectors[2:], vectors[2:])
     assert (average.optimizer.state[vectors]["exp_avg"][2:] == 0).all()
     assert (average.optimizer.state[vectors]["exp_avg"][:2] != 0).all()
     assert (latent.usage.counts == 0).all()
 
-    # late in training, and after a batch with bad numbers, nothing is spoilt
+    # late in training, and after a batch with NaN, nothing changes
     latent.count(counted([100, 0, 0, 0], float("nan")))
     kept = vectors.detach().clone()
     assert latent.end_window(policy.prior, average, 200, False)["codes/replaced"] == 0

@@ -59,7 +59,7 @@ def test_a_run_of_two_processes_trains_saves_and_resumes(tiny, tmp_path):
     assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3]
     state = json.loads((run_dir / "checkpoints" / "last" / "state" / "trainer.json").read_text())
     assert state == {"step": 3, "samples": 24, "updates": 3, "processes": 2, "optimizer": "AdamW"}
-    # another number of processes goes on at the same place, and says that it is not exact
+    # another number of processes continues at the same place, and says that it is not exact
     printed = launch(1, "train_vfp.py", "--resume", run_dir, "--steps", 4)
     assert "saved by 2 processes" in printed
     state = json.loads((run_dir / "checkpoints" / "last" / "state" / "trainer.json").read_text())

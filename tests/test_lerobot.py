@@ -50,9 +50,9 @@ def open_(tmp_path):
 
 @pytest.fixture
 def refused(open_, tmp_path):
-    """Opening fails with one sentence of that pattern, and leaves no store behind.
+    """Opening fails with one sentence that matches the pattern, and leaves no store behind.
 
-    With `decoding`, it fails at an episode's frames: those of the episodes before it are kept, unfinished.
+    With `decoding`, it fails at an episode's frames; those of earlier episodes stay in an unfinished store.
     """
 
     def refused(root, pattern, decoding=False, **options):
@@ -78,7 +78,7 @@ def refused(open_, tmp_path):
 
 
 def check_aligned(store, episodes=None):
-    """Every frame shows the step whose state and action stand beside it."""
+    """Every frame shows the same step as its state and action."""
     images = store.images(np.arange(store.num_steps)).numpy()
     steps = np.array([read(row[0])[0] for row in images])
     for camera in range(images.shape[1]):
@@ -274,7 +274,7 @@ def test_missing_datasets_are_not_downloaded(tmp_path, refused, monkeypatch):
         if name:
             refused(name, "was not found")
     (tmp_path / "file").touch()
-    refused(tmp_path / "file", "is a file")
+    refused(tmp_path / "file", "has an unknown format")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "neither LeRobot's meta/info.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
@@ -576,7 +576,7 @@ def test_nested_shapes_are_flattened(tmp_path, open_):
 
 
 def test_an_unguarded_program_is_told_so_instead_of_hanging(tmp_path):
-    """Decoding processes import the program anew: one that opens a dataset right then would wait forever."""
+    """Decoding processes import the program again; if that opens a dataset, they would wait forever."""
     make_dataset(tmp_path / "data", (6, 6), video=False)
     program = tmp_path / "program.py"
     folders = f"({str(tmp_path / 'data')!r},), cache_dir={str(tmp_path / 'cache')!r}"
@@ -600,7 +600,7 @@ def test_an_unguarded_program_is_told_so_instead_of_hanging(tmp_path):
 
 
 def named(root, **options):
-    """The episodes that a source refuses, without decoding."""
+    """The episodes that a source refuses before decoding."""
     source = open_source(str(root), DataConfig((str(root),), **options))
     usable, bad = source.episodes()
     numbers = [int(clause.split()[1].strip(":")) for clause in bad]
@@ -746,7 +746,7 @@ def test_what_is_used_is_printed_once(tmp_path, open_, capsys):
     assert out.count("LeRobot") == 1
 
 
-# Pictures that are no 8-bit colour
+# Images other than 8-bit colour
 
 
 def encoded(image, kind="PNG", **options):
@@ -756,7 +756,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def rgb16(step):
-    """A PNG of 16 bits a channel, of which the higher ones are the step's picture."""
+    """A PNG of 16 bits per channel, whose high bytes are the step's picture."""
     rows = b"".join(b"\0" + bytes(np.repeat(row, 2)) for row in draw(step, 0, (32, 48)).reshape(32, -1))
     chunks = [
         (b"IHDR", struct.pack(">IIBBBBB", 48, 32, 16, 2, 0, 0, 0)),
@@ -768,7 +768,7 @@ def rgb16(step):
 
 
 def with_second(root, cells, shape=(32, 48, 3), **about):
-    """An image dataset with a second camera `cam_left` of these cells, by step; `about` goes to info.json."""
+    """An image dataset whose camera `cam_left` has these cells, by step; `about` goes into info.json."""
     make_dataset(root, (6, 5), (HIGH,), video=False, episodes_per_file=2)
     table = pq.read_table(root / DATA, partitioning=None)
     column = pa.array([cells(step) for step in range(11)])
@@ -831,7 +831,7 @@ def transparent(step):
 
 def turned(step):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise
+    exif[0x0112] = 6  # rotate clockwise for display
     return encoded(Image.fromarray(np.rot90(draw(step, 0, (32, 48)))), exif=exif)
 
 
@@ -934,7 +934,7 @@ def test_a_depth_camera_is_known_before_its_video_is_here(tmp_path, open_):
     assert open_(root).cameras == ("high",)
 
 
-# Names, shapes and files that are not as usual
+# Unusual names, shapes and files
 
 
 @pytest.mark.parametrize("video", [True, False])
@@ -1080,10 +1080,10 @@ def test_labels_of_episodes_that_contradict_the_places_of_their_rows(tmp_path, r
     edit_column(root / DATA, "episode_index", lambda rows: [swapped[row] for row in rows])
     edit_column(
         root / DATA, "index", lambda rows: [*range(9), *range(7), *range(9)]
-    )  # begins anew: says nothing
+    )  # restarts in each episode: no contradiction
     check_aligned(open_(root))
     edit_column(root / DATA, "index", lambda rows: [*range(50, 59), *range(70, 77), *range(90, 99)])
-    check_aligned(open_(root))  # as of a larger dataset
+    check_aligned(open_(root))  # as in a part of a larger dataset
 
 
 def test_metadata_without_what_older_tools_left_out(tmp_path, open_):

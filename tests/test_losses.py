@@ -51,7 +51,7 @@ def test_half_precision_is_summed_in_float32():
 
 
 def test_the_mean_over_processes_is_the_mean_over_all_their_elements():
-    """Shares of padding differ between the halves; dividing by the mean count makes their average exact."""
+    """The halves have different shares of padding; dividing by the mean count makes their average exact."""
     pred, target = torch.randn(2, 8, 6, 3)
     mask = torch.rand(8, 6) < torch.linspace(0.1, 0.9, 8)[:, None]
     count = torch.stack([mask[:4].sum(), mask[4:].sum()]).float().mean()
@@ -127,7 +127,7 @@ def test_the_gradient_is_that_of_finite_differences(weighted):
 
 @pytest.mark.parametrize(("share", "tolerance"), [(0.0, 0.25), (0.5, 0.001), (0.9, 0.001)])
 def test_the_default_settings_are_good_enough_while_a_policy_learns(share, tolerance):
-    """Clouds as they are when predictions are noise, half right, nearly right: 32 chunks of 68 numbers."""
+    """Point clouds of predictions that are noise, half right, nearly right: 32 chunks of 68 numbers."""
     y = losses.transport_points(torch.randn(32, 16, 4), torch.randn(32, 4))
     x = share * y + (1 - share) * losses.transport_points(torch.randn(32, 16, 4), torch.zeros(32, 4))
     x.requires_grad_()
@@ -197,7 +197,7 @@ def test_gradient_descent_on_the_divergence_carries_one_cloud_to_the_other():
         divergences[-1].backward()
         optimizer.step()
     assert divergences[-1] < 0.02 * divergences[0]
-    assert torch.cdist(y, x.detach()).amin(dim=1).max() < 0.3  # no point of y is left alone
+    assert torch.cdist(y, x.detach()).amin(dim=1).max() < 0.3  # every point of y has a near point
 
 
 def test_half_precision_and_autocast_are_computed_in_float32():
@@ -288,7 +288,7 @@ def test_the_divergence_of_normals_and_its_gradient_are_those_of_torch():
 
 
 def test_experts_are_balanced_at_uniform_use():
-    uniform = torch.eye(4).repeat(5, 1) * 0.4 + 0.15  # each expert is the most probable of as many samples
+    uniform = torch.eye(4).repeat(5, 1) * 0.4 + 0.15  # each expert is the top choice equally often
     assert losses.load_balance(uniform).item() == pytest.approx(1.0)
     torch.manual_seed(0)
     for _ in range(20):

@@ -91,7 +91,7 @@ def test_training_resumes_exactly(small, tmp_path):
     train([], None, "--resume", part)
     steps = [json.loads(line)["step"] for line in (part / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 4
-    assert steps.count(2) == 1  # it did not begin anew
+    assert steps.count(2) == 1  # it did not start over
     first, second = weights(whole, 4), weights(part, 4)
     for component in ("state_encoder", "state_decoder", "action_encoder", "action_decoder"):
         assert any(name.startswith(component) for name in first)
@@ -113,7 +113,7 @@ def test_estimation_alone_repeats_what_training_found_or_uses_another_estimator(
 
 
 def test_embeddings_stand_out_from_their_noise(prepared):
-    """What is encoded must be worth more than a unit of noise: else there is nothing to compare."""
+    """Embeddings must vary by more than the unit noise: otherwise there is nothing to compare."""
     config, data, normalizer, model = prepared
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batch = data.__getitems__(list(range(0, 61, 2)))
@@ -126,7 +126,7 @@ def test_embeddings_stand_out_from_their_noise(prepared):
         history.append({name: value.item() for name, value in metrics.items()})
     x, y = train_mi.embed_all(model.eval(), data, normalizer, 64)
     for name, z in (("state", x), ("action", y)):
-        assert z.var(dim=0).max() > 1  # the variance of the noise
+        assert z.var(dim=0).max() > 1  # the noise has variance 1
         assert history[-1][f"error/{name}"] < 0.7 * history[0][f"error/{name}"]
 
 

@@ -1,4 +1,4 @@
-"""What moves: idle dimensions and their scale, idle ends of episodes, jumps, stuck commands."""
+"""Motion: idle dimensions and their scale, idle ends of episodes, jumps, stuck commands."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ EPISODES = np.repeat(np.arange(4), 100)
 
 
 def smooth(rng, scale=1.0, offset=0.0):
-    """Motion as a robot makes it: a few slow sines."""
+    """Motion like a robot's: a few slow sines."""
     t = np.linspace(0, 8, 400)
     return offset + scale * sum(np.sin(t * f + rng.uniform(0, 6)) for f in (1.0, 1.7, 2.9)) / 3
 
@@ -83,7 +83,7 @@ def record(tmp_path):
 
 
 def reach(rng, steps=STEPS):
-    """A motion of three joints from one pose to another that never rests."""
+    """A motion of three joints from one pose to another, without a pause."""
     share = np.linspace(0.05, 1, steps)[:, None]
     return (rng.uniform(0.5, 1, 3) * share + 0.002 * rng.normal(size=(steps, 3))).astype(np.float32)
 
@@ -104,7 +104,7 @@ def test_the_scale_of_an_idle_joint_has_a_floor_and_is_said(record, capsys, mode
     at, off = torch.tensor([[0.5, 0.5, 0.30], [0.5, 0.5, 0.31]])
     distance = (fitted.proprio(off) - fitted.proprio(at))[2]
     torch.testing.assert_close(distance.item(), 0.01 / (0.1 * usual), rtol=1e-3, atol=0)
-    assert fitted.statistics["state"]["std"][2] < 2e-5  # the statistics stay as they are
+    assert fitted.statistics["state"]["std"][2] < 2e-5  # the statistics do not change
 
     plain = Normalizer.fit(dataset, mode, idle_floor=0.0)
     assert capsys.readouterr().out == ""
@@ -145,7 +145,7 @@ def test_black_frames_at_the_end_are_blank_whatever_the_numbers_say(record):
     values = reach(np.random.default_rng(6), 30)
     images = np.full((30, 8, 8, 3), 90, np.uint8)
     images[26:] = 3
-    images[4] = 0  # one dropped frame inside
+    images[4] = 0  # one dropped frame in the middle
     ends = idle_ends(record(values, images=images))
     assert (ends.head.tolist(), ends.tail.tolist(), ends.blank_tail.tolist()) == ([0], [4], [4])
 
@@ -184,9 +184,9 @@ def test_a_dataset_in_which_nothing_moves_cannot_be_trimmed(record):
 
 def test_jumps_and_stuck_commands_are_said(record):
     rng = np.random.default_rng(10)
-    gripper = np.arange(STEPS)[:, None] // 15 % 2  # opens and closes at once: no jump
+    gripper = np.arange(STEPS)[:, None] // 15 % 2  # opens and closes instantly: not a jump
     jumping, turning, stuck = (np.hstack([reach(rng), gripper]).astype(np.float32) for _ in range(3))
-    jumping[50, 1] = 0.0  # one reading is lost
+    jumping[50, 1] = 0.0  # one lost reading
     turning[:, 2] = (np.linspace(0, 5, STEPS) + np.pi) % (2 * np.pi) - np.pi  # an angle that wraps around
     stuck[44:74] = stuck[44]
     lost = np.abs(np.diff(jumping[49:52, 1])).max()

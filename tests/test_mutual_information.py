@@ -21,7 +21,7 @@ def gaussians(num, dim, rho, seed=0):
     ("dim", "rho"), [(1, 0.0), (1, 0.3), (1, 0.9), (2, 0.0), (2, 0.6), (2, 0.9), (5, 0.0), (5, 0.25)]
 )
 def test_neighbours_find_the_information_of_gaussians(dim, rho):
-    """Where it is large in many dimensions they do not, see the next test."""
+    """Not where it is large in many dimensions, see the next test."""
     x, y, true = gaussians(10_000, dim, rho)
     estimate = ksg(x, y, memory_bytes=2e8)
     assert estimate.value == pytest.approx(true, rel=0.05, abs=0.05)
@@ -46,7 +46,7 @@ def test_memory_changes_nothing():
 
 
 def test_ties_are_counted():
-    """Of discrete variables it is the information of their table, as plug-in estimates have it."""
+    """For discrete variables it is that of their table, like a plug-in estimate."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 4, (3000, 1), generator=generator)
     y = torch.where(torch.rand(3000, 1, generator=generator) < 0.7, x, torch.randint(0, 4, x.shape))
@@ -69,7 +69,7 @@ def test_smooth_episodes_that_are_independent_share_nothing():
     x, y = torch.randn(120, 40, 2).cumsum(1), torch.randn(120, 40, 2).cumsum(1)
     episodes = torch.arange(120).repeat_interleave(40)
     x, y = x.flatten(0, 1), y.flatten(0, 1)
-    assert ksg(x, y).value > 0.5  # neighbours in time
+    assert ksg(x, y).value > 0.5  # because of neighbours in time
     estimate = ksg(x, y, episodes)
     low, high = estimate.interval(episodes)
     assert abs(estimate.value) < 0.1
@@ -102,7 +102,7 @@ def test_an_episode_that_does_not_fit_stands_out():
 
 
 def test_all_episodes_are_compared_with_as_many_others():
-    """The bound grows with the number that is compared: a remainder would look worse than the rest."""
+    """The bound grows with the number compared: a smaller remainder would look worse than the rest."""
     torch.manual_seed(0)
     for num in (34, 36):  # halves of 17 and 18, in blocks of at most 16
         x = torch.randn(num, 20, 2)

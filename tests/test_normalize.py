@@ -67,7 +67,7 @@ def test_a_constant_dimension_neither_explodes_nor_is_lost(values, mode):
     row = torch.from_numpy(values[:1])
     assert fitted.actions(row, row)[0, 2] == 0
     assert fitted.unnormalize_actions(torch.zeros(1, 5), row)[0, 2] == 5
-    off = row + 1e-3  # a sensor that never moved in training, off by a little on the robot
+    off = row + 1e-3  # a sensor that never moved in training, slightly off on the robot
     assert fitted.proprio(off)[0, 2].abs() < 0.01
 
 

@@ -64,7 +64,7 @@ def test_series_with_the_same_numbers_keep_theirs_whatever_is_added():
     assert len(set(after)) == len(after)
     assert [number - before[0] for number in before[:3]] == [0, 1, 2]
     assert before[0] % 10_000 == 0
-    broken = numbers(*a, "aa.hdf5", *b)  # in the middle, and nothing is known of what is in it
+    broken = numbers(*a, "aa.hdf5", *b)  # a broken file in the middle, with unknown content
     assert before == broken[:3] + broken[-4:]
     assert min(before) >= 10**8
 

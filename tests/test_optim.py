@@ -166,7 +166,7 @@ def test_gradients_are_clipped_as_a_whole_and_reported_by_component(policy):
 
 @pytest.mark.parametrize("bad", [False, True])
 def test_clipping_is_that_of_torch_and_leaves_gradients_where_they_are(policy, bad):
-    """DDP's gradients are views of what it sends: a new tensor in their place would be copied there again."""
+    """DDP's gradients are views of its buffers: a new tensor in their place would be copied again."""
     policy(100 * torch.randn(8, 4)).square().sum().backward()
     grads = [p.grad for p in policy.parameters()]
     if bad:
@@ -194,13 +194,13 @@ def test_a_step_launches_as_much_for_many_tensors_as_for_few(schedule, monkeypat
             self.num += not any(name in str(func) for name in ("view", "empty", "detach"))
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(GradientClipper, "_known_good", lambda self: False)  # nor does a GPU's
+    monkeypatch.setattr(GradientClipper, "_known_good", lambda self: False)  # as on a GPU
     launches = []
     for layers in (1, 20):
         policy = nn.ModuleDict({"net": nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))})
         optimizer = build_optimizer(policy, OptimConfig(schedule=schedule))
         clip = GradientClipper(policy, optimizer, 1.0)
-        for _ in range(2):  # the first makes the moments
+        for _ in range(2):  # the first creates the moments
             policy["net"](torch.randn(8, 4)).square().mean().backward()
             with Count() as count:
                 clip.begin_step()
@@ -222,7 +222,7 @@ def everything(policy, optimizer):
 def test_a_step_whose_gradient_is_not_finite_does_not_happen(policy, schedule, steps):
     optimizer = build_optimizer(policy, OptimConfig(lr=0.01, schedule=schedule))
     clip = GradientClipper(policy, optimizer, 1.0)
-    for _ in range(steps):  # schedule-free RAdam holds still for its first ones
+    for _ in range(steps):  # schedule-free RAdam does not move in its first steps
         train_step(policy, optimizer, clip)
     before = everything(policy, optimizer)
     train_step(policy, optimizer, clip, bad=True)
@@ -237,7 +237,7 @@ def test_a_step_whose_gradient_is_not_finite_does_not_happen(policy, schedule, s
 
 
 def test_undoing_a_step_does_not_need_to_look_at_the_device(policy, monkeypatch):
-    """On a GPU nobody knows in time whether a step is bad: it is undone there."""
+    """On a GPU it is not known in time whether a step is bad: it is undone afterwards."""
     optimizer = build_optimizer(policy, OptimConfig(lr=0.01, schedule="schedule-free"))
     clip = GradientClipper(policy, optimizer, 1.0)
     for _ in range(8):
@@ -254,7 +254,7 @@ def test_undoing_a_step_does_not_need_to_look_at_the_device(policy, monkeypatch)
 
 
 class Unseen(torch.Tensor):
-    """A scalar that says it lies on another device, and refuses to be read."""
+    """A scalar that claims to be on another device, and refuses to be read."""
 
     device = torch.device("meta")
 
@@ -268,7 +268,7 @@ def test_a_bad_step_leaves_buffers_as_they_were():
     optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
     clip = GradientClipper(policy, optimizer, 1.0)
     for bad in (False, True, False):
-        # What a method changes after its step, a bad step that follows does not undo.
+        # A bad step does not undo what a method changed after the step before.
         policy.backbone[1].running_mean += 1.0
         before = {name: buffer.clone() for name, buffer in policy.named_buffers()}
         clip.begin_step()
@@ -300,9 +300,9 @@ def test_steps_and_epochs():
     assert resolve_steps(OptimConfig(steps=7), 100, 10) == 7
     assert resolve_steps(OptimConfig(epochs=2.5), 100, 10) == 25
     assert resolve_steps(OptimConfig(), 100, 10) == DEFAULT_STEPS
-    # 4 epochs of 32 samples; 20 steps of 4 are done, and 8 more samples a step follow
+    # 4 epochs of 32 samples: after 20 steps of 4, the remaining steps have 8
     assert resolve_steps(OptimConfig(epochs=4.0), 32, 8, done_steps=20, done_samples=80) == 26
-    for done in range(40):  # a resumed run ends where it would have ended
+    for done in range(40):  # a resumed run ends at the same step
         config = OptimConfig(epochs=2.5)
         assert resolve_steps(config, 33, 2, done, 2 * done) == resolve_steps(config, 33, 2)
     for config in (OptimConfig(steps=5, epochs=1.0), OptimConfig(epochs=0.01)):
@@ -372,4 +372,4 @@ def test_replaced_rows_start_anew_everywhere(policy, schedule, decay):
             assert torch.equal(moment[rows], values[rows] if name == "z" else torch.zeros(2, 4))
     train_step(policy, optimizer)
     step = (weight - torch.where(rows[:, None], values, before)).norm(dim=1)
-    assert (step[rows] < 0.05).all()  # not thrown about by what the optimizer remembers
+    assert (step[rows] < 0.05).all()  # old moments of the optimizer do not move it

@@ -1,4 +1,4 @@
-"""The comparison with LeRobot: how sizes are matched, what is read out of logs and processes, the tables."""
+"""The comparison with LeRobot: matching of sizes, reading of logs and processes, the tables."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ def test_the_width_whose_count_is_nearest():
     assert matched.nearest(widths, count, 51**2 + 5) == 52
     assert matched.nearest(widths, count, 0) == 2
     assert matched.nearest(widths, count, 10**6) == 100
-    assert len(counted) < 60  # networks are built for this
+    assert len(counted) < 60  # each count builds a network
 
 
 def test_arithmetic_counts_products_convolutions_and_attention():
@@ -67,7 +67,7 @@ def test_what_lerobot_logs_is_read():
     }
     tracker = logging_utils.MetricsTracker(8, 1200, 8, meters)
     tracker.loss, tracker.update_s, tracker.dataloading_s, tracker.samples_per_s = 0.5, 0.25, 0.05, 27
-    for _ in range(1500):  # steps are written as 2K
+    for _ in range(1500):  # enough that steps are written as 2K
         tracker.step()
     line = f"INFO 2026-11-26 12:00:00 ot_train.py:650 {tracker}"
     assert peers.step_ended(line)
@@ -102,7 +102,7 @@ def test_a_training_is_watched_with_its_loading_processes(tmp_path):
     turn = peers.watch([sys.executable, "-c", TRAINING], tmp_path, dict(os.environ), 2)
     assert 0.5 <= turn.first < turn.last - 0.4
     assert turn.steps == [pytest.approx((0.5, 0.1))] * 2
-    assert 0.14 < turn.largest_gib < 0.19  # the child, with Python
+    assert 0.14 < turn.largest_gib < 0.19  # the child, including Python
     assert 0.18 < turn.all_gib < 0.24
 
 
@@ -157,7 +157,7 @@ def test_chunks_take_turns():
     order = []
     ways = {name: (lambda name=name: order.append(name)) for name in "ab"}
     times = latency.by_turns(ways, rounds=2, least=0.0)
-    assert order == list("ababab")  # the first round warms up
+    assert order == list("ababab")  # the first round is a warm-up
     assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
 
 

@@ -13,7 +13,7 @@ from common.plots import draw_chunks, draw_features, draw_latents, draw_reconstr
 
 
 def assert_drawn(path, width=150):
-    """There is a picture with more than a frame in it, and nothing beside it."""
+    """There is a picture that shows more than axes, and no other file."""
     with Image.open(path) as picture:
         assert picture.width > width
         assert len(picture.convert("RGB").resize((200, 100)).getcolors(20_000)) > 20
@@ -35,7 +35,7 @@ def test_chunks_are_drawn_for_any_number_of_dimensions(dims, tmp_path):
 
 @pytest.mark.parametrize("num", [1, 3])
 def test_pictures_are_drawn_of_little(num, tmp_path):
-    """Of a single sample, of fewer dimensions than are drawn, of a chunk with a single action."""
+    """A single sample, fewer dimensions than are drawn, a chunk of a single action."""
     random = np.random.default_rng(0)
     images = random.integers(0, 255, (num, 3, 32, 48), np.uint8)
     chunks, half = random.normal(size=(2, num, 1, 2)), images[..., ::2] / 255
@@ -54,7 +54,7 @@ def test_pictures_are_drawn_of_little(num, tmp_path):
 
 
 def test_success_in_closed_loop_has_a_curve_of_its_own(tmp_path, monkeypatch):
-    """Beside the number of steps it would be a flat line at zero."""
+    """On the axis of the number of steps it would be a flat line at zero."""
     lines = [{"step": step, "split": "train", "loss": 1.0} for step in (1, 2, 3)]
     for step, success in ((1, 0.25), (3, 0.75)):
         lines.append({"step": step, "split": "val", "rollout/success": success, "rollout/steps": 90.0})
@@ -69,7 +69,7 @@ def test_success_in_closed_loop_has_a_curve_of_its_own(tmp_path, monkeypatch):
     }
     assert drawn["success in closed loop"] == {"success": [[1, 0.25], [3, 0.75]]}
     limits = {axis.get_title(): axis.get_ylim() for axis in figures[0].axes}
-    assert limits["success in closed loop"] == (-0.02, 1.02)  # a share, whatever it has reached
+    assert limits["success in closed loop"] == (-0.02, 1.02)  # the full range of a share, whatever the values
     assert drawn["rollout"] == {"steps": [[1, 90], [3, 90]]}
     assert drawn["loss"].keys() == {"loss", "held out: loss"}
 

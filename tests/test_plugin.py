@@ -1,4 +1,4 @@
-"""LeRobot's plug-in: what an exported policy does in LeRobot is what it does here, to the bit."""
+"""LeRobot's plug-in: an exported policy acts in LeRobot exactly as it does here, bit for bit."""
 
 import importlib
 import json
@@ -65,7 +65,7 @@ def recorded(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(recorded, tiny, tmp_path_factory):
-    """Run folder and folder of the export, by the name of a case; made when it is first asked for."""
+    """Run folder and export folder of a named case; made when first requested."""
     from common import depth
 
     made = {}
@@ -88,7 +88,7 @@ def exported(recorded, tiny, tmp_path_factory):
 
 
 def in_lerobot(folder, *overrides, rename_map=None):
-    """Policy and processors as LeRobot's commands make them."""
+    """Policy and processors, made as in LeRobot's commands."""
     config = PreTrainedConfig.from_pretrained(str(folder), cli_overrides=list(overrides))
     config.pretrained_path = folder
     policy = get_policy_class(config.type).from_pretrained(str(folder), config=config)
@@ -104,7 +104,7 @@ def in_lerobot(folder, *overrides, rename_map=None):
 
 
 def observations(seed, size=(28, 28)):
-    """What one robot sees, step after step, as `next_action` takes it."""
+    """A robot's observations, one per step, as `next_action` takes them."""
     rng = np.random.default_rng(seed)
     while True:
         state = rng.normal([0, 0, 0, 0, 0, 2], 0.1).astype(np.float32)
@@ -113,7 +113,7 @@ def observations(seed, size=(28, 28)):
 
 
 def batch_of(several):
-    """Observations of several robots as LeRobot hands them over: float pictures, channels first."""
+    """Observations of several robots in LeRobot's form: float images, channels first."""
     batch = {"observation.state": torch.from_numpy(np.stack([o["state"] for o in several]))}
     for camera in CAMERAS:
         frames = torch.from_numpy(np.stack([o["images"][camera] for o in several]))
@@ -122,7 +122,7 @@ def batch_of(several):
 
 
 def begin(policy, seed):
-    """Start episodes with torch's generator seeded, as LeRobot does it; where their noise begins."""
+    """Start episodes with torch's generator seeded, as LeRobot does; returns the seed of their noise."""
     torch.manual_seed(seed)
     first = int(torch.randint(2**62, ()))
     torch.manual_seed(seed)
@@ -197,7 +197,7 @@ def test_chunks_begin_now_and_are_the_run_s_to_the_bit(exported):
 def test_chunks_of_a_policy_that_sees_earlier_frames_are_refused(exported):
     policy, pre, _ = in_lerobot(exported("frames")[1])
     assert not policy.supports_rtc()
-    with pytest.raises(UserError, match="sees 2 frames of a camera, and LeRobot gives one"):
+    with pytest.raises(UserError, match="sees 2 frames of a camera, but LeRobot gives only one"):
         policy.predict_action_chunk(pre(batch_of([next(observations(0))])))
 
 
@@ -216,12 +216,12 @@ def test_every_byte_of_a_picture_survives():
     values = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
     assert np.array_equal(_bytes(values.float() / 255, "x"), values.permute(0, 2, 3, 1))
     assert np.array_equal(_bytes(values, "x"), values.permute(0, 2, 3, 1))
-    with pytest.raises(UserError, match="nobody normalized"):
+    with pytest.raises(UserError, match="images that are not normalized"):
         _bytes(values.float() / 127.5 - 1, "x")
 
 
 def test_nothing_is_normalized_twice_whatever_statistics_lerobot_brings(exported):
-    """With the overrides of `lerobot-train`, each of which must meet a step."""
+    """With the overrides of `lerobot-train`, each of which must match a processing step."""
     folder = exported("vfp")[1]
     config = PreTrainedConfig.from_pretrained(str(folder))
     features = {**config.input_features, **config.output_features}
@@ -249,7 +249,7 @@ def test_nothing_is_normalized_twice_whatever_statistics_lerobot_brings(exported
 
 
 def with_prefix(policy, monkeypatch, max_delay=3):
-    """Let a policy pass for one that was trained to continue chunks; the prefixes that it is given."""
+    """Make a policy look as if trained to continue chunks; returns the list of prefixes that it gets."""
     prefixes = []
 
     object.__setattr__(policy._blank.spec, "max_delay", max_delay)
@@ -272,7 +272,7 @@ def test_a_chunk_continues_what_is_left_of_the_one_before(exported, monkeypatch,
     policy.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=left)
     policy.predict_action_chunk(batch, inference_delay=0, prev_chunk_left_over=left)
     policy.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=None)
-    padded = torch.cat([left[:1], torch.zeros(5, 6)])  # as LeRobot fills up
+    padded = torch.cat([left[:1], torch.zeros(5, 6)])  # as LeRobot pads
     policy.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=padded)
     assert capsys.readouterr().out == ""
     policy.predict_action_chunk(batch, inference_delay=9, prev_chunk_left_over=left)
@@ -280,8 +280,8 @@ def test_a_chunk_continues_what_is_left_of_the_one_before(exported, monkeypatch,
     lengths = [None if prefix is None else len(prefix) for prefix in prefixes]
     assert lengths == [2, None, None, 2, 3]
     np.testing.assert_array_equal(prefixes[0], left[:2])
-    np.testing.assert_array_equal(prefixes[3], left[[0, 0]])  # without another, a robot holds its last action
-    object.__setattr__(policy._blank.spec, "action_offset", 1)  # whose chunks begin a step later
+    np.testing.assert_array_equal(prefixes[3], left[[0, 0]])  # without a next one, it holds its last action
+    object.__setattr__(policy._blank.spec, "action_offset", 1)  # chunks begin one step later
     policy.predict_action_chunk(batch, inference_delay=3, prev_chunk_left_over=left)
     np.testing.assert_array_equal(prefixes[-1], left[1:3])
     two = pre(batch_of([next(observations(e)) for e in range(2)]))
@@ -298,7 +298,7 @@ def test_policies_that_cannot_continue_a_chunk_refuse(exported, monkeypatch):
         policy.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=torch.ones(4, 6))
     policy, _, _ = in_lerobot(exported("everything")[1])
     with_prefix(policy, monkeypatch)
-    assert not supports_rtc_inference(policy)  # it sees states that LeRobot does not hand over
+    assert not supports_rtc_inference(policy)  # it needs earlier states, which LeRobot does not pass on
 
 
 def test_policies_of_several_tasks_hear_the_instruction(exported, monkeypatch):
@@ -332,11 +332,11 @@ def test_pictures_go_by_the_names_that_are_asked_for(exported, tmp_path):
     for images, words in (
         ("observation.image=roof", "the policy's cameras are front, wrist"),
         ("image=wrist", "write KEY=CAMERA"),
-        ("observation.images.front=wrist", "two cameras would have the same pictures"),
+        ("observation.images.front=wrist", "two cameras would have the same key"),
     ):
         with pytest.raises(UserError, match=words):
             main(run, tmp_path / "wrong", "--images", images)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         main(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -357,7 +357,7 @@ def test_what_has_no_policy_is_not_exported(exported, tmp_path):
 
 def test_a_script_that_the_plugin_does_not_carry_is_not_exported():
     require_carried(train_vfp)
-    with pytest.raises(UserError, match=r"train_regression\.py is no script beside common/: copy it there"):
+    with pytest.raises(UserError, match=r"train_regression\.py is not next to common/: copy it there"):
         require_carried(train_regression)
 
 
@@ -433,7 +433,7 @@ def without(word):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: edit(folder, version=2), "in version 2 of the format, and this is version 1"),
+        (lambda folder: edit(folder, version=2), "in version 2 of the format, and this code reads 1"),
         (lambda folder: edit(folder, run={"script": "train_vfp.py"}), "lacks config, spec, step of its run"),
         (lambda folder: edit_tensors(folder, without("action_in")), "do not fit their network"),
         (lambda folder: edit_tensors(folder, without("statistics.action")), "lacks the statistics 'action."),
@@ -469,10 +469,10 @@ def test_other_cameras_states_and_actions_are_refused(copy):
         "observation.images.third": {"type": "VISUAL", "shape": [3, 28, 28]}
     }
     edit(copy, input_features=three)
-    with pytest.raises(UserError, match="and its policy sees front, wrist: export it again with --images"):
+    with pytest.raises(UserError, match="but its policy sees front, wrist: export it again with --images"):
         in_lerobot(copy)
     edit(copy, **{**features, "output_features": {"action": {"type": "ACTION", "shape": [7]}}})
-    with pytest.raises(UserError, match=r"gives 6 actions .* and 7 are taken here"):
+    with pytest.raises(UserError, match=r"gives 6 actions .* but 7 are expected here"):
         in_lerobot(copy)
 
 

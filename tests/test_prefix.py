@@ -1,4 +1,4 @@
-"""Chunks that begin with actions that are given, and robots that act while a chunk is computed."""
+"""Chunks that begin with a given prefix, and robots that act while a chunk is computed."""
 
 import dataclasses
 
@@ -35,14 +35,14 @@ def prepared(script, tiny, *flags):
     data = ChunkDataset(store, range(store.num_episodes), config.horizon)
     torch.manual_seed(0)
     policy = script.Policy(config, PolicySpec.of(data))
-    batch = data.__getitems__([0, 10, 20, 33])  # of the last two, some actions are padding
+    batch = data.__getitems__([0, 10, 20, 33])  # the last two have padding
     batch = script.with_depth(batch, policy) if script is train_vfp_depth else batch
     return config, policy, batch, Normalizer.fit(data)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_loss_is_over_the_actions_that_are_not_given(script, tiny):
-    """An untrained network predicts no velocity: what is left of the loss can be computed by hand."""
+    """An untrained network predicts zero velocity, so the loss can be computed by hand."""
     config, policy, batch, normalizer = prepared(script, tiny)
     x_1 = normalizer.actions(batch.actions, batch.proprio)
     x_0 = torch.randn_like(x_1)
@@ -72,16 +72,16 @@ def test_sampled_chunks_begin_with_their_prefix_and_follow_it(script, tiny, flag
         return script.sample_actions(policy, *seen[:2], config, **fixed)
 
     def differ(one, other):
-        """In what follows the prefix of each chunk that has one."""
+        """Whether chunks that have a prefix differ after it."""
         return ((one - other).abs().masked_fill(given[..., None], 0).amax(dim=(1, 2))[1:] > 1e-4).all()
 
     chunks = sample(flow.Prefix(actions, given))
     assert torch.equal(chunks[given], actions[given])
     free = sample(None)
-    torch.testing.assert_close(chunks[0], free[0])  # nothing is given to the first
+    torch.testing.assert_close(chunks[0], free[0])  # the first chunk has no prefix
     assert differ(chunks, free)
     other = sample(flow.Prefix(torch.where(given[..., None], actions + 1, torch.nan), given))
-    assert torch.isfinite(other).all()  # what is not given does not matter
+    assert torch.isfinite(other).all()  # values outside the prefix do not matter
     assert differ(other, chunks)
     if script is train_cfg_vqvae:
         guided = sample(flow.Prefix(actions, given), dataclasses.replace(config, guidance=3.0))
@@ -175,7 +175,7 @@ def test_a_policy_that_was_trained_without_takes_no_prefix(policy):
 
 
 def test_a_relative_prefix_is_anchored_to_the_present_state(tiny, tmp_path, monkeypatch):
-    """The same actions in recorded units, whatever state they were sampled at."""
+    """It gives the same actions in recorded units, whatever the state they were sampled at."""
     flags = ("--relative-actions", "--steps", 1, *DELAYED)
     policy = load_policy(train(train_vfp, tiny, tmp_path / "run", *flags), device="cpu")
     normalizer, asked, sample = policy.normalizer, [], train_vfp.sample_actions
@@ -209,7 +209,7 @@ def test_quaternions_continue_with_the_sign_of_the_prefix():
 
 
 class Numbered:
-    """Gives chunks whose actions say which chunk they are of, and which action of it."""
+    """Returns chunks whose actions encode the number of the chunk and of the action."""
 
     horizon, state_dim, device = 8, 1, torch.device("cpu")
 
@@ -226,7 +226,7 @@ class Numbered:
 
 
 def acted(policy, steps, **options):
-    """Actions of an episode whose state counts the steps, the chunks they came from, and the controller."""
+    """Actions of an episode whose state counts steps, the chunk of each, and the states of the chunks."""
     control = Controller(policy, [0], **options)
     actions, sources = [], []
     for step in range(steps):
@@ -272,7 +272,7 @@ def test_a_chunk_is_told_what_is_executed_until_it_arrives():
 
 
 def test_of_chunks_that_begin_later_less_is_given():
-    """With an action offset of 1, two of three steps until the chunk arrives are its own."""
+    """With an action offset of 1, the chunk covers only two of the three steps until it arrives."""
     policy = Numbered(offset=1, max_delay=2)
     actions, sources, sampled = acted(policy, 12, delay=3, join="prefix", execute_steps=4)
     assert actions == [0, 0, 1, 2, 3, 4, 5, 102, 103, 104, 105, 202]
@@ -314,14 +314,14 @@ def test_chunks_must_last_until_the_next_arrives(join):
 
 
 def test_velocity_changes_where_chunks_join_and_inside_them():
-    """Velocity 1 in the first chunk, a jump by 5, velocity 2: in units of 2, in one dimension of two."""
+    """Velocity 1 in the first chunk, a jump by 5, then velocity 2: in units of 2, in one of two axes."""
     actions = [[0, 7], [2, 7], [4, 7], [14, 7], [18, 7], [22, 7], [26, 7]]
     episode = Episode(0, 10.0, steps=7, actions=[np.array(a, np.float32) for a in actions])
     episode.sources = [0, 0, 0, 1, 1, 1, 1]
     found = velocity_changes([episode, Episode(1, 10.0, steps=1)], np.array([2, 1]))
     assert found["seam"]["mean"] == pytest.approx((4 + 3) / 2 / 2**0.5)
     assert found["inside"] == {"mean": 0, "p99": 0}
-    # A robot that waits: changes in which it stops or starts count as seams, those in which it waits do not.
+    # A waiting robot: stops and starts count as seams, the wait between them does not.
     actions = [[0], [1], [2], [2], [2], [2], [3], [4]]
     waits = Episode(0, 10.0, steps=8, actions=[np.array(a, np.float32) for a in actions])
     waits.sources = [0, 0, 0, None, None, None, 1, 1]

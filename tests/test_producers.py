@@ -23,7 +23,7 @@ def open_(tmp_path):
 
 
 def check(store, steps, cameras, dims):
-    """The store has these steps, in order, and nothing of any other."""
+    """Check that the store has exactly these steps, in order."""
     assert store.cameras == cameras
     images = store.images(np.arange(store.num_steps)).numpy()
     for camera in range(len(cameras)):
@@ -33,7 +33,7 @@ def check(store, steps, cameras, dims):
 
 
 def unused(text):
-    """What is said to be not used."""
+    """The parts that the output names as not used."""
     return re.findall(r"^  not used +(.*)$", text, re.MULTILINE)
 
 
@@ -122,7 +122,7 @@ def test_libero_with_a_file_for_every_task(tmp_path, open_, capsys):
     last, third = [*range(6, 11)], [*range(11, 14)]
     steps = last + third if stove < drawer else third + last
     check(chosen, steps, ("agentview", "eye_in_hand"), (8, 7))
-    with pytest.raises(UserError, match="has no episode 1"):  # and not silently another one
+    with pytest.raises(UserError, match="has no episode 1"):  # instead of silently taking another one
         open_(tmp_path / "d", episodes=("1",))
     producers.libero(tmp_path / "d/a_third_demo.hdf5", (4, 5))
     assert set(numbers) < set(open_(tmp_path / "d").episode_indices.tolist())
@@ -153,7 +153,7 @@ def test_maniskill_with_any_other_number_of_actions_is_refused(tmp_path, open_, 
     with h5py.File(tmp_path / "t.h5", "a") as file:
         del file["traj_1/actions"]
         file["traj_1/actions"] = action_of(np.arange(rows), 8)
-    if rows == 6:  # as many as observations: nothing is left over
+    if rows == 6:  # as many as observations: none is left over
         assert open_(tmp_path / "t.h5", fps=20.0).num_steps == 12
         return
     with pytest.raises(UserError, match=rf"Episode 1 .*has 6 steps in obs/agent/qpos and {rows} in actions"):

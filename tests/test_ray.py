@@ -1,4 +1,4 @@
-"""Scripts on Ray: what the launcher decides and, where Ray is installed, real groups on virtual machines.
+"""Scripts on Ray: the launcher's decisions and, where Ray is installed, real groups on virtual machines.
 
 `make ray` installs Ray and runs all of this.
 """
@@ -28,14 +28,14 @@ from common.errors import EXIT_HUNG, EXIT_OUT_OF_MEMORY, EXIT_STOPPED, UserError
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-SLOW_MACHINE = 900  # seconds that anything may take
+SLOW_MACHINE = 900  # seconds, a limit for every wait
 
 
 def configuration(*argv):
     return parse(launch_ray.Config, list(map(str, argv)), "launch_ray.py")
 
 
-# -- what the launcher decides
+# -- decisions of the launcher
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def configuration(*argv):
         (64, None, 4, 4, 16, 1),
         (64, None, 3, 2, 32, 1),  # 64 samples cannot be divided among three
         (64, "16", 1, 1, 16, 4),
-        (64, "10", 2, 2, 8, 4),  # the most below 10 that divides 32
+        (64, "10", 2, 2, 8, 4),  # the largest below 10 that divides 32
         (7, None, 4, 1, 7, 1),
         (6, "4", 1, 1, 3, 2),
     ],
@@ -73,8 +73,8 @@ def test_flags_of_the_script_are_read_as_it_reads_them():
         (["--num-workers", "0"], [], "--num-workers is 0: give a number"),
         (["--num-workers", "1-4"], [], "give --global-batch"),
         (["--env", "NO_SUCH_VARIABLE"], [], "--env NO_SUCH_VARIABLE: there is no such variable"),
-        ([], ["--run_dir=elsewhere"], "--run-dir after the -- is launch_ray.py's"),
-        ([], ["--resume", "auto"], "--resume after the -- is launch_ray.py's"),
+        ([], ["--run_dir=elsewhere"], "--run-dir after the -- is set by launch_ray.py itself"),
+        ([], ["--resume", "auto"], "--resume after the -- is set by launch_ray.py itself"),
         (["--global-batch", "8"], ["--grad-accumulation", "2"], "--grad-accumulation after the --"),
         (["--global-batch", "8"], ["--batch-size", "0"], "--batch-size is 0"),
     ],
@@ -97,7 +97,7 @@ def test_a_script_that_is_not_there_is_refused(tmp_path):
         ([SystemExit(EXIT_OUT_OF_MEMORY), SystemExit(EXIT_HUNG)], EXIT_OUT_OF_MEMORY),
         ([SystemExit(EXIT_HUNG)], None),
         ([SystemExit(-9)], None),
-        ([SystemExit(1), SystemExit(-9)], None),  # an error that the loss of the other has caused
+        ([SystemExit(1), SystemExit(-9)], None),  # an error caused by losing the other process
         ([SystemExit(1), RuntimeError("lost")], None),
     ],
 )
@@ -113,7 +113,7 @@ def test_what_ray_refuses_is_not_tried_again():
 def test_news_of_a_run_folder_are_told_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "split": "train", "loss": 9.0}\n')
-    folder = launch_ray.RunFolder(tmp_path)  # of a run that is resumed
+    folder = launch_ray.RunFolder(tmp_path)  # of a resumed run
     assert folder.news() == {}
     with path.open("a") as file:
         file.write('{"step": 2, "split": "train", "loss": 2.0, "lr/all": 0.5}\n')
@@ -127,7 +127,7 @@ def test_news_of_a_run_folder_are_told_once(tmp_path):
     assert folder.news() == {"step": 2, "train/loss": 2.5}
     checkpoint = tmp_path / "checkpoints" / "step_0000002"
     checkpoint.mkdir(parents=True)
-    assert folder.news() == {}  # not complete yet
+    assert folder.news() == {}  # still incomplete
     (checkpoint / "checksums.json").write_text("{}")
     assert folder.news() == {"checkpoint": str(checkpoint)}
     assert folder.news() == {}
@@ -144,7 +144,7 @@ def machines():
 
 
 def launch(machines, run_dir, options, flags, cwd=ROOT, workers=1):
-    """The launcher, running; where what it prints goes."""
+    """Start the launcher; its output goes to a .log file next to the run folder."""
     command = faults.launcher(machines.address, workers, ROOT / "train_naive_fm.py", run_dir, flags, *options)
     log = Path(cwd, run_dir).with_suffix(".log").open("w")
     return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
@@ -195,7 +195,7 @@ def flags(tiny):
 
 @pytest.fixture(scope="module")
 def alone(flags, tmp_path_factory):
-    """Runs that Ray has nothing to do with, by their number of processes."""
+    """Runs without Ray, by their number of processes."""
     folder, made = tmp_path_factory.mktemp("alone"), {}
 
     def run(processes):
@@ -215,7 +215,7 @@ def test_workers_train_bit_for_bit_what_python_and_torchrun_train(number, machin
     same(run, alone(number), 20)
     told = json.loads(next((tmp_path / "a run.ray").glob("checkpoint_*/checkpoint.json")).read_text())
     assert told["checkpoint"] == str(find(run))
-    # done: nothing is trained again; and a relative path
+    # finished: nothing is trained again; also with a relative path
     before = (run / "metrics.jsonl").read_bytes()
     finish(launch(machines, "a run", [], flags, workers=number, cwd=tmp_path), run)
     assert (run / "metrics.jsonl").read_bytes() == before

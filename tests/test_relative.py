@@ -1,4 +1,4 @@
-"""Relative actions: what stays absolute, poses in the frame of the present one, differences taken twice."""
+"""Relative actions: what stays absolute, poses in the current frame, actions that already are differences."""
 
 import h5py
 import numpy as np
@@ -20,7 +20,7 @@ STEPS = 40
 
 
 def motion(rng):
-    """A smooth way of an end effector: positions (L, 3), unit quaternions (L, 4), opening (L, 1)."""
+    """A smooth motion of an end effector: positions (L, 3), unit quaternions (L, 4), opening (L, 1)."""
     t = np.linspace(0, 1, STEPS)[:, None]
     position = 0.3 * np.sin(t * rng.uniform(1, 4, 3) + rng.uniform(0, 6, 3))
     turns = Rotation.from_rotvec(np.sin(t * rng.uniform(1, 3, 3) + rng.uniform(0, 6, 3)))
@@ -28,13 +28,13 @@ def motion(rng):
 
 
 def moved(position, quaternion, opening, shift, turn):
-    """The same motion in a room that was shifted and turned."""
+    """The same motion in a shifted and rotated room."""
     return turn.apply(position) + shift, (turn * Rotation.from_quat(quaternion)).as_quat(), opening
 
 
 @pytest.fixture
 def record(tmp_path):
-    """Write motions, whose state is to be the action, and open them."""
+    """Write motions, whose state is also the action by default, and open them."""
 
     def record(name, *episodes, keys=KEYS, **options):
         (tmp_path / name).mkdir()
@@ -51,7 +51,7 @@ def record(tmp_path):
 
 
 def matrices(poses):
-    """(..., 9) -> (..., 4, 4)."""
+    """Poses (..., 9) -> matrices (..., 4, 4)."""
     found = np.zeros((*poses.shape[:-1], 4, 4))
     found[..., 3, 3], found[..., :3, 3] = 1, poses[..., :3]
     first, second = poses[..., 3:6], poses[..., 6:9]
@@ -75,7 +75,7 @@ def test_poses_in_a_frame_are_products_of_matrices_and_come_back():
     np.testing.assert_allclose(back, poses, atol=1e-12)
     own = in_frame(torch.from_numpy(frame[:, None]), torch.from_numpy(frame))[:, 0]
     np.testing.assert_allclose(own, np.tile([0, 0, 0, 1, 0, 0, 0, 1, 0], (6, 1)), atol=1e-12)
-    rough = torch.randn(6, 5, 9, dtype=torch.float64)  # as a network predicts them
+    rough = torch.randn(6, 5, 9, dtype=torch.float64)  # like a network's predictions
     again = in_frame(in_frame(rough, torch.from_numpy(frame), invert=True), torch.from_numpy(frame))
     torch.testing.assert_close(again, rough)
 
@@ -111,7 +111,7 @@ def test_relative_poses_do_not_depend_on_where_the_robot_stands(record, capsys, 
         assert torch.equal(again.actions(batch.actions, batch.proprio), actions)
     torch.testing.assert_close(*normalized, atol=1e-3, rtol=0)
     plain = [fitted(store)[0].statistics["action"]["std"] for store in stores]
-    assert (plain[0] - plain[1]).abs().max() > 0.01  # number by number, they do depend on it
+    assert (plain[0] - plain[1]).abs().max() > 0.01  # absolute actions do depend on the room
     said = capsys.readouterr().out
     assert "--relative-actions: gripper_width stay absolute (--relative-mask)" in said
     assert "--relative-poses: eef_pos.0, eef_pos.1, eef_pos.2 and eef_quat.0 are one pose" in said
@@ -136,11 +136,11 @@ def test_a_policy_of_relative_poses_takes_and_gives_them_as_recorded(
     chunk = policy.act({"images": observation(policy)["images"], "state": state}, prefix=prefix)
     assert np.array_equal(chunk[:2], prefix)
     np.testing.assert_allclose(np.linalg.norm(chunk[:, 3:7], axis=1), 1, atol=1e-5)
-    # An untrained policy predicts little more than noise about the mean: it stays near the present pose.
+    # An untrained policy predicts little more than noise around the mean: it stays near the current pose.
     assert np.abs(chunk[:, :3] - state[:3]).max() < 1
     assert ((chunk[1:, 3:7] * chunk[:-1, 3:7]).sum(1) > 0).all()  # no quaternion flips its sign
 
-    # What is relative is kept with the checkpoint: another default later changes nothing for an old run.
+    # The checkpoint records what is relative: a later change of the default does not affect an old run.
     stats = run_dir / "checkpoints" / "last" / "policy" / "stats.safetensors"
     before = stats.read_bytes()
     train(train_vfp, [], None, "--resume", run_dir, "--steps", 3)
@@ -153,7 +153,7 @@ def test_what_stays_absolute_is_chosen_by_name(record, capsys):
     assert "stay absolute" not in capsys.readouterr().out
     assert fitted(store, mask=("GRIPPER", "pos.2"))[0].relative_to.tolist() == [0, 1, -1, 3, 4, 5, 6, -1]
     assert "eef_pos.2, gripper_width stay absolute" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--relative-mask thumb: no dimension of the action is named so"):
+    with pytest.raises(UserError, match="--relative-mask thumb: no action dimension has this in its name"):
         fitted(store, mask=("thumb",))
     without = record("other", motion(np.random.default_rng(4)), keys=KEYS[:2])
     assert fitted(without, mask=("gripper",))[0].relative_to.tolist() == list(range(7))

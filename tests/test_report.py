@@ -1,4 +1,4 @@
-"""The report: every number in it is that of the files, whatever these hold; and it works in a browser."""
+"""The report: its numbers are those of the files, whatever they contain; and it works in a browser."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ from common.film import write_mp4
 
 
 class Reader(HTMLParser):
-    """Numbers and texts of the tables by title, row and column; the curves; addresses of what is shown."""
+    """Numbers and texts of the tables by title, row and column; the curves; addresses of media."""
 
     def __init__(self, page):
         super().__init__()
@@ -58,7 +58,7 @@ def rates(outcomes, **more):
 
 
 def make_run(folder, outcomes="1100", steps=40, logged=40, seed=7, **options):
-    """What a run leaves behind, once it is evaluated."""
+    """Write the files of an evaluated run."""
     (folder / "evaluation").mkdir(parents=True)
     config = {"script": "train_vfp.py", "config": {"optim": {"steps": steps, "lr": 1e-3}, **options}}
     config |= {"dataset": "me/towel", "git_commit": "0123456789abcdef", "versions": {"torch": "2.11.0"}}
@@ -133,7 +133,7 @@ def test_every_number_is_that_of_the_files(tmp_path):
     assert texts[dimension, "x", 1] == ["0.01235", "mean 0.5"]
     assert values["Milliseconds from observation to chunk", "10 sampling steps", 1] == [12.3456789]
 
-    # ten episodes that only the first run solves: 2 * 0.5^10, twice for two comparisons
+    # ten episodes that only the first run solves: p = 2 * 0.5^10, doubled for two comparisons
     assert texts["differences", "10 sampling steps", 1] == ["a"]
     assert texts["differences", "10 sampling steps", 2] == ["b"]
     row = [values["differences", "10 sampling steps", column][0] for column in (3, 4, 5, 6, 7)]
@@ -179,11 +179,11 @@ def test_pairs_have_the_same_episodes(tmp_path):
     c = make_run(tmp_path / "c", "1111", seed=8)
     page = write(tmp_path, a, b, c)
     values = Reader(page).values
-    assert values["differences", "10 sampling steps", 4] == [4]  # the episodes that both have
+    assert values["differences", "10 sampling steps", 4] == [4]  # episodes that both runs have
     assert values["differences", "10 sampling steps", 5] == [3]
     assert page.count("were not evaluated with the same environment, seed and --max-steps") == 2
     assert "p is corrected for 2\ncomparisons" in page
-    file = b / "evaluation" / "results.json"  # episodes that may last longer are others
+    file = b / "evaluation" / "results.json"  # with another step limit, episodes are not the same
     file.write_text(json.dumps({**json.loads(file.read_text()), "max_steps": 500}))
     page = write(tmp_path, a, b, c)
     assert page.count("were not evaluated with the same environment, seed and --max-steps") == 3
@@ -365,7 +365,7 @@ def test_names_of_runs_are_told_apart(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory):
-    """A report of two runs, of which one has not finished."""
+    """A report of two runs, one of them unfinished."""
     folder = tmp_path_factory.mktemp("report")
     runs = [make_run(folder / "first", "111100"), make_run(folder / "second", "101010", logged=30, lr=0.5)]
     report.main(report.Config(runs=tuple(runs), out=folder / "out.html"))
@@ -427,12 +427,12 @@ def test_curves_are_read_zoomed_and_switched_by_keyboard(page, two_runs):
     for _ in range(3):
         page.press("ArrowLeft")
     assert "first: 0.02703 at 37" in page.run(CAPTION)  # 1 / 37
-    assert "second: 0.03333 at 30" in page.run(CAPTION)  # its last
+    assert "second: 0.03333 at 30" in page.run(CAPTION)  # its last step
     whole = page.run(LABELS)
     page.press("+")
     assert min(page.run(LABELS)) > 20
     page.press("Home")
-    assert "at 27" in page.run(CAPTION)  # the first that is seen, a quarter of the range before the cursor
+    assert "at 27" in page.run(CAPTION)  # the first visible step, a quarter of the range before the cursor
     page.press("0")
     assert page.run(LABELS) == whole
     assert page.complaints == []

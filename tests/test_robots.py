@@ -1,4 +1,4 @@
-"""The robots of docs/robots.md, as they stand there."""
+"""The robots of docs/robots.md, run as printed there."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ MOTORS = ("shoulder_pan.pos", "elbow_flex.pos", "gripper.pos")
 
 
 def documented(name):
-    """What a block of code in the documentation defines."""
+    """The definitions of a code block in the documentation."""
     (block,) = (
         text for text in re.findall(r"```python\n(.*?)```", DOC, re.DOTALL) if f"class {name}" in text
     )
@@ -25,7 +25,7 @@ def documented(name):
 
 
 class Motors(lerobot.Robot):
-    """LeRobot's interface, with motors that reach their goal by halves in each observation."""
+    """LeRobot's interface, with motors that move half of the way to their goal in each observation."""
 
     name = "motors"
 
@@ -99,7 +99,7 @@ def test_a_robot_of_lerobot_is_driven(tmp_path):
     assert seen[0]["images"]["head"].shape == (32, 48, 3)
     np.testing.assert_allclose(
         seen[0]["state"], [0.5, 1.0, 1.5]
-    )  # halfway to the start, in the order of names
+    )  # halfway to the start, in the order of the names
     assert motors.goals[-1]["shoulder_pan.pos"] > 1
     assert motors.goals[-1]["elbow_flex.pos"] < 1
     motors.disconnect()

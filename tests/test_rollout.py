@@ -1,4 +1,4 @@
-"""Acting in closed loop: episodes side by side, what a policy is shown, and environments that misbehave."""
+"""Acting in closed loop: parallel episodes, what a policy is shown, and environments that misbehave."""
 
 import importlib
 import sys
@@ -27,7 +27,7 @@ HORIZON = 4
 
 
 class Policy:
-    """Gives chunks made of what it is shown, and remembers what that was."""
+    """Returns chunks made from its observations, and records these."""
 
     horizon, state_dim, device = HORIZON, 1, torch.device("cpu")
     spec = PolicySpec(("top",), (4, 4), ("x",), ("dx",), fps=10.0)
@@ -43,7 +43,7 @@ class Policy:
 
 
 class Counter:
-    """Ends after `length` steps; its picture is its episode's number, its state the sum of all actions."""
+    """Ends after `length` steps; its image is the episode's number, its state the sum of all actions."""
 
     name, fps, task, state_names, action_names = "counter", 10.0, "count", ("x",), ("dx",)
 
@@ -91,7 +91,7 @@ def test_pictures_are_drawn_only_when_a_chunk_is_due():
     environment, policy = Counter(length=8), Policy()
     roll_out(policy, [environment], range(1), seed=0, execute_steps=4)
     assert len(policy.shown) == 2
-    assert environment.drawn == 3  # once more to see which cameras there are
+    assert environment.drawn == 3  # once more to find the cameras
 
 
 def test_what_a_policy_is_shown():
@@ -128,7 +128,7 @@ def test_the_first_episodes_are_filmed():
 
 def test_a_fast_environment_is_filmed_at_20_pictures_a_second_at_most():
     environment = Counter()
-    environment.fps = 50.0  # every third of its steps
+    environment.fps = 50.0  # every third step is filmed
     (episode,) = roll_out(Policy(), [environment], [1], seed=0, film=2)
     assert episode.steps == 7
     assert len(episode.frames) == 3
@@ -140,7 +140,7 @@ def test_rates_of_episodes():
     assert found["success"] == 0.5
     assert found["lates"] == 0.5
     assert found["ways"] == {"left": pytest.approx(2 / 3), "right": pytest.approx(1 / 3)}
-    # the bounds of Clopper and Pearson (1934): that few or that many successes have a chance of 2.5 %
+    # the bounds of Clopper and Pearson (1934): so few or so many successes have a probability of 2.5 %
     from math import comb
 
     low, high = found["low"], found["high"]
@@ -274,7 +274,7 @@ def test_an_episode_of_the_built_in_task_is_that_of_the_simulator():
 
 
 class Arm(gymnasium.Env):
-    """One joint and two pictures, as many environments nest them."""
+    """One joint and two images, nested as in many environments."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012
     action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
@@ -403,7 +403,7 @@ def test_cameras_of_a_simulator_are_renamed_or_refused(entry, sentence):
 
 
 def test_a_simulator_that_is_not_installed_says_how(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("metaworld.")]:  # another test's
+    for name in [name for name in sys.modules if name.startswith("metaworld.")]:  # left by another test
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "metaworld", None)
     with pytest.raises(UserError, match=r"pip install -r requirements-sim.txt"):
@@ -425,7 +425,7 @@ def test_rollouts_while_training_are_logged_and_change_nothing(script, tiny, tmp
         (2, 1, 6),
         (4, 1, 6),
     ]
-    with Image.open(acting / "rollouts.gif") as film:  # three episodes of six steps, their ends linger
+    with Image.open(acting / "rollouts.gif") as film:  # six steps of three episodes; the last frames linger
         assert (film.n_frames, film.size) == (6 + 1, (160, 40))
     one, other = weights(plain, 4), weights(acting, 4)
     assert one.keys() == other.keys()

@@ -9,7 +9,7 @@ from common.errors import UserError
 
 
 def turned(values, kind, vector):
-    """Rotate a vector as the definition of each representation says, one rotation at a time."""
+    """Rotate a vector by the definition of each representation, one rotation at a time."""
     if kind == "euler":
         for axis, angle in enumerate(values):  # about fixed x, then y, then z
             i, j = [(1, 2), (2, 0), (0, 1)][axis]
@@ -46,7 +46,7 @@ def test_the_way_back_gives_the_same_rotation(kind):
     rng = np.random.default_rng(1)
     values = rng.normal(size=(300, SOURCES[kind]))
     values[:4] = 0
-    if kind.startswith("quaternion"):  # half turns about each axis and no turn at all
+    if kind.startswith("quaternion"):  # half turns about each axis, and no rotation
         values[:4] = np.eye(4)
     matrix = to_matrix(values, kind)
     again = from_matrix(matrix, kind)
@@ -63,7 +63,7 @@ def test_six_numbers_are_continuous_where_quaternions_flip():
     assert np.abs(np.diff(flipped, axis=0)).max() > 1
     assert np.abs(np.diff(six, axis=0)).max() < 0.05
     np.testing.assert_allclose(six, rotations.encode(smooth), atol=1e-6)
-    back = rotations.decode(six)  # one rotation, and one sign along the whole chunk
+    back = rotations.decode(six)  # the same rotation, with one sign along the whole chunk
     assert np.abs(np.diff(back, axis=0)).max() < 0.05
     np.testing.assert_allclose(np.abs((back * smooth).sum(-1)), 1, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""What a run does around a step: micro-batches, their weight, the order of things."""
+"""What a run does around a step: micro-batches, their weights, the order of operations."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def started(tiny, run_dir, *more):
     run = start_run(config, train_naive_fm.__file__)
     data = run.load_data(config.horizon, config.normalization)
     policy = train_naive_fm.Policy(config, data.spec)
-    with torch.no_grad():  # zero-initialised projections would hide most gradients
+    with torch.no_grad():  # zero-initialized projections would hide most gradients
         for parameter in policy.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     run.prepare(policy, data)
@@ -27,7 +27,7 @@ def started(tiny, run_dir, *more):
 
 
 def gradient(run, data, policy, config):
-    """That of a step, with noise that depends on the sample alone; and the step's batches."""
+    """A step's gradient, with noise that depends only on the sample; and the step's batches."""
     batches = []
     for batch in run.micro_batches():
         draws = [torch.Generator().manual_seed(int(row)) for row in batch.index]
@@ -43,7 +43,7 @@ def gradient(run, data, policy, config):
 
 
 def test_accumulated_batches_give_the_gradient_of_one_large_batch(tiny, tmp_path):
-    """Whatever the share of padding: every action that exists weighs the same."""
+    """Every real action has the same weight, whatever the share of padding."""
     flags = ("--horizon", 8)
     whole, batches = gradient(*started(tiny, tmp_path / "one", "--batch-size", 12, *flags))
     assert len(batches) == 1
@@ -51,7 +51,7 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(tiny, tmp_path
     parts, batches = gradient(*started(tiny, tmp_path / "three", *more, *flags))
     shares = [batch.is_pad.float().mean().item() for batch in batches]
     assert len(batches) == 3
-    assert max(shares) > min(shares) + 0.05  # else it would prove nothing
+    assert max(shares) > min(shares) + 0.05  # otherwise the test would prove nothing
     for name, grad in whole.items():
         torch.testing.assert_close(parts[name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -80,7 +80,7 @@ def test_the_policy_trains_and_what_is_frozen_does_not(tiny, tmp_path):
 
 
 def test_a_fork_may_change_buffers_after_its_step(tiny, tmp_path, monkeypatch):
-    """A bad step goes back to where it began, not to where the step before it ended."""
+    """A bad step returns to the values at its start, not at the end of the previous step."""
     counted = []
 
     class Policy(train_naive_fm.Policy):

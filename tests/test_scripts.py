@@ -1,4 +1,4 @@
-"""Every training script, run on a small dataset: it learns, resumes exactly, and refuses what it must."""
+"""Every training script on a small dataset: it learns, resumes exactly, and refuses what it must."""
 
 import json
 import math
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("accelerate_reset", "tiny_depth")
 
 
 def prepared(script, batch, policy):
-    """A batch as the script's loop gives it to `compute_loss`."""
+    """A batch as the script's loop passes it to `compute_loss`."""
     return script.with_depth(batch, policy) if script is train_vfp_depth else batch
 
 
@@ -111,7 +111,7 @@ def test_evaluating_more_often_changes_nothing(script, tiny, tmp_path):
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *EXAMPLES])
 def test_the_exported_policy_acts_as_it_did_in_training(script, tiny, tmp_path):
-    """The error measured at the last evaluation comes out again, to the last bit, from load_policy."""
+    """A policy from load_policy reproduces the error of the last evaluation, bit for bit."""
     run_dir = train(script, tiny, tmp_path / "run", "--steps", 3)
     measured = lines(run_dir, "val")[-1]
     reset()
@@ -122,7 +122,7 @@ def test_the_exported_policy_acts_as_it_did_in_training(script, tiny, tmp_path):
     data = run.load_data(config.horizon, config.normalization).val
     again = module.evaluate(policy.model, data, policy.normalizer, config, run)
     assert again == {key: measured[key] for key in again}
-    # act() on raw camera frames gives the samples of the batched path, in recorded units
+    # act() on raw camera frames equals the batched path, in recorded units
     policy.reset()
     policy._generator.manual_seed(0)
     batch = data.__getitems__([2])
@@ -271,7 +271,7 @@ def test_half_precision_trains_and_keeps_float32_weights(script, tiny, tmp_path)
     assert all(value.dtype == torch.float32 for value in weights(half, 3).values())
     for mine, reference in zip(lines(half), lines(plain), strict=True):
         assert mine["loss"] == pytest.approx(reference["loss"], rel=0.02)
-    # It was not float32 under another name; of an output that begins at zero only the gradient shows that.
+    # It did not run in float32; since outputs begin at zero, only the gradient shows that.
     assert lines(half)[-1]["grad_norm"] != lines(plain)[-1]["grad_norm"]
     assert load_policy(half).act(
         {
@@ -285,7 +285,7 @@ def test_half_precision_trains_and_keeps_float32_weights(script, tiny, tmp_path)
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_step_with_bad_numbers_is_skipped_and_counted(script, tiny, tmp_path, monkeypatch):
-    """The second of three steps has a loss that is not a number: weights survive, and the log says so."""
+    """The second of three steps has a NaN loss: weights survive, and the log says so."""
     real, calls = script.compute_loss, []
 
     def sometimes_bad(*args, train, **more):
@@ -316,7 +316,7 @@ def test_a_resumed_run_needs_neither_its_pretrained_model_nor_what_it_started_fr
 
 
 def test_activations_computed_again_change_nothing(tiny, tmp_path):
-    """With images that are augmented and cameras that are dropped at random."""
+    """With augmented images and randomly dropped cameras."""
     flags = ("--steps", 3, "--aug-shift", 0.1, "--aug-color", 0.3, "--camera-dropout", 0.5, "--eval-every", 2)
     kept = train(train_vfp, tiny, tmp_path / "kept", *flags)
     again = train(train_vfp, tiny, tmp_path / "again", *flags, "--checkpoint-activations")

@@ -1,4 +1,4 @@
-"""The policy server: what robots send it, and what becomes of those that send something else."""
+"""The policy server: valid requests of robots, and how it handles anything else."""
 
 import asyncio
 import os
@@ -34,7 +34,7 @@ from common.inference import load_policy
 
 ROOT = Path(serve.__file__).parent
 CAMERAS = ("head", "left", "right")
-PATIENCE = 60.0  # seconds, for a machine that does other things
+PATIENCE = 60.0  # seconds, enough on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def run_dir(tiny, tmp_path_factory):
 
 @contextmanager
 def served(run_dir, key=None, change=lambda policy: None, **options):
-    """A server in a thread of this process, after `change` was made to its policy: it and its port."""
+    """A server in a thread of this process, with `change` applied to its policy; yields it and its port."""
     policy = load_policy(run_dir, device="cpu", seed=0)
     change(policy)
     config = serve.Config(run_dir, port=0, **options)
@@ -62,7 +62,7 @@ def served(run_dir, key=None, change=lambda policy: None, **options):
     assert started.wait(PATIENCE)
 
     def stop():
-        with suppress(RuntimeError):  # it has stopped, and its loop is closed
+        with suppress(RuntimeError):  # already stopped, its loop is closed
             loops[0].call_soon_threadsafe(server.stopping.set)
 
     server.stop = stop
@@ -83,7 +83,7 @@ def served(run_dir, key=None, change=lambda policy: None, **options):
 
 @pytest.fixture(scope="module")
 def port(run_dir):
-    """A server that all may use: nothing that a client does may harm it."""
+    """A server shared by all tests: nothing that a client does may harm it."""
     with served(run_dir) as (_, port):
         yield port
 
@@ -116,7 +116,7 @@ def ask(connection, request):
 
 @pytest.fixture
 def bystander(port):
-    """Another client: it acts before and after, and must notice nothing."""
+    """Another client, which acts before and after a test and must notice nothing."""
     with client(port) as connection:
         ask(connection, {"reset": True})
         yield connection
@@ -136,7 +136,7 @@ def test_a_client_gets_what_the_policy_gives(run_dir, port):
     with served(run_dir, seed=0) as (_, port), client(port) as connection, client(port) as other:
         for chunk in expected:
             np.testing.assert_array_equal(ask(connection, seen)["actions"], chunk)
-        np.testing.assert_array_equal(ask(other, seen)["actions"], expected[0])  # an episode of its own
+        np.testing.assert_array_equal(ask(other, seen)["actions"], expected[0])  # its own episode
         ask(connection, {"reset": True})
         assert not np.array_equal(ask(connection, seen)["actions"], expected[0])  # the second episode
         np.testing.assert_array_equal(ask(other, seen)["actions"], expected[1])  # which was not reset
@@ -207,7 +207,7 @@ def test_a_request_that_cannot_be_answered_gets_a_sentence(port, bystander, case
 
 
 def test_the_benchmark_knows_what_is_malformed():
-    """It judges answers to mutated messages without the server's code."""
+    """`benchmarks/serve.py` judges answers to mutated messages without the server's code."""
     dice, found = random.Random(0), set()
     assert benchmark.well_formed(wire.pack(observation()), CAMERAS, 3)
     assert benchmark.well_formed(wire.pack(changed(state=[1, 2, 3.5], prompt="fold")), CAMERAS, 3)
@@ -262,7 +262,7 @@ def test_a_far_state_is_said_to_the_client_that_sent_it(port, bystander):
 
 def test_a_message_of_four_gigabytes_ends_its_own_connection_alone(port, bystander):
     with client(port) as connection:
-        # A frame that says that 4 GB follow, masked as a client's are (RFC 6455, section 5.2).
+        # A frame that announces 4 GB, masked as a client's frames are (RFC 6455, section 5.2).
         connection.socket.sendall(b"\x82\xff" + (2**32).to_bytes(8, "big") + bytes(4))
         with pytest.raises(ConnectionClosed, match="1009"):
             connection.recv(PATIENCE)

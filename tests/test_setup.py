@@ -1,4 +1,4 @@
-"""`make setup`: finds a Python that works and a uv, and takes no cut-off set-up for a finished one."""
+"""`make setup` finds a working Python and uv, and does not take an interrupted setup for a finished one."""
 
 import ast
 import functools
@@ -21,7 +21,7 @@ REAL_PATH = os.environ["PATH"]
 
 @pytest.fixture
 def setup(tmp_path, monkeypatch):
-    """tools/setup.py, working on a project of its own on a machine without any Python or uv."""
+    """tools/setup.py, in a separate project on a machine without any Python or uv."""
     spec = importlib.util.spec_from_file_location("tools_setup", ROOT / "tools" / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -49,12 +49,12 @@ def executable(path, text):
 
 THIS = sys.executable  # the tests hide it
 PYTHON = f'exec "{THIS}" "$@"'
-OTHER = 'echo "python: command not found" >&2; exit 127'  # what a version manager's shim does
+OTHER = 'echo "python: command not found" >&2; exit 127'  # like a version manager's shim
 
 
 def test_a_python_that_fails_is_passed_over(setup, tmp_path):
     executable(tmp_path / "a" / "python3.12", OTHER)
-    executable(tmp_path / "a" / "python3", "exit 0")  # starts, but is none: runs whatever it is given
+    executable(tmp_path / "a" / "python3", "exit 0")  # starts, but is not a Python: accepts anything
     (tmp_path / "a" / "python").mkdir()
     (tmp_path / "a" / "python3").write_text("no program")
     good = executable(tmp_path / "b" / "python3", PYTHON)
@@ -100,7 +100,7 @@ def test_a_uv_that_works_is_used(setup, tmp_path):
     assert setup.find_uv("/nowhere/python") == system
 
 
-# A Python that has some modules, makes environments of itself, and whose pip installs a uv that works.
+# A Python with some modules, which can create environments and whose pip installs a working uv.
 WITH_MODULES = """
 case "$1 $2" in
   "-c import pip") [ "$HAS" = pip ] || [ -n "$PYTHONPATH" ];;
@@ -142,7 +142,7 @@ def test_without_any_pip_the_way_out_is_named(setup, monkeypatch):
         setup.find_uv(None)
 
 
-# A uv that makes an environment, notes what it is asked, and fails to install on demand.
+# A uv that creates environments, records its arguments, and fails to install on demand.
 UV = """
 echo "$@ [$UV_DEFAULT_INDEX|$UV_INDEX|$SSL_CERT_FILE]" >> "$TRACE"
 case "$1" in
@@ -154,7 +154,7 @@ esac
 
 @pytest.fixture
 def machine(setup, tmp_path, monkeypatch):
-    """A machine with a Python and a uv; `calls` tells what uv has been asked since the last look."""
+    """A machine with a Python and a uv; `calls` returns uv's new calls since the last look."""
     monkeypatch.setenv("PATH", f"{tmp_path}/a{os.pathsep}/usr/bin{os.pathsep}/bin")
     monkeypatch.setenv("TRACE", str(tmp_path / "trace"))
     monkeypatch.setenv("FAKE_PYTHON", executable(tmp_path / "a" / "python3.12", PYTHON))
@@ -254,7 +254,7 @@ def index(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_gpu(setup, monkeypatch):
-    """A machine without an NVIDIA GPU, and requirements as this project has them."""
+    """A machine without an NVIDIA GPU, and requirements like this project's."""
     monkeypatch.setattr(setup, "NVIDIA", ("/nowhere",))
     monkeypatch.delenv("CUDA", raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -304,7 +304,7 @@ def test_without_a_gpu_the_cpu_build_that_the_index_has_is_taken(
     if gpu == "told":
         monkeypatch.setenv("CUDA", "1")
     index("numpy", "1.0")
-    index("pip", "25.0")  # which `uv venv --seed` installs
+    index("pip", "25.0")  # installed by `uv venv --seed`
     for versions in offered:
         for name, version in zip(("torch", "torchvision"), versions, strict=False):
             index(name, version)
@@ -313,7 +313,7 @@ def test_without_a_gpu_the_cpu_build_that_the_index_has_is_taken(
     site = Path(no_gpu.VENV) / "lib" / "python{}.{}".format(*sys.version_info[:2]) / "site-packages"
     found = [next(site.glob(f"{name}-*.dist-info")).name for name in ("torch", "torchvision")]
     assert found == [f"torch-{installed[0]}.dist-info", f"torchvision-{installed[1]}.dist-info"]
-    no_gpu.main()  # again: what is there stays
+    no_gpu.main()  # again: installed packages stay
     assert all((site / name).is_dir() for name in found)
 
 
@@ -353,14 +353,14 @@ def test_an_old_python_can_read_the_script():
 
 @pytest.fixture
 def make(tmp_path):
-    """What `make setup` would run in a copy of the project."""
+    """Returns what `make setup` would run in a copy of the project."""
     for name in ("Makefile", "requirements.txt", "tools/setup.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
 
     def run(*goals, **environment):
         command = ["make", "-n", *(goals or ["setup"])]
-        # These tests may themselves be run by make, which would leave its marks on a make below it.
+        # If make runs these tests, its variables would affect the make below.
         env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
         env |= environment
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -383,7 +383,7 @@ def test_the_demo_says_first_what_it_will_do_and_take(make):
     before, _, after = text.partition("tools/setup.py")
     for words in (
         "about ten minutes",
-        "2 GB for CPUs alone or 6 GB with CUDA",
+        "2 GB for CPUs only or 6 GB with CUDA",
         "0.5 GB",
         "runs/mine/evaluation",
     ):

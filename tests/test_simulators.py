@@ -1,4 +1,4 @@
-"""The public simulators, where they are installed and can draw: `make sim`."""
+"""The public simulators, where they are installed and can render: `make sim`."""
 
 import numpy as np
 import pytest
@@ -45,12 +45,12 @@ def test_an_episode_is_a_function_of_its_seed(environment):
     assert {name: (x.shape, x.dtype) for name, x in images.items()} == {
         camera: ((48, 64, 3), np.uint8) for camera in cameras
     }
-    assert all(x.std() > 5 for x in images.values())  # something is to be seen
+    assert all(x.std() > 5 for x in images.values())  # images are not blank
     again, _, later_again = start(3, 1)
     np.testing.assert_array_equal(state, again)
     np.testing.assert_array_equal(later, later_again)
     _, other, _ = start(4, 1)
-    assert not np.array_equal(other[cameras[0]], images[cameras[0]])  # objects lie elsewhere
+    assert not np.array_equal(other[cameras[0]], images[cameras[0]])  # objects are placed differently
     assert not np.array_equal(later, state)
     assert not environment.success()
 

@@ -1,4 +1,4 @@
-"""What a start computes once and keeps: statistics beside the store, checksums; and what it never trusts."""
+"""What a start computes once and caches (statistics next to the store, checksums), and never trusts."""
 
 import ast
 import json
@@ -40,7 +40,7 @@ def flip(file, at):
     file.write_bytes(content)
 
 
-# A value that is computed once
+# Values that are computed once
 
 
 def test_a_value_is_computed_once_for_a_key(tmp_path):
@@ -100,7 +100,7 @@ def test_others_wait_for_the_one_that_computes(tmp_path):
 def test_where_nothing_can_be_written_a_value_is_computed_each_time(tmp_path):
     (tmp_path / "file").touch()
     values = iter([1, 2])
-    path = tmp_path / "file" / "value.json"  # below a file there is no folder
+    path = tmp_path / "file" / "value.json"  # no folder can be below a file
     assert [computed_once(path, "key", lambda: next(values)) for _ in range(2)] == [1, 2]
 
 
@@ -133,7 +133,7 @@ def test_arrays_are_mapped_and_their_checksum_is_taken_once(store, settled, monk
 
 
 def test_arrays_that_changed_since_are_refused(store, settled):
-    EpisodeStore.open(store.path)  # keeps that they are whole
+    EpisodeStore.open(store.path)  # records that the arrays are intact
     flip(store.path / "arrays.safetensors", at=-3)
     for _ in range(2):
         with pytest.raises(UserError, match=r"arrays\.safetensors is not what was written"):
@@ -238,7 +238,7 @@ def test_statistics_are_kept_bit_for_bit_and_say_the_same(store, fits, capsys, o
         same(dict(kept.named_buffers()), dict(fitted.named_buffers()))
         said.append(capsys.readouterr().out)
     assert said == [said[0]] * 3
-    assert len(fits) == 2  # here, and once to be kept
+    assert len(fits) == 2  # once directly, and once for the cache
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_statistics_are_kept_bit_for_bit_and_say_the_same(store, fits, capsys, o
     ["mode", "relative", "floor", "mask", "episodes", "offset", "horizon", "chosen", "names", "numbers"],
 )
 def test_whatever_changes_statistics_has_them_computed_again(store, fits, change):
-    """And each stays: going back to the first computes nothing."""
+    """Both stay cached: going back to the first computes nothing."""
     Normalizer.fit_once(samples(store), *OPTIONS)
     options = {
         "mode": ("min-max", *OPTIONS[1:]),

@@ -57,9 +57,9 @@ class Drawn:
     """A source of frames from `pixels`, with faults and a record of what was decoded to the end.
 
     Attributes:
-        lengths: of the episodes.
-        frames_of: how many frames an episode has, where they are not as many as its steps.
-        unusable: clauses about further episodes.
+        lengths: steps of each episode.
+        frames_of: number of frames of the episodes where it differs from the number of steps.
+        unusable: why other episodes are unusable, as clauses of a message.
     """
 
     lengths: tuple[int, ...] = LENGTHS
@@ -166,7 +166,7 @@ def test_frames_come_in_the_order_asked_for_wherever_they_lie(store):
         [6, 2, 4, 0, 2],
         [15, 8, 15],
         [19, 3, 16, 0],
-    ):  # of the first dataset, of the second, of both
+    ):  # chosen from the first dataset, the second, both
         for slot, row in enumerate(rows):
             e = np.searchsorted(starts, row, side="right") - 1
             frame = store.images(np.array(rows))[slot, 1].numpy()
@@ -195,7 +195,7 @@ def test_a_pickled_store_maps_the_same_files(store):
     rows = np.array([19, 0, 6])
     clone = pickle.loads(pickle.dumps(ChunkDataset(store, range(4), 3)))
     assert torch.equal(clone.store.images(rows), store.images(rows))
-    assert len(pickle.dumps(store)) < 5000 + store.num_steps * 50  # the frames stay behind
+    assert len(pickle.dumps(store)) < 5000 + store.num_steps * 50  # frames are not pickled
 
 
 def test_a_batch_that_is_held_is_never_overwritten(store):
@@ -203,7 +203,7 @@ def test_a_batch_that_is_held_is_never_overwritten(store):
     held, copies = [], []
     for k in range(12):
         batch = dataset.__getitems__([k, k + 1])
-        held.append(batch.images[1:].float if k % 3 == 0 else batch.images[1])  # also through views alone
+        held.append(batch.images[1:].float if k % 3 == 0 else batch.images[1])  # also if only a view is held
         copies.append(batch.images[1].clone())
         del batch
     for view, copy in zip(held, copies, strict=True):
@@ -285,7 +285,7 @@ def test_ranks_share_one_stream_of_shuffled_epochs(start, world):
     assert len(epochs) >= 2
     orders = [tuple(whole[epoch * n + i] for i in range(n)) for epoch in epochs]
     assert all(sorted(order) == list(range(n)) for order in orders)
-    assert len(set(orders)) == len(orders)  # every epoch has another order
+    assert len(set(orders)) == len(orders)  # every epoch has a different order
 
 
 def test_the_stream_continues_from_any_position():
@@ -328,7 +328,7 @@ def test_evaluation_sees_evenly_spaced_samples_once_whatever_the_processes(store
             assert 1 <= len(rows) <= 2
             assert len(batch.index) == len(rows)
             seen |= dict(zip(rows.tolist(), batch.index.tolist(), strict=True))
-    # 20 samples, the first and the last among the 7; with 9 processes two have no share
+    # 7 of 20 samples, including the first and the last; of 9 processes, two get none
     assert [seen[row] for row in range(7)] == [0, 3, 6, 9, 12, 15, 19]
     assert len(seen) == 7
 
@@ -431,7 +431,7 @@ def test_a_killed_ingest_continues(tmp_path):
     (path,) = tmp_path.glob("*/episodes.jsonl")
     assert not list(tmp_path.glob("*/meta.json"))
     with path.open("a") as file:
-        file.write('{"index": 3, "dig')  # the kill came while a line was written
+        file.write('{"index": 3, "dig')  # killed while writing a line
     source = Drawn(decoded=[])
     check_whole(build(tmp_path, source))
     assert (0, 0) not in source.decoded
@@ -461,7 +461,7 @@ def test_two_that_ingest_at_once_build_it_once(tmp_path, capfd):
 
 
 def grown(version=0, bad=()):
-    """The dataset two episodes later."""
+    """The dataset after two more episodes were recorded."""
     return Drawn((*LENGTHS, 3, 6), version=version, decoded=[], bad=bad), replace(INFO, fingerprint="2")
 
 
@@ -511,7 +511,7 @@ def test_frames_that_changed_are_decoded_again_though_the_numbers_are_the_same(t
     first = build(tmp_path)
     source, info = grown(version=1)
     check_whole(build(tmp_path, source, info), source.lengths, version=1)
-    check_whole(first)  # whoever reads it is not disturbed
+    check_whole(first)  # open readers are not disturbed
     check_whole(EpisodeStore.open(first.path))
 
 
@@ -552,7 +552,7 @@ def test_what_is_chosen_decides_which_store_it_is(tmp_path, change):
     assert folder(**change) != folder()
     assert folder(source="/moved/to").name.startswith("to-")
     path = build(tmp_path).path
-    assert folder(source="/moved/to") == path  # content counts, not the place
+    assert folder(source="/moved/to") == path  # the content counts, not the location
 
 
 def test_bad_episodes_are_left_out_on_request(tmp_path, capsys):

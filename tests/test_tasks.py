@@ -1,4 +1,4 @@
-"""Instructions of episodes: where they are read, what is cut, chosen, named, and how often it is drawn."""
+"""Instructions of episodes: reading, cutting, choosing and naming them, and how often each is drawn."""
 
 import json
 
@@ -35,7 +35,7 @@ def open_(tmp_path):
 
 
 def write_tasks(root, tasks, numbers=None):
-    """meta/tasks.parquet as LeRobot writes it: pandas' index holds the texts."""
+    """meta/tasks.parquet as LeRobot writes it: the texts are in pandas' index."""
     import pandas as pd
 
     numbers = range(len(tasks)) if numbers is None else numbers
@@ -46,7 +46,7 @@ def write_tasks(root, tasks, numbers=None):
 
 @pytest.fixture
 def changing(tmp_path):
-    """Episode 1 picks in its steps 0 to 2 and places in 3 to 8; episode 0 picks, 2 places."""
+    """Episode 1 picks in steps 0 to 2 and places in steps 3 to 8; episode 0 picks, episode 2 places."""
     root = make_dataset(tmp_path / "d", (4, 9, 6), video=False, episodes_per_file=3)
     write_tasks(root, ["pick", "place"])
     edit_column(root / DATA, "task_index", lambda rows: [0] * 4 + [0] * 3 + [1] * 6 + [1] * 6)
@@ -65,11 +65,11 @@ def test_an_episode_is_cut_where_its_task_changes(changing, open_, capsys):
     assert store.episode_indices.tolist() == [0, 1, 1, 2]
     assert store.episode_starts.tolist() == [0, 4, 7, 13, 19]
     said = capsys.readouterr().out
-    assert "1 episodes, 1 for one, change their task and are cut there: 3 episodes become 4" in said
+    assert "1 episodes (the first is 1) change their task and are cut there: 3 episodes become 4" in said
     batch = ChunkDataset(store, range(4), 4, told=True).__getitems__([5, 7])
-    assert batch.is_pad.tolist() == [[False, False, True, True], [False] * 4]  # no chunk leaves its task
+    assert batch.is_pad.tolist() == [[False, False, True, True], [False] * 4]  # chunks end with their task
     assert batch.task.tolist() == [0, 1]
-    assert batch.proprio[1, 0, 0] == 7  # the step itself: the second part begins there
+    assert batch.proprio[1, 0, 0] == 7  # the step's own state: its part begins there
     assert store.images(np.array([7])).shape[0] == 1
 
 
@@ -224,10 +224,10 @@ def test_a_stream_of_weighted_tasks_can_begin_anywhere(tmp_path, open_):
 
 
 def test_shares_of_tasks_and_datasets():
-    samples = np.array([[30.0, 10.0, 0.0], [0.0, 40.0, 0.0]])  # two datasets; nobody does the third task
+    samples = np.array([[30.0, 10.0, 0.0], [0.0, 40.0, 0.0]])  # two datasets; the third task has no samples
     np.testing.assert_allclose(draw_shares(samples, None, 0.0), samples)
     equal = draw_shares(samples, None, 1.0)
-    np.testing.assert_allclose(equal, [[1, 0.2, 0], [0, 0.8, 0]])  # a task is divided as its samples are
+    np.testing.assert_allclose(equal, [[1, 0.2, 0], [0, 0.8, 0]])  # each task is divided like its samples
     np.testing.assert_allclose(draw_shares(samples, np.array([2.0, 1.0, 5.0]), 0.0).sum(0), [2, 1, 0])
 
 

@@ -58,7 +58,7 @@ def run_dir(tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that only moves when told to."""
+    """A clock that moves only when set."""
     now = [1000.0]
     monkeypatch.setattr(tracking.time, "perf_counter", lambda: now[0])
     return now
@@ -91,7 +91,7 @@ def test_a_line_holds_means_speed_and_rates(accelerator, run_dir, clock):
     assert line["elapsed_s"] == pytest.approx(54)
     assert line["eta_s"] == pytest.approx(4 * 54 / 2)
     assert 0.05 < line["memory_gb"] < 100
-    assert "loss" not in later  # an interval does not see the one before
+    assert "loss" not in later  # intervals are independent
     assert later["data_wait_share"] == 0
 
 
@@ -163,9 +163,9 @@ def test_a_resumed_run_has_each_step_once(accelerator, run_dir):
     steps = [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
     assert [line["step"] for line in lines] == steps
     assert [line["split"] for line in lines] == ["train", "val"] * 6
-    assert lines[4]["elapsed_s"] > elapsed  # the time of a run counts on
+    assert lines[4]["elapsed_s"] > elapsed  # elapsed time continues across the resume
 
-    Tracker(accelerator, run_dir, Config(), 6).close()  # started anew in the same folder
+    Tracker(accelerator, run_dir, Config(), 6).close()  # a new run in the same folder
     assert read(run_dir) == []
 
 
@@ -220,7 +220,7 @@ def test_a_terminal_has_one_line_that_fits_it(accelerator, run_dir, monkeypatch,
     shown = shown.decode()
     last = shown.rstrip("\r\n").rpartition("\r")[2]
     assert len(last) <= 80
-    assert shown.count("\n") == 1  # at its end
+    assert shown.count("\n") == 1  # only at the end
     for text in ("60001/120000 |", " left, ", "it/s, ", "loss 0.2500", "success 45 %", "lr 1.0e-03"):
         assert text in last, shown
     assert "loss 0.25" not in capsys.readouterr().out
@@ -280,12 +280,12 @@ def test_tensorboard_gets_everything_once(accelerator, run_dir):
     points, events = tensorboard_points(run_dir, "train/loss")
     assert points == [(step, float(step)) for step in (1, 2, 3, 4, 5, 6)]
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert json.loads(text) == to_dict(config("tensorboard"))  # nested as it is
+    assert json.loads(text) == to_dict(config("tensorboard"))  # still nested
 
 
 @pytest.fixture
 def draw(run_dir):
-    """Draws a picture and a film into the run folder; what they hold depends on a number."""
+    """Draws a picture and a film into the run folder; their content depends on a number."""
 
     def draw(number):
         Image.new("RGB", (6, 4), (number, 0, 0)).save(run_dir / "curves.png")
@@ -348,7 +348,7 @@ def test_wandb_gets_pictures_and_films_as_what_they_are(accelerator, run_dir, dr
     import wandb
 
     accelerator.trackers = [service := Service()]
-    draw(1)  # of a run that is resumed: nothing new
+    draw(1)  # resumed run: nothing new
     tracker = Tracker(accelerator, run_dir, Config(), 6)
     tracker.resume_clock()
     tracker.log(2, 2, {})
@@ -399,7 +399,7 @@ print("done")
 
 @pytest.mark.slow
 def test_wandb_without_a_login_stays_offline_and_never_asks(run_dir, tmp_path):
-    """On a terminal, where wandb would ask for a key if it were left to itself."""
+    """On a terminal, where wandb would ask for a key by default."""
     left_out = ("WANDB_", "NETRC")
     env = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     env |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TERM": "xterm"}
@@ -415,10 +415,10 @@ def test_wandb_without_a_login_stays_offline_and_never_asks(run_dir, tmp_path):
     )
     os.close(terminal)
     text = b""
-    while select.select([controller], [], [], 90)[0]:  # it waits for an answer when it is quiet for that long
+    while select.select([controller], [], [], 90)[0]:  # silent for so long: it is waiting for an answer
         try:
             text += os.read(controller, 65536)
-        except OSError:  # the other side has closed it
+        except OSError:  # closed by the other side
             break
     os.close(controller)
     text = text.decode()
@@ -426,7 +426,7 @@ def test_wandb_without_a_login_stays_offline_and_never_asks(run_dir, tmp_path):
     assert "done" in text
     ids = [line.split()[1] for line in text.splitlines() if line.startswith("id ")]
     assert ids[0] == ids[1]  # the resumed run is the same run
-    assert len([line for line in text.splitlines() if "offline" in line]) == 2, text  # one line each start
+    assert len([line for line in text.splitlines() if "offline" in line]) == 2, text  # one line per start
     assert "wandb: Tracking" not in text
     assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 2
     assert not (tmp_path / ".netrc").exists()
@@ -530,7 +530,7 @@ def test_a_wandb_service_that_is_killed_ends_no_run(run_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["silent", "refused"])
 def test_wandb_whose_server_does_not_answer_stays_offline(how, run_dir, tmp_path):
-    """With a key, so that it tries to connect."""
+    """With a key, so that wandb tries to connect."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "NETRC"))}
     env |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_API_KEY": "k" * 40}
     shorter = "from common import tracking\ntracking.SERVICE_SECONDS = 5.0\n"
@@ -538,7 +538,7 @@ def test_wandb_whose_server_does_not_answer_stays_offline(how, run_dir, tmp_path
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if how == "silent":
-            server.listen(100)  # connections are made, and nobody reads what comes
+            server.listen(100)  # accepts connections but never reads
         env["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.getsockname()[1]}"
         done = subprocess.run(
             [sys.executable, "-c", program, str(run_dir)],
@@ -550,7 +550,7 @@ def test_wandb_whose_server_does_not_answer_stays_offline(how, run_dir, tmp_path
         )
     assert done.returncode == 0, done.stderr[-3000:]
     told = [line for line in done.stdout.splitlines() if "no answer from the server for 5 s" in line]
-    assert len(told) == 2  # one line each start
+    assert len(told) == 2  # one line per start
     assert f"wandb sync --append {run_dir}/wandb/offline-run-*" in told[0]
     assert done.stdout.endswith("done\n")
     assert [line["step"] for line in read(run_dir)] == [1, 2]

@@ -24,7 +24,7 @@ def _seed():
 
 
 def randomized(module):
-    """Zero-initialised projections hide mistakes: give every parameter a value."""
+    """Zero-initialized projections hide mistakes: give every parameter a value."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(0, 0.2)
@@ -32,7 +32,7 @@ def randomized(module):
 
 
 def observed(*memory):
-    """An observation with a memory of this shape, or this memory."""
+    """An observation with this memory, or with a memory of this shape."""
     memory = memory[0] if torch.is_tensor(memory[0]) else torch.randn(*memory, dtype=torch.float64)
     return Observation(memory, memory[:, 0])
 
@@ -96,7 +96,7 @@ def test_causal_actions_do_not_see_the_future():
 
 
 def test_draws_of_one_observation_equal_separate_passes():
-    """M draws per observation share keys and values; the answer is that of repeating the observation."""
+    """M draws per observation share keys and values; the result equals that of repeating the observation."""
     model = decoder(True)
     memory = torch.randn(2, 4, 16, dtype=torch.float64)
     x, t = torch.randn(6, 6, 3, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_grid_positions_are_distinct_and_row_major():
     assert (positions[:, 16:] == 0).all()
     quarter = 4
     y_part = positions[:, :quarter].reshape(3, 5, quarter)
-    assert torch.equal(y_part, y_part[:, :1].expand_as(y_part))  # sin(y) is the same along a row
+    assert torch.equal(y_part, y_part[:, :1].expand_as(y_part))  # sin(y) is constant along a row
 
 
 def embedder(droppable=False, tasks=None):
@@ -156,7 +156,7 @@ def test_the_memory_holds_states_and_every_camera():
     assert observation.memory.shape == (3, 2 + 2 * (7 + 1), 16)
     assert observation.summary.shape == (3, 16)
     for swapped, plain in zip(model(views[::-1], proprio), observation, strict=True):
-        assert not torch.allclose(swapped, plain)  # cameras are told apart
+        assert not torch.allclose(swapped, plain)  # cameras are distinguished
 
 
 def test_an_instruction_scales_what_the_cameras_say():
@@ -193,7 +193,7 @@ def test_a_latent_changes_the_velocity_and_its_absence_is_allowed():
     x, t = torch.randn(2, 6, 3, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
     velocities = [model(x, t, context, latent=z) for z in torch.randn(2, 2, 5, dtype=torch.float64)]
     assert not torch.allclose(*velocities)
-    # draws of one observation with their own latents, in one call: as one after the other
+    # draws of one observation, each with its latent: one call equals separate calls
     z = torch.randn(2, 3, 5, dtype=torch.float64)
     wide = model(x.repeat_interleave(3, 0), t.repeat_interleave(3), context, latent=z.flatten(0, 1))
     for draw in range(3):
@@ -213,7 +213,7 @@ def test_the_summary_reaches_the_velocity_of_every_draw_of_its_observation():
 
 
 def separate(stacked_block, expert, d_model, num_heads):
-    """A block of ordinary layers with the weights of one expert."""
+    """A block of ordinary layers with one expert's weights."""
     block = DecoderBlock(d_model, num_heads)
     weights = {
         name: p[expert].T if name.endswith("weight") else p[expert]
@@ -288,10 +288,10 @@ def test_given_actions_have_a_time_of_their_own():
     x = torch.randn(1, 6, 3, dtype=torch.float64)
     t = torch.tensor([[1, 1, 0.4, 0.4, 0.4, 0.4]], dtype=torch.float64)
     mixed = model(x, t, context)
-    # Causal attention: the first two see nothing but each other, all at time 1.
+    # Causal attention: the first two see only each other, both at time 1.
     torch.testing.assert_close(mixed[:, :2], model(x, t[:, 0], context)[:, :2])
     noisy = model(x, t[:, 5], context)
-    assert not torch.allclose(mixed[:, 2:], noisy[:, 2:], rtol=1e-3)  # they see that two are given
+    assert not torch.allclose(mixed[:, 2:], noisy[:, 2:], rtol=1e-3)  # the others see that two are given
 
 
 def test_experts_have_times_of_each_action_as_separate_modules_do():

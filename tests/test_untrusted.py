@@ -59,7 +59,7 @@ class Bomb:
 @pytest.mark.parametrize("writer", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
 def test_pickles_in_a_checkpoint_run_nothing(name, writer, run_dir, last, tmp_path):
     writer({"state": Bomb(tmp_path / "exploded")}, last / "state" / name)
-    checkpoint.seal(last)  # whoever writes the pickle can write its checksum
+    checkpoint.seal(last)  # an attacker can also write the pickle's checksum
     with pytest.raises(UserError, match="step_0000001"):
         resume(run_dir)
     assert not (tmp_path / "exploded").exists()
@@ -109,7 +109,7 @@ def test_headers_of_weights_cannot_lie(header, run_dir, last):
 
 
 def test_a_configuration_does_not_choose_where_to_write(run_dir, tmp_path):
-    """What is about a run alone is not taken over from the configuration of another."""
+    """Options of one run only are not taken from another run's configuration."""
     values = json.loads((run_dir / "config.json").read_text())
     values["config"]["run"] |= {"run_dir": str(tmp_path / "chosen"), "resume": "auto"}
     (tmp_path / "config.json").write_text(json.dumps(values))

@@ -1,4 +1,4 @@
-"""What only `train_vfp_moe.py` has: normal latent, gate, experts."""
+"""Parts specific to `train_vfp_moe.py`: normal latent, gate, experts."""
 
 import json
 
@@ -33,7 +33,7 @@ def prepare(tiny, *flags):
     ids=str,
 )
 def test_every_weight_gets_a_gradient(tiny, flags):
-    """So that several processes need not look for unused parameters."""
+    """Otherwise, several processes would have to look for unused parameters."""
     config, policy, batch, normalizer = prepare(tiny, *flags)
     loss, _ = train_vfp_moe.compute_loss(policy, batch, normalizer, config, train=True)
     loss.backward()
@@ -95,7 +95,7 @@ def test_other_experts_are_not_touched_when_acting(tiny):
     proprio = normalizer.proprio(batch.proprio)
     options = {"x_0": torch.randn(4, 4, 3), "noise": torch.randn(4, 4)}
     with torch.no_grad():
-        policy.gate.logits.bias.copy_(torch.tensor([0.0, 1e4, 0.0]))  # always the second
+        policy.gate.logits.bias.copy_(torch.tensor([0.0, 1e4, 0.0]))  # always chooses the second
         before = train_vfp_moe.sample_actions(policy, batch.images, proprio, config, **options)
         for name, parameter in policy.action_decoder.named_parameters():
             if parameter.shape[0] == 3 and ("experts" in name or "velocity_out" in name):
@@ -153,7 +153,7 @@ def test_the_most_probable_experts_are_counted_and_learn(tiny):
         0,
         4 * 3,
         0,
-    ]  # of the draws of four samples, two and the one at t = 0
+    ]  # two draws per sample, and one at t = 0, of four samples
     loss.backward()
     grad = policy.action_decoder.velocity_out.weight.grad
     assert (grad[1] != 0).any()
@@ -198,7 +198,7 @@ def test_usage_is_counted_between_lines_of_the_log():
 
 def test_idle_experts_are_reported(capsys):
     train_vfp_moe.report_idle_experts(50, {f"experts/use_{e}": 0.25 for e in range(4)}, 4)
-    train_vfp_moe.report_idle_experts(51, {}, 4)  # no line was due
+    train_vfp_moe.report_idle_experts(51, {}, 4)  # no line is due
     assert capsys.readouterr().out == ""
     train_vfp_moe.report_idle_experts(50, {"experts/use_0": 0.99, "experts/use_1": 0.005}, 2)
     assert "step 50  experts 1 of 2 are hardly used" in capsys.readouterr().out
@@ -231,6 +231,6 @@ def test_a_run_draws_its_experts_and_so_does_its_evaluation(tiny, tmp_path, acce
 def test_modes_of_demonstrations_are_read_off_their_states():
     episodes = list(demo.demonstrate(24, seed=3))
     modes = experts.modes([episode.state for episode in episodes])
-    sides = np.random.default_rng((3, 24, 1)).choice([-1, 1], (24, 2))  # as the demonstrator drew them
+    sides = np.random.default_rng((3, 24, 1)).choice([-1, 1], (24, 2))  # as drawn by the demonstrator
     assert (modes == (sides > 0) @ [2, 1]).all()
     assert len(set(modes.tolist())) == 4

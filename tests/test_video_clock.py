@@ -9,7 +9,7 @@ TIMES = np.arange(sum(LENGTHS)) / FPS
 
 
 def segments(begin=lambda e, start: start, finish=lambda e, end: end):
-    """Segments as they should be, with other starts or ends."""
+    """Correct segments, but with the given starts or ends."""
     return [
         Segment(e, n, begin(e, start / FPS), finish(e, (start + n) / FPS))
         for e, (n, start) in enumerate(zip(LENGTHS, STARTS, strict=True))

@@ -13,7 +13,7 @@ TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 
 
 def save_model(folder, kind):
-    """A small random model of a family, as `save_pretrained` leaves it."""
+    """A small random model of a family, saved by `save_pretrained`."""
     t = transformers
     if kind == "dinov2":
         model = t.Dinov2Model(t.Dinov2Config(**TINY, patch_size=14, image_size=56))
@@ -119,7 +119,7 @@ def test_families_of_pretrained_models(kind, tmp_path):
     )
     assert tokens.shape == (2, num_tokens, token_dim)
     assert summary.shape == (2, summary_dim)
-    # the weights are those that were saved
+    # the saved weights were loaded
     saved = {k: v for k, v in reference.state_dict().items() if v.dtype.is_floating_point}
     mine = backbone.network.state_dict()
     prefix = next((p for p in ("", "vision_model.", "vit.") if any(p + key in saved for key in mine)), "")
@@ -137,7 +137,7 @@ def test_families_of_pretrained_models(kind, tmp_path):
 
 
 def test_patch_tokens_are_the_patches_in_row_major_order(tmp_path):
-    """Changing one patch of the image changes that patch's token most."""
+    """Changing one patch of the image changes its token most."""
     save_model(tmp_path / "m", "dinov2-registers")
     backbone = vision.build_backbone(str(tmp_path / "m"), (42, 56)).eval()
     images = torch.zeros(1, 3, 42, 56)
@@ -151,7 +151,7 @@ def test_patch_tokens_are_the_patches_in_row_major_order(tmp_path):
     "kind", ["vit-mae", "swin", "deit", "ijepa", "siglip", "dinov3", "dinov3-convnext", "radio"]
 )
 def test_tokens_lie_where_their_part_of_the_image_is(kind, tmp_path):
-    """Deterministic, and a change in a corner moves the token of that corner most."""
+    """It is deterministic, and a change in a corner changes that corner's token most."""
     save_model(tmp_path / "m", kind)
     size = (128, 128) if "conv" in kind or kind == "swin" else (64, 64)
     backbone = vision.build_backbone(str(tmp_path / "m"), size).eval()
@@ -181,7 +181,7 @@ def test_weights_that_a_model_does_not_have_are_never_random(tmp_path):
     save_file(kept, tmp_path / "dino/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"2 parts of its vision network .*norm1"):
         vision.build_backbone(str(tmp_path / "dino"), (56, 56))
-    kept = {key: value for key, value in weights.items() if "mask_token" not in key}  # used in training alone
+    kept = {key: value for key, value in weights.items() if "mask_token" not in key}  # used only in training
     save_file(kept, tmp_path / "dino/model.safetensors", metadata={"format": "pt"})
     vision.build_backbone(str(tmp_path / "dino"), (56, 56))
 
@@ -402,7 +402,7 @@ def test_camera_dropout_loses_one_camera_with_its_probability():
 
 
 def step(backbone, images, seed=0):
-    """One step with random numbers of a seed: result, gradients, and the bytes kept for the gradient."""
+    """One step with seeded random numbers: result, gradients, and the bytes kept for the gradient."""
     kept = {}
 
     def pack(x):
@@ -435,7 +435,7 @@ def test_activations_computed_again_give_the_same_gradient_in_less_memory(kind, 
     images = torch.rand(2, 3, *size)
     loss, grads, kept = step(backbone, images)
     assert torch.equal(loss, step(backbone, images)[0])
-    if kind in FAMILIES:  # it does draw random numbers
+    if kind in FAMILIES:  # these draw random numbers
         assert not torch.equal(loss, step(backbone, images, seed=1)[0])
     backbone.checkpoint_activations()
     again, recomputed, kept_now = step(backbone, images)

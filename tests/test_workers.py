@@ -47,7 +47,7 @@ def test_closing_early_stops_what_runs():
     began = time.monotonic()
     results.close()
     assert dict(guarded_map(work, [(5, "square")], 1)) == {(5, "square"): 25}
-    assert time.monotonic() - began < workers.STALL_SECONDS - 10  # it has not waited for those that hang
+    assert time.monotonic() - began < workers.STALL_SECONDS - 10  # it did not wait for the hanging ones
 
 
 def test_a_kept_pool_is_used_again_and_then_stopped(monkeypatch):

@@ -33,7 +33,7 @@ def make_zarr(path, lengths=LENGTHS, cameras=("img",), images="array", zarr_form
 
 
 def umi_arrays(robots=1):
-    state, parts = state_of(np.arange(sum(LENGTHS)), 7 * robots) / 10, {}  # angles of less than a turn
+    state, parts = state_of(np.arange(sum(LENGTHS)), 7 * robots) / 10, {}  # angles below one turn
     for robot in range(robots):
         pieces = np.split(state[:, 7 * robot : 7 * robot + 7], (3, 6), axis=1)
         for name, values in zip(("eef_pos", "eef_rot_axis_angle", "gripper_width"), pieces, strict=True):
@@ -242,7 +242,7 @@ def test_missing_packages_are_named(tmp_path, open_, monkeypatch):
 
 
 def test_images_in_jpeg_xl_are_read(tmp_path, open_):
-    """As UMI publishes them; frames are nearly those recorded."""
+    """As UMI publishes them; decoded frames are close to those recorded."""
     codecs = pytest.importorskip("imagecodecs.numcodecs")
     root = make_zarr(tmp_path / "d.zarr")
     codecs.register_codecs(verbose=False)

@@ -11,7 +11,7 @@ KINDS = ("bert", "t5", "clip", "siglip")
 
 
 def make_encoder(folder: Path, kind: str = "bert", seed: int = 0) -> Path:
-    """A text encoder of 16 dimensions that knows a few words, in a new folder."""
+    """Save a text encoder of 16 dimensions that knows a few words to a new folder."""
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS, "[EOS]"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -1,9 +1,8 @@
 """Build hooks of the distributions `lerobot_policy_flow` and `lerobot_env_flow`, called by hatchling.
 
-A distribution carries `common/` and the training scripts inside of its own package: a copy is made while the
-wheel is built, in which `from common...` reads `from lerobot_policy_flow.common...`, since a package called
-`common` beside others would clash. What it needs is what requirements.txt says, less what training alone
-needs.
+A distribution carries `common/` and the training scripts inside its own package: building the wheel copies
+them and turns `from common...` into `from lerobot_policy_flow.common...`, since a top-level package called
+`common` could clash with others. It depends on what requirements.txt lists, minus what only training needs.
 """
 
 import ast
@@ -24,10 +23,10 @@ class Bundle(BuildHookInterface):
     def initialize(self, version: str, build_data: dict) -> None:
         package = self.metadata.core.raw_name
         if version == "editable":
-            raise RuntimeError(f"{package} cannot be editable: install it without -e, again after a change.")
+            raise RuntimeError(f"{package} cannot be editable: install it without -e after each change.")
         if not (ROOT / "common").is_dir():
             raise RuntimeError(
-                f"{package} is built in its repository: `uv build --wheel`, or pip install DIR."
+                f"{package} must be built in its repository: `uv build --wheel`, or pip install DIR."
             )
         self.made = Path(tempfile.mkdtemp(prefix="bundle."))
         own = {path.name: path for path in Path(self.root).glob("*.py")}
@@ -43,7 +42,7 @@ class Bundle(BuildHookInterface):
 
 
 def carried(scripts: bool) -> dict[str, Path]:
-    """Files of the repository that a distribution takes along, by their place in the package."""
+    """Files of the repository that a distribution carries, by their path in the package."""
     files = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "common").rglob("*.py"))}
     if scripts:  # those that train a policy
         policies = [
@@ -54,7 +53,7 @@ def carried(scripts: bool) -> dict[str, Path]:
 
 
 def rewritten(text: str, package: str, path: Path) -> str:
-    """Python source that imports `common` from inside of a package."""
+    """Python source that imports `common` from inside a package."""
     text = OURS.sub(rf"\1{package}.\2", text)
     for node in ast.walk(ast.parse(text)):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -1,4 +1,4 @@
-"""Environments beside .venv, each for one question; called by `make plugin` and `make lowest`.
+"""Makes environments next to .venv, each for one check; called by `make plugin` and `make lowest`.
 
 plugin      .venv-plugin: LeRobot, its simulators and our plug-ins, installed as a user would; nothing else
 lowest      .venv-lowest: the oldest versions that requirements.txt allows
@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 
-import setup  # of this folder
+import setup  # from this folder
 
 OURS = ("lerobot_policy_flow", "lerobot_env_flow", "tests/lerobot_robot_paper")
 
@@ -24,7 +24,7 @@ def main(what="plugin"):
     if what == "lowest":
         install += ["--resolution", "lowest-direct", "-r", os.path.join(setup.ROOT, "requirements.txt")]
     else:
-        for folder in OURS:  # the same version may hold other code now
+        for folder in OURS:  # the code may have changed under the same version
             install += ["--reinstall-package", os.path.basename(folder), os.path.join(setup.ROOT, folder)]
         install += ["lerobot[core_scripts]"]
     subprocess.check_call(install, env=environment)

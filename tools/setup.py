@@ -1,11 +1,10 @@
-"""Make .venv with everything in requirements.txt, and in further files that are named. For any Python >= 3.8.
+"""Make .venv with everything in requirements.txt, and in any further files given. For any Python >= 3.8.
 
 Called by `make setup` and `make test`.
 
-A Python that the packages work with is looked for by running what might be one, since names on the PATH can
-be shims that fail; only if there is none, uv downloads one. uv itself is the system's, or comes through pip,
-which is fetched where it is missing. Settings of pip and uv (index, certificates) are honoured and never
-written down.
+It looks for a Python that the packages work with by running each candidate, since names on the PATH can be
+shims that fail; only if there is none, uv downloads one. uv itself is the system's, or is installed with pip,
+which is fetched if missing. Settings of pip and uv (index, certificates) are used and never stored.
 
 Without an NVIDIA device, PyTorch's CPU build is installed, if one is offered: see `cpu_build`.
 """
@@ -45,7 +44,7 @@ CPU_SIZE = (
     "2 GB: PyTorch's CPU build, since this machine has no NVIDIA GPU; for GPUs of other machines, run "
     "`rm -r .venv; make setup CUDA=1`"
 )
-ANSWER_SECONDS = 90  # that an index has
+ANSWER_SECONDS = 90  # for an index to answer
 IMPATIENT = {"UV_HTTP_TIMEOUT": "10", "UV_HTTP_RETRIES": "0"}  # with an index that may be out of reach
 PIP_TO_UV = {  # settings that pip's users have and uv does not read
     "index-url": "UV_DEFAULT_INDEX",
@@ -98,12 +97,12 @@ def fetch_debian_wheel():
     """Debian and Ubuntu ship Python without pip: take its wheel from their package. Needs no root."""
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         return []
-    print("there is no pip: fetching Debian's package of it", flush=True)
+    print("pip is missing: fetching Debian's package of it", flush=True)
     os.makedirs(TOOLS, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=TOOLS) as folder:
         download = ["apt-get", "download", "-qq", "python3-pip-whl"]
         lists = ["-o", "Dir::State::Lists=" + folder, "-o", "Dir::Cache=" + folder]
-        # The system's package lists may be missing; then own ones are used.
+        # The system's package lists may be missing; then it downloads its own.
         if subprocess.call(download, cwd=folder, stderr=subprocess.DEVNULL) != 0:
             subprocess.call(["apt-get", "update", "-qq", *lists], cwd=folder)
             subprocess.call([*download, *lists], cwd=folder)
@@ -113,7 +112,7 @@ def fetch_debian_wheel():
 
 
 def find_uv(python):
-    """Path of uv: the system's, that of an earlier call, or one installed by pip beside the project."""
+    """Path of uv: the system's, that of an earlier call, or one that pip installs inside the project."""
     local = os.path.join(TOOLS, "bin", "uv")
     for uv in (shutil.which("uv"), local):
         if uv and os.path.exists(uv):
@@ -165,8 +164,8 @@ def wants_cuda():
 def cpu_build(uv, python, environment):
     """Arguments by which uv installs PyTorch's CPU build, in a version that requirements.txt allows, or [].
 
-    The index in use is asked first. The public default index has no such build: where no index was chosen,
-    PyTorch's own is tried, which uv knows. Those who chose an index want packages from there alone. An index
+    The index in use is asked first. The public default index has no such build: if no index was chosen,
+    PyTorch's own is tried, which uv knows. Those who chose an index want packages only from there. An index
     that does not answer counts as one that has none.
     """
     with open(os.path.join(ROOT, "requirements.txt")) as file:
@@ -202,7 +201,7 @@ def cpu_build(uv, python, environment):
 def main(more=()):
     """Set up, or bring an existing .venv up to date.
 
-    `more` are names of further files of requirements.
+    `more` are names of further requirements files.
     """
     python = find_python()
     uv = find_uv(python)
@@ -210,14 +209,14 @@ def main(more=()):
     installed, unfinished = os.path.join(VENV, "bin", "python"), os.path.join(VENV, ".unfinished")
     if os.path.exists(unfinished) or not works(installed, USABLE.format(list(VERSIONS))):
         if os.path.lexists(VENV):
-            print("making .venv anew", flush=True)
+            print("making .venv again", flush=True)
             shutil.rmtree(VENV)
         choice = ["--python", python] if python else ["--managed-python", "--python", VERSIONS[0]]
         if python is None:
             print("no Python {} on this machine: uv downloads one".format(" or ".join(VERSIONS)), flush=True)
         # With pip: in an active .venv without one, `pip install` would install into another Python.
         subprocess.check_call([uv, "venv", "--quiet", "--seed", *choice, VENV], env=environment)
-    # A package that was cut off while it was copied can look installed: only a finished .venv is kept.
+    # A package whose copy was interrupted can look installed: only a finished .venv is kept.
     open(unfinished, "w").close()
     files, size, build = ["requirements.txt", *more], "6 GB with CUDA libraries", []
     if sys.platform != "linux":

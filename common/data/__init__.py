@@ -1,4 +1,4 @@
-"""Demonstrations: datasets by name or path become an `EpisodeStore`, which gives `Batch`es."""
+"""Demonstrations: opens datasets by name or path as an `EpisodeStore`, the source of `Batch`es."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from common.data.workers import kept_pool
 from common.errors import UserError
 from common.files import allow_many_open
 
-# What other modules import from here, beside the names below.
+# What other modules import from here, in addition to the names below.
 __all__ = ["Batch", "ChunkDataset", "SampleStream", "evenly_spaced", "make_loader", "split_episodes"]
 
 MAX_IMAGE_SIDE = 4096
@@ -31,18 +31,18 @@ BUILT_IN = ("demo", "demo-tasks")  # tasks that are recorded on first use
 
 
 def default_cache_dir() -> Path:
-    """Where datasets are kept in the form that training reads: below the user's cache home."""
+    """Folder for datasets in the form that training reads: below the user's cache home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flow-policies"
 
 
 def _in_full(name: str) -> str:
-    """A dataset that lies here by its whole path: a run may be resumed from another working directory."""
+    """A local dataset by its absolute path: a run may be resumed from another working directory."""
     path = Path(name).expanduser()
     return str(path.absolute()) if name not in BUILT_IN and path.exists() else name
 
 
 def _as_several(task: Any) -> Any:
-    """Earlier runs wrote down one instruction, or none."""
+    """Earlier versions saved a single instruction, or none."""
     if isinstance(task, str):
         return (task,)
     return () if task is None else tuple(task) if isinstance(task, list) else task
@@ -63,8 +63,8 @@ class DataConfig:
     such file, a zarr replay buffer (a folder or .zarr.zip), `demo`, the built-in two-arm task, or
     `demo-tasks`, the same with sixteen instructions."""
     weights: tuple[float, ...] = ()
-    """How often samples of each dataset are drawn, relative to each other. Default: as often as they are
-    there, so that a larger dataset weighs more."""
+    """How often samples of each dataset are drawn, relative to each other. Default: in proportion to their
+    number, so that a larger dataset weighs more."""
     cameras: tuple[str, ...] = ()
     """Cameras in order, the head camera first, by full or short name (`cam_high` or `high`). Default: head,
     left and right if the dataset has them, otherwise all of its cameras."""
@@ -78,69 +78,70 @@ class DataConfig:
     """Features or arrays that make up the action. Default: action, or what the file's layout says. With
     --action-offset 1 the state itself can be the action: where the robot went."""
     camera_keys: tuple[str, ...] = ()
-    """HDF5, zarr: arrays that hold images, where the layout is not recognised."""
+    """HDF5, zarr: arrays that hold images, if the layout is not recognised."""
     color_order: Literal["rgb", "bgr"] = "rgb"
     """Order of the recorded colours; OpenCV writes bgr unless told otherwise."""
     fps: PositiveFloat | None = None
-    """HDF5, zarr: control steps per second, where the files do not say."""
+    """HDF5, zarr: control steps per second, if the files do not say."""
     rotation: str | None = None
-    """Re-express rotations without jumps, as in `quaternion->6d`; KIND can be quaternion (x, y, z, w),
+    """Convert rotations to a form without jumps: `KIND->6d`, where KIND is quaternion (x, y, z, w),
     quaternion-wxyz, axis-angle, or euler. Dimensions are recognised by name, or named: `eef_quat:KIND->6d`.
-    A trained policy still takes and gives them as recorded."""
+    A trained policy still takes and returns them as recorded."""
     task: Annotated[tuple[str, ...], BeforeValidator(_as_several)] = ()
-    """Instructions whose episodes to use. Default: all that the datasets have."""
+    """Instructions whose episodes to use. Default: all instructions."""
     task_key: str | None = None
-    """HDF5: attribute, or array of one text, that holds an episode's instruction, where its name is none of
+    """HDF5: attribute, or array of one text, that holds an episode's instruction, if its name is not one of
     the usual ones, such as language_instruction."""
     task_weights: tuple[float, ...] = ()
     """How often samples of each --task are drawn, relative to each other. Default: see --task-balance."""
     task_balance: Share = 0.0
-    """How much alike tasks are drawn: 0 as often as they were recorded, 1 equally often, a half in between:
-    n samples count as n^(1 - balance)."""
+    """How evenly tasks are drawn: 0 as often as they were recorded, 1 equally often, values in between mix
+    the two: n samples count as n^(1 - balance)."""
     episodes: tuple[str, ...] = ()
     """Episodes to use, by number: `0 3 10-19`. Default: all."""
     episodes_file: MayChange[AbsolutePath | None] = None
     """File that lists the episodes to use: numbers or ranges, separated by spaces, commas or lines; or one
-    that `train_mi.py` has written, which names the best."""
+    written by `train_mi.py`, which names the best."""
     proprio_history: PositiveInt = 1
     """States in an observation: the present one and those before it."""
     image_history: PositiveInt = 1
     """Frames of each camera in an observation: the present one and those before it, for tasks in which motion
-    must be seen. Memory and time of the backbone in training are that many times as large."""
+    must be seen. In training, the backbone takes that many times the memory and time."""
     image_stride: PositiveInt = 1
-    """Control steps between two frames of --image-history. To act costs least if it is the number of steps
-    after which chunks are sampled: half of --horizon, unless you choose another."""
+    """Control steps between two frames of --image-history. Acting is cheapest if this is the number of steps
+    after which the next chunk is sampled: half of --horizon, unless you choose another."""
     action_offset: NonNegativeInt = 0
     """Control steps between an observation and the first action of its chunk."""
     relative_actions: bool = False
     """Learn actions as differences from the present state, in the dimensions that state and action share. A
-    trained policy still gives them as recorded."""
+    trained policy still returns them as recorded."""
     relative_mask: tuple[str, ...] = (GRIPPER,)
-    """Dimensions that stay absolute then: parts of their names. By default grippers, of which it matters how
-    far they are open, not how much further than now; the flag without a name leaves none absolute."""
+    """Dimensions that stay absolute then: parts of their names. Default: grippers, for which it matters how
+    far they are open, not how much further than now. The flag without a name makes all of them relative."""
     relative_poses: bool = False
     """With --relative-actions and --rotation: learn positions with their rotations as poses in the frame of
     the present pose (SE(3), as UMI does). A position is the three dimensions before its rotation."""
     idle_floor: Share = 0.1
-    """Dimensions that show nothing but sensor noise are normalized as if they had this share of the spread
-    that is usual for the others, lest noise is taken for motion; 0 normalizes them like any other."""
+    """Dimensions that show only sensor noise are normalized as if they had this share of the usual spread of
+    the others, so that noise is not taken for motion; 0 normalizes them like any other."""
     trim_idle: bool = False
-    """Leave out steps at the ends of episodes in which nothing happens: zeros or black frames, as files of
-    fixed length have them, and a robot at rest. `inspect` shows where there are some."""
+    """Leave out steps at the ends of episodes in which nothing happens: zeros or black frames, which fill up
+    files of fixed length, and a robot at rest. `inspect` shows where there are any."""
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the episodes that is held out for validation, at least one; 0 holds out none."""
     cache_dir: MayChange[AbsolutePath] = field(default_factory=default_cache_dir)
-    """Folder for decoded copies of datasets. Each takes image height x width x 3 bytes a camera and step."""
+    """Folder for decoded copies of datasets, each of image height x width x 3 bytes per camera and step."""
     store: Literal["raw", "jpeg", "auto"] = "raw"
     """Decoded copies as raw pixels, which train fastest, or as JPEG of quality 95, a fifth to a twentieth of
-    the size. `auto` takes raw pixels if they fill at most half of the free disk."""
+    the size. `auto` takes raw pixels if they fill at most half of the free disk space."""
     num_workers: MayChange[NonNegativeInt | None] = None
     """Processes that gather batches ahead of training. Default: none for raw pixels, where the training
-    process gathers in a millisecond or two and handing over takes longer; one a core, at most 8, for JPEG."""
+    process gathers in a millisecond or two and passing batches on takes longer; for JPEG one per core, at
+    most 8."""
     ingest_workers: MayChange[PositiveInt | None] = None
-    """Processes that decode a dataset when it is first used. Default: one a core."""
+    """Processes that decode a dataset when it is first used. Default: one per core."""
     skip_bad_episodes: bool = False
-    """Leave out, and list, episodes that cannot be used (broken video, NaN, too short), and go on."""
+    """Leave out and list episodes that cannot be used (broken video, NaN, too short), and continue."""
 
     def __post_init__(self):
         count = len(self.dataset)
@@ -163,7 +164,7 @@ class DataConfig:
         if self.image_stride > 1 and self.image_history == 1:
             raise UserError("--image-stride needs --image-history: say how many frames are that far apart.")
         if count > 1 and (self.episodes or self.episodes_file):
-            raise UserError("--episodes number the episodes of one dataset: give a single --dataset.")
+            raise UserError("--episodes and --episodes-file are for one dataset: give a single --dataset.")
 
 
 def open_dataset(config: DataConfig) -> EpisodeStore:
@@ -189,12 +190,12 @@ def open_dataset(config: DataConfig) -> EpisodeStore:
 
 
 def stores_folder(config: DataConfig) -> Path:
-    """Where stores are."""
+    """Folder of the stores."""
     return config.cache_dir / "stores"
 
 
 def open_source(name: str, config: DataConfig) -> Source:
-    """One of the datasets, in whatever format it is."""
+    """One of the datasets, in any supported format."""
     from common.data.hdf5 import Hdf5Source, holds_hdf5
     from common.data.lerobot import LeRobotSource, recorded_here
     from common.data.zarr import ZarrSource, is_zarr
@@ -215,7 +216,7 @@ def open_source(name: str, config: DataConfig) -> Source:
         if root := recorded_here(name):
             return LeRobotSource(root, str(root.resolve()), config)
         return LeRobotSource.from_hub(name, config)
-    what = "is a file of another kind" if path.exists() else "was not found"
+    what = "has an unknown format" if path.exists() else "was not found"
     raise UserError(
         f"The dataset {name} {what}: give the folder of a LeRobot dataset or of HDF5 files, a zarr replay "
         f"buffer, a hub name such as owner/name, or demo."
@@ -223,7 +224,7 @@ def open_source(name: str, config: DataConfig) -> Source:
 
 
 def request_store(name: str, config: DataConfig) -> StoreRequest:
-    """The store that one of the datasets becomes."""
+    """The store to make from one of the datasets."""
     source = open_source(name, config)
     info = source.info()
     chosen = chosen_episodes(config, info)
@@ -231,7 +232,7 @@ def request_store(name: str, config: DataConfig) -> StoreRequest:
 
 
 def chosen_episodes(config: DataConfig, info: Info | None = None) -> tuple[int, ...] | None:
-    """The episodes asked for, ascending; None for all. A file must not be about another dataset."""
+    """The episodes to use, ascending; None for all. A file must not be about another dataset."""
     words, origin = list(config.episodes), "--episodes"
     if config.episodes_file is not None:
         words, origin = _listed(config.episodes_file, info), f"--episodes-file {config.episodes_file}"
@@ -246,7 +247,7 @@ def chosen_episodes(config: DataConfig, info: Info | None = None) -> tuple[int, 
 
 
 def _listed(file: Path, info: Info | None) -> list[str]:
-    """The words in a file that lists episodes; of one that `train_mi.py` has written, its `episodes`."""
+    """The words in a file that lists episodes; from a file written by `train_mi.py`, its `episodes`."""
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -258,7 +259,7 @@ def _listed(file: Path, info: Info | None) -> list[str]:
             if info is not None and scores.get("fingerprint") != info.fingerprint:
                 raise UserError(
                     f"--episodes-file {file} chooses episodes of {scores.get('dataset')} as it was then, not "
-                    f"of {info.source} as it is now: score this one, with train_mi.py."
+                    f"of {info.source} as it is now: score this one with train_mi.py."
                 )
     uncommented = "\n".join(line.partition("#")[0] for line in text.splitlines())
     words = re.findall(r"[^\s,\[\]]+", uncommented)

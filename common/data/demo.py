@@ -1,12 +1,12 @@
 """The built-in task: two arms, two obstacles, four ways to succeed. Simulated and drawn in numpy.
 
 Each hand moves from its start at the bottom of a table, past a round obstacle, to its own coloured target at
-the top, which is visible in the images only. The demonstrator passes each obstacle left or right at random:
+the top, which is visible only in the images. The demonstrator passes each obstacle left or right at random:
 demonstrations have 2 x 2 modes, and the average of two modes is a collision.
 
 The table spans [-1.1, 1.1] in both directions, one step is 1 / FPS seconds. State: hand positions (left x,
-left y, right x, right y). Action: where the hands shall be after the step. Cameras: `cam_head` sees the whole
-table, `cam_left` and `cam_right` move with their hand.
+left y, right x, right y). Action: where the hands should be after the step. Cameras: `cam_head` sees the
+whole table, `cam_left` and `cam_right` move with their hand.
 
 The constants define the task's difficulty and must not change: success rates are compared across versions.
 """
@@ -25,7 +25,7 @@ from common.data.recording import Demonstration, write_dataset
 
 OBSTACLES = np.array([[-0.5, 0.0], [0.5, 0.0]])  # centres, one per arm
 OBSTACLE_RADIUS = 0.28
-SPEED_LIMIT = 0.08  # table units a step
+SPEED_LIMIT = 0.08  # table units per step
 SUCCESS_DISTANCE = 0.1  # both hands, to their targets, at the same time
 MAX_STEPS = 80
 START_Y, START_X_SPREAD = -0.8, 0.2  # starts: x = +-0.5 +- 0.2
@@ -68,7 +68,7 @@ class Simulator:
     colors = DISCS["target"][1]
 
     def __init__(self, num_envs: int, seed: int, first: int = 0):
-        """Episodes `first`, ... of a seed are the same whatever num_envs is: methods meet the same ones."""
+        """Episodes `first`, ... of a seed are the same whatever num_envs is: methods face the same ones."""
         numbers = range(first, first + num_envs)
         draws = np.stack([np.random.default_rng((seed, i)).uniform(-1, 1, 6) for i in numbers])
         start_x = OBSTACLES[:, 0] + START_X_SPREAD * draws[:, :2]
@@ -99,7 +99,7 @@ class Simulator:
         move *= np.minimum(1, SPEED_LIMIT / np.maximum(distance, 1e-9)) * active[:, None, None]
         before, self.hands = self.hands, self.hands + move
 
-        # The nearest point of the way just travelled, so that no speed jumps over an obstacle's rim.
+        # The nearest point of the path just travelled, so that no speed jumps over an obstacle's edge.
         to_centre = OBSTACLES - before
         along = (to_centre * move).sum(-1) / np.maximum((move**2).sum(-1), 1e-12)
         nearest = before + np.clip(along, 0, 1)[..., None] * move
@@ -112,7 +112,7 @@ class Simulator:
         self.steps += active
 
     def aim(self) -> np.ndarray:
-        """(E, 2, 2), where the demonstrator's hands head for."""
+        """(E, 2, 2), where the demonstrator's hands are heading."""
         return self.targets
 
     def images(self) -> np.ndarray:
@@ -140,7 +140,7 @@ def render(
             dx2 = (x - centre[:, None, :1]) ** 2
             dy2 = (y - centre[:, None, 1:]) ** 2
             distance = np.sqrt(dy2[..., :, None] + dx2[..., None, :])  # (E, 3, H, W)
-            coverage = np.clip((radius - distance) / pixel_width + 0.5, 0, 1)  # soft rim of one pixel
+            coverage = np.clip((radius - distance) / pixel_width + 0.5, 0, 1)  # soft edge of one pixel
             canvas += coverage[..., None] * (np.array(color, np.float32) - canvas)
     return (canvas + 0.5).astype(np.uint8)
 
@@ -148,7 +148,7 @@ def render(
 def expert_action(hands: np.ndarray, targets: np.ndarray, sides: np.ndarray) -> np.ndarray:
     """Next commanded positions of the demonstrator, (E, 4), without noise, for positions (E, 2, 2).
 
-    The shortest way to the target that keeps EXPERT_RADIUS from the obstacle's centre: straight to the
+    The shortest path to the target that keeps EXPERT_RADIUS from the obstacle's centre: straight to the
     circle's tangent point, along the circle, straight to the target. `sides` (E, 2) are +1 to pass on the
     right (larger x), -1 on the left.
     """
@@ -210,7 +210,7 @@ class BimanualEnv(gymnasium.Env):
 
 
 def demonstrate(num_episodes: int, seed: int, kind: type[Simulator] = Simulator) -> Iterator[Demonstration]:
-    """Demonstrations by the expert, each passing its obstacles on random sides; drawn one at a time."""
+    """Demonstrations by the expert, each passing its obstacles on random sides; rendered one at a time."""
     simulator = kind(num_episodes, seed)
     rng = np.random.default_rng((seed, num_episodes, 1))
     sides = rng.choice([-1, 1], (num_episodes, 2))
@@ -223,7 +223,7 @@ def demonstrate(num_episodes: int, seed: int, kind: type[Simulator] = Simulator)
         actions.append(action)
         length[resting < EXPERT_HOLD_STEPS] = len(hands)
         resting += np.linalg.norm(simulator.hands - simulator.targets, axis=-1).max(-1) < 0.02
-        simulator.success[:] = False  # a demonstration goes on to the target's centre and rests there
+        simulator.success[:] = False  # a demonstration continues to the target's centre and rests there
         simulator.step(action)
     hands, actions = np.stack(hands, 1), np.stack(actions, 1)  # (E, L, 2, 2), (E, L, 4)
     for i, n in enumerate(length):
@@ -244,7 +244,7 @@ def record(root: Path, demonstrations: Iterable[Demonstration], total: int | Non
 def ensure_recorded(
     cache_dir: Path, name: str = "demo", number: int = NUM_DEMONSTRATIONS, kind: type[Simulator] = Simulator
 ) -> Path:
-    """The recorded demonstrations below `cache_dir`, made on first use; several processes record once."""
+    """The recorded demonstrations below `cache_dir`, made on first use, by one process only."""
     root = Path(cache_dir).expanduser() / f"{name}-{number}"
     if root.exists():
         return root

@@ -1,11 +1,11 @@
-"""Features of frozen networks, kept beside an episode store: computed once for every frame, read like frames.
+"""Features of frozen networks, kept with an episode store: computed once for every frame, read like frames.
 
     <store>/features-<name>-<key>/rows.bin    float16, a row for each row of frames
-    <store>/features-<name>-<key>/done.bin    int64, two a row: one more than the checksum of its episode's
+    <store>/features-<name>-<key>/done.bin    int64, two per row: one more than the checksum of its episode's
                                               frames, and the checksum of its features; zeros: not computed
 
-The key is a hash of what the features follow from: weights, settings, cameras. Several processes share them
-out block by block, and an interrupted one leaves what it has computed to the next.
+The key is a hash of what the features depend on: weights, settings, cameras. Several processes divide the
+work block by block, and what an interrupted one has computed is kept.
 """
 
 import hashlib
@@ -40,14 +40,14 @@ def ensure_features(
     batch_size: int,
     remedy: str,
 ) -> EpisodeStore:
-    """The store with features, which are computed now as far as they are not there.
+    """The store with features; those that are missing are computed now.
 
     Args:
         name: of the features, in `Batch.extras` and for people.
-        identity: what they follow from, apart from the images.
+        identity: what they depend on, apart from the images.
         compute: images (B, N, 3, H, W) uint8 to features (B, *shape) float16 on the CPU.
-        batch_size: largest number of steps to compute at once; halved while memory does not suffice.
-        remedy: what makes them smaller, for the message about a disk that is too small.
+        batch_size: largest number of steps to compute at once; halved when memory runs out.
+        remedy: what makes them smaller, for the message if the disk is too small.
 
     Raises:
         UserError: if the disk is too small, or features are not finite.
@@ -64,7 +64,7 @@ def ensure_features(
     if count:
         needed = count * features[0].row_bytes
         require_space(folder, needed, f"The {name} features need", remedy)
-        say(f"{name} features: {needed / 1e9:.2f} GB beside {folder}, computed once")
+        say(f"{name} features: {needed / 1e9:.2f} GB in {folder}, computed once")
         with (
             writing_below(folder, remedy, f"another --cache-dir, or --{name}-cache off"),
             tqdm(total=count, desc=f"{name} features", unit="step", disable=not shown) as bar,
@@ -89,18 +89,18 @@ class _Features:
         return 2 * math.prod(self.shape)
 
     def missing(self, steps: np.ndarray) -> np.ndarray:
-        """Those of the steps whose features are not there, or are of other frames."""
+        """The steps whose features are missing, or are of other frames."""
         rows, done, marks = self.store.places(steps), np.zeros(len(steps), np.int64), _marks(self.file.parent)
         there = rows < min(len(marks), _size(self.file) // self.row_bytes)
         done[there] = marks[rows[there], 0]
         return steps[done != self._frames_mark(steps)]
 
     def _frames_mark(self, steps: np.ndarray) -> np.ndarray:
-        """What `done.bin` says of the frames of these steps once their features are there."""
+        """What `done.bin` holds for the frames of these steps once their features are computed."""
         return self.store.episode_checksums[self.store.episode_of(steps)] + 1
 
     def fill(self, missing: np.ndarray, batch_size: int, bar: Any) -> int:
-        """Compute the features of steps, those that other processes work on left to them.
+        """Compute the features of steps; those that other processes work on are left to them.
 
         Returns the batch size that memory allows.
         """
@@ -108,13 +108,13 @@ class _Features:
 
         folder, rows = self.file.parent, len(self.store.frames[self.part])
         folder.mkdir(exist_ok=True)
-        with (folder / DONE).open("ab") as done:  # rows that were cut off are not done
+        with (folder / DONE).open("ab") as done:  # rows that were cut off do not count
             done.truncate(min(done.tell(), 16 * (_size(self.file) // self.row_bytes)))
         RawRows.make_room(self.file, rows, self.shape, 2)
         RawRows.make_room(folder / DONE, rows, (2,), 8)
         numbers = self.store.places(missing) // BLOCK
         blocks = {number: missing[numbers == number] for number in np.unique(numbers).tolist()}
-        for patient in (False, True):  # first what nobody works on, then wait for what others do
+        for patient in (False, True):  # first what no other process works on, then wait for the rest
             for number in list(blocks):
                 lock = FileLock(folder / f".{number}.lock")
                 try:
@@ -180,7 +180,7 @@ def _write(path: Path, rows: np.ndarray, values: np.ndarray) -> None:
 
 
 def damaged_rows(folder: Path) -> np.ndarray:
-    """Rows whose features in such a folder are not what was written."""
+    """Rows whose features in such a folder have changed since they were written."""
     marks, size = _marks(folder), _size(folder / ROWS)
     done = np.flatnonzero(marks[:, 0])
     if len(done) == 0 or size == 0 or size % len(marks):  # nothing there, or it was cut off
@@ -190,7 +190,7 @@ def damaged_rows(folder: Path) -> np.ndarray:
 
 
 def forget(folder: Path, rows: np.ndarray) -> None:
-    """Have the features of these rows computed again."""
+    """Mark the features of these rows to be computed again."""
     rows = rows[rows < len(_marks(folder))]
     if len(rows):
         _write(folder / DONE, rows, np.zeros((len(rows), 2), np.int64))

@@ -1,7 +1,7 @@
 """Files of rows that are read by number: raw, or JPEG where raw pixels would outgrow the disk.
 
-Raw rows lie one after the other. JPEG frames are appended in any order, and beside them `.index` says for
-each row where its N frames begin and end, (R, N, 2) int64.
+Raw rows are stored in order. JPEG frames are appended in any order; next to them, `.index` says for each row
+where its N frames begin and end, (R, N, 2) int64.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from common.data.source import reason
 
 Storage = Literal["raw", "jpeg"]
 QUALITY = 95
-MEMORY_SPEED = 2e9  # bytes a second: slower reads have waited for a disk
-FETCH_AHEAD = 50  # so many reads after one that has waited ask for their rows before they copy
+MEMORY_SPEED = 2e9  # bytes per second: slower reads have waited for a disk
+FETCH_AHEAD = 50  # after a read that has waited, this many ask for their rows before they copy
 
 
 class RawRows:
     """Rows copied out of a memory-mapped file."""
 
-    ahead = 0  # so many reads shall ask for their rows first
+    ahead = 0  # how many reads will still ask for their rows first
 
     def __init__(self, path: Path, row_shape: Sequence[int], dtype: type = np.uint8):
         self.path, values = path, math.prod(row_shape)
@@ -37,7 +37,7 @@ class RawRows:
             self.file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.row_bytes = values * np.dtype(dtype).itemsize
         count = len(self.file) // self.row_bytes
-        # A plain array over the map: indexing a np.memmap costs several times more a row.
+        # A plain array over the map: indexing a np.memmap costs several times more per row.
         self.rows = np.frombuffer(self.file, dtype, count * values).reshape(count, *row_shape)
 
     def __len__(self) -> int:
@@ -48,7 +48,7 @@ class RawRows:
 
         One thread copies: on a busy machine several threads wait for each other and are far slower. A read
         that had to wait for the disk makes the next ones ask for all their rows before they copy, which is
-        many times faster than meeting missing pages one by one; where nothing is missing, it only costs time.
+        many times faster than loading missing pages one by one; if none is missing, it only costs time.
         """
         began = time.perf_counter()
         if self.ahead and hasattr(mmap, "MADV_WILLNEED"):  # not on every system
@@ -84,7 +84,7 @@ class RawRows:
 
     @staticmethod
     def make_room(path: Path, rows: int, row_shape: Sequence[int], itemsize: int = 1) -> None:
-        """Have the file hold so many rows, at least: sparse, it takes no space until they are written."""
+        """Extend the file to at least `rows` rows; sparse, it takes no space until they are written."""
         with path.open("ab") as file:
             file.truncate(max(file.tell(), rows * math.prod(row_shape) * itemsize))
 
@@ -140,7 +140,7 @@ def _index(path: Path) -> Path:
 
 
 def encode_jpeg(frame: np.ndarray) -> bytes:
-    """(3, H, W) uint8 to JPEG, colour at half the resolution, as video has it: decodes twice as fast."""
+    """(3, H, W) uint8 to JPEG, colour at half the resolution, as in video: decodes twice as fast."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -163,7 +163,7 @@ def decode_jpeg(encoded: np.ndarray, out: np.ndarray, path: Path | str) -> None:
 
 
 def as_jpeg(frame: np.ndarray) -> np.ndarray:
-    """What a JPEG store gives back of a frame (3, H, W)."""
+    """A frame (3, H, W) as a JPEG store returns it."""
     out = np.empty_like(frame)
     decode_jpeg(np.frombuffer(encode_jpeg(frame), np.uint8), out, "the frame")
     return out

@@ -36,11 +36,11 @@ class Batch(NamedTuple):
     index: Tensor
     """(B,) int64, the step's number in the store."""
     extras: Mapping[str, Tensor] = MappingProxyType({})
-    """(B, ...) each, what caches have added to the store, and `task`."""
+    """(B, ...) each: what caches have added to the store, and `task`."""
 
     @property
     def task(self) -> Tensor | None:
-        """(B,) int64, places in `EpisodeStore.instructions`, -1 for none; None if the policy is not told."""
+        """(B,) int64, indices in `EpisodeStore.instructions`, -1 for none; None if the policy is not told."""
         return self.extras.get("task")
 
     def each(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -53,9 +53,9 @@ class Batch(NamedTuple):
 
 
 class _Recycler:
-    """Memory of batches, used again once nobody holds a view of it: touching fresh pages is ten times slower.
+    """Memory for batches, reused once no view of it is left: touching fresh pages is ten times slower.
 
-    `torch.from_numpy` keeps its array alive as long as a view of the tensor lives: a weak reference tells.
+    `torch.from_numpy` keeps its array alive as long as a view of the tensor lives: a weak reference shows it.
     """
 
     def __init__(self, keep: int = 4):
@@ -69,7 +69,7 @@ class _Recycler:
         """An uninitialised tensor."""
         shape = (*shape[:-1], shape[-1] * dtype.itemsize)
         free = [buffer for buffer, loan in self.loans if loan() is None and buffer.shape == shape]
-        # PyTorch aligns to 64 bytes and NumPy to 16, with which copying takes half as long again.
+        # PyTorch aligns to 64 bytes, NumPy to 16, which makes copying take 50 % longer.
         buffer = free[0] if free else torch.empty(shape, dtype=torch.uint8).numpy()
         others = [loan for loan in self.loans if loan[0] is not buffer]
         view = buffer.view()
@@ -84,7 +84,7 @@ class ChunkDataset(Dataset):
     action is repeated and marked in `is_pad`. The `proprio_history` states end with that of step i; before
     the episode's start the first one is repeated. So are the `image_history` frames of each camera, which are
     `image_stride` steps apart. A step whose chunk lies wholly past the end is no sample.
-    `episodes` are counted in the store. With `told`, batches have the instruction's number, `Batch.task`.
+    `episodes` are indices in the store. With `told`, batches have the instruction's number, `Batch.task`.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class ChunkDataset(Dataset):
         return len(self.rows)
 
     def groups(self) -> dict[str, Any]:
-        """The groups of samples that are drawn with a weight each, as `SampleStream` takes them."""
+        """The groups of samples and the weights with which they are drawn, as arguments of `SampleStream`."""
         store = self.store
         if store.task_weights is None and not store.task_balance:
             return {"num_samples": self.part_samples, "weights": store.part_weights}
@@ -136,7 +136,7 @@ class ChunkDataset(Dataset):
         return self.__getitems__([index]).each(lambda tensor: tensor[0])
 
     def __getitems__(self, indices: list[int] | np.ndarray) -> Batch:
-        """The samples at `indices` as one batch, gathered whole."""
+        """The samples at `indices` as one batch, gathered at once."""
         store, rows = self.store, self.rows[np.asarray(indices, np.int64)]
         actions, is_pad = self.chunks(rows)
 
@@ -156,7 +156,7 @@ class ChunkDataset(Dataset):
         return Batch(images, *map(torch.from_numpy, (self.history(rows), actions, is_pad, rows)), extras)
 
     def on(self, store: EpisodeStore) -> ChunkDataset:
-        """The same samples of a store that holds the same steps, with extras for instance."""
+        """The same samples from a store that holds the same steps, for example with extras."""
         shape = (self.horizon, self.proprio_history, self.action_offset)
         frames = (self.image_history, self.image_stride)
         return ChunkDataset(store, self.episodes, *shape, self.told, *frames)
@@ -182,10 +182,10 @@ class ChunkDataset(Dataset):
 
 
 class SampleStream(Sampler):
-    """Endless batches of sample numbers: one shuffled epoch after the other, without a seam.
+    """Endless batches of sample numbers: one shuffled epoch after another; batches may span two of them.
 
-    Position p of the stream holds sample p % n of epoch p // n, so the order is a function of the seed alone
-    and the stream can begin anywhere. Micro-batch k of a rank covers the B positions from
+    Position p of the stream holds sample p % n of epoch p // n, so the order depends only on the seed, and
+    the stream can begin anywhere. Micro-batch k of a rank covers the B positions from
     start + k * B * world + rank * B.
 
     An epoch without weights is a permutation of all samples. With weights between groups of samples, such as
@@ -233,7 +233,7 @@ class SampleStream(Sampler):
             position += self.batch_size * self.world
 
     def samples(self, first: int, count: int) -> list[int]:
-        """The samples at `count` positions of the stream from `first` on, whatever this one's share."""
+        """The samples at `count` positions of the stream from `first` on, whatever this rank's share."""
         whole = copy.copy(self)
         whole.start, whole.batch_size, whole.rank = first, count, 0
         return next(iter(whole))
@@ -258,8 +258,8 @@ class SampleStream(Sampler):
 def split_episodes(store: EpisodeStore, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted numbers of the training and the held-out episodes, split dataset by dataset.
 
-    With a positive fraction and more than one episode, at least one of a dataset is held out; one is always
-    left to train. The parts of an episode that was cut stay together.
+    With a positive fraction, at least one episode of each dataset that has several is held out; one is always
+    left for training. The parts of an episode that was cut stay together.
     """
     train, val, first = [], [], 0
     for length in store.part_episodes:
@@ -281,8 +281,8 @@ def evenly_spaced(
 ) -> Iterator[tuple[Tensor, Batch]]:
     """Batches of `num` samples spread evenly over a dataset, for evaluation: the same ones every time.
 
-    Each sample is seen by one process; one that has no share sees none. Yields which of the `num` samples
-    these are, (B,), at most `batch_size` at once, and their batch.
+    Each process gets its share of the samples, which may be empty. Yields which of the `num` samples these
+    are, (B,), at most `batch_size` at once, and their batch.
     """
     chosen = torch.linspace(0, len(dataset) - 1, num).long()
     mine = torch.arange(num)[rank::world]
@@ -302,10 +302,10 @@ def make_loader(
 ) -> DataLoader:
     """An endless loader of shuffled batches, this rank's share of the `SampleStream`.
 
-    `num_workers` processes gather ahead; 0 gathers in this one, None takes as many as are worth it.
+    `num_workers` processes gather ahead; 0 gathers in this one, None uses as many as help.
 
     Raises:
-        UserError: if one step of all ranks takes more samples than there are.
+        UserError: if one batch of all ranks has more samples than there are.
     """
     if batch_size * world > len(dataset):
         raise UserError(
@@ -313,7 +313,7 @@ def make_loader(
             f"{'es' * (world > 1)}) is larger than the {len(dataset)} training samples: "
             f"lower --batch-size to at most {len(dataset) // world}."
         )
-    if num_workers is None:  # copying is faster than handing over, decoding is not
+    if num_workers is None:  # passing a batch on takes longer than copying it, but not than decoding
         num_workers = min(8, max(1, cores() // world)) if dataset.store.storage == "jpeg" else 0
     return DataLoader(
         dataset,
@@ -325,7 +325,7 @@ def make_loader(
         pin_memory=pin_memory,
         collate_fn=_identity,
         worker_init_fn=_ignore_signals,
-        # Starting an iterator draws a number: not from the generator that training noise comes from.
+        # Starting an iterator draws a number: it must not come from the generator of the training noise.
         generator=torch.Generator().manual_seed(seed),
     )
 

@@ -1,4 +1,4 @@
-"""The episode store: one columnar copy of a dataset, read by whole batches.
+"""The episode store: one columnar copy of a dataset, from which whole batches are read at once.
 
 A store is a folder:
 
@@ -6,9 +6,9 @@ A store is a folder:
     episodes.jsonl          where each episode's frames lie, and their checksum, see common/data/ingest.py
     arrays.safetensors      state, action, timestamps, and the place of every episode
     features-*/             features of frozen networks, see common/data/features.py
-    statistics-*.json       what normalization has found, see common/normalize.py
-    checked.json            the checksum that the arrays were found to have
-    meta.json               source, fingerprint, cameras, names, tasks; written last: then it is finished
+    statistics-*.json       statistics for normalization, see common/normalize.py
+    checked.json            the arrays' checksum when they were last checked
+    meta.json               source, fingerprint, cameras, names, tasks; written last, marks it as finished
 
 `python -m common.data.store` inspects, verifies and deletes stores.
 """
@@ -33,7 +33,7 @@ from common.data.rows import ROWS, RawRows, Storage
 from common.errors import UserError
 from common.files import checksum, computed_once, read_json, unchanged_while
 
-# The package imports this module before `python -m common.data.store` runs it, which Python would remark on.
+# The package imports this module before `python -m common.data.store` runs it, which Python would warn about.
 warnings.filterwarnings("ignore", "'common.data.store' found in sys.modules")
 
 FORMAT = 4
@@ -44,9 +44,9 @@ OF_EPISODES = ("episode_indices", "episode_rows", "episode_checksums")
 
 
 class Extra(NamedTuple):
-    """What a cache keeps for every step beside the frames, float16: rows in a file for each of `frame_files`.
+    """What a cache adds to every step's frames, float16: rows in a file for each of `frame_files`.
 
-    `shape` is that of one step's values. Rows of episodes that are not chosen need not be filled.
+    `shape` is that of one step's values. Rows of episodes that are not chosen may be empty.
     """
 
     files: tuple[Path, ...]
@@ -61,7 +61,7 @@ class EpisodeStore:
         path: folder of the (first) store.
         source: the dataset it was made from, as a path or hub name; several are joined by " + ".
         fingerprint: hash of the content of the datasets, and of the choice of their episodes.
-        source_fingerprint: hash of the content of the (first) dataset, whatever is chosen of it.
+        source_fingerprint: hash of the content of the (first) dataset, whichever episodes are chosen.
         skipped: sentences about the episodes that were left out.
         state, action: (S, P) and (S, A) float32, in recorded units.
         timestamps: (S,) float64, seconds since the episode began.
@@ -74,9 +74,9 @@ class EpisodeStore:
         episode_tasks: the instruction of each episode, None where none is stated. Before `cut_at_tasks`, one
             that changes is a list of parts, each a first step and an instruction.
         part_episodes, part_weights: of each dataset, how many episodes it has, and how often its samples are
-            drawn, relative to the others; None: as often as they are there.
+            drawn, relative to the others; None: in proportion to their number.
         task_weights, task_balance: how often samples of each of the `instructions` are drawn, relative to the
-            others; or how much alike, see `draw_shares`.
+            others; or how evenly, see `draw_shares`.
         state_rotations, action_rotations: what `re_express` has changed in the recorded vectors.
         extras: what caches have added, by its name in `Batch.extras`.
     """
@@ -130,8 +130,8 @@ class EpisodeStore:
     def open(cls, path: Path | str) -> EpisodeStore:
         """Open the store in the folder `path`; a UserError if it is unfinished or damaged.
 
-        The arrays are read as they are needed, and all processes of a machine share their memory. That they
-        are what was written is made sure of once, as long as their file does not change.
+        The arrays are read as they are needed, and all processes of a machine share their memory. Their
+        checksum is verified once, as long as their file does not change.
         """
         from safetensors.torch import load_file
 
@@ -165,7 +165,7 @@ class EpisodeStore:
         return self.cut(kept, self.episode_starts[kept], self.episode_starts[kept + 1])
 
     def cut(self, kept: np.ndarray, first: np.ndarray, last: np.ndarray) -> EpisodeStore:
-        """The store with the episodes `kept` only, and of each the steps from `first` on, before `last`."""
+        """The store with only the episodes `kept`, and of each only the steps `first` to `last` - 1."""
         spans = [np.arange(*span) for span in zip(first, last, strict=True)]
         steps = np.concatenate([np.empty(0, np.int64), *spans])
         skipped = first - self.episode_starts[kept]  # steps of each episode
@@ -265,13 +265,13 @@ class EpisodeStore:
 
     @cached_property
     def episode_task_numbers(self) -> np.ndarray:
-        """(E,) int64, the place of each episode's instruction in `instructions`; -1 where none is stated."""
+        """(E,) int64, the index of each episode's instruction in `instructions`; -1 where none is stated."""
         place = {task: number for number, task in enumerate(self.instructions)}
         return np.array([place.get(task, -1) for task in self.episode_tasks], np.int64)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """(N, 3, H, W): what one step's frames are."""
+        """(N, 3, H, W), the shape of one step's frames."""
         return (len(self.cameras), 3, *self.image_size)
 
     @property
@@ -330,7 +330,7 @@ def _brief(names: Sequence[str]) -> str:
 
 
 def defect(path: Path) -> str | None:
-    """What keeps the folder from being a finished, whole store of this format; None if nothing does."""
+    """Why the folder is not a finished, undamaged store of this format; None if it is one."""
     try:
         meta = read_json(path / META)
         if meta["format"] != FORMAT:

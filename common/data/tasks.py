@@ -66,7 +66,7 @@ def cut_at_tasks(store: EpisodeStore, wanted: Sequence[str]) -> EpisodeStore:
     episodes, first, last, tasks = (list(column) for column in zip(*kept, strict=True))
     number = store.episode_indices[cut[0]]
     say(
-        f"{store.source}: {len(cut)} episodes, {number} for one, change their task and are cut there: "
+        f"{store.source}: {len(cut)} episodes (the first is {number}) change their task and are cut there: "
         f"{store.num_episodes} episodes become {len(kept)}"
     )
     made = store.cut(*(np.array(column, np.int64) for column in (episodes, first, last)))
@@ -74,7 +74,7 @@ def cut_at_tasks(store: EpisodeStore, wanted: Sequence[str]) -> EpisodeStore:
 
 
 def name_tasks(stores: Sequence[EpisodeStore], datasets: Sequence[str]) -> list[EpisodeStore]:
-    """Several `datasets`; those that state no instruction get their own name as one."""
+    """The stores of several `datasets`; those that state no instruction get their own name as one."""
     both = list(zip(stores, datasets, strict=True))
     silent = list(dict.fromkeys(dataset for store, dataset in both if not store.instructions))
     paths = [Path(dataset) for dataset in silent]

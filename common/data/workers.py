@@ -50,7 +50,7 @@ def guarded_map(
     workers: int,
     seconds: Callable[[tuple], float] = lambda task: 0.0,
 ) -> Iterator[tuple[tuple, Any]]:
-    """Call `function(*task)` for every task in other processes; yields (task, result) as they end.
+    """Call `function(*task)` for every task in other processes; yields (task, result) as they finish.
 
     Tasks start in order. Closing the iterator stops the running ones. The result is a `Died` if a task
     killed its process or took `seconds(task)` longer than `STALL_SECONDS`; other exceptions are raised here.
@@ -85,7 +85,7 @@ def guarded_map(
 
 
 class _Pool:
-    """The processes, as long as anybody uses them."""
+    """The processes, as long as anyone uses them."""
 
     users, size, pool = 0, 0, None
 
