@@ -64,7 +64,7 @@ class Backbone(nn.Module):
         self.film: nn.Linear | None = None
 
     def listen(self, d_model: int) -> None:
-        """Let instructions (B, d_model) scale and shift features, at first by nothing (FiLM, Perez et al. 2018).
+        """Let instructions (B, d_model) scale and shift features: FiLM (Perez et al. 2018).
 
         A network that knows what to look for learns to find it from far fewer scenes (docs/methods.md).
         Hugging Face models do not change.
