@@ -741,7 +741,7 @@ class Controller:
         ]
 
     def _prefixes(self, which: np.ndarray) -> list[np.ndarray]:
-        """The actions that each episode will execute before its next chunk arrives, (d, A)."""
+        """The actions (d, A) that each episode executes in its next chunk's place until that arrives."""
         chunk, offset = self.chunks[-1], self.policy.spec.action_offset
         age = self.step - chunk.sampled  # `configure` makes sure that the chunk is long enough
         return list(chunk.actions[which, age : age + max(self.delay - offset, 0)])

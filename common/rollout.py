@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 HANG_SECONDS = 120.0
 FILM_FPS = 20  # pictures a second of a film, at most
 AT_ONCE = 10  # episodes that act together while training
-FILMED = 4  # of these, the main process films so many
+FILMED = 4  # of these, those that the main process films
 ROLLOUT_SEED = 2_000_000  # `evaluate.py` uses 1,000,000, and experts record from 0 on
 GREY = 128
 Eyes = Literal["own", "grey", "other"]
