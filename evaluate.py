@@ -5,11 +5,11 @@
     python evaluate.py runs/cfg-vqvae-20260301-101500 --guidance 0 1 2 4
     python evaluate.py runs/vfp-20260301-101500 --delay 0 2 4
 
-Held-out episodes: the mean absolute error of sampled action chunks (normalized actions, so that dimensions
-can be averaged) beside predictors that need no network. A run on the built-in task is rolled out in closed
-loop as well, all episodes in one batch. Everything lands in RUN/evaluation: `results.json`, `heldout.png`,
-for the built-in task `rollouts.png` and `rollouts.gif`, for a policy with codes or experts
-`alternatives.png`, and `guidance.png` if a sweep was asked for.
+On held-out episodes, it measures the mean absolute error of sampled action chunks (normalized actions, so
+that dimensions can be averaged) and of predictors that need no network. With `--env`, and on the built-in
+task, the policy also acts in closed loop. Everything is written to RUN/evaluation: `results.json`,
+`heldout.png`, films of the closed loop (`rollouts.mp4`, `rollouts.gif`), for the built-in task
+`rollouts.png`, for a policy with codes or experts `alternatives.png`, for a sweep `guidance.png`.
 """
 
 import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
@@ -40,7 +40,7 @@ from common.inference import Controller, Join, RobotPolicy, load_policy
 from common.rollout import Episode, Eyes, make_environments, rates, roll_out, velocity_changes
 
 FILMED = 16  # episodes to choose the films from
-UNDRAWN = ("mae", "low", "high", "steps")  # in results, beside shares of episodes
+UNDRAWN = ("mae", "low", "high", "steps")  # results that are not shares of episodes
 
 
 @options
@@ -53,29 +53,29 @@ class Config:
     """`last`, or the number of a saved step."""
     simulator: Flat[EnvConfig] = field(default_factory=EnvConfig)
     episodes: PositiveInt = 200
-    """Episodes to act in, with each number of sampling steps."""
+    """Episodes to act in, for each number of sampling steps."""
     blind_episodes: PositiveInt | None = None
-    """Episodes to act in with grey pictures, and with those of another episode (default: as many)."""
+    """Episodes to act in with grey pictures, and with another episode's pictures (default: --episodes)."""
     parallel: PositiveInt = 20
-    """Episodes at once, in one forward pass."""
+    """Episodes that run at once, in one forward pass."""
     sample_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (10, 2, 1)
     """Numbers of integration steps to evaluate; the first is used for held-out error and pictures."""
     guidance: tuple[float, ...] = ()
     """Guidance scales to compare, with the first number of steps; for policies trained with guidance."""
     delay: tuple[NonNegativeInt, ...] = ()
-    """Delays of inference to compare, with the first number of sampling steps: control steps between an
-    observation and its chunk. Time is simulated, this machine's speed does not matter."""
+    """Inference delays to compare, with the first number of sampling steps: control steps between an
+    observation and its chunk. Time is simulated: this machine's speed does not matter."""
     join: tuple[Join, ...] = ()
-    """How chunks join then, see docs/chunks.md. Default: in all ways that the policy was trained for."""
+    """With --delay: how chunks join, see docs/chunks.md. Default: all ways the policy was trained for."""
     task: str | None = None
-    """Instruction for a policy of several tasks. Default: what the environment asks for."""
+    """Instruction for a policy of several tasks. Default: the environment's."""
     execute_steps: PositiveInt | None = None
-    """Actions of a chunk that are executed before the next is sampled (default: half of it, less --delay)."""
+    """Actions of a chunk to execute before the next is sampled (default: half the chunk, minus --delay)."""
     seed: NonNegativeInt = 1_000_000
     """Seed of episodes and noise. The same seed gives every policy the same episodes, far from those that
     `common/envs/record.py` records."""
     heldout_samples: PositiveInt = 2000
-    """At most this many held-out steps, evenly spaced, are compared."""
+    """Evaluate on at most this many held-out steps, evenly spaced."""
     batch_size: PositiveInt = 64
     """Observations per forward pass."""
     dataset: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ def main(config: Config) -> None:
     results["device"] = str(policy.device)
     print(f"{config.run}, {policy.checkpoint.name}, on {policy.device}")
 
-    if config.simulator.env:  # made first: one that is missing is reported before minutes of other work
+    if config.simulator.env:  # first, to report a missing one before minutes of other work
         num = min(config.parallel, config.episodes)
         first = make_environments(config.simulator, policy.spec.image_size, num)[0]
         results |= {"env": config.simulator.env, "max_steps": first.max_steps}
@@ -123,20 +123,20 @@ def main(config: Config) -> None:
 
 
 def evaluate_heldout(policy: RobotPolicy, config: Config, folder: Path) -> dict | None:
-    """Error of sampled chunks on episodes the run did not train on, beside predictors without a network.
+    """Error of sampled chunks on episodes the run did not train on, and of predictors without a network.
 
     Each predictor gives a chunk (T, A) for a held-out step; its `mae` is the mean absolute error of the
     normalized actions over the steps that exist, `per_dimension` the same for each action dimension in
     recorded units.
 
     - mean: the mean action of the training episodes.
-    - hold: the present state, where state and action share a space.
+    - hold: the current state, if state and action share a space.
     - linear: ridge regression of the chunk on the state.
-    - nearest: the chunk that followed the training state nearest to the present one.
-    - mismatched: the policy itself, shown the images of another held-out step; how much it uses its eyes.
-    - misled: of several tasks, the policy itself, told another one; how much it listens.
+    - nearest: the chunk that followed the training state nearest to the current one.
+    - mismatched: the policy, given another held-out step's images; shows how much it uses its images.
+    - misled: with several tasks, the policy, told another one; shows how much it uses its instruction.
 
-    Of several tasks, the policy's error on each is reported, too.
+    With several tasks, also the policy's error on each.
     """
     data = held_out_data(policy, config)
     if data is None:
@@ -189,8 +189,8 @@ def held_out_data(policy: RobotPolicy, config: Config) -> tuple | None:
     told = policy.spec.tasks is not None
     if told and policy.spec.tasks.sentences != store.instructions:
         raise UserError(
-            f"{config.run} was trained on datasets that went by other names "
-            f"({listed(policy.spec.tasks.sentences)}): give them these names again to evaluate."
+            f"{config.run} was trained on datasets with other names "
+            f"({listed(policy.spec.tasks.sentences)}): use these names again to evaluate."
         )
     train_episodes, held_out = split_episodes(store, data.val_fraction, policy.config.run.seed)
     if len(held_out) == 0:
@@ -201,7 +201,7 @@ def held_out_data(policy: RobotPolicy, config: Config) -> tuple | None:
 
 
 def samples_of(policy: RobotPolicy, store: EpisodeStore, episodes: np.ndarray) -> ChunkDataset:
-    """Samples of some episodes, as the policy was trained on them."""
+    """Samples of some episodes, in the form that the policy was trained on."""
     data, told = policy.config.data, policy.spec.tasks is not None
     shape = (policy.horizon, data.proprio_history, data.action_offset)
     return ChunkDataset(store, episodes, *shape, told, data.image_history, data.image_stride)
@@ -271,7 +271,7 @@ def trivial_predictions(
 
 
 def draw_heldout(policy: RobotPolicy, store, episode: int, config: Config, path: Path) -> None:
-    """One held-out episode: every action dimension as recorded, and the chunks sampled along the way."""
+    """Draw one held-out episode: each action dimension as recorded, and chunks sampled along the way."""
     dataset = samples_of(policy, store, np.array([episode]))
     starts = np.arange(0, len(dataset), max(policy.horizon // 2, 1))
     chunks = sample_chunks(policy, dataset, starts, config).numpy()
@@ -295,11 +295,11 @@ def draw_heldout(policy: RobotPolicy, store, episode: int, config: Config, path:
 
 
 def evaluate_closed_loop(policy: RobotPolicy, config: Config, folder: Path) -> dict[str, dict]:
-    """Success over fresh episodes for each number of sampling steps, and without eyes.
+    """Success in fresh episodes for each number of sampling steps, and with wrong inputs:
 
-    - grey: the policy sees grey pictures. A task that is solved so is no test of seeing.
-    - mismatched: it sees the pictures of another episode.
-    - misled: of several tasks, it is told another one than the environment asks for.
+    - grey: the policy sees grey pictures. A task that succeeds then does not test vision.
+    - mismatched: it sees another episode's pictures.
+    - misled: with several tasks, it is told another one than the environment's.
     """
     results = {}
     for index, steps in enumerate(config.sample_steps):
@@ -328,7 +328,7 @@ def act(
     join: Join = "naive",
     misled: bool = False,
 ) -> list[Episode]:
-    """Roll out all episodes; see `common/rollout.py`. A `misled` policy is told another task, in turns."""
+    """Roll out all episodes; see `common/rollout.py`. A `misled` policy is told each other task in turn."""
 
     def say_task(episode: Episode) -> str:
         if not misled:
@@ -348,7 +348,7 @@ def act(
 
 
 def film(episodes: list[Episode], config: Config, folder: Path) -> None:
-    """Some episodes side by side, failures first."""
+    """Write a film of some episodes side by side, failures first."""
     shown = sorted((e for e in episodes if e.frames), key=lambda episode: episode.success)[:8]
     frames, fps = side_by_side([e.frames for e in shown], [e.success for e in shown]), shown[0].film_fps
     write_mp4(folder / "rollouts.mp4", frames, fps)
@@ -356,7 +356,7 @@ def film(episodes: list[Episode], config: Config, folder: Path) -> None:
 
 
 def draw_rollouts(episodes: list[Episode], summary: dict, seed: int, path: Path) -> None:
-    """The ways of all hands in the built-in task, coloured by outcome."""
+    """Draw the paths of all hands in the built-in task, one panel for each outcome."""
     from matplotlib.patches import Circle
 
     from common.data.demo import OBSTACLE_RADIUS, OBSTACLES, Simulator
@@ -401,7 +401,7 @@ def sweep_guidance(policy: RobotPolicy, config: Config, folder: Path) -> dict[st
 
 
 def draw_guidance(results: dict[str, dict], path: Path) -> None:
-    """What grows and falls with the guidance scale: error, success, collisions, shares of the modes."""
+    """Draw error, success, collisions and shares of the modes against the guidance scale."""
     scales = [float(scale) for scale in results]
     panels = {"held-out error": {"mae": [result.get("mae", math.nan) for result in results.values()]}}
     first = next(iter(results.values()))
@@ -427,7 +427,7 @@ def draw_guidance(results: dict[str, dict], path: Path) -> None:
 
 
 def possible_delays(policy: RobotPolicy, config: Config) -> list[tuple[int, Join]]:
-    """What `--delay` and `--join` ask for; of all ways of joining, those that the policy was trained for.
+    """The pairs of `--delay` and `--join`; without `--join`, all ways that the policy was trained for.
 
     Raises:
         UserError: if chunks are too short for a delay, or the policy was not trained for what is asked.
@@ -447,7 +447,7 @@ def possible_delays(policy: RobotPolicy, config: Config) -> list[tuple[int, Join
 
 
 def act_with_delay(policy: RobotPolicy, config: Config, delay: int, join: Join) -> dict:
-    """Closed-loop rates, and how much velocity changes at seams and inside chunks, with a delay."""
+    """With a delay: closed-loop rates, and how much velocity changes at seams and inside chunks."""
     episodes = act(policy, config, config.sample_steps[0], delay=delay, join=join)
     scale, rotations = policy.normalizer.action_scale.cpu().numpy(), policy.spec.action_rotations
     return {**rates(episodes), "velocity_change": velocity_changes(episodes, scale, rotations)}
@@ -474,7 +474,7 @@ def measure_latency(policy: RobotPolicy, config: Config, repeats: int = 20) -> d
 
 
 def in_words(found: dict) -> str:
-    """Rates of `common.rollout.rates` in a line."""
+    """Rates of `common.rollout.rates` in one line."""
     parts = [
         f"{found['success']:.1%} [{found['low']:.1%}, {found['high']:.1%}] of {found['episodes']} episodes"
     ]
@@ -489,7 +489,7 @@ def in_words(found: dict) -> str:
 
 
 def report(results: dict, folder: Path) -> None:
-    """Print what a person wants to know."""
+    """Print the main results."""
     heldout = results["heldout"]
     if heldout:
         print(f"held-out error of action chunks (normalized, {heldout['steps']} steps):")

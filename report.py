@@ -3,13 +3,13 @@
     python report.py runs/vfp-20260301-101500
     python report.py runs/vfp-* runs/naive-fm-* --out comparison.html
 
-The file holds everything it shows: it opens from a disk, without a server or a network. Runs may still be
-training, may lack an evaluation, and may come from different scripts. A damaged file costs its part of the
-report, which says so.
+The file contains everything it shows: it opens without a server or a network. Runs may still be
+training, may lack an evaluation, and may come from different scripts. If a file is damaged, the report leaves
+out its part and says so.
 
-Curves are SVG, drawn by a hundred lines of plain JavaScript in `common/report.html`: all they need is to be
-zoomed, read off and switched off. The script of Plotly or Vega would add 1 to 5 MB to every report, and a
-file to keep up to date here; matplotlib's SVG cannot be zoomed. `curves.png` shows the same: it is left out.
+A hundred lines of plain JavaScript in `common/report.html` draw the curves as SVG, which can be zoomed, read
+and switched off. The script of Plotly or Vega would add 1 to 5 MB to every report, and a file to keep up to
+date here; matplotlib's SVG cannot be zoomed. `curves.png` is left out because it shows the same.
 """
 
 import base64
@@ -34,10 +34,10 @@ from common.files import completed_checkpoints, read_json, write_whole
 from common.plots import read_lines
 
 LARGEST_FILE = 32e6  # bytes: a larger picture or film is named, not embedded
-MOST_POINTS = 1000  # of a curve, each to six digits: full ones make reports of many runs slow to open
-MOST_RESUMES = 10  # that are listed
+MOST_POINTS = 1000  # of a curve, with six digits: with all points, reports of many runs open slowly
+MOST_RESUMES = 10  # to list
 MOST_NESTED = 50  # levels of JSON
-EPISODES = ("env", "seed", "max_steps")  # what decides which episodes an evaluation acts in
+EPISODES = ("env", "seed", "max_steps")  # these decide which episodes an evaluation acts in
 ABOUT_EVALUATION = (*EPISODES, "execute_steps", "task", "device")
 MEDIA = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}
 LOGARITHMIC = ("loss", "grad_norm", "error", "action_mae")
@@ -57,7 +57,7 @@ WORDS = {
 
 @options
 class Config:
-    """Write one HTML file that compares runs; it opens from a disk, without a server or a network."""
+    """Write one HTML file that compares runs; it opens without a server or a network."""
 
     runs: Annotated[tuple[UserPath, ...], tyro.conf.Positional] = ()
     """Run folders of any script, finished or still training."""
@@ -66,11 +66,11 @@ class Config:
 
 
 class Cell(NamedTuple):
-    """What a table says of a run."""
+    """What a table says about a run."""
 
     text: str
     value: float | None = None
-    """The number behind the text, as it stands in the file."""
+    """The number behind the text, as it is in the file."""
     more: str = ""
     interval: tuple[float, float] | None = None
     """Ends of the 95 % interval of a share, in [0, 1]."""
@@ -86,7 +86,7 @@ class Table(NamedTuple):
 
 @dataclass
 class Run:
-    """What a run folder holds; what cannot be read is empty, with a sentence in `trouble`."""
+    """The content of a run folder; what cannot be read is empty, with a sentence in `trouble`."""
 
     folder: Path
     name: str
@@ -142,10 +142,10 @@ def main(config: Config) -> None:
 
 
 def read_runs(folders: tuple[Path, ...]) -> list[Run]:
-    """All runs, each once; those whose folders have the same name are told apart by the folders above."""
+    """All runs, each once; if folders have the same name, the run's name includes the folders above."""
     folders = tuple({folder.resolve(): folder.absolute() for folder in folders}.values())
     if not folders:
-        raise UserError("There is nothing to report: name run folders, for instance report.py runs/*.")
+        raise UserError("There is nothing to report: give run folders, for instance report.py runs/*.")
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder: give run folders.")
@@ -165,7 +165,7 @@ def read_object(run: Run, name: str) -> dict[str, Any]:
     try:
         level = [found := read_json(run.folder / name)]
         if not isinstance(found, dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it is not an object")
         for _ in range(MOST_NESTED):
             parts = chain.from_iterable(x.values() if isinstance(x, dict) else x for x in level)
             level = [x for x in parts if isinstance(x, dict | list)]
@@ -200,12 +200,12 @@ def why(error: Exception) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number; true and false are none."""
+    """Whether it is a finite number; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def leaves(values: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Everything in nested objects that is no object, with its path."""
+    """All values in nested objects that are not objects themselves, with their paths."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from leaves(value, (*path, name))
@@ -231,7 +231,7 @@ def table(title: str, columns: list[dict[str, Cell]], open: bool = True) -> Tabl
 
 
 def number(value: Any, more: str = "") -> Cell:
-    """A cell that rounds a number to four digits; of anything else, the text."""
+    """A cell with a number, rounded to four digits, or with the text of anything else."""
     if not is_number(value):
         return Cell(shown(value), more=more)
     return Cell(f"{value:,}" if isinstance(value, int) else f"{value:.4g}", value, more)
@@ -250,7 +250,7 @@ def number_cells(run: Run) -> dict[str, Cell]:
 
 
 def overview(run: Run) -> dict[str, Cell]:
-    """What a run is, how far it is, its newest metrics, faults, resumes, checkpoints."""
+    """What a run is, how far it has come, its newest metrics, faults, resumes, checkpoints."""
     about, last, results = run.about, run.train[-1] if run.train else {}, run.results
     evaluated = ", ".join(
         f"{key} {shown(results[key])}" for key in ABOUT_EVALUATION if results.get(key) is not None
@@ -287,7 +287,7 @@ def overview(run: Run) -> dict[str, Cell]:
 
 
 def held_out(run: Run) -> list[Any]:
-    """What decides which episodes a run holds out."""
+    """The values that decide which episodes a run holds out."""
     return [run.about.get("fingerprint"), run.options.get("val_fraction"), run.options.get("seed")]
 
 
@@ -303,7 +303,7 @@ def state(run: Run, last: dict[str, Any]) -> str:
 
 
 def resumed(run: Run) -> Cell:
-    """How often a run was resumed, and the newest of these; what it had reached before is trained again."""
+    """How often a run was resumed, and the newest resumes, with the step each had reached before."""
     listed = run.about.get("resumes")
     found = [x for x in listed if isinstance(x, dict)] if isinstance(listed, list) else []
     if not found:
@@ -333,7 +333,7 @@ def curves(runs: list[Run]) -> dict[str, Any]:
     for i, run in enumerate(runs):
         for split, lines in (("train", run.train), ("val", run.val)):
             stride = max(-(-len(lines) // MOST_POINTS), 1)
-            every, lines = max(every, stride), lines[::-stride][::-1]  # the newest is among them
+            every, lines = max(every, stride), lines[::-stride][::-1]  # keeps the newest
             for name in sorted({name for line in lines for name in line} - {"step", "split"}):
                 known = [
                     (line["step"], float(f"{line[name]:.6g}")) for line in lines if is_number(line.get(name))
@@ -356,7 +356,7 @@ def curves(runs: list[Run]) -> dict[str, Any]:
 
 
 def words(path: tuple[str, ...]) -> str:
-    """The last part of a path in results.json, for people."""
+    """The last part of a path in results.json, in words."""
     *above, name = path
     if above in (["closed_loop"], ["latency_ms"]) and name.isdigit():
         return f"{name} sampling step{'s' * (name != '1')}"
@@ -400,7 +400,7 @@ def latency_cell(found: dict[str, Any]) -> Cell:
 
 
 def per_dimension(runs: list[Run]) -> list[Table]:
-    """Held-out error of the policies by action dimension, in recorded units, beside that of predictors."""
+    """Held-out error of the policies by action dimension, in recorded units, with the predictors' errors."""
     columns: list[dict[str, Cell]] = [{} for _ in runs]
     for column, run in zip(columns, runs, strict=True):
         others: dict[str, list[str]] = {}
@@ -415,10 +415,10 @@ def per_dimension(runs: list[Run]) -> list[Table]:
 
 
 def paired(runs: list[Run]) -> tuple[list[tuple[str, int, int, Difference]], list[str]]:
-    """Differences of all pairs of runs with each number of sampling steps that both were evaluated with.
+    """Differences of all pairs of runs, for each number of sampling steps that both were evaluated with.
 
     Returns:
-        Setting, numbers of both runs and their difference; sentences about pairs that cannot be compared.
+        Setting, indices of both runs and their difference; sentences about pairs that cannot be compared.
     """
     found, pairs, not_compared = [], [], []
     outcomes = [own_outcomes(run) for run in runs]
@@ -427,7 +427,7 @@ def paired(runs: list[Run]) -> tuple[list[tuple[str, int, int, Difference]], lis
         both = [steps for steps in outcomes[i] if steps in outcomes[j] and same]
         for steps in both:
             a, b = zip(*zip(outcomes[i][steps], outcomes[j][steps], strict=False), strict=True)
-            found.append((words(("closed_loop", steps)), i, j))  # episodes have the same numbers, from 0
+            found.append((words(("closed_loop", steps)), i, j))  # both number episodes from 0
             pairs.append(("".join(a), "".join(b)))
         if outcomes[i] and outcomes[j] and not both:
             what = "number of sampling steps" if same else "environment, seed and --max-steps"
@@ -472,7 +472,7 @@ def episode_scores(run: Run) -> list[tuple[str, str, float]]:
 def media(runs: list[Run]) -> dict[str, list[tuple[int, str, str]]]:
     """Films and pictures by name: the number of the run, MIME type, data URL.
 
-    Those of data are where `python -m common.data.store inspect` draws them, below the working folder.
+    Pictures of the data are where `python -m common.data.store inspect` writes them, in the working folder.
     """
     found: dict[str, list[tuple[int, str, str]]] = {}
     for i, run in enumerate(runs):
@@ -495,14 +495,14 @@ def data_url(run: Run, path: Path) -> str:
     """A picture or film to embed; empty, with a sentence in `run.trouble`, if it is damaged or too large."""
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"{path.stat().st_size / 1e6:.0f} MB are too many to embed")
+            raise ValueError(f"{path.stat().st_size / 1e6:.0f} MB is too large to embed")
         content = path.read_bytes()
         if path.suffix != ".mp4":
             Image.open(io.BytesIO(content)).verify()
         elif content[4:8] != b"ftyp":
-            raise ValueError("it is no film")
+            raise ValueError("it is not a film")
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises a SyntaxError for a damaged PNG
-        reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else why(error)
+        reason = "it is not a picture" if isinstance(error, UnidentifiedImageError) else why(error)
         run.trouble.append(f"{path} is left out ({reason}).")
         return ""
     return f"data:{MEDIA[path.suffix]};base64,{base64.b64encode(content).decode()}"

@@ -1,24 +1,24 @@
 """Discrete latent with classifier-free guidance: flow matching whose velocity is told which mode to take.
 
-Plain flow matching has one velocity field for all the ways in which a task can be done; near t = 0, where
-noise says nothing yet, it points at their average. Here a latent z names the way. A posterior infers it from
-the recorded chunk x_1 while training, a prior from the observation s alone. With x_t, t and u = x_1 - x_0 as
+Plain flow matching has one velocity field for all the ways to do a task; near t = 0, where x_t is still
+noise, it points at their average. Here a latent z names the way. In training, a posterior infers it from
+the recorded chunk x_1; a prior predicts it from the observation s alone. With x_t, t and u = x_1 - x_0 as
 in plain flow matching, z_e the posterior's output, q the nearest of K code vectors and n normal noise,
 
     z = z_e + |z_e - q| n / |n|                                        (NSVQ, Vali & Backstrom 2022)
-    L = mean (v(x_t, t, s, z) - u)^2                                   z replaced by a null token at times
+    L = mean (v(x_t, t, s, z) - u)^2                                   z sometimes replaced by a null token
         + 0.2 S(x_0 + v(x_0, 0, s, z), x_1)                            K-OT: Sinkhorn divergence of clouds
         - log p(k | sg(s)) + 0.25 |z_e - sg(q)|^2 / d_z                prior; commitment
 
-where sg stops the gradient and the clouds are the chunks, each with its state, of a micro-batch and process;
-the prior learns the code k that a slowly moving average of the posterior assigns. It is a distribution over
+where sg stops the gradient and the clouds are the chunks of a process's micro-batch, each with its state.
+The prior learns the code k that a slowly moving average of the posterior assigns. It is a distribution over
 codes because regressing the latent would average the very modes that the codebook separates. The commitment
-is a mean over the d_z dimensions, so that its weight means the same for every width. To act, a code is drawn
-from the prior and dx/dt = v_null + w (v_z - v_null) is integrated (Ho & Salimans 2022). Codes that are hardly
-used are replaced by perturbed copies of popular ones early in training.
+is a mean over the d_z dimensions, so that its weight means the same for every width. To act, we draw a code
+from the prior and integrate dx/dt = v_null + w (v_z - v_null) (Ho & Salimans 2022). Early in training,
+perturbed copies of popular codes replace codes that are hardly used.
 
 Differs from `train_naive_fm.py` in: posterior, prior, codebook and their losses; the decoder takes a latent,
-which is dropped at times; optimal transport of one-step predictions; guidance; AdamW by default.
+which is sometimes dropped; optimal transport of one-step predictions; guidance; AdamW by default.
 
     accelerate launch train_cfg_vqvae.py --lr 2e-3 --schedule schedule-free
     accelerate launch train_cfg_vqvae.py --dataset me/fold_towel --image-size 224 --num-codes 64
@@ -72,8 +72,8 @@ class Config:
     normalization: Normalization = "mean-std"
     """How state and action are scaled: see common/normalize.py."""
     flow_samples: PositiveInt = 8
-    """M: draws of (noise, flow time) per observation in each step. The encoder runs once for all of them, so
-    with a large backbone further draws are nearly free."""
+    """M: draws of (noise, flow time) per observation and step. The encoder runs once for all of them, so with
+    a large backbone more draws are nearly free."""
     time_distribution: flow.TimeDistribution = "beta"
     """Distribution of the flow time in training."""
     time_beta: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.5)
@@ -87,7 +87,7 @@ class Config:
     decoder_layers: PositiveInt = 3
     """Transformer layers that predict the velocity."""
     attention: Literal["causal", "full"] = "causal"
-    """Self-attention among the actions of a chunk: each sees itself and earlier ones, or all."""
+    """Self-attention within a chunk: each action attends to itself and earlier ones, or to all."""
     sample_steps: MayChange[PositiveInt] = 10
     """Integration steps when sampling actions."""
     sample_method: MayChange[flow.Integrator] = "euler"
@@ -95,18 +95,18 @@ class Config:
     transport_weight: NonNegativeFloat = 0.2
     """Weight of the Sinkhorn divergence between one-step predictions and recorded chunks (K-OT)."""
     transport_blur: PositiveFloat = 0.05
-    """Length, in normalized actions, below which differences are smeared out."""
+    """Length, in normalized actions, below which differences are blurred."""
     posterior_layers: PositiveInt = 2
-    """Transformer layers that read the latent off a recorded chunk."""
+    """Transformer layers that infer the latent from a recorded chunk."""
     prior_layers: PositiveInt = 1
     """Transformer layers that predict the latent from the observation."""
 
     cfg_dropout: Share = 0.5
-    """Share of the draws whose latent is replaced by the null token, once the ramp is over."""
+    """Share of the draws whose latent is replaced by the null token, after the ramp."""
     cfg_ramp: Share = 0.1
-    """Share of training over which that share rises from 0."""
+    """Share of training over which --cfg-dropout rises from 0."""
     guidance: MayChange[float] = 1.0
-    """Guidance scale w when sampling actions; other than 1 the decoder runs with and without the latent."""
+    """Guidance scale w when sampling actions; unless 1, the decoder runs with and without the latent."""
 
     latent_dim: PositiveInt = 16
     """Width of the latent."""
@@ -119,13 +119,13 @@ class Config:
     code_window: PositiveInt = 100
     """Steps over which the use of codes is counted."""
     replace_until: Share = 0.5
-    """Share of training during which codes are replaced that a window used less than a tenth of 1 / K."""
+    """For this first share of training, replace codes that a window used less than a tenth of 1 / K."""
 
 
 class Policy(nn.Module):
     """Velocity field of action chunks given camera images, joint states and a latent.
 
-    Its children are the components, each of which can be frozen, initialised and given its own learning rate.
+    Its children are the components. Each one can be frozen, initialised and given its own learning rate.
     """
 
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
@@ -157,7 +157,7 @@ class Policy(nn.Module):
         Args:
             images: (B, N, 3, H, W) float in [0, 1].
             proprio: (B, K, P), normalized.
-            task: which instruction, see `InstructionEmbedder`.
+            task: the instructions, see `InstructionEmbedder`.
         """
         views = vision.look([self.backbone], images, self.info_embedder.told(task))  # all cameras at once
         return views[0][0], self.info_embedder(views, proprio, task=task)
@@ -181,9 +181,9 @@ class Policy(nn.Module):
             images, proprio, task: the observations, as for `encode`.
             actions, is_pad: the recorded chunks (B, T, A), normalized, and their padding (B, T).
             train: draw the latents, instead of taking the most probable.
-            dropped: (B * M,), True where the null token takes the latent's place.
+            dropped: (B * M,), True where the null token replaces the latent.
         """
-        flow_samples = len(x_t) // len(images)  # with the draw of `flow.prepend_start`
+        flow_samples = len(x_t) // len(images)  # including the draw of `flow.prepend_start`
         head_tokens, observation = self.encode(images, proprio, task)
         # Posterior and prior read the encoder's features but do not train it: an encoder that also has to
         # follow a moving latent is slow to learn what the task needs.
@@ -209,13 +209,13 @@ def compute_loss(
     x_0: Tensor | None = None,
     t: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective above, and what to log of it: scalars, and what is to be counted over all processes.
+    """The objective above, and what to log: scalars, and counts to sum over all processes.
 
     Args:
-        progress: share of training that is done, for what changes in its course.
-        train: augment images, draw latents, drop some of them and of the instructions.
-        count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
-        x_0, t: noise (B * M, T, A) and flow times (B * M,), M for each sample; both, or neither to draw them.
+        progress: share of training that is done, for the ramps.
+        train: augment images, draw latents, drop some latents and instructions.
+        count: number of real actions to divide by, before the M draws: `run.real_actions`. None: the batch's.
+        x_0, t: noise (B * M, T, A), flow times (B * M,), M per sample; give both, or neither to draw them.
     """
     images = vision.augment(batch.images, config.vision) if train else vision.to_float(batch.images)
     flow_samples = config.flow_samples if x_0 is None else len(x_0) // len(images)
@@ -229,14 +229,14 @@ def compute_loss(
     x_t, velocity = flow.linear_path(x_0, x_1, t)
     real = ~batch.is_pad.repeat_interleave(flow_samples, dim=0) & flow.to_predict(t)  # (B * M, T)
     task = drop_some(batch.task, config.tasks) if train else batch.task
-    # One draw more for each observation, for the one-step prediction.
+    # One more draw for each observation, for the one-step prediction.
     start, x_t, t = flow.prepend_start(x_0, x_t, t, flow_samples)  # (B, T, A), (B * (1 + M), ...)
 
     dropped = None
     if train:
         share = config.cfg_dropout * ramp(progress, config.cfg_ramp)
         dropped = torch.rand(len(images), flow_samples, device=images.device) < share
-        dropped = F.pad(dropped, (1, 0)).flatten()  # the one-step prediction is with the latent
+        dropped = F.pad(dropped, (1, 0)).flatten()  # the one-step prediction keeps its latent
     velocity_pred, latent = policy(x_t, t, images, proprio, chunks, batch.is_pad, train, dropped, task)
     velocity_pred = velocity_pred.unflatten(0, (-1, 1 + flow_samples))  # (B, 1 + M, T, A)
 
@@ -279,12 +279,12 @@ def sample_actions(
     Args:
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
-        task: which instruction, see `InstructionEmbedder`.
+        task: the instructions, see `InstructionEmbedder`.
         steps: integration steps, instead of the configured number.
-        generator: source of the noise, on the device of the images, or one for each of them.
+        generator: source of the noise, on the images' device; or one generator per observation.
         x_0: the noise itself, (B, T, A).
-        noise: that of the latent, (B, latent_dim).
-        prefix: actions with which the chunks begin.
+        noise: noise of the latent, (B, latent_dim).
+        prefix: actions that the chunks begin with.
 
     Returns:
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
@@ -330,9 +330,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and error of sampled chunks on held-out episodes, with the same noise and flow times every time.
 
-    `loss/velocity` is given the latent of the recorded chunk itself, `action_mae` is the error of chunks
-    whose latent came from the prior. At most `--eval-samples` evenly spaced samples are used, divided among
-    the processes. The global random state is not touched: evaluating more often changes nothing else.
+    `loss/velocity` uses the latent of the recorded chunk; `action_mae` is the error of chunks whose latent
+    came from the prior. Uses at most `--eval-samples` evenly spaced samples, divided among the processes.
+    Leaves the global random state alone: evaluating more or less often changes nothing else.
     """
     num = min(config.run.eval_samples, len(dataset))
     generator = torch.Generator().manual_seed(config.run.seed)
@@ -360,7 +360,7 @@ def evaluate(
 def draw_alternatives(
     policy: Policy, dataset: ChunkDataset, normalizer: Normalizer, config: Config, path: Path
 ) -> None:
-    """Picture of what each code does at the start of an episode, how probable it is there, and how used."""
+    """Draw each code's chunk at the start of an episode, its probability there, and its use in training."""
     batch = dataset.__getitems__([0]).to(normalizer.action_scale.device)
     generator = torch.Generator().manual_seed(config.run.seed)
     x_0 = torch.randn(batch.actions.shape, generator=generator).to(batch.proprio.device)
@@ -395,7 +395,7 @@ def main(config: Config) -> None:
         if run.step % config.code_window == 0:
             early = run.step <= config.replace_until * run.total_steps
             run.log(policy.latent.end_window(policy.prior.out, average, config.run.seed + run.step, early))
-        average.update()  # last: it copies what was counted, too
+        average.update()  # last: it also copies the counts
         run.end_step()
 
         if data.val is not None and run.due(config.run.eval_every):

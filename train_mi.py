@@ -174,7 +174,7 @@ def mlp(features_in: int, hidden: int, features_out: int) -> nn.Sequential:
 class Autoencoders(nn.Module):
     """Embeddings of states and of action chunks, and their reconstructions.
 
-    Its children are the components, each of which can be frozen, initialised and given its own learning rate.
+    Its children are the components. Each one can be frozen, initialised and given its own learning rate.
     """
 
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):

@@ -1,15 +1,15 @@
 """Plain flow matching over action chunks: the baseline, and the script to read first.
 
-One backbone looks at all cameras in one batched forward. A transformer encoder fuses the camera tokens and
+One backbone encodes all cameras in one batched pass. A transformer encoder fuses the camera tokens and
 joint states into a memory and a summary; a transformer decoder, conditioned on flow time, turns a noisy
 action chunk into the velocity that carries it to the demonstrated one. With x_t = (1 - t) x_0 + t x_1,
 x_0 ~ N(0, 1), t ~ Beta(1.0, 1.5), and x_1 the normalized chunk recorded after observation s, the objective is
 
-    L = mean (v(x_t, t, s) - (x_1 - x_0))^2      over draws, actions within the episode, their dimensions
+    L = mean (v(x_t, t, s) - (x_1 - x_0))^2      over draws, actions within the episode, and dimensions
 
 (Lipman et al. 2023; Liu et al. 2023; time distribution as in pi0, Black et al. 2024). The optimizer is
 schedule-free RAdam (Defazio et al. 2024): no learning-rate schedule, no separate average of the weights. To
-act, dx/dt = v is integrated from noise at t = 0 to actions at t = 1. With `--max-delay`, the first actions of
+act, we integrate dx/dt = v from noise at t = 0 to actions at t = 1. With `--max-delay`, the first actions of
 some chunks are given: they have t = 1 and no loss (Black et al. 2025).
 
     accelerate launch train_naive_fm.py --lr 2e-3
@@ -54,8 +54,8 @@ class Config:
     normalization: Normalization = "mean-std"
     """How state and action are scaled: see common/normalize.py."""
     flow_samples: PositiveInt = 8
-    """M: draws of (noise, flow time) per observation in each step. The encoder runs once for all of them, so
-    with a large backbone further draws are nearly free."""
+    """M: draws of (noise, flow time) per observation and step. The encoder runs once for all of them, so with
+    a large backbone more draws are nearly free."""
     time_distribution: flow.TimeDistribution = "beta"
     """Distribution of the flow time in training."""
     time_beta: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.5)
@@ -69,7 +69,7 @@ class Config:
     decoder_layers: PositiveInt = 3
     """Transformer layers that predict the velocity."""
     attention: Literal["causal", "full"] = "causal"
-    """Self-attention among the actions of a chunk: each sees itself and earlier ones, or all."""
+    """Self-attention within a chunk: each action attends to itself and earlier ones, or to all."""
     sample_steps: MayChange[PositiveInt] = 10
     """Integration steps when sampling actions."""
     sample_method: MayChange[flow.Integrator] = "euler"
@@ -79,7 +79,7 @@ class Config:
 class Policy(nn.Module):
     """Velocity field of action chunks given camera images and joint states.
 
-    Its children are the components, each of which can be frozen, initialised and given its own learning rate.
+    Its children are the components. Each one can be frozen, initialised and given its own learning rate.
     """
 
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
@@ -98,12 +98,12 @@ class Policy(nn.Module):
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal)
 
     def observe(self, images: Tensor, proprio: Tensor, task: Tensor | None = None) -> Context:
-        """What the decoder needs of an observation, computed once however often the decoder runs.
+        """What the decoder needs from an observation; computed once, however often the decoder runs.
 
         Args:
             images: (B, N, 3, H, W) float in [0, 1].
             proprio: (B, K, P), normalized.
-            task: which instruction, see `InstructionEmbedder`.
+            task: the instructions, see `InstructionEmbedder`.
         """
         views = vision.look([self.backbone], images, self.info_embedder.told(task))  # all cameras at once
         return self.action_decoder.context(self.info_embedder(views, proprio, task=task))
@@ -135,8 +135,8 @@ def compute_loss(
 
     Args:
         train: augment images, drop instructions.
-        count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
-        x_0, t: noise (B * M, T, A) and flow times (B * M,), M for each sample; both, or neither to draw them.
+        count: number of real actions to divide by, before the M draws: `run.real_actions`. None: the batch's.
+        x_0, t: noise (B * M, T, A), flow times (B * M,), M per sample; give both, or neither to draw them.
     """
     images = vision.augment(batch.images, config.vision) if train else vision.to_float(batch.images)
     flow_samples = config.flow_samples if x_0 is None else len(x_0) // len(images)
@@ -172,11 +172,11 @@ def sample_actions(
     Args:
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
-        task: which instruction, see `InstructionEmbedder`.
+        task: the instructions, see `InstructionEmbedder`.
         steps: integration steps, instead of the configured number.
-        generator: source of the noise, on the device of the images, or one for each of them.
+        generator: source of the noise, on the images' device; or one generator per observation.
         x_0: the noise itself, (B, T, A).
-        prefix: actions with which the chunks begin.
+        prefix: actions that the chunks begin with.
 
     Returns:
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
@@ -199,8 +199,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and error of sampled chunks on held-out episodes, with the same noise and flow times every time.
 
-    At most `--eval-samples` evenly spaced samples are used, divided among the processes. The global random
-    state is not touched: evaluating more or less often changes nothing else.
+    Uses at most `--eval-samples` evenly spaced samples, divided among the processes. Leaves the global random
+    state alone: evaluating more or less often changes nothing else.
     """
     num = min(config.run.eval_samples, len(dataset))
     generator = torch.Generator().manual_seed(config.run.seed)

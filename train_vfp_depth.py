@@ -6,16 +6,16 @@ summary; a transformer decoder, conditioned on flow time, turns a noisy action c
 carries it to the demonstrated one. With x_t = (1 - t) x_0 + t x_1, x_0 ~ N(0, 1), t ~ Beta(1.0, 1.5), and x_1
 the normalized chunk that begins at observation s, the objective is
 
-    L = mean | v(x_t, t, s) - (x_1 - x_0) |      over draws, actions within the episode, their dimensions
+    L = mean | v(x_t, t, s) - (x_1 - x_0) |      over draws, actions within the episode, and dimensions
 
 (Lipman et al. 2023; Liu et al. 2023; time distribution as in pi0, Black et al. 2024). To act, dx/dt = v is
 integrated from noise at t = 0 to actions at t = 1.
 
-The head camera, or those of `--depth-cameras`, has a further visual stream: features of the frozen Depth
+The head camera, or each of `--depth-cameras`, has a second visual stream: features of the frozen Depth
 Anything 3 network (Lin et al. 2025), which has seen more shapes and distances than any set of demonstrations.
-A camera that is lost takes its depth along.
+A sample that loses a camera also loses its depth.
 
-Differs from `train_vfp.py` in: depth features, computed once for every frame or anew in each step; the L1
+Differs from `train_vfp.py` in: depth features, computed once for every frame or again in each step; the L1
 loss; a picture of the features.
 
     accelerate launch train_vfp_depth.py --dataset me/fold_towel --image-size 224 --depth-model base
@@ -65,10 +65,10 @@ class Config:
     normalization: Normalization = "mean-std"
     """How state and action are scaled: see common/normalize.py."""
     camera_dropout: Share = 0.15
-    """Probability that a training sample loses one camera; the only camera is never lost."""
+    """Probability that a training sample loses one camera; a single camera is never lost."""
     flow_samples: PositiveInt = 8
-    """M: draws of (noise, flow time) per observation in each step. The encoder runs once for all of them, so
-    with a large backbone further draws are nearly free."""
+    """M: draws of (noise, flow time) per observation and step. The encoder runs once for all of them, so with
+    a large backbone more draws are nearly free."""
     time_distribution: flow.TimeDistribution = "beta"
     """Distribution of the flow time in training."""
     time_beta: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.5)
@@ -82,7 +82,7 @@ class Config:
     decoder_layers: PositiveInt = 3
     """Transformer layers that predict the velocity."""
     attention: Literal["causal", "full"] = "causal"
-    """Self-attention among the actions of a chunk: each sees itself and earlier ones, or all."""
+    """Self-attention within a chunk: each action attends to itself and earlier ones, or to all."""
     sample_steps: MayChange[PositiveInt] = 10
     """Integration steps when sampling actions."""
     sample_method: MayChange[flow.Integrator] = "euler"
@@ -92,7 +92,7 @@ class Config:
 class Policy(nn.Module):
     """Velocity field of action chunks given camera images, their depth features, and joint states.
 
-    Its children are the components, each of which can be frozen, initialised and given its own learning rate.
+    Its children are the components. Each one can be frozen, initialised and given its own learning rate.
     """
 
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
@@ -131,14 +131,14 @@ class Policy(nn.Module):
         dropped: Tensor | None = None,
         task: Tensor | None = None,
     ) -> Context:
-        """What the decoder needs of an observation, computed once however often the decoder runs.
+        """What the decoder needs from an observation; computed once, however often the decoder runs.
 
         Args:
             images: (B, N, 3, H, W) float in [0, 1].
             proprio: (B, K, P), normalized.
-            depth: (B, C, L, D_f), from `depth_features` or the cache; of images that are not augmented.
-            dropped: (B, N), True where a sample has lost a camera, and with it the depth.
-            task: which instruction, see `InstructionEmbedder`.
+            depth: (B, C, L, D_f), from `depth_features` or the cache; of images without augmentation.
+            dropped: (B, N), True where a sample has lost a camera and its depth.
+            task: the instructions, see `InstructionEmbedder`.
         """
         backbones = [getattr(self, f"{camera}_backbone") for camera in self.cameras]
         views = vision.look(backbones, images, self.info_embedder.told(task))
@@ -164,7 +164,7 @@ class Policy(nn.Module):
 
 
 def with_depth(batch: Batch, policy: Policy) -> Batch:
-    """The batch with depth features: those of the cache, or else computed now and rounded as those are."""
+    """The batch with depth features: from the cache, or computed now and rounded like cached ones."""
     if "depth" in batch.extras:
         return batch
     return batch._replace(extras={**batch.extras, "depth": policy.depth_features(batch.images).half()})
@@ -185,8 +185,8 @@ def compute_loss(
     Args:
         batch: with depth features.
         train: augment images, drop cameras and instructions.
-        count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
-        x_0, t: noise (B * M, T, A) and flow times (B * M,), M for each sample; both, or neither to draw them.
+        count: number of real actions to divide by, before the M draws: `run.real_actions`. None: the batch's.
+        x_0, t: noise (B * M, T, A), flow times (B * M,), M per sample; give both, or neither to draw them.
     """
     if train:
         images = vision.augment(batch.images, config.vision)
@@ -228,12 +228,12 @@ def sample_actions(
     Args:
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
-        task: which instruction, see `InstructionEmbedder`.
+        task: the instructions, see `InstructionEmbedder`.
         steps: integration steps, instead of the configured number.
-        generator: source of the noise, on the device of the images, or one for each of them.
+        generator: source of the noise, on the images' device; or one generator per observation.
         x_0: the noise itself, (B, T, A).
-        depth: features of the images, (B, C, L, D_f), if they are known already.
-        prefix: actions with which the chunks begin.
+        depth: features of the images, (B, C, L, D_f), if already known.
+        prefix: actions that the chunks begin with.
 
     Returns:
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
@@ -257,8 +257,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and error of sampled chunks on held-out episodes, with the same noise and flow times every time.
 
-    At most `--eval-samples` evenly spaced samples are used, divided among the processes. The global random
-    state is not touched: evaluating more or less often changes nothing else.
+    Uses at most `--eval-samples` evenly spaced samples, divided among the processes. Leaves the global random
+    state alone: evaluating more or less often changes nothing else.
     """
     num = min(config.run.eval_samples, len(dataset))
     generator = torch.Generator().manual_seed(config.run.seed)
@@ -281,7 +281,7 @@ def evaluate(
 
 
 def draw_depth(policy: Policy, dataset: ChunkDataset, path: Path, num: int = 6) -> None:
-    """Picture of the depth features at some steps, beside what the camera saw."""
+    """Draw the depth features at some steps next to what the camera saw."""
     rows = torch.linspace(0, len(dataset) - 1, num).long().tolist()
     batch = with_depth(dataset.__getitems__(rows).to(policy.depth_backbone.mean.device), policy)
     features = batch.extras["depth"][:, 0].float().cpu().numpy()
@@ -294,7 +294,7 @@ def main(config: Config) -> None:
     data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     if config.depth.depth_cache == "on":
-        run.load_weights(policy)  # features follow from them
+        run.load_weights(policy)  # the features depend on them
         data = data.on(cached(data.store, policy.depth_backbone, policy.depth_cameras, run.device))
     optimizer, scheduler, average = run.prepare(policy, data)
     if run.is_main:

@@ -1,8 +1,8 @@
 """Variational flow matching with a mixture of experts: a latent names the way, a gate picks the decoder.
 
-Plain flow matching has one velocity field for all the ways in which a task can be done; near t = 0, where
-noise says nothing yet, it points at their average. Here a latent z names the way. A posterior infers it from
-the recorded chunk x_1 while training, a prior from the observation s alone. With x_t, t and u = x_1 - x_0 as
+Plain flow matching has one velocity field for all the ways to do a task; near t = 0, where x_t is still
+noise, it points at their average. Here a latent z names the way. In training, a posterior infers it from
+the recorded chunk x_1; a prior predicts it from the observation s alone. With x_t, t and u = x_1 - x_0 as
 in plain flow matching, and a gate g that chooses by z among E decoders v_e (VFP, Zhai et al. 2025),
 
     L = sum_e w_e mean (v_e(x_t, t, s, z) - u)^2                       z ~ q(z | sg(s), x_1)
@@ -10,15 +10,15 @@ in plain flow matching, and a gate g that chooses by z among E decoders v_e (VFP
         + beta KL(q(z | sg(s), x_1) || p(z | sg(s)))                   diagonal normals; beta is warmed up
         + 1e-3 (log sum_e exp l_e)^2 + 1e-2 E sum_e f_e mean g_e       l: noisy logits, g = softmax(l)
 
-where sg stops the gradient and the clouds are the chunks, each with its state, of a micro-batch and process;
-w goes from 1 / E to g over the gate's warm-up, f_e is the share of samples whose largest g is that of e.
+where sg stops the gradient and the clouds are the chunks of a process's micro-batch, each with its state.
+w moves from 1 / E to g over the gate's warm-up, and f_e is the share of samples for which g_e is the largest.
 
-The last line keeps logits small (Zoph et al. 2022) and experts in use (Fedus et al. 2021). To act, z is drawn
-from the prior and dx/dt = v_e is integrated for the expert of the largest l_e: E experts cost what one costs.
+The last line keeps logits small (Zoph et al. 2022) and experts in use (Fedus et al. 2021). To act, we draw z
+from the prior and integrate dx/dt = v_e of the expert with the largest l_e: E experts cost as much as one.
 
 Differs from `train_cfg_vqvae.py` in: a normal latent, whose KL divergence (with `--latent vq`, the prior's
 cross-entropy) has a weight, warm-up and free bits; experts, a gate and its losses in place of null token and
-guidance; a warning of idle experts; pictures of experts and latents.
+guidance; a warning about idle experts; pictures of experts and latents.
 
     accelerate launch train_vfp_moe.py --lr 2e-3 --schedule schedule-free
     accelerate launch train_vfp_moe.py --dataset me/fold_towel --image-size 224 --num-experts 8
@@ -81,8 +81,8 @@ class Config:
     normalization: Normalization = "mean-std"
     """How state and action are scaled: see common/normalize.py."""
     flow_samples: PositiveInt = 8
-    """M: draws of (noise, flow time) per observation in each step. The encoder runs once for all of them, so
-    with a large backbone further draws are nearly free."""
+    """M: draws of (noise, flow time) per observation and step. The encoder runs once for all of them, so with
+    a large backbone more draws are nearly free."""
     time_distribution: flow.TimeDistribution = "beta"
     """Distribution of the flow time in training."""
     time_beta: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.5)
@@ -96,7 +96,7 @@ class Config:
     decoder_layers: PositiveInt = 3
     """Transformer layers that predict the velocity."""
     attention: Literal["causal", "full"] = "causal"
-    """Self-attention among the actions of a chunk: each sees itself and earlier ones, or all."""
+    """Self-attention within a chunk: each action attends to itself and earlier ones, or to all."""
     sample_steps: MayChange[PositiveInt] = 10
     """Integration steps when sampling actions."""
     sample_method: MayChange[flow.Integrator] = "euler"
@@ -104,20 +104,20 @@ class Config:
     transport_weight: NonNegativeFloat = 0.2
     """Weight of the Sinkhorn divergence between one-step predictions and recorded chunks (K-OT)."""
     transport_blur: PositiveFloat = 0.05
-    """Length, in normalized actions, below which differences are smeared out."""
+    """Length, in normalized actions, below which differences are blurred."""
     posterior_layers: PositiveInt = 2
-    """Transformer layers that read the latent off a recorded chunk."""
+    """Transformer layers that infer the latent from a recorded chunk."""
     prior_layers: PositiveInt = 1
     """Transformer layers that predict the latent from the observation."""
 
     num_experts: PositiveInt = 4
-    """E, decoders among which the gate chooses."""
+    """E, decoders that the gate chooses among."""
     expert_layers: PositiveInt | None = None
-    """Decoder layers, counted from the last, that each expert has for itself. Default: all."""
+    """Decoder layers, counted from the last, of which each expert has its own. Default: all."""
     gate_noise: NonNegativeFloat = 0.3
     """Standard deviation of the noise on the gate's logits while training."""
     gate_warmup: Share = 0.3
-    """Share of training over which the gate's weights take over from equal ones."""
+    """Share of training over which the experts' weights change from equal to the gate's."""
     z_loss_weight: NonNegativeFloat = 1e-3
     """Weight of the squared log-sum-exp of the gate's logits."""
     balance_weight: NonNegativeFloat = 1e-2
@@ -125,12 +125,12 @@ class Config:
     kl_weight: NonNegativeFloat = 0.03
     """beta: weight of the KL divergence, or, for a codebook, of the prior's cross-entropy."""
     kl_warmup: Share = 0.2
-    """Share of training over which that weight rises from 0."""
+    """Share of training over which --kl-weight rises from 0."""
     free_bits: NonNegativeFloat = 0.0
-    """Nats of KL divergence in each dimension that cost nothing; for a codebook, of the cross-entropy."""
+    """Nats of KL divergence (for a codebook, of cross-entropy) that cost nothing in each dimension."""
 
     latent: Literal["gaussian", "vq"] = "gaussian"
-    """Kind of latent: normal, or a vector of a codebook, to which the options from --num-codes on apply."""
+    """Kind of latent: normal, or a vector of a codebook. The options from --num-codes on apply to vq."""
     variances: Literal["learned", "unit"] = "learned"
     """Variances of the normal posterior and prior: learned, or all 1."""
     latent_dim: PositiveInt = 8
@@ -144,14 +144,14 @@ class Config:
     code_window: PositiveInt = 100
     """Steps over which the use of codes is counted."""
     replace_until: Share = 0.5
-    """Share of training during which codes are replaced that a window used less than a tenth of 1 / K."""
+    """For this first share of training, replace codes that a window used less than a tenth of 1 / K."""
 
 
 class Gate(nn.Module):
-    """Which expert a latent is for: a linear map, with large weights at first, so that it is decided.
+    """Which expert a latent goes to: a linear map whose initial weights are large, so that it is decided.
 
-    An undecided gate stays undecided: experts that all learn everything give it nothing to choose by. A
-    decided one divides the latents into E cones; which chunk goes into which, the posterior learns.
+    An undecided gate stays undecided: if all experts learn everything, it has nothing to choose by. A
+    decided one divides the latents into E cones, and the posterior learns which chunk goes into which.
     `usage` counts, between two lines of the log, for how many samples each expert is the most probable.
     """
 
@@ -167,7 +167,7 @@ class Gate(nn.Module):
         return self.logits(z).float()
 
     def end_window(self) -> dict[str, Tensor]:
-        """Look at how experts were used since the last call; nothing waits for the device."""
+        """How experts were used since the last call, to log; does not wait for the device."""
         shares, _ = self.usage.end_window()
         return {
             **{f"experts/use_{e}": share for e, share in enumerate(shares)},
@@ -180,7 +180,7 @@ class Gate(nn.Module):
 class MoEActionDecoder(nn.Module):
     """E decoders, run as one, over one embedding of noisy actions, flow time, summary and latent.
 
-    The last `--expert-layers` blocks are the experts' own; what all modes share is learned once, before them.
+    Each expert has its own last `--expert-layers` blocks. The blocks before learn what all modes share.
     """
 
     def __init__(self, config: Config, action_dim: int):
@@ -202,7 +202,7 @@ class MoEActionDecoder(nn.Module):
         self.velocity_out = zeroed(linear(d_model, action_dim))
 
     def context(self, observation: Observation) -> Context:
-        """What `forward` needs of B observations: for the shared layers, then for those of all experts."""
+        """What `forward` needs from B observations: for the shared layers, then for those of all experts."""
         memory = observation.memory
         shared = [block.cross_attention.keys_values(memory) for block in self.shared]
         memory = memory.expand(len(self.velocity_out.weight), -1, -1, -1)
@@ -218,7 +218,7 @@ class MoEActionDecoder(nn.Module):
         keys_values = iter(context.keys_values)
         for block in self.shared:
             x = block(x, condition, next(keys_values), mask, self.causal, given)
-        num_experts = len(self.velocity_out.weight)  # one, where `take_expert` has chosen it
+        num_experts = len(self.velocity_out.weight)  # one, if `take_expert` has chosen it
         x, condition = (part.expand(num_experts, *part.shape) for part in (x, condition))
         for block in self.experts:
             x = block(x, condition, next(keys_values), mask, self.causal, given)
@@ -228,7 +228,7 @@ class MoEActionDecoder(nn.Module):
 class Policy(nn.Module):
     """Velocity field of action chunks given camera images, joint states and a latent.
 
-    Its children are the components, each of which can be frozen, initialised and given its own learning rate.
+    Its children are the components. Each one can be frozen, initialised and given its own learning rate.
     """
 
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
@@ -266,7 +266,7 @@ class Policy(nn.Module):
         Args:
             images: (B, N, 3, H, W) float in [0, 1].
             proprio: (B, K, P), normalized.
-            task: which instruction, see `InstructionEmbedder`.
+            task: the instructions, see `InstructionEmbedder`.
         """
         views = vision.look([self.backbone], images, self.info_embedder.told(task))  # all cameras at once
         return views[0][0], self.info_embedder(views, proprio, task=task)
@@ -290,7 +290,7 @@ class Policy(nn.Module):
             actions, is_pad: the recorded chunks (B, T, A), normalized, and their padding (B, T).
             train: draw the latents, instead of taking the most probable.
         """
-        flow_samples = len(x_t) // len(images)  # with the draw of `flow.prepend_start`
+        flow_samples = len(x_t) // len(images)  # including the draw of `flow.prepend_start`
         head_tokens, observation = self.encode(images, proprio, task)
         # Posterior and prior read the encoder's features but do not train it: an encoder that also has to
         # follow a moving latent is slow to learn what the task needs.
@@ -314,13 +314,13 @@ def compute_loss(
     x_0: Tensor | None = None,
     t: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective above, and what to log of it: scalars, and what is to be counted over all processes.
+    """The objective above, and what to log: scalars, and counts to sum over all processes.
 
     Args:
-        progress: share of training that is done, for what changes in its course.
+        progress: share of training that is done, for the ramps.
         train: augment images, drop instructions, draw latents, add the gate's noise.
-        count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
-        x_0, t: noise (B * M, T, A) and flow times (B * M,), M for each sample; both, or neither to draw them.
+        count: number of real actions to divide by, before the M draws: `run.real_actions`. None: the batch's.
+        x_0, t: noise (B * M, T, A), flow times (B * M,), M per sample; give both, or neither to draw them.
     """
     images = vision.augment(batch.images, config.vision) if train else vision.to_float(batch.images)
     flow_samples = config.flow_samples if x_0 is None else len(x_0) // len(images)
@@ -334,7 +334,7 @@ def compute_loss(
     x_t, velocity = flow.linear_path(x_0, x_1, t)
     real = ~batch.is_pad.repeat_interleave(flow_samples, dim=0) & flow.to_predict(t)  # (B * M, T)
     task = drop_some(batch.task, config.tasks) if train else batch.task
-    # One draw more for each observation, for the one-step prediction.
+    # One more draw for each observation, for the one-step prediction.
     start, x_t, t = flow.prepend_start(x_0, x_t, t, flow_samples)  # (B, T, A), (B * (1 + M), ...)
 
     velocity_pred, logits, latent = policy(x_t, t, images, proprio, chunks, batch.is_pad, train, task)
@@ -371,10 +371,10 @@ def compute_loss(
 def weigh_experts(
     logits: Tensor, config: Config, progress: float | Tensor, train: bool
 ) -> tuple[Tensor, Tensor, dict]:
-    """How much each expert learns from a sample, (B, E); the gate's own losses; what to log of it.
+    """How much each expert learns from a sample, (B, E); the gate's own losses; what to log.
 
-    At first all experts learn from every sample: while errors are large, the one that happened to be ahead
-    would get them all, learn faster still, and stay ahead.
+    At first all experts learn from every sample. Otherwise, while errors are large, an expert that happened
+    to be ahead would get all samples, learn even faster, and stay ahead.
     """
     noisy = logits + config.gate_noise * torch.randn_like(logits) if train else logits
     probabilities = noisy.softmax(dim=1)
@@ -408,12 +408,12 @@ def sample_actions(
     Args:
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
-        task: which instruction, see `InstructionEmbedder`.
+        task: the instructions, see `InstructionEmbedder`.
         steps: integration steps, instead of the configured number.
-        generator: source of the noise, on the device of the images, or one for each of them.
+        generator: source of the noise, on the images' device; or one generator per observation.
         x_0: the noise itself, (B, T, A).
-        noise: that of the latent, (B, latent_dim).
-        prefix: actions with which the chunks begin.
+        noise: noise of the latent, (B, latent_dim).
+        prefix: actions that the chunks begin with.
 
     Returns:
         (B, T, A) float32, normalized; undo with `Normalizer.unnormalize_actions`.
@@ -440,11 +440,11 @@ def integrate(
 ) -> Tensor:
     """Chunks (B, T, A) from noise x_0 (B, T, A) and latents z (B, latent_dim), each by its expert.
 
-    `experts` (B,) are by default those that the gate finds most probable; only they are computed.
+    `experts` (B,) are by default those that the gate finds most probable. No others are computed.
     """
     experts = policy.gate(z).argmax(dim=1) if experts is None else experts
     chunks = torch.empty_like(x_0)
-    alone = len(experts) == 1 and experts.device.type != "cpu"  # then nobody waits for its number
+    alone = len(experts) == 1 and experts.device.type != "cpu"  # then the CPU need not wait for its number
     for expert in [experts] if alone else experts.unique().tolist():
         rows = slice(None) if alone else (experts == expert).nonzero()[:, 0]
         decoder = take_expert(policy.action_decoder, expert)
@@ -464,9 +464,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and error of sampled chunks on held-out episodes, with the same noise and flow times every time.
 
-    `loss/velocity` is given the latent of the recorded chunk itself, `action_mae` is the error of chunks
-    whose latent came from the prior. At most `--eval-samples` evenly spaced samples are used, divided among
-    the processes. The global random state is not touched: evaluating more often changes nothing else.
+    `loss/velocity` uses the latent of the recorded chunk; `action_mae` is the error of chunks whose latent
+    came from the prior. Uses at most `--eval-samples` evenly spaced samples, divided among the processes.
+    Leaves the global random state alone: evaluating more or less often changes nothing else.
     """
     num = min(config.run.eval_samples, len(dataset))
     generator = torch.Generator().manual_seed(config.run.seed)
@@ -494,9 +494,9 @@ def evaluate(
 def draw_alternatives(
     policy: Policy, dataset: ChunkDataset, normalizer: Normalizer, config: Config, path: Path
 ) -> None:
-    """Picture of each expert's chunk at the start of an episode, how often it is chosen there, and at all.
+    """Draw each expert's chunk at the start of an episode, how often it is chosen there, and overall.
 
-    An expert is shown with that of 512 latents from the prior for which the gate finds it most probable.
+    Each expert gets, of 512 latents from the prior, the one for which the gate finds it most probable.
     """
     batch = dataset.__getitems__([0]).to(normalizer.action_scale.device)
     generator = torch.Generator().manual_seed(config.run.seed)
@@ -515,7 +515,7 @@ def draw_alternatives(
 
 
 def report_idle_experts(step: int, logged: dict[str, float], num_experts: int) -> None:
-    """Warn when a line of the log says that the gate hardly chooses an expert, which costs time in vain."""
+    """Warn if the gate hardly chooses an expert, according to a new line of the log: it only costs time."""
     idle = [str(e) for e in range(num_experts) if logged.get(f"experts/use_{e}", 1.0) < 0.1 / num_experts]
     if idle:
         which = f"experts {', '.join(idle)} of {num_experts} are hardly used"
@@ -549,7 +549,7 @@ def main(config: Config) -> None:
             run.log(policy.latent.end_window(policy.prior.out, average, config.run.seed + run.step, early))
         if run.due(config.run.log_every):
             run.log(policy.gate.end_window())
-        average.update()  # last: it copies what was counted, too
+        average.update()  # last: it also copies the counts
         logged = run.end_step()
         report_idle_experts(run.step, logged, config.num_experts)
 

@@ -2,14 +2,14 @@
 
     checkpoints/step_0002000/
         policy/         what inference needs: <component>.safetensors (averaged weights), policy.json,
-                        stats.safetensors; of a text encoder, instructions.safetensors
-        state/          what resuming needs besides: Accelerate's state (weights, optimizer, random
-                        generators), trainer.json, metrics that wait for their line
+                        stats.safetensors; with a text encoder, instructions.safetensors
+        state/          what resuming also needs: Accelerate's state (weights, optimizer, random
+                        generators), trainer.json, metrics that are not logged yet
         checksums.json  size and CRC-32 of every file
     checkpoints/last -> the newest complete checkpoint
 
 A checkpoint is written under a temporary name and renamed when it is complete and on disk: no interruption
-leaves half of one. Damage that comes later is found by the checksums. Nothing that is loaded can run code:
+leaves half of one. Checksums find later damage. Nothing that is loaded can run code:
 weights are safetensors, settings JSON, and Accelerate's own state is read with `weights_only`.
 """
 
@@ -57,25 +57,25 @@ if TYPE_CHECKING:
 
 
 TEXTS = "instructions.safetensors"
-OTHERS = (TEXTS, "stats.safetensors")  # beside the components in a policy folder
+OTHERS = (TEXTS, "stats.safetensors")  # in a policy folder, but no components
 
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """What a policy must know of the data it was made for; kept in `policy.json`.
+    """What a policy must know about its data; kept in `policy.json`.
 
     Attributes:
-        cameras, camera_keys: short names, and full ones in the dataset, in the order of the images; the first
-            is the head camera.
+        cameras, camera_keys: short names, and full names in the dataset, in the order of the images; the
+            first is the head camera.
         fps: control steps per second.
         proprio_history: K, states in an observation.
         image_history: F, frames of each camera in an observation.
-        image_stride: control steps between two of them.
+        image_stride: control steps between two frames.
         action_offset: control steps from an observation to the first action of its chunk.
-        max_delay: most actions with which a chunk can be told to begin, see `common/flow.py`.
+        max_delay: largest number of given actions at the start of a chunk, see `common/flow.py`.
         state_rotations, action_rotations: rotations that were re-expressed, see `common/data/rotation.py`.
         backbone_config: architecture of a Hugging Face backbone, so that loading needs no hub.
-        tasks: the instructions that the policy is told apart; None if it is not told.
+        tasks: the instructions that the policy knows; None if it is not told any.
     """
 
     cameras: tuple[str, ...]
@@ -96,7 +96,7 @@ class PolicySpec:
     tasks: Instructions | None = None
 
     def camera(self, name: str) -> str:
-        """What a camera is called in `cameras`, given its full name, or a short one."""
+        """A camera's name in `cameras`, given its full or short name."""
         by_key = dict(zip(self.camera_keys, self.cameras, strict=False))
         return by_key.get(name) or known_name(name, self.cameras)
 
@@ -156,12 +156,12 @@ class PolicySpec:
 def save(run: Run) -> Future[int | None] | None:
     """Write the checkpoint of a run's step; every process calls it and writes its own random state.
 
-    What is large is copied to the first process's memory, and written by its thread `run.writer` while
-    training goes on. That thread asks neither the device nor other processes for anything.
-    A full disk costs this checkpoint, not the run: it says so, and those before stay.
+    Tensors are copied to the first process's memory, and its thread `run.writer` writes them while training
+    goes on. That thread uses neither the device nor other processes.
+    A full disk costs this checkpoint, not the run: a warning is printed, and earlier checkpoints stay.
 
     Returns:
-        In the first process, the step once its checkpoint is there, or None once it cannot be.
+        In the first process, a future: the step when its checkpoint is complete, or None if it has failed.
     """
     options, folder, step = run.config.run, run.folder / "checkpoints", run.step
     final, unfinished = folder / f"step_{step:07d}", folder / f".step_{step:07d}.unfinished"
@@ -191,7 +191,7 @@ def save(run: Run) -> Future[int | None] | None:
 
 
 def _write_small(run: Run, folder: Path) -> None:
-    """Write what takes no time: each process its random state and metrics, the first all but the tensors."""
+    """Write the small files: each process its random state and metrics, the first all but the tensors."""
     policy, state, accelerator = folder / "policy", folder / "state", run.accelerator
     scaler = accelerator.scaler if run.is_main else None
     save_accelerator_state(str(state), [], [], [], [], run.rank, accelerator.step, scaler)
@@ -229,10 +229,10 @@ def _complete(large: dict[str, dict], unfinished: Path, final: Path) -> None:
             save_file(tensors, unfinished / name)
     seal(unfinished)
     sync(unfinished)
-    if final.exists():  # the run was resumed from an older checkpoint and has come here again
+    if final.exists():  # the run was resumed from an older checkpoint and has reached this step again
         shutil.rmtree(final)
     unfinished.rename(final)
-    # Re-pointed in one step: `last` never dangles, whenever the process is killed.
+    # Replaced in one step: `last` never dangles, whenever the process is killed.
     link = final.parent / ".last.new"
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)
@@ -241,24 +241,24 @@ def _complete(large: dict[str, dict], unfinished: Path, final: Path) -> None:
 
 
 def seal(checkpoint: Path) -> None:
-    """Write down size and CRC-32 of a checkpoint's files, by which damage is found later."""
+    """Write size and CRC-32 of a checkpoint's files, to find damage later."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     sums = {str(path.relative_to(checkpoint)): [path.stat().st_size, checksum(path)] for path in files}
     write_json(checkpoint / CHECKSUMS, sums)
 
 
 def _agreed(action: Callable[[], None]) -> str | None:
-    """Do something that writes, on every process; what went wrong on one of them, told to all."""
+    """Do something that writes, on every process; returns to all what went wrong on one of them."""
     return next(filter(None, gather_object([_trouble(action)])), None)
 
 
 def _trouble(action: Callable[[], None]) -> str | None:
-    """Do something that writes; what went wrong with the disk."""
+    """Do something that writes; returns what went wrong with the disk."""
     try:
         action()
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = _reason(error)
-        # torch reports a failed write as an error of its archive; others it has are not about files
+        # torch reports a failed write as an error of its archive; its other errors are not about files
         if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|inline_container", reason):
             raise
         return reason
@@ -266,8 +266,8 @@ def _trouble(action: Callable[[], None]) -> str | None:
 
 
 def _prune(newest: Path, keep: int, keep_every: int | None) -> None:
-    """Delete the checkpoints before the `keep` newest, but for every `keep_every`-th step."""
-    # Newer ones are of a future that this run has left by going back: not its own to count or delete.
+    """Delete all but the `keep` newest checkpoints and those of every `keep_every`-th step."""
+    # Later steps date from before the run went back to an older checkpoint: do not count or delete them.
     older = sorted(path for path in newest.parent.glob("step_*") if path.name < newest.name)
     for path in older[: max(len(older) - (keep - 1), 0)]:
         step = path.name.removeprefix("step_")
@@ -287,7 +287,7 @@ def find(run_dir: Path, name: str = "last") -> Path:
             f"{run_dir} holds no finished checkpoint: give the folder of a run that has saved one."
         )
     if name == "last":
-        # Where there is none, someone deleted newer step folders and left `last` dangling.
+        # If it does not exist, someone deleted newer step folders and left `last` dangling.
         last = (there[0].parent / "last").resolve()
         return last if last in there else there[-1]
     name = f"step_{int(name):07d}" if re.fullmatch(r"\d{1,12}", name) else name
@@ -298,10 +298,10 @@ def find(run_dir: Path, name: str = "last") -> Path:
 
 
 def damage(checkpoint: Path, part: str = "") -> str | None:
-    """What has happened to a checkpoint's files since they were written, as a clause; None: nothing.
+    """How a checkpoint's files differ from what was written, as a clause; None: they do not.
 
     Args:
-        part: look only at files whose path begins so, as `policy/`.
+        part: check only files whose path begins with this, such as `policy/`.
     """
     try:
         sums = read_json(checkpoint / CHECKSUMS)
@@ -322,17 +322,17 @@ def damage(checkpoint: Path, part: str = "") -> str | None:
 
 
 def refuse_damaged(checkpoint: Path, part: str = "") -> None:
-    """Raise a UserError that names the file if one is not as it was written."""
+    """Raise a UserError that names the file if one differs from what was written."""
     if what := damage(checkpoint, part):
         raise UserError(f"{checkpoint} is damaged ({what}): use another checkpoint.")
 
 
 def newest_undamaged(run_dir: Path, part: str = "", tell: bool = False) -> Path:
-    """The newest checkpoint of a run, at most the one that `last` names, that is not damaged.
+    """The newest undamaged checkpoint of a run, at most the one that `last` names.
 
     Args:
         part: see `damage`.
-        tell: print a warning for those that are.
+        tell: print a warning for each damaged one.
     """
     last = find(run_dir)
     found = []
@@ -342,10 +342,10 @@ def newest_undamaged(run_dir: Path, part: str = "", tell: bool = False) -> Path:
             return path
         found.append(f"{path.name}: {what}")
         if tell:
-            say(f"warning: {path} is damaged ({what}); the checkpoint before it is used")
+            say(f"warning: {path} is damaged ({what}); using the checkpoint before it")
     raise UserError(
-        f"{run_dir} holds no checkpoint that is not damaged ({'; '.join(found)}): restore one from a copy, "
-        f"or start anew with another --run-dir."
+        f"{run_dir} holds no undamaged checkpoint ({'; '.join(found)}): restore one from a copy, or start "
+        f"a new run with another --run-dir."
     )
 
 
@@ -365,15 +365,15 @@ def read_settings(checkpoint: Path) -> dict:
 def restore(accelerator: Accelerator, run_dir: Path, average: AveragedPolicy) -> tuple[int, int]:
     """Load the last checkpoint of a run into what `accelerator.prepare` returned, on every process.
 
-    If it is damaged, the one before it is taken, with a warning. With the number of processes that saved it,
-    training continues bit for bit (on CPU); with another, at the same position in the data but with other
-    noise, and says so.
+    If it is damaged, the one before it is used, with a warning. With the number of processes that saved it,
+    training continues bit for bit (on CPU). With another number, it continues at the same position in the
+    data but with other noise, and prints that.
 
     Returns:
         The run's step and samples when it was saved.
 
     Raises:
-        UserError: if there is no checkpoint that is whole, or it is of another policy or optimizer.
+        UserError: if there is no undamaged checkpoint, or it is of another policy or optimizer.
     """
     path = newest_undamaged(run_dir, tell=True) if accelerator.is_main_process else None
     path = broadcast_object_list([path])[0]  # the first process looks, for all
@@ -382,7 +382,7 @@ def restore(accelerator: Accelerator, run_dir: Path, average: AveragedPolicy) ->
         _refuse_other_optimizer(path, trainer, average.optimizer)
         scaler = accelerator.scaler
         if not (path / "state" / "scaler.pt").exists():
-            accelerator.scaler = None  # fp16 from now on: its scale starts anew
+            accelerator.scaler = None  # fp16 only from now on: its scale starts from the beginning
         accelerator.load_state(str(path / "state"))
         accelerator.scaler = scaler
         # Its count of micro-batches: a checkpoint lies between optimizer steps, whatever is accumulated now.
@@ -393,7 +393,7 @@ def restore(accelerator: Accelerator, run_dir: Path, average: AveragedPolicy) ->
         else:
             say(
                 f"{path.name} was saved by {trainer['processes']} processes, now there are "
-                f"{accelerator.num_processes}: the data continue where they were, the noise differs."
+                f"{accelerator.num_processes}: the data order continues, the noise differs."
             )
     except UserError:
         raise
@@ -401,8 +401,8 @@ def restore(accelerator: Accelerator, run_dir: Path, average: AveragedPolicy) ->
         reason = _reason(error)
         if isinstance(error, RuntimeError) and "state_dict" in reason:
             raise UserError(
-                f"{path} was saved by another network ({reason}): put the script back as it was, or start a "
-                f"new run with --init-from {run_dir}."
+                f"{path} was saved by another network ({reason}): restore the script, or start a new run "
+                f"with --init-from {run_dir}."
             ) from None
         raise UserError(
             f"{path} cannot be resumed ({reason}): if it is damaged, move it away to resume from the "
@@ -412,7 +412,7 @@ def restore(accelerator: Accelerator, run_dir: Path, average: AveragedPolicy) ->
 
 
 def _refuse_other_optimizer(path: Path, trainer: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Schedule-free training has an optimizer of its own, whose state is unlike the others'."""
+    """Refuse to change the optimizer: schedule-free training has its own, with a different state."""
     before, now = trainer.get("optimizer"), type(optimizer).__name__
     if before not in (None, now):
         raise UserError(
@@ -427,8 +427,8 @@ def _reason(error: Exception) -> str:
 
 
 def _check_random_state(path: Path) -> None:
-    """Accelerate goes on silently when it could not restore a random state; a resumed run must not."""
-    # numpy's part of the state needs more than plain tensors, so only torch's is compared, by its bytes.
+    """Accelerate continues silently when it could not restore a random state; a resumed run must not."""
+    # numpy's part of the state needs more than plain tensors, so we compare only torch's, by its bytes.
     state = torch.get_rng_state().numpy().tobytes()
     if state not in path.read_bytes():
         raise UserError(
@@ -439,7 +439,7 @@ def _check_random_state(path: Path) -> None:
 
 
 def _read_components(folder: Path, policy: nn.Module) -> dict[str, Tensor]:
-    """State dict of the policy whose components are stored in a folder."""
+    """State dict of a policy, from the files of its components in a folder."""
     return {
         f"{name}.{key}": value
         for name, _ in policy.named_children()
@@ -448,7 +448,7 @@ def _read_components(folder: Path, policy: nn.Module) -> dict[str, Tensor]:
 
 
 def load_components(policy: nn.Module, folder: Path) -> None:
-    """Load every component of a policy from a checkpoint's `policy` folder; names and shapes must agree.
+    """Load every component of a policy from a checkpoint's `policy` folder; names and shapes must match.
 
     Raises:
         UserError: if a file is missing, damaged, or of another architecture.
@@ -466,8 +466,8 @@ def initialise(policy: nn.Module, sources: tuple[str, ...]) -> None:
     """Start from the weights of other policies (`--init-from`).
 
     Args:
-        sources: each a run folder or an exported policy (every component that both policies have), or
-            `component=SOURCE` with one of these, a `.safetensors` file or a `.pt` state dict.
+        sources: each is a run folder or an exported policy (every component that both policies have), or
+            `component=SOURCE`, where SOURCE may also be a `.safetensors` file or a `.pt` state dict.
 
     Raises:
         UserError: if a source is missing or its shapes do not fit.
@@ -486,10 +486,10 @@ def initialise(policy: nn.Module, sources: tuple[str, ...]) -> None:
 def _weights_of(
     source: str, components: dict[str, nn.Module]
 ) -> dict[str, tuple[Path, Callable[[], dict[str, Tensor]]]]:
-    """Weights that an `--init-from` names, by component: where they are, and what reads them."""
+    """Weights that one `--init-from` names, by component: the file, and a function that reads it."""
     name, equals, where = source.partition("=")
     if not equals or (name not in components and Path(source).expanduser().exists()):
-        name, where = "", source  # a run, whose path may have a "=" in it
+        name, where = "", source  # a run, whose path may contain a "="
     elif name not in components:
         raise UserError(
             f"--init-from {source}: there is no component {name!r}; there are {', '.join(components)}."
@@ -501,8 +501,8 @@ def _weights_of(
         return _chosen(found, name, source, components)
     if not path.exists():
         raise UserError(
-            f"--init-from {source}: {path} does not exist; give a run folder, an exported policy or a file "
-            f"of weights."
+            f"--init-from {source}: {path} does not exist; give a run folder, an exported policy or a "
+            f"weights file."
         )
     if not path.is_dir():
         if not name:
@@ -517,17 +517,17 @@ def _weights_of(
 
 
 def _chosen[T](there: dict[str, T], name: str, source: str, components: dict[str, nn.Module]) -> dict[str, T]:
-    """Those that are asked for: the one of that name, or, without one, those that the policy has, too."""
+    """The requested components: the one of that name or, without a name, all that the policy also has."""
     found = {part: there[part] for part in ([name] if name else components) if part in there}
     if not found:
         raise UserError(
-            f"--init-from {source}: no component to take from there, which has {', '.join(there)}."
+            f"--init-from {source}: nothing to load; the source has the components {', '.join(there)}."
         )
     return found
 
 
 def _by_component(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """A policy's state dict, as one for each of its components."""
+    """A policy's state dict, split into one for each component."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in weights.items():
         component, _, rest = key.partition(".")
@@ -541,7 +541,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def freeze(policy: nn.Module, names: tuple[str, ...]) -> None:
-    """Keep components as they are (`--freeze`): no gradients, no weight decay."""
+    """Freeze components (`--freeze`): no gradients, no weight decay."""
     components = dict(policy.named_children())
     for name in names:
         if name not in components:

@@ -1,13 +1,13 @@
 """The command line: one typed `Config` per script, restored from a run folder or a file.
 
-Values come from, later ones winning: the dataclass's defaults, `--config FILE` or the resumed run's
-`config.json`, explicit flags. An option's range stands at the option, and so does whether it may differ when
-a run is resumed:
+Values come from the dataclass's defaults, then `--config FILE` or the resumed run's `config.json`, then
+explicit flags; the last one wins. The option's annotation states its range, and whether it may differ when a
+run is resumed:
 
     @options
     class Config:
-        horizon: PositiveInt = 16                          # refused below 1, and refused to change on resume
-        sample_steps: MayChange[PositiveInt] = 10          # may differ when a run is resumed
+        horizon: PositiveInt = 16                          # at least 1; may not change on resume
+        sample_steps: MayChange[PositiveInt] = 10          # may change on resume
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from common.files import completed_checkpoints, read_json
 
 T = TypeVar("T")
 Flat = Annotated[T, tyro.conf.OmitArgPrefixes]
-"""A nested option group with a heading of its own in the help and flat flags: `config.optim.lr` is `--lr`."""
+"""A nested option group with its own heading in the help, and flat flags: `config.optim.lr` is `--lr`."""
 MAY_CHANGE = "may change on resume"
 MayChange = Annotated[T, MAY_CHANGE]
 """An option that may differ when a run is resumed; any other would make it a different experiment."""
@@ -48,18 +48,18 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["no", "bf16", "fp16"]
 Compile = Literal["no", "default", "graphs"]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
-"""A path; a leading ~ is the home folder, which the shell leaves alone in `--flag=~/folder`."""
+"""A path; a leading ~ is the home folder, because the shell does not expand it in `--flag=~/folder`."""
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
-"""A path in full: a run may be resumed from another working directory."""
+"""An absolute path, because a run may be resumed from another working directory."""
 
 
 @dataclass_transform(frozen_default=True)
 def options[T](cls: type[T]) -> type[T]:
     """Make a class of options: a frozen dataclass whose values are checked against their annotations.
 
-    Docstrings below the fields become the help, without `(default: None)`: the text says what happens then.
+    Docstrings below the fields become the help, without `(default: None)`: the text says what None does.
     """
-    with suppress(OSError, TypeError):  # a class whose source is nowhere, as in a notebook, has no help
+    with suppress(OSError, TypeError):  # a class without a source file, as in a notebook, has no help
         for doc in parse_from_object(cls).params:
             hint = "" if getattr(cls, doc.arg_name, ...) in (None, ()) else None
             note = tyro.conf.arg(help=" ".join((doc.description or "").split()), help_behavior_hint=hint)
@@ -79,7 +79,7 @@ def options[T](cls: type[T]) -> type[T]:
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first thing that pydantic found wrong, in a sentence that names the flag."""
+    """pydantic's first error, as a sentence that names the flag."""
     first = error.errors(include_url=False)[0]
     name = next((part for part in reversed(first["loc"]) if isinstance(part, str)), "")
     if first["type"] == "unexpected_keyword_argument":
@@ -91,7 +91,7 @@ def _sentence(error: ValidationError) -> str:
 
 
 def _once_a_flag(value: Any) -> Any:
-    """What `--compile` was in files of older versions."""
+    """Read `--compile` from files of older versions, where it was true or false."""
     return {False: "no", True: "default"}[value] if isinstance(value, bool) else value
 
 
@@ -102,13 +102,13 @@ class RunConfig:
     run_dir: MayChange[UserPath | None] = None
     """The run folder itself (default: runs/METHOD-YYYYmmdd-HHMMSS). Must be new or empty, or use --resume."""
     resume: MayChange[str | None] = None
-    """Run folder to continue, with its configuration; flags given beside it override. `auto` continues
-    --run-dir if it holds a checkpoint and starts it otherwise, so that a job can be restarted unchanged."""
+    """Run folder to continue, with its configuration; other flags override it. `auto` continues --run-dir if
+    it holds a checkpoint and starts it otherwise, so that a job can be restarted unchanged."""
     config: MayChange[UserPath | None] = None
-    """JSON file to take the configuration from, a run's config.json or one of configs/; flags override."""
+    """JSON file to take the configuration from, a run's config.json or one of configs/; flags override it."""
     init_from: tuple[str, ...] = ()
-    """Weights to start from: RUN, component=RUN, component=FILE.safetensors or component=FILE.pt; instead of
-    a RUN also an exported policy, its folder or its name on the hub."""
+    """Weights to start from: RUN, component=RUN, component=FILE.safetensors or component=FILE.pt. RUN may
+    also be an exported policy, as its folder or its name on the hub."""
     freeze: tuple[str, ...] = ()
     """Components that are not trained."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -118,47 +118,45 @@ class RunConfig:
     eval_every: MayChange[PositiveInt] = 1000
     """Steps between evaluations on held-out episodes."""
     eval_samples: MayChange[PositiveInt] = 512
-    """At most this many held-out steps, evenly spaced, are evaluated."""
+    """Evaluate on at most this many held-out steps, evenly spaced."""
     save_every: MayChange[PositiveInt] = 1000
     """Steps between checkpoints; the last step is always saved."""
     background_saving: MayChange[bool] = True
-    """Write checkpoints while training goes on, from a copy of weights, moments and averages in the memory of
-    the first process's machine (with AdamW 16 bytes a parameter). Without, training waits."""
+    """Write checkpoints while training continues, from a copy of weights, moments and averages in the memory
+    of the first process's machine (with AdamW, 16 bytes a parameter). Otherwise, training waits."""
     keep: MayChange[PositiveInt] = 3
-    """Newest checkpoints that are kept."""
+    """Keep this many newest checkpoints."""
     keep_every: MayChange[PositiveInt | None] = None
-    """Also keep the checkpoints of every such step."""
+    """Also keep the checkpoint of every step that is a multiple of this."""
     max_time: MayChange[NonNegativeFloat | None] = None
     """Hours after which the run saves and ends with exit code 75, as it does on SIGTERM."""
     hang_timeout: MayChange[NonNegativeFloat] = 1800.0
-    """Seconds without progress after which the job ends and says which process is to blame; 0 waits for
-    ever."""
+    """Seconds without progress after which the job ends and names the process that is behind; 0: never."""
     max_bad_steps: MayChange[PositiveInt] = 20
-    """Stop, and name the samples, after so many steps in a row whose loss or gradient was not finite; seen
-    when a line of metrics is written."""
+    """Stop, and name the samples, after this many steps in a row whose loss or gradient was not finite;
+    checked when a line of metrics is written."""
     deterministic: MayChange[bool] = False
-    """Only algorithms whose result is always the same, bit for bit; slower on CUDA."""
+    """Use only algorithms whose result is always the same, bit for bit; slower on CUDA."""
     mixed_precision: MayChange[Precision | None] = None
-    """Precision of forward and backward (default: what `accelerate launch` says, else that of the run that is
-    resumed, else no)."""
+    """Precision of forward and backward pass (default: that of `accelerate launch`, else the resumed run's,
+    else no)."""
     compile: MayChange[Annotated[Compile, BeforeValidator(_once_a_flag)]] = "no"
-    """default: compile policy, augmentation and loss with torch.compile, a slow first step, then faster ones.
-    graphs: also launch them as CUDA graphs, which pays where networks are small; needs --grad-accumulation 1.
-    Without a value: default."""
+    """default: compile policy, augmentation and loss with torch.compile; the first step is slow, later ones
+    are faster. graphs: also launch them as CUDA graphs, which pays off for small networks; needs
+    --grad-accumulation 1. Without a value: default."""
     checkpoint_activations: MayChange[bool] = False
-    """Keep little of what backbones compute, and compute it again for the gradient, which stays the same:
-    less memory, for a backbone that takes about a third longer."""
+    """Store few of the backbones' activations, and compute them again in the backward pass: less memory, the
+    same gradient, but backbones take about a third longer."""
     tracker: MayChange[Literal["none", "wandb", "tensorboard"]] = "none"
     """Where metrics go in addition to metrics.jsonl."""
     project: MayChange[str] = "flow-policies"
     """Project name for wandb."""
     push_to_hub: MayChange[str | None] = None
-    """Name on the hub, as owner/name, to which the policy is pushed at the end of the run; see
-    docs/lerobot.md."""
+    """Push the policy to this name on the hub (owner/name) at the end of the run; see docs/lerobot.md."""
 
 
 def cli[T](main: Callable[[Any], None], config_type: type[T], argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and run a script: what its last line calls. Exit codes: see docs/running.md."""
+    """Parse the command line and run a script; its last line calls this. Exit codes: see docs/running.md."""
     script = Path(sys.modules[config_type.__module__].__file__)
     try:
         main(parse(config_type, list(sys.argv[1:] if argv is None else argv), script.name))
@@ -171,21 +169,21 @@ def cli[T](main: Callable[[Any], None], config_type: type[T], argv: Sequence[str
         rank = os.environ.get("RANK", "0")
         if rank == "0":
             print(f"error: {explained[0]}", file=sys.stderr)
-        else:  # most errors are those of all processes: the launcher ends this one after rank 0
+        else:  # most errors occur in all processes: the launcher ends this one after rank 0
             time.sleep(3)
             print(f"error in process {rank}: {explained[0]}", file=sys.stderr)
         sys.exit(explained[1])
 
 
 def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
-    """A script's configuration from its command line; see the module's docstring for what wins."""
+    """A script's configuration from its command line; the module's docstring says which value wins."""
 
     def from_flags(default: T | None) -> T:
         markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
         return tyro.cli(config_type, args=list(argv), default=default, prog=script, config=markers)
 
     def from_file(path: Path) -> T:
-        """What a file says, less what was about that run alone, and less what a flag stands against."""
+        """A file's options, without those of that run alone, and without one that a flag replaces."""
         base = _with_run(read_config(config_type, path, script), run_dir=None, resume=None, config=None)
         return _without_rival(base, argv)
 
@@ -209,7 +207,7 @@ def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
 
 
 def _without_rival[T](config: T, argv: Sequence[str]) -> T:
-    """Drop the file's `steps` where a flag gives `epochs`, and the reverse: only one of them may be set."""
+    """Drop the file's `steps` if a flag gives `epochs`, and vice versa: only one of them may be set."""
     given = {word.split("=")[0].replace("_", "-") for word in argv}
     rival = {("--steps",): "epochs", ("--epochs",): "steps"}.get(tuple(given & {"--steps", "--epochs"}))
     if rival is None or not hasattr(getattr(config, "optim", None), rival):
@@ -222,7 +220,7 @@ def _with_run[T](config: T, /, **changes: Any) -> T:
 
 
 def _resumed_run(run: RunConfig) -> Path | None:
-    """The run folder to continue, if one is asked for and, with `auto`, there is something to continue."""
+    """The run folder to continue; None without --resume, or with `auto` if there is nothing to continue."""
     if run.resume is None:
         return None
     if run.resume == "auto":
@@ -246,16 +244,16 @@ def _resumed_run(run: RunConfig) -> Path | None:
         raise UserError(f"--resume {run.resume}: {folder} holds no config.json; give the folder of a run.")
     if not completed_checkpoints(folder):
         raise UserError(
-            f"--resume {run.resume}: {folder} holds no checkpoint yet; start anew with another --run-dir, or "
-            f"with --run-dir {folder} --resume auto."
+            f"--resume {run.resume}: {folder} holds no checkpoint yet; start again with another --run-dir, "
+            f"or with --run-dir {folder} --resume auto."
         )
     return folder
 
 
 def _refuse_used(run_dir: Path | None, restart: bool) -> None:
-    """Refuse to start a run in a folder that holds something.
+    """Refuse to start a run in a folder that is not empty.
 
-    With `restart` it may be a run that died before its first checkpoint: nothing of it is worth keeping.
+    With `restart` it may hold a run that died before its first checkpoint: nothing in it is worth keeping.
     """
     if run_dir is None or not run_dir.exists():
         return
@@ -269,7 +267,7 @@ def _refuse_used(run_dir: Path | None, restart: bool) -> None:
 
 
 def _refuse_changes(before: Any, now: Any, resumed: Path) -> None:
-    """Refuse flags given beside --resume that would make the run another experiment."""
+    """Refuse flags given with --resume that would make the run a different experiment."""
     old, new = flat_options(before), flat_options(now)
     for name in _fixed_options(type(now)):
         if new[name] != old[name]:
@@ -296,7 +294,7 @@ def shown(value: Any) -> str:
 
 
 def flat_options(config: Any) -> dict[str, Any]:
-    """Options of a configuration by their flag's name, option groups flattened, as JSON can hold them."""
+    """Options of a configuration by flag name, option groups flattened, as JSON values."""
     flat: dict[str, Any] = {}
     for name, value in (config if isinstance(config, dict) else to_dict(config)).items():
         flat |= flat_options(value) if isinstance(value, dict) else {name: value}
@@ -304,14 +302,14 @@ def flat_options(config: Any) -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as JSON can hold it; `from_dict` is the inverse."""
+    """A configuration as JSON values; `from_dict` is the inverse."""
     return json.loads(TypeAdapter(type(config)).dump_json(config))
 
 
 def from_dict[T](config_type: type[T], values: Any) -> T:
     """The configuration that `to_dict` was given; absent options take their default.
 
-    A UserError names an option that does not exist, or whose value has the wrong type or is out of range.
+    Raises a UserError that names an option that does not exist, has the wrong type or is out of range.
     """
     try:
         return TypeAdapter(config_type).validate_json(json.dumps(values), strict=True)

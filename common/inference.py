@@ -3,7 +3,7 @@
 policy = load_policy("runs/vfp-20260301-101500")    # or an exported one: a folder, or "user/name" on the hub
 chunk = policy.act({"images": {"head": rgb, "left": rgb, "right": rgb}, "state": joints})    # (T, A)
 
-One that was trained on several tasks also needs the "task", as in {"task": "fold the towel", ...}.
+A policy trained on several tasks also needs the "task", as in {"task": "fold the towel", ...}.
 """
 
 import copy
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENSEMBLE = 0.01  # decay of the weights in temporal ensembling, as in ACT
 Join = Literal["blocking", "naive", "ensemble", "prefix"]
 """What the robot does while a chunk is computed, and how the chunk joins: see `Controller`."""
-FAR = 3.0  # standard deviations outside the recorded range: a state that the policy knows nothing about
+FAR = 3.0  # standard deviations outside the recorded range: the policy knows nothing about such states
 
 
 class Blank(NamedTuple):
@@ -62,19 +62,19 @@ def load_policy(
 
     Args:
         run: run folder, or what `lerobot_policy_flow.export` wrote: a folder, or its name on the hub.
-        checkpoint: of a run: `last`, or the number of a saved step.
-        device: where to compute; the accelerator if there is one, else the CPU.
+        checkpoint: of a run, `last` or the number of a saved step.
+        device: where to compute. Default: the accelerator if there is one, else the CPU.
         seed: makes sampled actions repeatable; None draws new noise on every start.
         compile: compile the components, and the whole integration as one graph, with torch.compile: loading
-            takes minutes, and so does the first chunk of each other batch size. Where that is not possible,
-            it says so, and the policy is as without.
-        precision: `bf16` computes in half precision, which pays on a processor that has it built in.
+            takes minutes, and so does the first chunk of each other batch size. If compiling fails, prints
+            a warning and runs the policy without it.
+        precision: `bf16` computes in half precision, which pays off on a processor with bf16 instructions.
         text_encoder: where the text encoder of the instructions is now, if it has moved; it is loaded only
             for sentences that the policy was not trained on.
     """
     if path := exported.find(run):
         if checkpoint != "last":
-            raise UserError(f"{run} is exported, and holds no step but one: leave out the checkpoint.")
+            raise UserError(f"{run} is exported, and holds a single step: leave out the checkpoint.")
         found = exported.read(path)
         settings, blank = found.settings, build(found.settings, run)
         normalizer = fill(blank, found.weights, found.statistics, path)
@@ -114,7 +114,7 @@ def build(settings: dict, source: str | Path, spec: PolicySpec | None = None) ->
 def fill(
     blank: Blank, weights: dict[str, Tensor], statistics: dict[str, Tensor], source: str | Path
 ) -> Normalizer:
-    """Load an exported policy's weights, which must agree in names and shapes; its statistics."""
+    """Load an exported policy's weights, whose names and shapes must match; returns its statistics."""
     try:
         blank.model.load_state_dict(weights)
     except RuntimeError as error:
@@ -130,13 +130,13 @@ def fill(
 
 
 def load_script(name: str) -> ModuleType:
-    """Import a script by the name in a checkpoint; only a `train_*.py` beside `common/` or in `examples/`."""
+    """Import the script that a checkpoint names: a `train_*.py` next to `common/` or in `examples/`."""
     scripts = {path.name: path.relative_to(ROOT) for path in ROOT.glob("examples/train_*.py")}
     scripts |= {path.name: path.relative_to(ROOT) for path in ROOT.glob("train_*.py")}
     if name not in scripts:
         there = ", ".join(sorted(scripts))
         raise UserError(f"The policy was trained by {name!r}, which is not in {ROOT}; there are {there}.")
-    # Found where `common` was found, which a distribution has inside of a package.
+    # Import it from where `common` is: a distribution has both inside a package.
     place = ".".join(scripts[name].with_suffix("").parts)
     return importlib.import_module(f"{__package__.removesuffix('common')}{place}")
 
@@ -147,10 +147,10 @@ def _spaced(sentence: str) -> str:
 
 
 class Frames:
-    """Features of the frames that one episode has seen, as long as an observation may need them.
+    """Features of one episode's frames, kept as long as an observation may need them.
 
-    An observation wants frames that are `image_stride` control steps apart, the present one last. For each it
-    gets the one nearest in time of those that were kept; before an episode's first frame, that one.
+    An observation needs frames that are `image_stride` control steps apart, the current one last. For each,
+    it gets the kept frame that is nearest in time; before an episode's first frame, that first frame.
     """
 
     def __init__(self, spec: PolicySpec):
@@ -172,7 +172,7 @@ class Frames:
         self.kept = [*before[max(old - 1, 0) :], (step, features)]
 
     def recall(self) -> Tensor:
-        """What an observation at the newest frame gets, (N, F, W)."""
+        """The frames of an observation at the newest one, (N, F, W)."""
         (first, _), (now, _) = self.kept[0], self.kept[-1]
         wanted = [max(now - back, first) for back in self.back]
         near = [min(self.kept, key=lambda part: abs(part[0] - step)) for step in wanted]
@@ -180,26 +180,26 @@ class Frames:
         if len(self.back) > 1 and away > self.back[-2] / 2 and not self._said:
             self._said = True
             warnings.warn(
-                f"the policy sees frames that are {self.back[-2]} control steps apart, and what was given is "
-                f"{away:g} steps away from one of them: call watch() in between (docs/robots.md)",
+                f"the policy sees frames that are {self.back[-2]} control steps apart, and the nearest given "
+                f"one is {away:g} steps off: call watch() in between (docs/robots.md)",
                 stacklevel=5,
             )
         return torch.stack([features for _, features in near], dim=1)
 
 
 class RobotPolicy:
-    """Samples action chunks from observations as a robot delivers them.
+    """Samples action chunks from a robot's observations.
 
     Attributes:
-        spec: what it knows of its data; a chunk's actions are 1 / `spec.fps` seconds apart.
+        spec: what it knows about its data; a chunk's actions are 1 / `spec.fps` seconds apart.
         horizon: T, actions in a chunk.
         checkpoint, trained_steps: where the weights come from.
-        precision: `no`, which leaves it to who calls, or `bf16`.
+        precision: `no`, which leaves autocast to the caller, or `bf16`.
     """
 
     precision: Literal["no", "bf16"] = "no"
     _integration: Callable[..., Tensor] | None = None  # compiled
-    _thread: ThreadPoolExecutor | None = None  # to which captured graphs belong, whoever asks for a chunk
+    _thread: ThreadPoolExecutor | None = None  # captured graphs belong to it: it samples all chunks
 
     def __init__(self, model, normalizer: Normalizer, config, spec: PolicySpec, script, device, seed=None):
         self.model = model.to(device).eval()
@@ -209,7 +209,7 @@ class RobotPolicy:
         statistics = self.normalizer.statistics["state"]
         scale, _ = scale_offset(statistics, "mean-std")
         self.text_encoder: str | None = None
-        self._vectors: dict[str, Tensor] = {}  # of sentences that it was not trained on, (L, D)
+        self._vectors: dict[str, Tensor] = {}  # of new sentences, (L, D)
         known = spec.tasks.sentences if spec.tasks else ()
         self._places = {_spaced(sentence): place for place, sentence in enumerate(known)}
         self._known_range = [x.cpu().numpy() for x in (statistics["min"], statistics["max"], scale)]
@@ -219,26 +219,26 @@ class RobotPolicy:
     def reset(self, episode: int | None = None) -> None:
         """Start an episode, the next one by default: forget the chunks being executed.
 
-        With a seed, each episode has noise of its own, always the same: `reset(0)` repeats the first.
+        With a seed, each episode has its own noise, always the same: `reset(0)` repeats the first episode.
         """
         self._episode = self._episode + 1 if episode is None else episode
-        self._said: set[int] = set()  # dimensions of the state that were found to be far away
+        self._said: set[int] = set()  # state dimensions that a warning has named
         if self._seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(self._seed + self._episode)
         self._controller: Controller | None = None
-        self._frames: list[Frames] = []  # of each observation that is given at once
+        self._frames: list[Frames] = []  # of each observation in a batch
 
     def fork(self) -> "RobotPolicy":
-        """The same weights, with noise and episodes of their own; for another robot."""
+        """A policy with the same weights, but its own noise and episodes; for another robot."""
         other = copy.copy(self)
         other._generator, other._episode = torch.Generator(self.device), -1
         other.reset()
         return other
 
     def compile(self) -> None:
-        """Compile all that a chunk needs, with and without a prefix; see `load_policy`."""
+        """Compile everything that samples a chunk, with and without a prefix; see `load_policy`."""
         for component in self.model.children():
             component.compile(dynamic=False)
         self._integration = flow.compile_integration(self.device)
@@ -255,7 +255,7 @@ class RobotPolicy:
             say(f"warning: the policy runs without being compiled ({vision.brief(error)})")
 
     def blank_observation(self) -> dict:
-        """Black frames and the mean state: something to measure with."""
+        """Black frames and the mean state, to measure latency with."""
         frame = np.zeros((*self.spec.image_size, 3), np.uint8)
         state = self.normalizer.state_offset.cpu().numpy()
         if self.spec.state_rotations:
@@ -272,32 +272,32 @@ class RobotPolicy:
         clip: bool = False,
         prefix: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Sample one chunk of actions for what the robot sees and feels now.
+        """Sample one chunk of actions for the robot's current observation.
 
         Args:
             observation: `images`, a mapping from camera name (short, or the dataset's full key) to an RGB
                 frame (H, W, 3) uint8 of any size; and `state`, (P,) in recorded units and order. A policy
-                that sees K states needs (K, P), the present one last. One that was trained on several tasks
-                needs the `task`, a sentence; None lets it do any of them, if it was trained to. One that sees
-                earlier frames (`spec.image_history`) needs the `step`: control steps since the episode began,
-                which may be a fraction. Frames are remembered here, see `watch`.
+                that sees K states needs (K, P), the current one last. A policy trained on several tasks
+                needs the `task`, a sentence; None lets it do any of them, if it was trained to. A policy that
+                sees earlier frames (`spec.image_history`) needs the `step`: control steps since the episode
+                began, which may be a fraction. The policy remembers frames itself, see `watch`.
             sample_steps: integration steps, instead of the configured number.
             clip: keep every action within the range recorded in training.
-            prefix: (d, A) in recorded units, the actions with which the chunk begins, because the robot
-                executes them while it is computed; at most `spec.max_delay`. Where the robot has no more to
-                execute, give its last action again.
+            prefix: (d, A) in recorded units, the actions that the chunk begins with, because the robot
+                executes them while the chunk is computed; at most `spec.max_delay`. If the robot has nothing
+                left to execute, repeat its last action.
 
         Returns:
-            (T, A) float32 in recorded units, the prefix first; row i is for i / fps seconds from now, or, of
-            a policy with an action offset, that many steps later.
+            (T, A) float32 in recorded units, the prefix first; row i is for i / fps seconds from now. With an
+            action offset, it is for that many steps later.
 
         Raises:
             ValueError: for a missing or unknown camera, a wrong shape or dtype, a state or prefix that is not
-                finite, a prefix longer than any in training, an instruction that is missing or not known, a
-                step that is missing or goes back.
+                finite, a prefix longer than any in training, a missing or unknown instruction, a step that is
+                missing or goes back.
             UserError: if the text encoder of a new sentence cannot be loaded.
 
-        Warns of a state more than three standard deviations outside the recorded range, once an episode.
+        Warns once an episode of a state more than three standard deviations outside the recorded range.
         """
         return self.act_batch([observation], sample_steps, clip, prefixes=[prefix])[0]
 
@@ -313,9 +313,9 @@ class RobotPolicy:
         """A chunk for each of several observations, in one forward pass; see `act`.
 
         Args:
-            generators: source of the noise of each observation; by default all share the policy's own.
-            prefixes: of each observation, of whatever lengths.
-            frames: what the episode of each has seen; by default the i-th observation is of the i-th episode.
+            generators: source of each observation's noise; by default all share the policy's own.
+            prefixes: one for each observation; lengths may differ.
+            frames: the frames of each one's episode; by default the i-th observation is of the i-th episode.
 
         Returns:
             (B, T, A) float32.
@@ -339,10 +339,10 @@ class RobotPolicy:
         return chunks
 
     def watch(self, observation: Mapping) -> None:
-        """Remember the frames of an observation, for later ones: `images`, `step` and `task`, see `act`.
+        """Remember the frames of an observation for later ones: `images`, `step` and `task`, see `act`.
 
-        Only a policy that sees earlier frames needs it, where these lie between two calls of `act`. The
-        backbone runs once for each frame.
+        Only a policy that sees earlier frames needs this, for frames between two calls of `act`. The backbone
+        runs once for each frame.
         """
         if self.spec.image_history > 1:
             self.watch_batch([observation])
@@ -350,7 +350,7 @@ class RobotPolicy:
     def watch_batch(
         self, observations: Sequence[Mapping], frames: Sequence[Frames] | None = None
     ) -> Sequence[Frames]:
-        """Remember the frames of several observations, see `act_batch`; returns what episodes have seen."""
+        """Remember the frames of several observations, see `act_batch`; returns the episodes' frames."""
         images = torch.stack([self._images(observation["images"]) for observation in observations])
         steps = [self._step(observation.get("step")) for observation in observations]
         tasks = [observation.get("task", ...) for observation in observations]
@@ -419,9 +419,9 @@ class RobotPolicy:
         return self.spec.state_rotations.encode(state) if self.spec.state_rotations else state
 
     def told(self, sentences: Sequence) -> Tensor | None:
-        """Instructions as `sample` takes them; None of a policy that is not told any.
+        """Instructions in the form that `sample` takes; None for a policy that is not told any.
 
-        Each is a sentence, None for whatever task, or ... where nothing is said. Raises what `act` does.
+        Each is a sentence, None for any task, or ... if none was given. Raises the same errors as `act`.
         """
         known = self.spec.tasks
         if known is None:
@@ -435,7 +435,7 @@ class RobotPolicy:
             encoder = TextEncoder(self.text_encoder)
             if encoder.identity != known.identity:
                 raise UserError(
-                    f"{self.text_encoder} is not the text encoder that the policy was trained with: give "
+                    f"{self.text_encoder} is not the text encoder that the policy was trained with: pass "
                     f"that one as text_encoder."
                 )
             self._vectors |= zip(unread, encoder(unread, known.table.shape[1] - 1), strict=True)
@@ -447,7 +447,7 @@ class RobotPolicy:
         return torch.stack(rows)
 
     def _sentence(self, given) -> str | None:
-        """An instruction as it is looked up; raises ValueError."""
+        """An instruction with single spaces, or None for any task; raises ValueError."""
         known = self.spec.tasks
         there = f"it was trained on {listed(known.sentences)}"
         if given is ... or (given is None and not known.droppable):
@@ -474,13 +474,13 @@ class RobotPolicy:
 
     @property
     def state_dim(self) -> int:
-        """P, as the robot delivers it."""
+        """P of the robot's state."""
         rotations = self.spec.state_rotations
         return len(rotations.recorded) if rotations else self.spec.state_dim
 
     @property
     def action_dim(self) -> int:
-        """A, as the robot takes it."""
+        """A of the robot's actions."""
         rotations = self.spec.action_rotations
         return len(rotations.recorded) if rotations else self.spec.action_dim
 
@@ -494,16 +494,16 @@ class RobotPolicy:
         prefix: flow.Prefix | None = None,
         task: Tensor | None = None,
     ) -> Tensor:
-        """A chunk for each of B observations as an episode store gives them: (B, T, A) in recorded units.
+        """A chunk for each of B observations from an episode store: (B, T, A) in recorded units.
 
         Args:
             images: (B, N, 3, H, W) uint8, in the order of `spec.cameras`, already of `spec.image_size`. With
                 earlier frames (B, N, F, 3, H, W), or the features of all, see `vision.look`.
-            proprio: (B, K, P) in recorded units; rotations re-expressed, if the policy was trained so.
+            proprio: (B, K, P) in recorded units; rotations re-expressed if they were in training.
             generators: see `act_batch`.
-            prefix: actions with which the chunks begin, in the same units as they come back. Normalizing
-                makes them relative to the present state, whatever state they were sampled at.
-            task: what `told` gives, or `Batch.task`.
+            prefix: actions that the chunks begin with, in the units of the returned ones. Normalizing makes
+                them relative to the current state, whatever state they were sampled at.
+            task: what `told` returns, or `Batch.task`.
         """
         images, proprio = images.to(self.device), proprio.to(self.device)
         seen, more = self.normalizer.proprio(proprio), {}
@@ -511,7 +511,7 @@ class RobotPolicy:
         if prefix is not None:
             prefix = flow.Prefix(*(part.to(self.device) for part in prefix))
             more["prefix"] = prefix._replace(actions=self.normalizer.actions(prefix.actions, proprio))
-        if self.spec.tasks is not None:  # a script that was forked before there were instructions takes none
+        if self.spec.tasks is not None:  # a script forked before there were instructions takes none
             more["task"] = task.to(self.device)
 
         def sampled() -> Tensor:
@@ -535,14 +535,13 @@ class RobotPolicy:
         """The action for this control step; call once every 1 / fps seconds.
 
         Args:
-            observation: see `act`, with the present state alone: earlier ones are remembered here. `images`
-                can be a function that returns them: it is called only when a chunk is due. Another `task`
-                than before takes effect at once.
+            observation: see `act`, with only the current state: the policy remembers earlier ones. `images`
+                can be a function that returns them: it is called only when a chunk is due. A new `task` takes
+                effect at once.
             execute_steps, ensemble: see `Controller`.
 
         Returns:
-            (A,) float32 in recorded units. Until the first action of a policy with an action offset is due,
-            that action.
+            (A,) float32 in recorded units. With an action offset, the first action until it is due.
         """
         state = np.asarray(observation["state"], np.float32)
         if state.shape != (self.state_dim,):
@@ -577,7 +576,7 @@ class _Chunk(NamedTuple):
     sampled: int
     """Step of its observation."""
     arrives: int
-    """Step from which on it can be executed."""
+    """First step at which it can be executed."""
     actions: np.ndarray
     """(E, T, A)."""
 
@@ -586,19 +585,19 @@ class Controller:
     """Executes chunks in E episodes that advance together: samples new ones when they are due.
 
     With a `delay`, a chunk arrives that many control steps after its observation. An episode begins when its
-    first chunk has arrived; how the others join is up to `join`:
+    first chunk has arrived; `join` says how the others join:
 
     - blocking: the robot repeats its last action until the chunk arrives.
-    - naive: it executes the chunk before, and drops the new one's actions for the steps that have passed.
-    - prefix: so it does, but the new chunk is sampled as the continuation of what is executed meanwhile.
-    - ensemble: chunks are sampled one right after the other, and all predictions for now are averaged, with
-      weight exp(-ensemble * age), oldest first at age 0 (temporal ensembling, Zhao et al. 2023). Chunks that
-      took different modes are averaged, too: where that is harmful, execute chunks instead.
+    - naive: it executes the previous chunk, and drops the new one's actions for the steps that have passed.
+    - prefix: like naive, but the new chunk is sampled as the continuation of what is executed meanwhile.
+    - ensemble: a new chunk is sampled as soon as the last one arrives, and all predictions for the current
+      step are averaged with weight exp(-ensemble * age), oldest first at age 0 (temporal ensembling, Zhao et
+      al. 2023). This also averages chunks of different modes: if that does harm, execute chunks instead.
 
     Args:
-        seeds: of each episode, for its noise; a number of episodes instead shares the policy's own noise.
+        seeds: of each episode, for its noise; or the number of episodes, which share the policy's own noise.
         execute_steps: actions of a chunk to execute before the next is sampled. Default: so many that half of
-            it will have been executed when the next arrives, but no fewer than the delay.
+            it has been executed when the next arrives, but no fewer than the delay.
         ensemble: join by ensembling, with this decay.
         sample_steps, clip: see `RobotPolicy.act`.
 
@@ -625,7 +624,7 @@ class Controller:
         if not isinstance(seeds, int):
             self.generators = [torch.Generator(policy.device).manual_seed(seed) for seed in seeds]
         self.step = 0
-        self.now = 0  # control steps, with those in which the robot waits
+        self.now = 0  # control steps, including those in which the robot waits
         self.frames = [Frames(policy.spec) for _ in range(self.num)]
         self.states: list[np.ndarray] = []  # the last K, each (E, P)
         self.chunks: list[_Chunk] = []
@@ -635,8 +634,8 @@ class Controller:
         needed, most = delay - policy.spec.action_offset, policy.spec.max_delay
         if join == "prefix" and needed > most:
             raise UserError(
-                f"A delay of {delay} steps needs a prefix of {needed} actions, and the policy was trained "
-                f"with {most} at most: train it with --max-delay {needed}, or choose another --join."
+                f"A delay of {delay} steps needs a prefix of {needed} actions, but the policy was trained "
+                f"with at most {most}: train it with --max-delay {needed}, or choose another --join."
             )
         if join == "ensemble" and ensemble is None:
             ensemble = ENSEMBLE
@@ -645,9 +644,9 @@ class Controller:
     def configure(
         self, execute_steps: int | None, ensemble: float | None, sample_steps: int | None, clip: bool
     ) -> None:
-        """Change how to act, from now on; raises ValueError if a chunk has not so many actions to execute."""
+        """Change how to act from now on; raises ValueError if a chunk has too few actions to execute."""
         horizon, offset = self.policy.horizon, self.policy.spec.action_offset
-        overlap = 0 if self.join == "blocking" else self.delay  # the chunk before is executed for so long
+        overlap = 0 if self.join == "blocking" else self.delay  # for so long, the previous chunk is executed
         least, most = max(overlap, 1), horizon - max(offset, overlap)
         if most < least:
             raise UserError(
@@ -663,7 +662,7 @@ class Controller:
 
     @property
     def ahead(self) -> int:
-        """Control steps until chunks are sampled; 0: in the next step, which needs pictures."""
+        """Control steps until chunks are sampled; 0: in the next step, which needs images."""
         left = self.chunks[-1].sampled + self._every - self.step if self.chunks else 0
         return self.wait + max(left, 0)
 
@@ -682,8 +681,8 @@ class Controller:
 
         Args:
             which: (R,), the episodes that are running; those that are over do not come back.
-            states: (R, P), their present states.
-            look: gives the images of the episodes asked for; called only if a chunk needs them, now or later.
+            states: (R, P), their current states.
+            look: returns the images of given episodes; called only if a chunk needs them, now or later.
             tasks: their instructions, if the policy is told any.
 
         Returns:
@@ -691,12 +690,12 @@ class Controller:
         """
         present = np.zeros((self.num, states.shape[1]), np.float32)
         present[which] = states
-        # At an episode's start there was nothing before: it repeats its first state.
+        # An episode has no states before its first: repeat that one.
         spec = self.policy.spec
         self.states = [*(self.states or [present] * spec.proprio_history), present]
         self.states = self.states[-spec.proprio_history :]
         if self.num == 1 and tasks != self.tasks:
-            self.chunks = []  # they do what was asked before
+            self.chunks = []  # they follow the previous task
         self.tasks = tasks
         period = self._every + (self.delay if self.join == "blocking" else 0)
         if not self.ahead:
@@ -709,7 +708,7 @@ class Controller:
             self.wait, self.source = self.wait - 1, None
             return self.last[which]
         offset = spec.action_offset
-        ages = [self.step - chunk.sampled - offset for chunk in self.chunks]  # rows that are for now
+        ages = [self.step - chunk.sampled - offset for chunk in self.chunks]  # rows for this step
         self.chunks = [c for c, age in zip(self.chunks, ages, strict=True) if age < self.policy.horizon]
         here = [c for c in self.chunks if c.arrives <= self.step and c.sampled + offset <= self.step]
         self.source = here[-1].number if here else None
@@ -740,7 +739,7 @@ class Controller:
         self.chunks.append(_Chunk(number, self.step, self.step + late, actions))
 
     def _seen(self, which: np.ndarray, look: Callable[[np.ndarray], Sequence[Mapping]]) -> list[dict]:
-        """What the episodes see now."""
+        """The episodes' current observations."""
         states = np.stack(self.states, axis=1)[which]
         observations = [
             {"images": images, "state": state, "step": self.now}
@@ -751,7 +750,7 @@ class Controller:
         return observations
 
     def _prefixes(self, which: np.ndarray) -> list[np.ndarray]:
-        """What each episode will have executed of the next chunk's steps when it arrives, (d, A)."""
+        """The actions (d, A) that each episode executes in its next chunk's place until that arrives."""
         chunk, offset = self.chunks[-1], self.policy.spec.action_offset
-        age = self.step - chunk.sampled  # `configure` sees to it that the chunk has so many actions
+        age = self.step - chunk.sampled  # `configure` makes sure that the chunk is long enough
         return list(chunk.actions[which, age : age + max(self.delay - offset, 0)])

@@ -1,4 +1,4 @@
-"""Acting in closed loop: several episodes at once, one forward pass for all of them."""
+"""Acting in closed loop: several episodes at once, with one forward pass for all."""
 
 import faulthandler
 import math
@@ -32,12 +32,11 @@ if TYPE_CHECKING:
 HANG_SECONDS = 120.0
 FILM_FPS = 20  # pictures a second of a film, at most
 AT_ONCE = 10  # episodes that act together while training
-FILMED = 4  # of these, by the main process
-ROLLOUT_SEED = 2_000_000  # `evaluate.py` takes 1,000,000, and experts record from 0 on
+FILMED = 4  # of these, those that the main process films
+ROLLOUT_SEED = 2_000_000  # `evaluate.py` uses 1,000,000, and experts record from 0 on
 GREY = 128
 Eyes = Literal["own", "grey", "other"]
-"""What a policy sees: its own pictures, or, to know how much it owes to its eyes, grey ones, or those of
-another episode."""
+"""What a policy sees: its own images or, to test how much it uses them, grey ones or another episode's."""
 
 
 @options
@@ -45,8 +44,8 @@ class RolloutConfig:
     """Acting in closed loop while training."""
 
     rollout_every: MayChange[PositiveInt | None] = None
-    """Steps between rollouts, whose success rate goes to metrics.jsonl; default: none. Their episodes are not
-    those of `evaluate.py`."""
+    """Steps between rollouts, whose success rate goes to metrics.jsonl (default: no rollouts). Their episodes
+    differ from those of `evaluate.py`."""
     rollout_episodes: MayChange[PositiveInt] = 20
     """Episodes of a rollout, divided among the processes."""
     simulator: MayChange[Flat[EnvConfig]] = field(default_factory=EnvConfig)
@@ -63,15 +62,15 @@ class Episode:
     """What happened in an episode.
 
     Attributes:
-        number: by which, with the seed, it can be repeated.
-        task: what the environment asked for.
+        number: with the seed, it repeats the episode.
+        task: the environment's instruction.
         film_fps: pictures a second of its film.
         steps: control steps until it was over.
         states: (steps + 1, P), recorded units.
         actions: (steps, A), recorded units.
         sources: (steps,), the chunk that each came from, see `Controller.source`.
-        facts: what the environment says besides.
-        frames: pictures for people, (H, W, 3) uint8, if they were asked for.
+        facts: what else the environment reports.
+        frames: pictures for people, (H, W, 3) uint8, if requested.
     """
 
     number: int
@@ -100,17 +99,17 @@ def roll_out(
     join: Join = "naive",
     say_task: Callable[[Episode], str] = lambda episode: episode.task,
 ) -> list[Episode]:
-    """Act in episodes of a seed, by number, as many at once as there are environments.
+    """Act in the episodes with these numbers, as many at once as there are environments.
 
-    Each episode has its own noise: it ends the same however many run beside it.
+    Each episode has its own noise: its outcome does not depend on how many others run at once.
 
     Args:
         execute_steps: actions of a chunk that are executed before the next is sampled.
-        film: keep the pictures of the episodes below this number.
+        film: keep the pictures of episodes whose number is below this.
         progress: called with the number of episodes that are over.
         delay, join: control steps from an observation to its chunk, and how chunks join; see `Controller`.
-            Time is simulated: how long this machine takes does not matter.
-        say_task: the instruction that the policy is given in an episode, if it is told any.
+            Time is simulated: this machine's speed does not matter.
+        say_task: returns the instruction to give the policy in an episode, if it takes any.
 
     Raises:
         UserError: if an environment fails, asks for a task that the policy does not know, gives a state that
@@ -129,7 +128,7 @@ def roll_out(
         group = [Episode(int(number), its / _film_stride(environments[0])) for number in together]
         if eyes == "other" and len(group) == 1:
             raise ValueError(
-                "pictures of another episode need another one beside it: three environments, or all"
+                "pictures of another episode need one that runs at the same time: use three environments"
             )
         _roll_out_together(policy, environments, group, seed, acting, eyes, film, say_task)
         done += group
@@ -152,12 +151,12 @@ def success_rate(
 
     A film of some of the episodes replaces `rollouts.gif` in the run folder.
 
-    Training noise is left alone, and so are the episodes of `evaluate.py`: whoever chooses a checkpoint by
-    these may still trust those.
+    It does not touch the training noise, and its episodes are not those of `evaluate.py`: if you choose a
+    checkpoint by this rate, `evaluate.py` is still a fair test.
 
     Args:
-        model: with the weights to try, in eval mode.
-        sample_actions: of the script.
+        model: the policy to try, in eval mode.
+        sample_actions: the script's function.
         config: the script's, with the groups `rollout` and `data`.
     """
     options = config.rollout
@@ -233,18 +232,18 @@ def _roll_out_together(
 
 
 def _film_stride(environment: Environment) -> int:
-    """Steps between two pictures of a film: drawing each of 80 a second costs more than acting."""
+    """Steps between two pictures of a film: at 80 Hz, drawing every step costs more than acting."""
     return max(math.ceil(environment.fps / FILM_FPS), 1)
 
 
 def _fitting_cameras(policy: RobotPolicy, environment: Environment) -> list[str]:
-    """The environment's cameras that the policy sees; a UserError if pictures, state or action do not fit."""
+    """The environment's cameras that the policy sees; a UserError if images, state or action do not fit."""
     spec, images, state = policy.spec, environment.images(), environment.state()
     names = {spec.camera(name): name for name in images}
     if not set(spec.cameras) <= names.keys():
         raise UserError(
             f"--env {environment.name} has the cameras {', '.join(images)}, and the policy sees "
-            f"{', '.join(spec.cameras)}: say which is which, as in "
+            f"{', '.join(spec.cameras)}: say which is which, for instance "
             f"--env-map {spec.cameras[0]}={next(iter(images))}."
         )
     if len(state) != policy.state_dim:
@@ -254,7 +253,7 @@ def _fitting_cameras(policy: RobotPolicy, environment: Environment) -> list[str]
             f"{', '.join(spec.state_names)}: choose others with --env-map state=KEY."
         )
     actions = spec.action_rotations.recorded if spec.action_rotations else spec.action_names
-    there = environment.action_names  # empty where the environment does not say
+    there = environment.action_names  # empty if the environment does not give them
     if there and len(there) != len(actions):
         raise UserError(
             f"--env {environment.name} takes the actions {', '.join(there)}, and the policy gives "
@@ -282,7 +281,7 @@ def _state(environment: Environment, episode: Episode) -> np.ndarray:
 
 @contextmanager
 def answering(environment: Environment, what: str) -> Iterator[None]:
-    """Within, an environment that raises is a UserError, and one that hangs ends the program with code 70."""
+    """If the environment raises inside, raise a UserError; if it hangs, end the program with code 70."""
 
     def give_up() -> None:
         os.write(2, f"error: --env {environment.name} hangs in {what}, for {HANG_SECONDS:g} s.\n".encode())
@@ -303,9 +302,9 @@ def answering(environment: Environment, what: str) -> Iterator[None]:
 
 
 def rates(episodes: Sequence[Episode]) -> dict[str, Any]:
-    """Success with its 95 % interval; each episode's outcome, 1 or 0, to compare policies in pairs; the share
-    of episodes for which each fact holds, or, where a fact is a word, the share of each word among successes;
-    of several tasks, the same for each.
+    """Success with its 95 % interval; each episode's outcome, 1 or 0, for paired comparisons; the share of
+    episodes in which each fact is true or, if a fact is a word, each word's share of the successes; with
+    several tasks, the same for each task.
     """
     from scipy.stats import binomtest
 
@@ -333,10 +332,10 @@ def velocity_changes(
 ) -> dict[str, dict[str, float | None]]:
     """How much the velocity of the actions changes from one control step to the next: mean, 99th percentile.
 
-    A change is a_{i+1} - 2 a_i + a_{i-1}, each dimension in its `scale` (A,), as root mean square over the
-    dimensions; `rotations` are re-expressed before. It is `inside` a chunk if all three actions come from
-    one, and otherwise at a `seam`: where chunks join, and where a robot that waits stops and starts. None
-    where there is no such step.
+    A change is a_{i+1} - 2 a_i + a_{i-1}, each dimension divided by its `scale` (A,), as the root mean square
+    over the dimensions, after `rotations` have been re-expressed. It is `inside` a chunk if all three actions
+    come from the same one, and otherwise at a `seam`: where chunks join, and where a waiting robot stops and
+    starts. None if there is no such step.
     """
     found: dict[str, list[np.ndarray]] = {"seam": [], "inside": []}
     for episode in (episode for episode in episodes if episode.steps > 2):

@@ -1,6 +1,6 @@
 """Everything between a method and Accelerate: a run from its start to its last checkpoint.
 
-A script's `main` builds its policy, writes its loop out, and calls what is here in this order:
+A script's `main` builds its policy, writes out its loop, and calls these in this order:
 
     run = start_run(config, __file__)            # processes, precision, seeds
     data = run.load_data(horizon, normalization) # training and held-out samples, statistics
@@ -11,11 +11,11 @@ A script's `main` builds its policy, writes its loop out, and calls what is here
         run.clip_gradients()
         optimizer.step() ...                     # what happens to the weights is visible in the script
         run.end_step()
-        run.log_validation(...), run.save()      # where `run.due` says so
+        run.log_validation(...), run.save()      # when `run.due` says so
     run.close()
 
-Nothing here calls a script back or knows a method's options; the option groups `data`, `optim` and `run` are
-those that every script has.
+Nothing here calls a script back or knows a method's options. It uses the option groups that every script has:
+`data`, `optim` and `run`.
 """
 
 import os
@@ -82,20 +82,20 @@ class Data(NamedTuple):
         return self.train.store
 
     def on(self, store: EpisodeStore) -> "Data":
-        """The same samples of a store that holds the same steps, for instance with features."""
+        """The same samples from another store of the same steps, for instance one with features."""
         return self._replace(train=self.train.on(store), val=self.val and self.val.on(store))
 
 
 def start_run(config: Any, script: str) -> "Run":
-    """Start the processes of a run of a script, given as its `__file__`, with the script's configuration.
+    """Start the run of a script (its `__file__`) with its configuration, in each process.
 
-    Works alone, under `accelerate launch` and under `torchrun`.
+    Works in a single process, under `accelerate launch` and under `torchrun`.
     """
     if config.run.push_to_hub is not None:
         exported.require_pushable(config.run.push_to_hub, Path(script).name)
     if config.run.compile == "graphs" and config.optim.grad_accumulation > 1:
         raise UserError(
-            "--compile graphs keeps the gradients of one batch only: use --grad-accumulation 1 with a larger "
+            "--compile graphs keeps only one batch's gradients: use --grad-accumulation 1 with a larger "
             "--batch-size, or --compile default."
         )
     with meeting(config.run.hang_timeout):
@@ -111,17 +111,17 @@ class Run:
         is_main: whether this process writes and prints.
         resuming: whether an earlier run is continued.
         step: the current optimizer step, from 1; between steps the last finished one, 0 at first.
-        samples: that all processes have drawn so far: the position in the data order.
+        samples: number that all processes have drawn so far, which is the position in the data order.
         total_steps: of the whole run.
         stopping: whether all processes have agreed to stop after the current step.
-        progress_mark: count of what this process has done, and what it does now; for `HangWatch`.
+        progress_mark: how many phases this process has entered, and the current one; for `HangWatch`.
 
     Set by `prepare`:
         folder: the run folder, the same on all processes.
         model: the policy to call in training, wrapped for several processes.
         average: the weights to evaluate and export.
-        data, tracker: what is learned from, and where metrics go.
-        writer: the thread that writes checkpoints; a process ends when it has.
+        data, tracker: what the policy learns from, and where metrics go.
+        writer: the thread that writes checkpoints; the process ends only after it has finished.
     """
 
     def __init__(self, config: Any, script: Path, accelerator: Accelerator):
@@ -135,17 +135,17 @@ class Run:
         self.stopping = False
         self.progress_mark = 0, PREPARING
         self._watch = HangWatch(self, self.rank, self.world, config.run.hang_timeout)
-        set_seed(config.run.seed)  # weights are initialised alike on all processes
+        set_seed(config.run.seed)  # all processes initialise the same weights
 
     @property
     def progress(self) -> Tensor:
         """Share of the training that was completed before the current step, in [0, 1); float64, on the CPU.
 
-        A tensor, since code that was compiled for one number would be compiled again for the next.
+        A tensor, because torch.compile would compile again for every new number.
         """
         return torch.tensor((self.step - 1) / self.total_steps, dtype=torch.float64)
 
-    # What there is to learn from
+    # Data
 
     def load_data(
         self,
@@ -158,8 +158,8 @@ class Run:
 
         Args:
             horizon: actions in a chunk.
-            tasks: how a policy is told its instruction; None: it is not.
-            delay: how many actions of a chunk are given.
+            tasks: how the policy is told its instruction; None: not at all.
+            delay: how many actions at the start of a chunk are given.
 
         Raises:
             UserError: if a dataset cannot be used, or a resumed run was trained on other data.
@@ -174,19 +174,19 @@ class Run:
         if self.resuming:
             folder = self.config.run.run_dir
             saved = read_json(folder / "config.json")
-            if saved.get("fingerprint") != store.fingerprint:  # where the data lie does not count
+            if saved.get("fingerprint") != store.fingerprint:  # their location does not matter
                 raise UserError(
                     f"{folder} was trained on data that have changed since ({saved.get('dataset')}): resume "
                     f"with the data as they were, or start a new run with --init-from {folder}."
                 )
-            # The checkpoint has the backbone's architecture: its original model, on the hub, is not needed.
+            # The checkpoint has the backbone's architecture: the original model on the hub is not needed.
             last = checkpoint.newest_undamaged(folder, "policy/policy.json")
             saved = PolicySpec.load(last)
             backbone_config, known = saved.backbone_config, saved.tasks
             if known is not None and known.sentences != store.instructions:
                 raise UserError(
-                    f"{folder} was trained on datasets that went by other names ({listed(known.sentences)}): "
-                    f"give them these names again."
+                    f"{folder} was trained on datasets with other names ({listed(known.sentences)}): "
+                    f"use these names again."
                 )
         elif tasks is not None:
             known = Instructions.of(store, tasks)
@@ -195,7 +195,7 @@ class Run:
         shape += (known is not None, options.image_history, options.image_stride)
         train = ChunkDataset(store, train_episodes, *shape)
         val = ChunkDataset(store, held_out, *shape) if len(held_out) else None
-        if self.resuming:  # as they were, whatever this version would choose by default
+        if self.resuming:  # the saved statistics, whatever this version's defaults are
             path = (
                 checkpoint.newest_undamaged(folder, "policy/stats.safetensors") / "policy/stats.safetensors"
             )
@@ -211,9 +211,9 @@ class Run:
     # Start
 
     def load_weights(self, policy: nn.Module) -> None:
-        """Load `--init-from`, or, of a resumed run, the weights that its last checkpoint exported.
+        """Load the weights of `--init-from` or, in a resumed run, those that its last checkpoint exported.
 
-        Call it only where something is computed from the weights before `prepare`, which loads them, too.
+        Call it only if something is computed from the weights before `prepare`, which also loads them.
         """
         if self.resuming:
             last = checkpoint.newest_undamaged(self.config.run.run_dir, "policy/")
@@ -224,16 +224,16 @@ class Run:
     def prepare(
         self, policy: nn.Module, data: Data
     ) -> tuple[AcceleratedOptimizer, LambdaLR, optim.AveragedPolicy]:
-        """Make a policy ready to train; the one order that works.
+        """Make a policy ready to train, in the one order that works:
 
         1. `--init-from` and `--freeze`: the optimizer takes what is trainable, the average what was loaded.
         2. Batch norm over processes, then the device, before the optimizer takes the parameters.
-        3. Optimizer, then the average: a copy that Accelerate must not have patched yet.
+        3. Optimizer, then the average, which must copy the policy before Accelerate patches it.
         4. Compiling, then DDP around it.
-        5. Random numbers that differ from process to process; a resumed run restores its own over them.
-        6. Steps, schedule and data order, which follow from where the run stands.
-        7. The run folder: a run that cannot start leaves none.
-        8. Signals: until here, one ends the process at once.
+        5. A different random seed in each process; a resumed run then restores its own random state.
+        6. Steps, schedule and data order, which depend on the step that the run has reached.
+        7. The run folder, this late because a run that cannot start must not leave one.
+        8. Signal handlers: until here, a signal ends the process at once.
 
         Returns:
             Optimizer, scheduler, and the weights to evaluate and export.
@@ -290,7 +290,7 @@ class Run:
         return optimizer, scheduler, self.average
 
     def _open_folder(self, store: EpisodeStore) -> Path:
-        """Create the run folder with its `config.json`, or bring that of a resumed run up to date."""
+        """Create the run folder with its `config.json`, or update that of a resumed run."""
         folder = self.config.run.run_dir
         if folder is None and self.is_main:
             method = self.script.stem.removeprefix("train_").replace("_", "-")
@@ -327,7 +327,7 @@ class Run:
             write_whole(folder / "changes.patch", changes.encode(errors="replace"))
 
     def _resume(self) -> dict[str, Any]:
-        """From which step this run is resumed, what step it had reached before, and when."""
+        """The step that this run resumes from, the step that it had reached before, and the time."""
         path = self.config.run.run_dir / "metrics.jsonl"
         reached = [line["step"] for line in read_lines(path)] if path.exists() else []
         time = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -338,10 +338,10 @@ class Run:
     def micro_batches(self) -> Iterator[Batch]:
         """Start the next optimizer step; yields its `--grad-accumulation` batches, on the device.
 
-        Sets `real_actions`: the mean number of actions that exist, over these batches of all processes (where
-        prefixes are given, of those that are to be predicted, on average over the prefixes' lengths). A
-        loss that divides by it gives, accumulated and averaged over processes, the gradient of the mean over
-        all real actions, whatever share of padding each batch has.
+        Sets `real_actions`: the number of real actions (no padding) in a batch, averaged over these batches
+        of all processes. With prefixes, it counts only the actions to predict, averaged over prefix lengths.
+        If each loss divides by it, the gradient, accumulated and averaged over processes, is that of the mean
+        over all real actions, whatever share of padding each batch has.
         """
         self.tracker.resume_clock()
         self.step += 1
@@ -353,14 +353,14 @@ class Run:
         self.real_actions = self.mean(count.to(self.device))
         for batch in batches:
             self._at("the forward pass")
-            # Gradients are exchanged between processes after the last of the batches only.
+            # Processes exchange gradients only after the last batch.
             with self.accelerator.accumulate(self.model):
                 yield batch.to(self.device)
 
     def compiled(self, compute_loss: Callable) -> Callable:
         """A script's loss function, compiled as `--compile` says.
 
-        With several processes DDP stands between it and the policy, which is then compiled alone.
+        With several processes, DDP stands between the loss and the policy: only the policy is compiled.
         """
         mode = self.config.run.compile
         return (
@@ -368,13 +368,13 @@ class Run:
         )
 
     def backward(self, loss: Tensor) -> None:
-        """Add the loss's gradient to those of the step's other batches, whose mean is the step's; log it."""
+        """Add a batch's gradient to the step's, which is the mean over its batches; log the loss."""
         self.tracker.add({"loss": loss})
         self._at("the backward pass")
         self.accelerator.backward(optim.or_nan(loss))
 
     def log(self, metrics: dict[str, Tensor | float]) -> None:
-        """Collect scalars, whose means are written every `--log-every` steps; no wait for the device."""
+        """Collect scalars, without waiting for the device; `end_step` logs their means."""
         if metrics:
             self.tracker.add(metrics)
 
@@ -385,7 +385,7 @@ class Run:
         count, schedule and average still advance.
 
         Returns:
-            Norms before clipping, of the whole and of each component.
+            Norms before clipping: of all gradients, and of each component's.
         """
         self._at("the optimizer's step")
         self.accelerator.unscale_gradients()  # fp16 scales them
@@ -395,7 +395,7 @@ class Run:
         return norms
 
     def end_step(self) -> dict[str, float]:
-        """Write a line of metrics if one is due, and return it; agree with the others whether to stop.
+        """Write a line of metrics if one is due, and return it; agree with other processes whether to stop.
 
         Raises:
             UserError: if too many steps in a row had to be skipped.
@@ -413,14 +413,14 @@ class Run:
         return logged
 
     def due(self, every: int | None) -> bool:
-        """Whether this is every `every`-th step, or the last; never, if there is no number."""
+        """Whether the step is a multiple of `every`, or the last one; never, if `every` is None."""
         return every is not None and (self.step % every == 0 or self.step == self.total_steps)
 
     def _at(self, phase: str) -> None:
         self.progress_mark = self.progress_mark[0] + 1, phase
 
     def _refuse_bad_steps(self, num: int, last: int) -> None:
-        """Stop a run that does not learn any more, and name the samples of the steps that were skipped."""
+        """Stop a run that no longer learns, and name the samples of the skipped steps."""
         dataset, path = self.data.train, self.folder / "bad_steps.json"
         first = max(self.samples - (self.step - last + num) * self.global_batch, 0)
         rows = dataset.rows[self._loader.batch_sampler.samples(first, num * self.global_batch)]
@@ -437,10 +437,10 @@ class Run:
         self._finish_saving()
         self.tracker.close()
         raise UserError(
-            f"In {num} steps in a row, {last - num + 1} to {last}, loss or gradient were not finite, and the "
-            f"weights were left unchanged; their samples are listed in {path}, from episode {numbers[0]}, "
-            f"frame {frames[0]}, on: look at these, lower --lr, or continue from the last checkpoint with "
-            f"other precision."
+            f"In {num} steps in a row, {last - num + 1} to {last}, loss or gradient was not finite, and the "
+            f"weights did not change: look at the samples listed in {path}, beginning with episode "
+            f"{numbers[0]}, frame {frames[0]}; lower --lr, or continue from the last checkpoint with another "
+            f"precision."
         )
 
     # Evaluating, saving, ending
@@ -449,13 +449,13 @@ class Run:
         """`num` samples spread evenly over a dataset, the same ones every time, divided among processes.
 
         Yields:
-            Which of the `num` samples these are, (B,), and their batch on the device.
+            Numbers of these samples among the `num`, (B,), and their batch on the device.
         """
         for rows, batch in evenly_spaced(dataset, num, self.config.optim.batch_size, self.rank, self.world):
             yield rows, batch.to(self.device)
 
     def autocast(self):
-        """Context in which a forward pass has the run's precision."""
+        """Context that gives a forward pass the run's precision."""
         return self.accelerator.autocast()
 
     def sum(self, x: Tensor) -> Tensor:
@@ -473,7 +473,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint while training goes on; all processes call this at the same step.
 
-        It waits for the one before. If the disk is full, this checkpoint is lost and training continues.
+        Waits for the previous one first. If the disk is full, this checkpoint is lost and training continues.
         """
         self._finish_saving()
         self._writing = checkpoint.save(self)
@@ -481,18 +481,18 @@ class Run:
             self._finish_saving()
 
     def _finish_saving(self) -> None:
-        """Wait until the checkpoint that is being written is there, or is known to be lost."""
-        self._at("writing the checkpoint before")  # in all processes: `HangWatch` compares their counts
+        """Wait until the checkpoint that is being written is complete, or known to be lost."""
+        self._at("writing the previous checkpoint")  # in all processes: `HangWatch` compares their counts
         if self._writing is not None:
             saved, self._writing = self._writing.result(), None
             self._saved_step = self._saved_step if saved is None else saved
         self._at("saving")
 
     def close(self) -> None:
-        """Release what the run holds; push its policy. Exits with code 75 if it was stopped before its end.
+        """Close all that the run has open; push its policy. Exits with code 75 if the run was stopped early.
 
         Raises:
-            UserError: if the last checkpoint could not be written, or the hub does not take the policy.
+            UserError: if the last checkpoint could not be written, or the hub refuses the policy.
         """
         leaving = self.stopping and self.step < self.total_steps
         self._finish_saving()
@@ -504,7 +504,7 @@ class Run:
         if saved_step != self.step:
             raise UserError(
                 f"Step {self.step}, the last, could not be saved: free disk space, and continue from the "
-                f"checkpoint before it with --resume {self.folder}."
+                f"previous checkpoint with --resume {self.folder}."
             )
         if leaving:
             why = self._requests.reason or "another process was told to"
@@ -520,7 +520,7 @@ class Run:
 
 
 def _new_folder(path: Path) -> Path:
-    """Make a folder of that name, numbered if there is one: jobs of an array start in the same second."""
+    """Make a folder of that name, with a number if it exists: jobs of an array start in the same second."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for number in range(1, 10_000):
         folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
@@ -541,9 +541,9 @@ def _versions() -> dict[str, str]:
 
 
 def _git() -> tuple[dict[str, Any], str]:
-    """Commit of this checkout, whether files differ from it, and how; nothing where there is no git.
+    """Commit of this checkout, whether files differ from it, and how; nothing if there is no git.
 
-    New Python and JSON files are part of the difference: with the commit it is the code that ran.
+    The difference includes new Python and JSON files: commit and difference together are the code that ran.
     """
     root = Path(__file__).resolve().parents[1]
 

@@ -1,11 +1,11 @@
-"""Metrics of a run: metrics.jsonl always, a tracker by choice, a line of progress, curves.png.
+"""Metrics of a run: metrics.jsonl, an optional tracker, a line of progress, curves.png.
 
 `metrics.jsonl` holds one JSON object a line: {"step", "split": "train" | "val", metrics...}. Training
-metrics are means over the steps since the line before and over all processes, of the values that were
-finite; null if none was.
+metrics are means of the finite values since the previous line, over steps and processes; null if there were
+none.
 
-A tracker also gets every PNG and GIF that the run folder holds after an evaluation: `curves.png`, what the
-method draws, the film of the newest rollouts.
+A tracker also gets every PNG and GIF in the run folder after an evaluation: `curves.png`, the method's
+pictures, the film of the newest rollouts.
 """
 
 import errno
@@ -43,14 +43,14 @@ FINISH_SECONDS = 300.0
 """How long the end of a run waits for a tracker's server to take the last metrics; they stay on disk."""
 OFFLINE = {"mode": "offline", "resume": None, "settings": {"silent": True}}
 SUCCESS = "rollout/success"  # see `common.rollout.success_rate`
-PROGRESS = "{n_fmt}/{total_fmt} |{bar}| {remaining} left, {rate_fmt}{postfix}"  # fits into 80 columns
+PROGRESS = "{n_fmt}/{total_fmt} |{bar}| {remaining} left, {rate_fmt}{postfix}"  # fits in 80 columns
 
 
 class Tracker:
-    """Collects metrics without making the device wait, and writes them down now and then.
+    """Collects metrics without making the device wait, and writes them every `--log-every` steps.
 
-    Only the main process writes. A resumed run stands at `start_step`, `start_samples`: lines of later steps,
-    written before an interruption, are removed, since those steps are trained again.
+    Only the main process writes. A resumed run starts from `start_step`, `start_samples`: lines of later
+    steps, written before an interruption, are removed, because those steps are trained again.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Tracker:
         self.accelerator, self.run_dir, self.total_steps = accelerator, run_dir, total_steps
         self._new: dict[str, Tensor] = {}  # metrics since the last `flush`
         self._sums: dict[tuple[str, ...], Tensor] = {}  # of metrics flushed together: (2, n), sums and counts
-        # Steps that were skipped: in a row until now, most in a row since the last line, the last of these.
+        # Skipped steps: in a row until now, most in a row since the last line, the last step of that row.
         self._skipped = torch.zeros(3, device=accelerator.device)
         self._steps_seen = self._start_step = start_step
         self._last = (start_step, start_samples)
@@ -82,9 +82,9 @@ class Tracker:
             self._restore(run_dir / "checkpoints" / f"step_{start_step:07d}" / "state")
 
     def save(self, folder: Path) -> None:
-        """Write what has been collected since the last line, each process a file of its own.
+        """Write what has been collected since the last line, each process to its own file.
 
-        So a run that is resumed between two lines writes the same lines as one that was left alone.
+        So a run that is resumed between two lines writes the same lines as an uninterrupted one.
         """
         self.flush()
         sums = [[list(names), values.tolist()] for names, values in self._sums.items()]
@@ -95,7 +95,7 @@ class Tracker:
             self._lines.sync()  # a checkpoint is not newer than the lines before it
 
     def _restore(self, folder: Path) -> None:
-        """Take up what `save` wrote, if as many processes wrote it."""
+        """Load what `save` wrote, if the number of processes is the same."""
         files = [folder / f"metrics_{n}.json" for n in range(self.accelerator.num_processes + 1)]
         if files[-2].is_file() and not files[-1].is_file():
             device = self.accelerator.device
@@ -106,13 +106,13 @@ class Tracker:
 
     @contextmanager
     def waiting(self):
-        """Counts the time inside as waiting for data."""
+        """Count the time inside as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     def pause_clock(self) -> None:
-        """Leave the time until `resume_clock`, for evaluating or saving, out of the training speed."""
+        """Exclude the time until `resume_clock`, for evaluating or saving, from the training speed."""
         self._paused = time.perf_counter()
 
     def resume_clock(self) -> None:
@@ -120,16 +120,16 @@ class Tracker:
         self._since += time.perf_counter() - self._paused
 
     def add(self, metrics: dict[str, Tensor | float]) -> None:
-        """Take in scalars, which are read by the next `flush`, and stay on the device until the next `log`.
+        """Collect scalars; the next `flush` reads them, and they stay on the device until the next `log`.
 
-        Values that are not finite are left out: one bad step does not blank its line.
+        Values that are not finite are left out, so that one bad step does not spoil its line.
         """
-        if not self._new.keys().isdisjoint(metrics):  # of another micro-batch
+        if not self._new.keys().isdisjoint(metrics):  # from another micro-batch
             self.flush()
         self._new |= {name: x.detach() if torch.is_tensor(x) else x for name, x in metrics.items()}
 
     def flush(self) -> None:
-        """Add what came in since the last call to the sums, in few launches; called at the end of a step."""
+        """Add what was collected since the last call to the sums, in few kernels; called after each step."""
         if not self._new:
             return
         device, names = self.accelerator.device, tuple(self._new)
@@ -142,7 +142,7 @@ class Tracker:
         self._new = {}
 
     def count_skipped(self, bad: Tensor) -> None:
-        """Take in whether a step was skipped, 1 or 0; called once a step."""
+        """Count a step, which was skipped if `bad` is 1 instead of 0; called once per step."""
         in_row, most, last = self._skipped
         self._steps_seen += 1
         self._bar.update()
@@ -155,7 +155,7 @@ class Tracker:
         """Write the means since the last call, with speed, memory and rates; all processes call this.
 
         Returns:
-            What was written, how many steps in a row were skipped, and which was the last of them.
+            What was written, how many steps in a row were skipped, and the last of them.
         """
         means, waited, most, last = self._take_means()
         now = time.perf_counter()
@@ -180,13 +180,13 @@ class Tracker:
         return metrics, most, last
 
     def _take_means(self) -> tuple[dict[str, float], float, int, int]:
-        """Means over all processes, seconds waited for data, steps skipped in a row; then begins anew."""
+        """Means over all processes, seconds waited for data, steps skipped in a row; then starts over."""
         self.flush()
         sums = torch.cat([torch.zeros(2, 0, device=self.accelerator.device), *self._sums.values()], dim=1)
         waited = torch.tensor([self._waited], device=self.accelerator.device)
         # One copy from the device and one exchange between processes, whatever the number of metrics.
         numbers = self.accelerator.reduce(torch.cat([sums.flatten(), waited, self._skipped])).tolist()
-        totals, counts = Counter(), Counter()  # a name is in several groups if it did not come at every step
+        totals, counts = Counter(), Counter()  # a name is in several groups if some steps did not log it
         for i, name in enumerate(name for group in self._sums for name in group):
             totals[name] += numbers[i]
             counts[name] += numbers[sums.shape[1] + i]
@@ -195,12 +195,12 @@ class Tracker:
         if "bad_step" in means:
             means["bad_steps"] = round(means.pop("bad_step") * counts["bad_step"] / world)
         waited, _, most, last = (number / world for number in numbers[sums.numel() :])
-        self._skipped[1] = self._skipped[0]  # those in a row go on into the next line
+        self._skipped[1] = self._skipped[0]  # a row continues into the next line
         self._sums, self._waited = {}, 0.0
         return means, waited, round(most), round(last)
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
-        """Refresh the line of progress or, where there is no terminal, print one that suits a log file."""
+        """Refresh the line of progress or, without a terminal, print a line for a log file."""
         rate = max((x for name, x in metrics.items() if name.startswith("lr/")), default=math.nan)
         success = "" if self._success is None else f"  success {100 * self._success:.0f} %"
         text = f"loss {metrics.get('loss', math.nan):.4f}{success}  lr {rate:.1e}"
@@ -231,7 +231,7 @@ class Tracker:
 
     @contextmanager
     def _tracking(self):
-        """Within, an error of the tracker is a warning: the run folder has everything."""
+        """Turn an error of the tracker inside into a warning: the run folder has everything."""
         try:
             yield
             self._tracker_failed = False
@@ -241,7 +241,7 @@ class Tracker:
             self._tracker_failed = True
 
     def _send_pictures(self) -> None:
-        """Give the tracker the pictures and films that were drawn since the last time, once evaluated."""
+        """After an evaluation, give the tracker the pictures and films that are new since the last one."""
         trackers = self.accelerator.trackers if self.accelerator.is_main_process else []
         if not (trackers and self._evaluated):
             return
@@ -274,7 +274,7 @@ def _pictures(run_dir: Path) -> dict[Path, int]:
 def _send_picture(tracker: GeneralTracker, path: Path, step: int) -> None:
     """Give a tracker a PNG or GIF as it is on disk.
 
-    TensorBoard plays a GIF that is logged as an image: so does its `add_video`, which needs MoviePy for it.
+    TensorBoard plays a GIF that is logged as an image. Its `add_video` does the same but needs MoviePy.
     """
     name = f"media/{path.stem}"
     if tracker.name == "wandb":
@@ -317,14 +317,14 @@ class Lines:
                 say(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait in memory")
 
     def sync(self) -> None:
-        """Have all lines on disk; raises OSError if that cannot be."""
+        """Bring all lines to disk; raises OSError if that fails."""
         self._flush()
         os.fsync(self._descriptor)
 
     def _flush(self) -> None:
         end = os.fstat(self._descriptor).st_size
         written = os.write(self._descriptor, self._waiting) if self._waiting else 0
-        if written < len(self._waiting):  # the disk took a part of it
+        if written < len(self._waiting):  # the disk took only a part of it
             os.ftruncate(self._descriptor, end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._waiting = b""
@@ -336,9 +336,9 @@ class Lines:
 
 
 def keep_lines_up_to(path: Path, step: int) -> list[dict]:
-    """Drop the lines of later steps, and a last line that was cut off; the lines that are left.
+    """Drop the lines of later steps, and a last line that was cut off; returns the lines that are left.
 
-    None is left for step 0: a run that starts has no past.
+    For step 0 none are left: a new run has no history.
     """
     if not path.exists():
         return []
@@ -360,11 +360,11 @@ def start_tracker(accelerator: Accelerator, run_dir: Path, config, start_step: i
         if name == "wandb":
             _start_wandb(accelerator, run_dir, config.run.project, settings, start_step)
         else:
-            # Points of later steps, written before an interruption, are hidden: those steps come again.
+            # Hide points of later steps, written before an interruption: those steps are trained again.
             options = {"purge_step": start_step + 1} if start_step else {}
             accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": options})
             if accelerator.is_main_process:
-                text = textwrap.indent(json.dumps(settings, indent=2), "    ")  # Markdown's code
+                text = textwrap.indent(json.dumps(settings, indent=2), "    ")  # a code block in Markdown
                 accelerator.get_tracker("tensorboard", unwrap=True).add_text("config", text, start_step)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -394,11 +394,11 @@ def _start_wandb(accelerator: Accelerator, run_dir: Path, project: str, settings
     except TimeoutError:
         import wandb
 
-        # It makes the attempt fail, and then waits itself for the server.
+        # This makes the attempt fail, but then waits for the server itself.
         threading.Thread(target=wandb.teardown, name="wandb", daemon=True).start()
         wait([attempt], timeout=SERVICE_SECONDS)
         _say_offline(f"no answer from the server for {SERVICE_SECONDS:.0f} s", run_dir)
-        accelerator.trackers.clear()  # or Accelerate would start the first one again
+        accelerator.trackers.clear()  # otherwise Accelerate would start the first one again
         start(OFFLINE)
 
 

@@ -52,8 +52,8 @@ class Config:
     normalization: Normalization = "mean-std"
     """How state and action are scaled: see common/normalize.py."""
     flow_samples: PositiveInt = 8
-    """M: draws of (noise, flow time) per observation in each step. The encoder runs once for all of them, so
-    with a large backbone further draws are nearly free."""
+    """M: draws of (noise, flow time) per observation and step. The encoder runs once for all of them, so with
+    a large backbone more draws are nearly free."""
     time_distribution: flow.TimeDistribution = "beta"
     """Distribution of the flow time in training."""
     time_beta: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.5)
@@ -69,7 +69,7 @@ class Config:
     decoder_layers: PositiveInt = 3
     """Transformer layers that predict the velocity."""
     attention: Literal["causal", "full"] = "causal"
-    """Self-attention among the actions of a chunk: each sees itself and earlier ones, or all."""
+    """Self-attention within a chunk: each action attends to itself and earlier ones, or to all."""
     sample_steps: MayChange[PositiveInt] = 10
     """Integration steps when sampling actions."""
 
@@ -77,7 +77,7 @@ class Config:
 class Policy(nn.Module):
     """Average velocity of action chunks given camera images and joint states.
 
-    Its children are the components, each of which can be frozen, initialised and given its own learning rate.
+    Its children are the components. Each one can be frozen, initialised and given its own learning rate.
     """
 
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
@@ -98,12 +98,12 @@ class Policy(nn.Module):
         self.action_decoder.time = TimeEmbedding(config.d_model, max_frequency=10.0)
 
     def observe(self, images: Tensor, proprio: Tensor, task: Tensor | None = None) -> Context:
-        """What the decoder needs of an observation, computed once however often the decoder runs.
+        """What the decoder needs from an observation; computed once, however often the decoder runs.
 
         Args:
             images: (B, N, 3, H, W) float in [0, 1].
             proprio: (B, K, P), normalized.
-            task: which instruction, see `InstructionEmbedder`.
+            task: the instructions, see `InstructionEmbedder`.
         """
         views = vision.look([self.backbone], images, self.info_embedder.told(task))  # all cameras at once
         return self.action_decoder.context(self.info_embedder(views, proprio, task=task))
@@ -154,8 +154,8 @@ def compute_loss(
 
     Args:
         train: augment images, drop instructions.
-        count: real actions to divide by, before the M draws: `run.real_actions`. None: those of the batch.
-        x_0, t, r: noise (B * M, T, A) and flow times (B * M,), M for each sample; all, or none to draw them.
+        count: number of real actions to divide by, before the M draws: `run.real_actions`. None: the batch's.
+        x_0, t, r: noise (B * M, T, A), flow times (B * M,), M per sample; give all, or none to draw them.
     """
     images = vision.augment(batch.images, config.vision) if train else vision.to_float(batch.images)
     flow_samples = config.flow_samples if x_0 is None else len(x_0) // len(images)
@@ -191,9 +191,9 @@ def sample_actions(
     Args:
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
-        task: which instruction, see `InstructionEmbedder`.
+        task: the instructions, see `InstructionEmbedder`.
         steps: equal steps from noise to data, instead of the configured number.
-        generator: source of the noise, on the device of the images, or one for each of them.
+        generator: source of the noise, on the images' device; or one generator per observation.
         x_0: the noise itself, (B, T, A).
 
     Returns:
@@ -216,8 +216,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and error of sampled chunks on held-out episodes, with the same noise and flow times every time.
 
-    At most `--eval-samples` evenly spaced samples are used, divided among the processes. The global random
-    state is not touched: evaluating more or less often changes nothing else.
+    Uses at most `--eval-samples` evenly spaced samples, divided among the processes. Leaves the global random
+    state alone: evaluating more or less often changes nothing else.
     """
     num = min(config.run.eval_samples, len(dataset))
     generator = torch.Generator().manual_seed(config.run.seed)

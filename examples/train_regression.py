@@ -2,7 +2,7 @@
 
 A fork of `train_naive_fm.py` without noise. At x_t = 0 and t = 0, the same network predicts the chunk,
 
-    L = mean (f(0, 0, s) - x_1)^2                over actions within the episode, their dimensions
+    L = mean (f(0, 0, s) - x_1)^2                over actions within the episode, and dimensions
 
 and so learns the mean of the chunks recorded after an observation, while flow matching draws one of them.
 
@@ -57,13 +57,13 @@ class Config:
     decoder_layers: PositiveInt = 3
     """Transformer layers that predict the chunk."""
     attention: Literal["causal", "full"] = "causal"
-    """Self-attention among the actions of a chunk: each sees itself and earlier ones, or all."""
+    """Self-attention within a chunk: each action attends to itself and earlier ones, or to all."""
 
 
 class Policy(nn.Module):
     """Action chunks given camera images and joint states.
 
-    Its children are the components, each of which can be frozen, initialised and given its own learning rate.
+    Its children are the components. Each one can be frozen, initialised and given its own learning rate.
     """
 
     def __init__(self, config: Config, spec: PolicySpec, pretrained: bool = True):
@@ -83,12 +83,12 @@ class Policy(nn.Module):
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal)
 
     def observe(self, images: Tensor, proprio: Tensor, task: Tensor | None = None) -> Context:
-        """What the decoder needs of an observation, computed once however often the decoder runs.
+        """What the decoder needs from an observation; computed once, however often the decoder runs.
 
         Args:
             images: (B, N, 3, H, W) float in [0, 1].
             proprio: (B, K, P), normalized.
-            task: which instruction, see `InstructionEmbedder`.
+            task: the instructions, see `InstructionEmbedder`.
         """
         views = vision.look([self.backbone], images, self.info_embedder.told(task))  # all cameras at once
         return self.action_decoder.context(self.info_embedder(views, proprio, task=task))
@@ -136,7 +136,7 @@ def sample_actions(
     Args:
         images: (B, N, 3, H, W) uint8.
         proprio: (B, K, P), normalized.
-        task: which instruction, see `InstructionEmbedder`.
+        task: the instructions, see `InstructionEmbedder`.
         steps, generator: unused.
 
     Returns:
@@ -151,8 +151,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and error of sampled chunks on held-out episodes.
 
-    At most `--eval-samples` evenly spaced samples are used, divided among the processes. The global random
-    state is not touched: evaluating more or less often changes nothing else.
+    Uses at most `--eval-samples` evenly spaced samples, divided among the processes. Leaves the global random
+    state alone: evaluating more or less often changes nothing else.
     """
     num = min(config.run.eval_samples, len(dataset))
     sums = torch.zeros(3, device=run.device)  # loss, absolute error, real actions

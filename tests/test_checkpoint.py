@@ -141,7 +141,7 @@ def test_a_run_resumed_past_damage_equals_one_without(run_dir, finished, how, ca
 def test_a_run_of_which_nothing_is_whole_is_refused(run_dir):
     for folder in (run_dir / "checkpoints").glob("step_*"):
         (folder / "state" / "optimizer.bin").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"no checkpoint that is not damaged \(step_0000003: .*from a copy"):
+    with pytest.raises(UserError, match=r"no undamaged checkpoint \(step_0000003: .*from a copy"):
         resume(run_dir, "--steps", "4")
 
 

@@ -193,7 +193,7 @@ def test_ways_of_joining_are_compared(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--join", "prefix"), "needs a prefix of 3 actions, and the policy was trained with 2 at most"),
+        (("--join", "prefix"), "needs a prefix of 3 actions, but the policy was trained with at most 2"),
         (("--delay", "5"), "too short for a delay of 5 steps"),
         (("--execute-steps", "2"), r"--delay 3, --join naive: execute_steps must lie in 3..5, got 2"),
     ],

@@ -430,7 +430,7 @@ def test_a_disk_that_does_not_answer_is_told_by_the_watch(tiny, tmp_path):
     process = writing("stuck", tiny, tmp_path / "run", "--hang-timeout", 20)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == EXIT_HUNG
-    assert "process 0 of 1 has not got past 'writing the checkpoint before'" in printed
+    assert "process 0 of 1 has not got past 'writing the previous checkpoint'" in printed
     assert "in seal" in printed
 
 

@@ -114,7 +114,7 @@ def test_the_frame_nearest_to_each_time_is_seen(steps, stride, expected):
 
 def test_frames_that_nobody_gave_are_said_once():
     frames = kept([0, 8], 2, 1)
-    with pytest.warns(UserWarning, match="1 control steps apart, and what was given is 1 steps"):
+    with pytest.warns(UserWarning, match="1 control steps apart, and the nearest given one is 1 steps"):
         assert frames.recall().flatten().tolist() == [8, 8]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

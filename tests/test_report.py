@@ -343,7 +343,7 @@ def test_what_cannot_be_reported_is_said_in_a_sentence(tmp_path, capsys):
         return capsys.readouterr().err
 
     assert (
-        refusal() == "error: There is nothing to report: name run folders, for instance report.py runs/*.\n"
+        refusal() == "error: There is nothing to report: give run folders, for instance report.py runs/*.\n"
     )
     assert "holds neither config.json nor metrics.jsonl" in refusal(tmp_path)
     assert "nowhere is not a folder" in refusal(tmp_path / "nowhere")
