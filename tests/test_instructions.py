@@ -220,6 +220,25 @@ def test_another_task_takes_effect_at_once(run_dir):
 # Text encoders
 
 
+def test_frames_are_seen_with_the_instruction_in_mind(told, tmp_path):
+    """Features of earlier frames are kept, and are those of the instruction that the robot has now."""
+    folder = train(train_naive_fm, told, tmp_path / "run", "--steps", 1, "--image-history", 2)
+
+    def chunk(before: str, now: str) -> np.ndarray:
+        policy = load_policy(folder, device="cpu", seed=0)
+        torch.manual_seed(0)
+        for parameter in policy.model.parameters():  # an untrained network does not heed instructions
+            torch.nn.init.normal_(parameter, std=0.1)
+        policy.watch(seen(task=before, step=0))
+        return policy.act(seen(task=now, step=1))
+
+    same, other = chunk(TASKS[0], TASKS[0]), chunk(TASKS[1], TASKS[0])
+    np.testing.assert_array_equal(same, other)  # the frame is the same, and seen as often
+    assert not np.allclose(same, chunk(TASKS[1], TASKS[1]))
+    with pytest.raises(ValueError, match="the policy needs a task"):
+        load_policy(folder, device="cpu").watch({**seen(step=0)})
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sentences_become_vectors(kind, tmp_path):
     encoder = TextEncoder(str(make_encoder(tmp_path / kind, kind)))
