@@ -65,7 +65,8 @@ class ControlLoop:
     ):
         """
         Args:
-            policy: a `RobotPolicy` or `RemotePolicy`.
+            policy: a `RobotPolicy` or `RemotePolicy` whose actions are positions: to hold, the last one is
+                repeated, and an increment or a velocity would keep the robot moving.
             rate: cycles per second. The loop interpolates between the actions of a chunk, which are
                 1 / `policy.spec.fps` seconds apart.
             execute_steps: actions of a chunk after which the next is requested. Default: so many that half of

@@ -513,6 +513,7 @@ class Run:
                 f"--resume {self.folder}"
             )
             sys.exit(EXIT_STOPPED)
+        say(f"all {self.total_steps} steps are done: {self.folder}")
         if self.is_main and self.config.run.push_to_hub is not None:
             from lerobot_policy_flow.export import push_run
 

@@ -224,7 +224,9 @@ def main(more=()):
     elif not wants_cuda() and not works(installed, NOT_CPU):  # what is there already stays
         build = cpu_build(uv, installed, environment)
         size = CPU_SIZE if build else size + ", since the package index has no CPU build of PyTorch"
-    print("installing {} into .venv (about {})".format(", ".join(files), size), flush=True)
+    there = works(installed, "import importlib.util as u; assert u.find_spec('torch')")
+    cost = "" if there else f" (about {size}), which takes some minutes"
+    print("installing {} into .venv{}".format(", ".join(files), cost), flush=True)
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
     command = [uv, "pip", "install", *quiet, *build, "--python", installed]
     for name in files:

@@ -24,6 +24,7 @@ class Config:
 def main(config: Config) -> None:
     broken = []
     for name in ONE_OF_EACH:
+        print(f"{name:<24} ", end="", flush=True)  # importing a simulator can take a minute
         try:
             environment = make_environment(EnvConfig(env=name), (96, 96))
             environment.reset(0, 0)
@@ -31,14 +32,14 @@ def main(config: Config) -> None:
             began = time.perf_counter()
             images = environment.images()
             milliseconds = 1000 * (time.perf_counter() - began)
-            print(
-                f"{name:<24} {len(environment.state())} numbers, {', '.join(images)}: {milliseconds:.0f} ms"
-            )
+            drawn = f"{', '.join(images)} drawn in {milliseconds:.0f} ms"
+            print(f"{len(environment.state())} numbers, {drawn}", flush=True)
         except UserError as error:
-            print(f"{name:<24} {error}")
+            print(error, flush=True)
             broken.append(name)
     if broken:
         raise UserError(f"{', '.join(broken)} cannot be used here: see above.")
+    print("all of them can be used")
 
 
 if __name__ == "__main__":

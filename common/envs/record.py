@@ -79,7 +79,8 @@ def demonstrate(environment: Environment, episodes: int, seed: int, hold: int = 
                 raise UserError(
                     f"The expert of {environment.name} succeeded in {found} of {number} episodes."
                 )
-    say(f"{environment.name}: the expert succeeded in {found} of {number} episodes, the others are left out")
+    rest = ", the others are left out" if found < number else ""
+    say(f"{environment.name}: the expert succeeded in {found} of {number} episodes{rest}")
 
 
 def attempt(environment: Environment, seed: int, episode: int, hold: int = 0) -> Demonstration | None:
