@@ -227,24 +227,30 @@ def draw_curves(path: Path, picture: Path) -> None:
         groups["rollout"].remove("rollout/success")
         groups["success in closed loop"] = ["rollout/success"]
     held_out = {key for line in lines if line["split"] == "val" for key in line if "/" not in key}
+    terms = groups.pop("loss", [])
+    single = len(terms) == 1  # then it is the loss
     drawn = [
-        ("loss", sorted({"loss", *held_out} - {"step", "split"})),
+        ("loss", terms if single else ["loss"]),
+        ("terms of the loss", [] if single else terms),
+        ("held-out error", sorted(held_out - {"loss", "step", "split"})),
         ("gradient norm", groups.pop("grad_norm", [])),
         ("learning rate", groups.pop("lr", [])),
         ("samples / s", ["samples_per_s"]),
         *groups.items(),
     ]
+    drawn = [(title, names) for title, names in drawn if names]
     figure, axes = grid(len(drawn), 2, (6, 3.5), sharex=True)
     for axis, (title, names) in zip(axes.flat, drawn, strict=False):
         for name in names:
-            _plot(axis, lines, name, log=title in ("loss", "error", "gradient norm"))
+            _plot(axis, lines, name, log=title in ("loss", "held-out error", "gradient norm"))
         axis.set_title(title)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
         if names == ["rollout/success"]:
             axis.set_ylim(-0.02, 1.02)
-    axes[1, 1].set_ylim(bottom=0)
+        if title == "samples / s":
+            axis.set_ylim(bottom=0)
     figure.supxlabel("step", fontsize=9)
     save_figure(figure, picture, path.parent.name)
 

@@ -299,10 +299,11 @@ class Run:
         if self.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             self._write_config(folder, store)
+            batches = self.config.optim.grad_accumulation
             say(
                 f"{folder}: {self.total_steps} steps of {self.global_batch} samples "
-                f"({self.config.optim.batch_size} per process x {self.world} processes x "
-                f"{self.config.optim.grad_accumulation} accumulated), {self.device.type}, "
+                f"({self.config.optim.batch_size} x {self.world} process{'es' * (self.world > 1)} x "
+                f"{batches} micro-batch{'es' * (batches > 1)}), {self.device.type}, "
                 f"{self.accelerator.mixed_precision} mixed precision"
             )
         self.accelerator.wait_for_everyone()

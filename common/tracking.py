@@ -206,9 +206,10 @@ class Tracker:
         text = f"loss {metrics.get('loss', math.nan):.4f}{success}  lr {rate:.1e}"
         self._bar.set_postfix_str(text)
         if self._bar.disable:
+            speed = metrics["samples_per_s"]
             say(
                 f"step {step}/{self.total_steps}  {text}  "
-                f"{metrics['samples_per_s']:.0f} samples/s  {metrics['eta_s'] / 60:.1f} min left"
+                f"{speed:.{int(speed < 10)}f} samples/s  {metrics['eta_s'] / 60:.1f} min left"
             )
 
     def log_validation(self, step: int, metrics: dict[str, float]) -> None:

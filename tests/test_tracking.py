@@ -247,7 +247,7 @@ def test_curves_are_drawn_and_redrawn(accelerator, run_dir):
         tracker.log(step, step, {"head": 0.1})
     tracker.log_validation(2, {"loss": 0.7, "action_mae": math.nan})
     with Image.open(run_dir / "curves.png") as picture:
-        assert picture.size == (1200, 700)
+        assert picture.size == (1200, 1050)
         before = picture.tobytes()
     tracker.add({"loss": 0.01})
     tracker.log(4, 4, {"head": 0.0})
