@@ -115,7 +115,7 @@ def test_episodes_that_are_none(tmp_path, root, open_):
         open_(root, episodes_file=tmp_path / "absent.txt")
     with pytest.raises(UserError, match="give one of them"):
         open_(root, episodes=("1",), episodes_file=tmp_path / "none.txt")
-    with pytest.raises(UserError, match="episodes of one dataset"):
+    with pytest.raises(UserError, match="--episodes and --episodes-file are for one dataset"):
         open_(root, root, episodes=("1",))
     open_(root)
     with pytest.raises(UserError, match="has no episode 7"):

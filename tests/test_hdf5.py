@@ -601,6 +601,7 @@ def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, refused, mon
 
     monkeypatch.setattr(os, "scandir", guarded)
     refused(root, r"d/day_1 cannot be read \(Permission denied\)")
+    monkeypatch.undo()  # before pytest removes what the test wrote
 
 
 def test_a_file_that_may_not_be_read(tmp_path, open_, refused, monkeypatch):
