@@ -147,8 +147,11 @@ class _Episode:
         limit = RateLimit(velocity, acceleration, loop.rate, width, rotations)
         if tuple(spec.state_names) == tuple(spec.action_names):
             limit.begin(first.state)
-        elif (velocity, acceleration) != (None, None):
-            _say("state and action have different names: the first command is sent without a limit")
+        else:
+            _say(
+                f"the actions ({', '.join(spec.action_names)}) and the state have different names: actions "
+                f"must be positions, and the first is sent without a limit"
+            )
         return limit
 
     def _cycle(self, now: float) -> None:

@@ -307,6 +307,15 @@ def test_the_robot_moves_without_a_stop_at_its_rate(capsys):
     assert 0.03 <= np.mean(report.infer) < 0.2
 
 
+def test_actions_that_may_be_increments_are_pointed_out(capsys):
+    line = Line()
+    ControlLoop(line, Arm(), rate=50).run(0.1)
+    assert "positions" not in capsys.readouterr().out
+    line.spec.action_names = ("dx", "dy")
+    ControlLoop(line, Arm(), rate=50).run(0.1)
+    assert "the actions (dx, dy) and the state have different names" in capsys.readouterr().out
+
+
 def test_a_policy_without_prefixes_stops_and_says_so(capsys):
     arm, line = Arm(), Line(max_delay=0)
     report = ControlLoop(line, arm, rate=50).run(1.0)
