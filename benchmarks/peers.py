@@ -120,7 +120,7 @@ def main(config: Config) -> None:
                 print(f"{key}, {setting}: {found['turns'][setting]}", flush=True)
     text = report(results, config)
     print(text)
-    insert(config.out / "performance.md", text, "Beside the peers")
+    insert(config.out / "performance.md", text, "Compared with LeRobot")
 
 
 def settings(config: Config) -> list[str]:
