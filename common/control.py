@@ -25,6 +25,7 @@ from common.errors import UserError
 
 SAID_AFTER = 0.5  # seconds of holding
 RETRY_SECONDS = 0.2
+LAST_SECONDS = 5.0  # that the last observation and inference may take
 HIGH = 0.95  # quantile of earlier delays, expected as the next one
 KEPT_DELAYS = 100
 CLOSEST = 0.75  # periods between two commands
@@ -102,6 +103,8 @@ class ControlLoop:
             return _Episode(self, plan, worker).act(seconds)
         finally:
             worker.requests.put(STOP)
+            # A program that ends within PyTorch's code aborts, and a second run would share the policy.
+            worker.join(LAST_SECONDS)
 
 
 class _Episode:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common.control import ControlLoop, Plan, RateLimit, Report, Watchdog, blend
+from common.control import ControlLoop, Plan, RateLimit, Report, Watchdog, Worker, blend
 from common.data.rotation import Rotations
 from common.errors import UserError
 
@@ -305,6 +305,11 @@ def test_the_robot_moves_without_a_stop_at_its_rate(capsys):
     for words in ("observe  mean", "infer    mean", "send     mean", "late", "jump of velocity at seams"):
         assert words in text
     assert 0.03 <= np.mean(report.infer) < 0.2
+
+
+def test_nothing_is_computed_after_the_end():
+    ControlLoop(Line(seconds=0.3), Arm(), rate=50).run(0.4)  # ends while a chunk is computed
+    assert not any(isinstance(thread, Worker) for thread in threading.enumerate())
 
 
 def test_actions_that_may_be_increments_are_pointed_out(capsys):
