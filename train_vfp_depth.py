@@ -106,7 +106,7 @@ class Policy(nn.Module):
                 config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
             )
             if spec.tasks:
-                backbone.listen(config.d_model)
+                backbone.listen(config.d_model)  # to instructions, see Backbone
             self.add_module(f"{camera}_backbone", backbone)
             widths.append((backbone.token_dim, backbone.summary_dim))
         self.depth_backbone = DepthBackbone(config.depth, spec.image_size, pretrained)

@@ -73,7 +73,7 @@ class Policy(nn.Module):
             config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
         )
         if spec.tasks:
-            self.backbone.listen(config.d_model)
+            self.backbone.listen(config.d_model)  # to instructions, see Backbone
         widths = [(self.backbone.token_dim, self.backbone.summary_dim)] * spec.views
         size = Size(config.d_model, config.num_heads)
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
