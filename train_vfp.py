@@ -95,14 +95,12 @@ class Policy(nn.Module):
             backbone = vision.build_backbone(
                 config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
             )
-            if spec.tasks:
-                backbone.listen(config.d_model)  # to instructions, see Backbone
             self.add_module(f"{camera}_backbone", backbone)
             widths += [(backbone.token_dim, backbone.summary_dim)] * spec.image_history
-        size = Size(config.d_model, config.num_heads)
+        size, layers = Size(config.d_model, config.num_heads), config.encoder_layers
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
-        layers, tasks = config.encoder_layers, spec.tasks
-        self.info_embedder = InfoEmbedder(widths, proprio, size, layers, droppable=True, tasks=tasks)
+        told = {"tasks": spec.tasks, "film_dims": [b.film_dim for b in vision.backbones_of(self)]}
+        self.info_embedder = InfoEmbedder(widths, proprio, size, layers, droppable=True, **told)
         causal = config.attention == "causal"
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal)
 
@@ -118,7 +116,7 @@ class Policy(nn.Module):
             task: the instructions, see `InstructionEmbedder`.
         """
         backbones = [getattr(self, f"{camera}_backbone") for camera in self.cameras]
-        views = vision.look(backbones, images, self.info_embedder.told(task))
+        views = vision.look(backbones, images, self.info_embedder.film(task))
         return self.action_decoder.context(self.info_embedder(views, proprio, dropped, task))
 
     def forward(

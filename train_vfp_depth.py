@@ -105,17 +105,15 @@ class Policy(nn.Module):
             backbone = vision.build_backbone(
                 config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
             )
-            if spec.tasks:
-                backbone.listen(config.d_model)  # to instructions, see Backbone
             self.add_module(f"{camera}_backbone", backbone)
             widths.append((backbone.token_dim, backbone.summary_dim))
         self.depth_backbone = DepthBackbone(config.depth, spec.image_size, pretrained)
         self.depth_cameras = camera_numbers(config.depth, spec.cameras)
         widths += [(self.depth_backbone.token_dim,) * 2] * len(self.depth_cameras)
-        size = Size(config.d_model, config.num_heads)
+        size, layers = Size(config.d_model, config.num_heads), config.encoder_layers
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
-        layers, tasks = config.encoder_layers, spec.tasks
-        self.info_embedder = InfoEmbedder(widths, proprio, size, layers, droppable=True, tasks=tasks)
+        told = {"tasks": spec.tasks, "film_dims": [b.film_dim for b in vision.backbones_of(self)]}
+        self.info_embedder = InfoEmbedder(widths, proprio, size, layers, droppable=True, **told)
         causal = config.attention == "causal"
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal)
 
@@ -141,7 +139,7 @@ class Policy(nn.Module):
             task: the instructions, see `InstructionEmbedder`.
         """
         backbones = [getattr(self, f"{camera}_backbone") for camera in self.cameras]
-        views = vision.look(backbones, images, self.info_embedder.told(task))
+        views = vision.look(backbones, images, self.info_embedder.film(task))
         views += [(tokens, tokens.mean(dim=1)) for tokens in depth.float().unbind(1)]
         if dropped is not None:
             depth_dropped = [dropped[:, n : n + 1] for n in self.depth_cameras]

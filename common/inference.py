@@ -32,6 +32,7 @@ from common.data.tasks import listed
 from common.errors import UserError
 from common.normalize import Normalizer, scale_offset
 from common.text import TextEncoder
+from common.transformer import InfoEmbedder
 
 ROOT = Path(__file__).resolve().parents[1]
 ENSEMBLE = 0.01  # decay of the weights in temporal ensembling, as in ACT
@@ -356,10 +357,11 @@ class RobotPolicy:
         tasks = [observation.get("task", ...) for observation in observations]
         told = self.told(tasks)
         with self._precision():
-            if told is not None:
-                told = self.model.info_embedder.told(told.to(self.device))
+            told = None if told is None else told.to(self.device)
+            embedders = [child for child in self.model.children() if isinstance(child, InfoEmbedder)]
+            film = [x for embedder in embedders for x in embedder.film(told)]
             images = vision.to_float(images.to(self.device))
-            seen = vision.features(vision.backbones_of(self.model), images, told)
+            seen = vision.features(vision.backbones_of(self.model), images, film)
         if frames is None:
             missing = len(observations) - len(self._frames)
             self._frames += [Frames(self.spec) for _ in range(missing)]

@@ -162,8 +162,10 @@ class InfoEmbedder(nn.Module):
     `droppable` adds tokens that stand for a lost camera. Without camera dropout they would never get a
     gradient, which DistributedDataParallel treats as an error.
 
-    With `tasks`, the policy is told which one: by tokens of the memory, a part of the summary, and a scale
-    for each channel of the cameras' tokens and summaries; backbones that listen get it from `told`.
+    With `tasks`, the policy is told which one: by tokens of the memory, a part of the summary, a scale for
+    each channel of the cameras' tokens and summaries, and a scale and a shift inside each backbone that has a
+    film dimension (FiLM, Perez et al. 2018), all of which start without effect. A backbone that knows what to
+    look for learns to find it from far fewer scenes (docs/methods.md).
     """
 
     def __init__(
@@ -174,7 +176,9 @@ class InfoEmbedder(nn.Module):
         num_layers: int,
         droppable: bool = False,
         tasks: Instructions | None = None,
+        film_dims: Sequence[int] = (),
     ):
+        """`film_dims`: that of each backbone."""
         super().__init__()
         (proprio_history, state_dim), d_model = proprio, size.d_model
         self.tokens_in = nn.ModuleList(nn.Linear(token_dim, d_model) for token_dim, _ in widths)
@@ -188,14 +192,17 @@ class InfoEmbedder(nn.Module):
         self.instruction = None if tasks is None else InstructionEmbedder(tasks, d_model)
         if tasks is not None:
             self.scale = zeroed(nn.Linear(d_model, d_model))
+            # Not in the backbones: their weights fit policies of one task and of several.
+            self.films = nn.ModuleList(zeroed(nn.Linear(d_model, 2 * dim)) for dim in film_dims if dim)
 
-    def told(self, task: Tensor | None) -> Tensor | None:
-        """The whole instruction, (B, D), for `vision.look`; None without `tasks`."""
+    def film(self, task: Tensor | None) -> list[Tensor]:
+        """Scales and shifts by the instruction for `vision.look`, (B, 2 film_dim) of each backbone."""
         if self.instruction is None:
-            return None
+            return []
         if task is None:
             raise ValueError("the policy was made for several instructions: give `task`")
-        return self.instruction(task)[:, -1]
+        told = self.instruction(task)[:, -1]
+        return [film(told) for film in self.films]
 
     def forward(
         self,

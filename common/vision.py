@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.config import Share, options
 from common.errors import UserError
-from common.transformer import sincos_position_2d, zeroed
+from common.transformer import sincos_position_2d
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -45,8 +45,8 @@ class VisionConfig:
 class Backbone(nn.Module):
     """Images (B, 3, H, W) to tokens (B, L, token_dim), one per region, and a summary (B, summary_dim).
 
-    Images are float, in [0, 1]; each network normalizes the pixels itself. After `listen`, `forward` also
-    takes an instruction for each image.
+    Images are float, in [0, 1]; each network normalizes the pixels itself. With a `film_dim`, `forward` also
+    takes a scale and a shift of its features for each image, see `InfoEmbedder.film`.
     """
 
     token_dim: int
@@ -56,27 +56,14 @@ class Backbone(nn.Module):
     hf_config: dict | None = None
     """Architecture, if it is a Hugging Face model."""
     film_dim = 0
-    """Channels, halfway through the network, that an instruction may scale and shift."""
+    """Channels, halfway through the network, that an instruction may scale and shift; 0: none."""
     _checkpoints = False
 
-    def __init__(self):
-        super().__init__()
-        self.film: nn.Linear | None = None
-
-    def listen(self, d_model: int) -> None:
-        """Let instructions (B, d_model) scale and shift features: FiLM (Perez et al. 2018).
-
-        A network that knows what to look for learns to find it from far fewer scenes (docs/methods.md).
-        Hugging Face models do not change.
-        """
-        if self.film_dim:
-            self.film = zeroed(nn.Linear(d_model, 2 * self.film_dim))
-
-    def _modulated(self, x: Tensor, told: Tensor | None) -> Tensor:
-        """Features (B, film_dim, H, W), scaled and shifted by the instruction."""
-        if self.film is None:
+    def _modulated(self, x: Tensor, film: Tensor | None) -> Tensor:
+        """Features (B, film_dim, H, W), scaled and shifted by (B, 2 film_dim)."""
+        if film is None:
             return x
-        scale, shift = self.film(told)[..., None, None].chunk(2, dim=1)
+        scale, shift = film[..., None, None].chunk(2, dim=1)
         return x * (1 + scale) + shift
 
     def checkpoint_activations(self) -> None:
@@ -147,8 +134,8 @@ class ConvBackbone(Backbone):
         self.token_dim, self.summary_dim, self.num_tokens = 128, 2 * num_keypoints + 128, grid[0] * grid[1]
         self.film_dim = 64
 
-    def forward(self, images: Tensor, told: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        features = self._modulated(self._stages(self.stem, 2 * images - 1), told)
+    def forward(self, images: Tensor, film: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        features = self._modulated(self._stages(self.stem, 2 * images - 1), film)
         attention = self.keypoints(features).float().flatten(2).softmax(dim=-1)  # (B, keypoints, H/4 * W/4)
         with torch.autocast(images.device.type, enabled=False):  # half precision would cost whole pixels
             keypoints = attention @ self.coordinates
@@ -173,10 +160,10 @@ class ResNetBackbone(Backbone):
         self.register_buffer("position", sincos_position_2d(*grid, self.token_dim), persistent=False)
         self.film_dim = self.token_dim // 4
 
-    def forward(self, images: Tensor, told: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, film: Tensor | None = None) -> tuple[Tensor, Tensor]:
         half = len(self.network) - 2  # two stages of residual blocks before, two behind
         features = self._stages(self.network[:half], (images - self.mean) / self.std)
-        features = self._stages(self.network[half:], self._modulated(features, told))
+        features = self._stages(self.network[half:], self._modulated(features, film))
         tokens = features.flatten(2).transpose(1, 2)
         return tokens + self.position, tokens.mean(dim=1)
 
@@ -365,14 +352,14 @@ def _load_huggingface(name: str, hf_config: dict | None):
     return network.float(), processor, set(report["missing_keys"])
 
 
-def look(backbones: Sequence[Backbone], images: Tensor, told: Tensor | None = None) -> list[View]:
+def look(backbones: Sequence[Backbone], images: Tensor, film: Sequence[Tensor] = ()) -> list[View]:
     """The views of all cameras, in order; of each camera the present frame first, then the one before it.
 
     Args:
         backbones: one for each camera, or one for all, which then runs once.
         images: (B, N, 3, H, W) float in [0, 1]; with earlier frames (B, N, F, 3, H, W), the present one last;
             or (B, N, F, W), the output of `features` for these.
-        told: instructions (B, D), for backbones that `listen`.
+        film: for each backbone, (B, 2 film_dim), see `InfoEmbedder.film`.
     """
     if images.ndim == 4:
         one = backbones[0]  # they differ in weights alone
@@ -382,9 +369,9 @@ def look(backbones: Sequence[Backbone], images: Tensor, told: Tensor | None = No
     frames = images.shape[2] if images.ndim == 6 else 1
     groups = [images] if len(backbones) == 1 else images.unbind(1)  # (B, ..., 3, H, W) each
     views: list[View] = []
-    for backbone, group in zip(backbones, groups, strict=True):
+    for n, (backbone, group) in enumerate(zip(backbones, groups, strict=True)):
         group = group.flatten(0, -4)  # all in one batch
-        more = [] if backbone.film is None else [told.repeat_interleave(len(group) // len(images), dim=0)]
+        more = [film[n].repeat_interleave(len(group) // len(images), dim=0)] if film else []
         tokens, summary = backbone(group, *more)
         tokens, summary = (x.unflatten(0, (len(images), -1)).unbind(1) for x in (tokens, summary))
         views += zip(tokens, summary, strict=True)
@@ -392,9 +379,9 @@ def look(backbones: Sequence[Backbone], images: Tensor, told: Tensor | None = No
 
 
 @torch.no_grad()
-def features(backbones: Sequence[Backbone], images: Tensor, told: Tensor | None = None) -> Tensor:
+def features(backbones: Sequence[Backbone], images: Tensor, film: Sequence[Tensor] = ()) -> Tensor:
     """(B, N, 3, H, W) float to (B, N, W): tokens and summary of a frame side by side, to keep for `look`."""
-    views = look(backbones, images, told)
+    views = look(backbones, images, film)
     return torch.stack([torch.cat([t.flatten(1), s], dim=1) for t, s in views], dim=1)
 
 

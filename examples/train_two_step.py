@@ -79,12 +79,11 @@ class Policy(nn.Module):
         self.backbone = vision.build_backbone(
             config.vision.backbone, spec.image_size, pretrained, hf_config=spec.backbone_config
         )
-        if spec.tasks:
-            self.backbone.listen(config.d_model)  # to instructions, see Backbone
         widths = [(self.backbone.token_dim, self.backbone.summary_dim)] * spec.views
         size = Size(config.d_model, config.num_heads)
         proprio, chunk = (spec.proprio_history, spec.state_dim), (config.horizon, spec.action_dim)
-        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, tasks=spec.tasks)
+        told = {"tasks": spec.tasks, "film_dims": [self.backbone.film_dim]}
+        self.info_embedder = InfoEmbedder(widths, proprio, size, config.encoder_layers, **told)
         causal = config.attention == "causal"
         self.action_decoder = ActionDecoder(chunk, size, config.decoder_layers, causal)
 
@@ -96,7 +95,7 @@ class Policy(nn.Module):
             proprio: (B, K, P), normalized.
             task: the instructions, see `InstructionEmbedder`.
         """
-        views = vision.look([self.backbone], images, self.info_embedder.told(task))  # all cameras at once
+        views = vision.look([self.backbone], images, self.info_embedder.film(task))  # all cameras at once
         return self.action_decoder.context(self.info_embedder(views, proprio, task=task))
 
     def forward(

@@ -239,6 +239,18 @@ def test_frames_are_seen_with_the_instruction_in_mind(told, tmp_path):
         load_policy(folder, device="cpu").watch({**seen(step=0)})
 
 
+def test_a_backbone_fits_policies_of_one_task_and_of_several(told, tiny, tmp_path):
+    one = train(train_naive_fm, tiny, tmp_path / "one", "--steps", 1)
+    several = train(train_naive_fm, told, tmp_path / "several", "--steps", 1)
+    flags = ("--steps", 1, "--lr", 0, "--ema-decay", 0)
+    for data, source, name in ((told, one, "fine"), (tiny, several, "narrow")):
+        folder = train(train_naive_fm, data, tmp_path / name, *flags, "--init-from", f"backbone={source}")
+        loaded, given = (weights(run, 1) for run in (folder, source))
+        names = [key for key in given if key.startswith("backbone")]
+        assert names
+        assert all(torch.equal(loaded[key], given[key]) for key in names)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sentences_become_vectors(kind, tmp_path):
     encoder = TextEncoder(str(make_encoder(tmp_path / kind, kind)))

@@ -177,6 +177,20 @@ def test_an_instruction_scales_what_the_cameras_say():
     assert not torch.allclose(scale[0], scale[1])
 
 
+def test_an_instruction_has_a_scale_and_shift_for_each_backbone_that_takes_them():
+    known, task = Instructions(("left", "right")), torch.tensor([1, 0])
+    model = InfoEmbedder([(6, 5), (6, 5)], (2, 3), Size(16, 4), 1, tasks=known, film_dims=(7, 7))
+    assert [x.shape for x in model.film(task)] == [(2, 14), (2, 14)]
+    assert not any(x.any() for x in model.film(task))  # a new network does not know what instructions mean
+    one, other = randomized(model).film(task)
+    assert not torch.allclose(one, other)
+    assert not torch.allclose(one[0], one[1])
+    with pytest.raises(ValueError, match="several instructions: give `task`"):
+        model.film(None)
+    assert InfoEmbedder([(6, 5)], (2, 3), Size(16, 4), 1, tasks=known, film_dims=(0,)).film(task) == []
+    assert InfoEmbedder([(6, 5)], (2, 3), Size(16, 4), 1, film_dims=(7,)).film(None) == []
+
+
 def test_a_lost_camera_leaves_nothing_of_what_it_saw():
     model = randomized(embedder(droppable=True))
     proprio, dropped = torch.randn(2, 2, 3).double(), torch.tensor([[False, True], [False, False]])

@@ -269,20 +269,21 @@ def test_networks_from_scratch(name, size):
 @pytest.mark.parametrize("name", ["conv", "resnet18"])
 def test_an_instruction_modulates_the_features_of_its_own_images(name):
     backbone, images = vision.build_backbone(name, (64, 64)).eval(), torch.rand(2, 2, 3, 64, 64)
-    deaf = vision.look([backbone], images)
-    backbone.listen(8)
-    told = torch.randn(2, 8)
-    for view, same in zip(vision.look([backbone], images, told), deaf, strict=True):
-        torch.testing.assert_close(view, same)  # a new network does not know yet what an instruction means
-    torch.nn.init.normal_(backbone.film.weight)
-    changed = told.clone()
-    changed[1] += 1
-    for view, other in zip(*(vision.look([backbone], images, t) for t in (told, changed)), strict=True):
+    film = torch.zeros(2, 2 * backbone.film_dim)
+    plain = vision.look([backbone], images)
+    for view, same in zip(vision.look([backbone], images, [film]), plain, strict=True):
+        torch.testing.assert_close(view, same)
+    film = torch.randn(2, 2 * backbone.film_dim)
+    changed = film.clone()
+    changed[1] += torch.randn(2 * backbone.film_dim)
+    for view, other in zip(*(vision.look([backbone], images, [x]) for x in (film, changed)), strict=True):
         for one, another in zip(view, other, strict=True):  # tokens and summary
             torch.testing.assert_close(one[0], another[0])
             assert not torch.allclose(one[1], another[1])
-    kept = vision.features([backbone], images, told).unsqueeze(2)
-    for view, same in zip(vision.look([backbone], images, told), vision.look([backbone], kept), strict=True):
+    kept = vision.features([backbone], images, [film]).unsqueeze(2)
+    for view, same in zip(
+        vision.look([backbone], images, [film]), vision.look([backbone], kept), strict=True
+    ):
         torch.testing.assert_close(view, same)
 
 
