@@ -151,9 +151,10 @@ class _Episode:
         if tuple(spec.state_names) == tuple(spec.action_names):
             limit.begin(first.state)
         else:
+            names = ", ".join([*spec.action_names[:4], *["..."] * (len(spec.action_names) > 4)])
             _say(
-                f"the actions ({', '.join(spec.action_names)}) and the state have different names: actions "
-                f"must be positions, and the first is sent without a limit"
+                f"the actions ({names}) and the state have different names: actions must be positions, and "
+                f"the first is sent without a limit"
             )
         return limit
 

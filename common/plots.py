@@ -227,11 +227,11 @@ def draw_curves(path: Path, picture: Path) -> None:
         groups["rollout"].remove("rollout/success")
         groups["success in closed loop"] = ["rollout/success"]
     held_out = {key for line in lines if line["split"] == "val" for key in line if "/" not in key}
-    terms = groups.pop("loss", [])
-    single = len(terms) == 1  # then it is the loss
+    terms, trained = groups.pop("loss", []), [line for line in lines if line["split"] == "train"]
+    same = [term for term in terms if all(line.get(term) == line.get("loss") for line in trained)]
     drawn = [
-        ("loss", terms if single else ["loss"]),
-        ("terms of the loss", [] if single else terms),
+        ("loss", same[:1] or ["loss"]),  # of a loss with one term, held-out lines have only the term
+        ("terms of the loss", [term for term in terms if term not in same]),
         ("held-out error", sorted(held_out - {"loss", "step", "split"})),
         ("gradient norm", groups.pop("grad_norm", [])),
         ("learning rate", groups.pop("lr", [])),
