@@ -251,6 +251,8 @@ def draw_curves(path: Path, picture: Path) -> None:
             axis.set_ylim(-0.02, 1.02)
         if title == "samples / s":
             axis.set_ylim(bottom=0)
+    for axis in axes.flat[: len(drawn)][-2:]:  # the lowest panel of a column may have none below it
+        axis.tick_params(labelbottom=True)
     figure.supxlabel("step", fontsize=9)
     save_figure(figure, picture, path.parent.name)
 

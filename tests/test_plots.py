@@ -86,6 +86,8 @@ def test_the_loss_is_drawn_once_and_not_with_errors(tmp_path, monkeypatch, loss,
     monkeypatch.setattr(plots, "save_figure", lambda figure, *_: figures.append(figure))
     plots.draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     drawn = {axis.get_title(): [line.get_label() for line in axis.lines] for axis in figures[0].axes}
+    panels = [axis for axis in figures[0].axes if axis.get_title()]
+    assert all(axis.xaxis.get_tick_params()["labelbottom"] for axis in panels[-2:])
     assert drawn["held-out error"] == ["held out: action_mae"]
     both = [f"{held_out}{term}" for term in sorted(terms) for held_out in ("", "held out: ")]
     assert drawn["loss"] == (both if loss == 0.5 else ["loss"])
