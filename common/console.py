@@ -2,9 +2,27 @@
 
 import os
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
+
+_thread = threading.local()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """In this block, this thread says nothing and draws no progress bars."""
+    _thread.quiet = True
+    try:
+        yield
+    finally:
+        _thread.quiet = False
+
+
+def is_quiet() -> bool:
+    return getattr(_thread, "quiet", False)
 
 
 def say(text: str) -> None:
@@ -12,7 +30,7 @@ def say(text: str) -> None:
 
     A full disk or a closed pipe cannot end a run.
     """
-    if os.environ.get("RANK", "0") == "0":
+    if not is_quiet() and os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()

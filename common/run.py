@@ -51,6 +51,8 @@ from common.data import (
     open_dataset,
     split_episodes,
 )
+from common.data.growth import LOG as GROWTH_LOG
+from common.data.growth import Growth
 from common.data.tasks import listed
 from common.errors import EXIT_STOPPED, UserError
 from common.files import read_json, write_json, write_whole
@@ -270,14 +272,19 @@ class Run:
         done = self.step, self.samples
         self.total_steps = optim.resolve_steps(config.optim, len(data.train), self.global_batch, *done)
         scheduler = optim.build_scheduler(raw_optimizer, policy, config.optim, self.total_steps, self.step)
-        options = (config.optim.batch_size, config.run.seed, config.data.num_workers, self.rank, self.world)
-        pin = self.device.type == "cuda"
-        self._loader = make_loader(data.train, *options, start=self.samples, pin_memory=pin)
-        self._batches = iter(self._loader)
+        self.data = data._replace(spec=data.spec.with_backbone(policy))
+        self._draw_from(data.train)
+        if config.data.grow_from is not None and data.store.extras:
+            raise UserError(
+                f"--grow-from does not work with {self.script.name}, which computes features of all frames "
+                f"before training: leave it out, or use another script."
+            )
 
         self._at("opening the run folder")
         self.folder = self._open_folder(data.store)
-        self.data = data._replace(spec=data.spec.with_backbone(policy))
+        self._growth = None
+        if config.data.grow_from is not None:
+            self._start_growth()
         self._at("starting the tracker")
         self.tracker = Tracker(accelerator, self.folder, config, self.total_steps, *done)
         self.writer = ThreadPoolExecutor(1, "checkpoint")
@@ -288,6 +295,37 @@ class Run:
 
         self._requests = StopRequests(self.rank, self.world, config.run.max_time, config.run.hang_timeout)
         return optimizer, scheduler, self.average
+
+    def _draw_from(self, dataset: ChunkDataset, begin: int = 0, number: int = 0) -> None:
+        """Draw batches of a dataset, in an order that begins at `begin` samples of the run."""
+        optim, seed = self.config.optim, self.config.run.seed + (number << 32)
+        options = (optim.batch_size, seed, self.config.data.num_workers, self.rank, self.world)
+        pin = self.device.type == "cuda"
+        self._loader = make_loader(dataset, *options, start=self.samples - begin, pin_memory=pin)
+        self._batches, self._order_begin = iter(self._loader), begin
+        self.data = self.data._replace(train=dataset)
+
+    def _start_growth(self) -> None:
+        """Take in what is in `--grow-from` already, in a resumed run as before; then look for more."""
+        self._at(PREPARING)
+        self._growth = Growth(self.config.data, self.data.train, self.folder / GROWTH_LOG, self.is_main)
+        if self.is_main and not self._growth.times:
+            self._growth.look()
+        self._grow(broadcast_object_list([len(self._growth.ready)])[0])
+        if self.is_main:
+            self._growth.start()
+
+    def _grow(self, ready: int) -> None:
+        """Learn from new episodes from the next step on, if there are any."""
+        growth = self._growth
+        while found := growth.due(self.step, self.samples, ready, lambda x: broadcast_object_list([x])[0]):
+            dataset = growth.take(found)
+            self._draw_from(dataset, found["samples"], growth.repeated)
+            episodes, steps = dataset.store.num_episodes, len(dataset)
+            say(
+                f"step {found['step']}: {len(found['entries'])} new in {growth.folder}, now {episodes} "
+                f"episodes with {steps} training samples"
+            )
 
     def _open_folder(self, store: EpisodeStore) -> Path:
         """Create the run folder with its `config.json`, or update that of a resumed run."""
@@ -345,6 +383,9 @@ class Run:
         over all real actions, whatever share of padding each batch has.
         """
         self.tracker.resume_clock()
+        self._at("taking in new episodes")
+        if self._growth is not None:
+            self._grow(self._requests.ready)
         self.step += 1
         self._clipper.begin_step()
         self._at("loading data")
@@ -408,7 +449,7 @@ class Run:
             logged, skipped, last = self.tracker.log(self.step, self.samples, self._rates)
             if skipped >= self.config.run.max_bad_steps:
                 self._refuse_bad_steps(skipped, last)
-        self.stopping = self._requests.agreed()
+        self.stopping = self._requests.agreed(0 if self._growth is None else len(self._growth.ready))
         self.tracker.pause_clock()
         self._at("evaluating and saving")
         return logged
@@ -423,7 +464,7 @@ class Run:
     def _refuse_bad_steps(self, num: int, last: int) -> None:
         """Stop a run that no longer learns, and name the samples of the skipped steps."""
         dataset, path = self.data.train, self.folder / "bad_steps.json"
-        first = max(self.samples - (self.step - last + num) * self.global_batch, 0)
+        first = max(self.samples - (self.step - last + num) * self.global_batch - self._order_begin, 0)
         rows = dataset.rows[self._loader.batch_sampler.samples(first, num * self.global_batch)]
         episodes = dataset.store.episode_of(rows)
         numbers = dataset.store.episode_indices[episodes]
@@ -499,6 +540,8 @@ class Run:
         self._finish_saving()
         saved_step = broadcast_object_list([self._saved_step])[0]  # the first process writes, for all
         self._at("closing the tracker")
+        if self._growth is not None:
+            self._growth.close()
         self.tracker.close()
         self._watch.close()
         self._requests.close(leaving)

@@ -71,6 +71,8 @@ class StopRequests:
     def __init__(self, rank: int, world: int, max_time: float | None, hang_timeout: float):
         self.reason: str | None = None
         """Why this process was asked to stop; None if it was not."""
+        self.ready = 0
+        """The largest number that a process has given to `agreed`, the same in all of them."""
         self._rank = rank
         self._deadline = None if max_time is None else _started + 3600 * max_time
         self._group = self._pending = None
@@ -92,27 +94,29 @@ class StopRequests:
             if self._rank == 0:  # not `print`, which a signal may have interrupted
                 _write_raw(f"\n{self.reason}: finishing this step, then saving; once more to exit at once\n")
 
-    def agreed(self) -> bool:
-        """Whether all processes stop after this step; called once a step by all of them.
+    def agreed(self, ready: int = 0) -> bool:
+        """Whether all processes stop after this step; called once a step by all of them. Also sets `ready`.
 
         With several processes the answer is from the step before, and has crossed the network meanwhile.
         """
         if self.reason is None and self._deadline is not None and time.monotonic() > self._deadline:
             self.reason = "time is over"
         if self._group is None:
+            self.ready = ready
             return self.reason is not None
         stop = self._answer()
-        flag = torch.tensor([int(self.reason is not None)])
-        work = distributed.all_reduce(flag, distributed.ReduceOp.MAX, self._group, async_op=True)
-        self._pending = work, flag
+        told = torch.tensor([int(self.reason is not None), ready])
+        work = distributed.all_reduce(told, distributed.ReduceOp.MAX, self._group, async_op=True)
+        self._pending = work, told
         return stop
 
     def _answer(self) -> bool:
         if self._pending is None:
             return False
-        work, flag = self._pending
+        work, told = self._pending
         work.wait()
-        return bool(flag.item())
+        stop, self.ready = told.tolist()
+        return bool(stop)
 
     def close(self, leaving: bool) -> None:
         """Restore signal handlers; if `leaving`, about to exit, ignore signals that others already got."""

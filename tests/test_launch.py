@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,22 @@ def test_a_run_of_two_processes_trains_saves_and_resumes(tiny, tmp_path):
     assert "saved by 2 processes" in printed
     state = json.loads((run_dir / "checkpoints" / "last" / "state" / "trainer.json").read_text())
     assert state["samples"] == 28
+
+
+def test_new_episodes_are_taken_in_by_all_processes_at_the_same_step(tiny, dataset, tmp_path):
+    folder, run_dir = tmp_path / "new", tmp_path / "run"
+    folder.mkdir()
+    shutil.copytree(dataset, folder / "first")
+    shutil.copytree(dataset, tmp_path / "late")
+    flags = [*tiny, "--run-dir", run_dir, "--steps", 30, "--save-every", 1000, "--grow-from", folder]
+    launch(2, "tests/ddp_growth.py", tmp_path, *flags)
+    both = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(2)]
+    sizes = [[(step, size) for step, size, _ in seen] for seen in both]
+    assert sizes[0] == sizes[1]
+    assert len({size for _, size in sizes[0]}) == 2
+    log = json.loads((run_dir / "growth.json").read_text())
+    assert [[entry["name"] for entry in time["entries"]] for time in log] == [["first"], ["late"]]
+    assert next(step for step, size in sizes[0] if size != sizes[0][0][1]) == log[1]["step"] + 1
 
 
 def test_codes_are_replaced_alike_in_all_processes(tiny, tmp_path):

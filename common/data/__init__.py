@@ -140,6 +140,11 @@ class DataConfig:
     most 8."""
     ingest_workers: MayChange[PositiveInt | None] = None
     """Processes that decode a dataset when it is first used. Default: one per core."""
+    grow_from: MayChange[AbsolutePath | None] = None
+    """Folder in which further episodes appear while the run trains, as HDF5 files or LeRobot datasets; or a
+    LeRobot dataset that grows. Statistics and held-out episodes are of --dataset only."""
+    grow_weight: PositiveFloat = 1.0
+    """How often a sample of --grow-from is drawn, relative to one of --dataset."""
     skip_bad_episodes: bool = False
     """Leave out and list episodes that cannot be used (broken video, NaN, too short), and continue."""
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from common.console import say
+from common.console import is_quiet, say
 from common.data.frames import as_rgb
 from common.data.hdf5_files import (
     SCAN,
@@ -351,7 +351,8 @@ def scan_all(root: Path, files: Sequence[Path], memory: Path, workers: int) -> d
     if missing:
         results = guarded_map(scan_file, missing, workers, lambda task: stamps[task[1]][1] / 1e6)
         total = sum(stamps[name][1] for _, name in missing)
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"scan {root.name}") as bar:
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"scan {root.name}", disable=is_quiet())
+        with bar:
             for (_, name), scan in results:
                 if isinstance(scan, Died):
                     scan = no_scan(str(scan))

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from common.console import say
+from common.console import is_quiet, say
 from common.data.features import forget
 from common.data.rows import ROWS, JpegRows, RawRows, Storage, as_jpeg, encode_jpeg
 from common.data.source import BadEpisode, Episode, Info, Source, existing
@@ -331,7 +331,7 @@ def _decode(
         seconds = SECONDS_PER_FRAME * cameras
         results = guarded_map(_read_frames, tasks, workers, lambda task: seconds * len(task[0]))
     name = Path(request.info.source).name
-    with tqdm(total=frames, unit="frame", desc=f"ingest {name}") as bar, closing(results):
+    with tqdm(total=frames, unit="frame", desc=f"ingest {name}", disable=is_quiet()) as bar, closing(results):
         for (episode, *_), result in results:
             if isinstance(result, list):
                 _keep(path, request, records[episode.index], result)

@@ -190,20 +190,7 @@ class EpisodeStore:
         """Several datasets as one, in their order; a UserError if they do not fit."""
         first = stores[0]
         for other in stores[1:]:
-            for what, name, show in (
-                ("cameras", "cameras", " ".join),
-                ("image sizes (choose one with --image-size)", "image_size", "{0[0]}x{0[1]}".format),
-                ("dimensions of the state", "state_names", _brief),
-                ("dimensions of the action", "action_names", _brief),
-                ("control rates", "fps", "{:g} Hz".format),
-                ("stores (choose one with --store)", "storage", str),
-            ):
-                mine, its = getattr(first, name), getattr(other, name)
-                if mine != its:
-                    raise UserError(
-                        f"{first.source} and {other.source} have different {what}, {show(mine)} and "
-                        f"{show(its)}: one run learns from datasets that agree in them."
-                    )
+            first.refuse_unlike(other)
         arrays = {n: np.concatenate([getattr(s, n) for s in stores]) for n in (*OF_STEPS, *OF_EPISODES)}
         names = ("episode_tasks", "frame_files", "arrays_checksums", "part_episodes", "skipped")
         tuples = {name: tuple(x for store in stores for x in getattr(store, name)) for name in names}
@@ -219,6 +206,23 @@ class EpisodeStore:
             extras={},
             part_weights=None if weights is None else tuple(weights),
         )
+
+    def refuse_unlike(self, other: EpisodeStore) -> None:
+        """Raise a UserError if one policy cannot learn from both stores."""
+        for what, name, show in (
+            ("cameras", "cameras", " ".join),
+            ("image sizes (choose one with --image-size)", "image_size", "{0[0]}x{0[1]}".format),
+            ("dimensions of the state", "state_names", _brief),
+            ("dimensions of the action", "action_names", _brief),
+            ("control rates", "fps", "{:g} Hz".format),
+            ("stores (choose one with --store)", "storage", str),
+        ):
+            mine, its = getattr(self, name), getattr(other, name)
+            if mine != its:
+                raise UserError(
+                    f"{self.source} and {other.source} have different {what}, {show(mine)} and "
+                    f"{show(its)}: one run learns from datasets that agree in them."
+                )
 
     def re_express(self, option: str) -> EpisodeStore:
         """The store with rotations as `--rotation` says; a UserError if it has none or bad ones."""

@@ -1,0 +1,253 @@
+"""Episodes that appear while a run trains: found, decoded, and learned from in an order that can be repeated.
+
+Every entry of `--grow-from` is a dataset by itself, such as an HDF5 file or the folder of a LeRobot dataset;
+or the folder is one LeRobot dataset that grows. A thread of the first process decodes what is new, each entry
+into a store of its own. All processes take it in at the same step, and `growth.json` in the run folder says
+at which: a resumed run, which reads that file, sees the same samples in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.console import quiet, say
+from common.data.samples import ChunkDataset
+from common.data.store import EpisodeStore
+from common.data.tasks import listed
+from common.data.workers import kept_pool
+from common.errors import UserError
+from common.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from common.data import DataConfig
+
+LOG = "growth.json"
+POLL_SECONDS = 0.2
+PATIENCE_SECONDS = 10.0  # an entry that cannot be used, and has not changed for as long, is left out
+UNFINISHED = (".part", ".tmp", ".lock")  # endings of names of what is still being written
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A dataset below the folder, by its name there, or some episodes of the one that the folder is."""
+
+    name: str
+    episodes: str = ""
+    """A range such as 12-15; empty: all."""
+    fingerprint: str = ""
+    """Of the content, once it has been read."""
+
+
+class GrownDataset(ChunkDataset):
+    """The samples of a dataset, and those of all episodes in further stores, drawn `weight` times as often.
+
+    Raises:
+        UserError: if the stores do not fit.
+    """
+
+    def __init__(self, base: ChunkDataset, stores: Sequence[EpisodeStore], weight: float):
+        store = EpisodeStore.concatenate([base.store, *stores])
+        more = np.arange(base.store.num_episodes, store.num_episodes)
+        shape = (base.horizon, base.proprio_history, base.action_offset)
+        frames = (base.image_history, base.image_stride)
+        super().__init__(store, np.concatenate([base.episodes, more]), *shape, base.told, *frames)
+        self.base, self.weight = base, weight
+
+    def groups(self) -> dict[str, Any]:
+        """Those of the first dataset, in the same proportions, and one of all that was added."""
+        groups, first, more = self.base.groups(), len(self.base), len(self) - len(self.base)
+        samples = [*groups["num_samples"], more]
+        weights = groups["weights"]
+        if weights is None and self.weight == 1:
+            return groups | {"num_samples": samples}
+        shares = np.array(groups["num_samples"] if weights is None else weights, float)
+        groups |= {"num_samples": samples, "weights": [*shares / shares.sum() * first, self.weight * more]}
+        if "order" in groups:
+            groups["order"] = np.concatenate([groups["order"], np.arange(first, len(self))])
+        return groups
+
+
+class Growth:
+    """What a run takes in from `--grow-from`.
+
+    Args:
+        base: the samples of `--dataset`.
+        log: `growth.json` of the run folder: each time that episodes were taken in, with the `step`, the
+            `samples` that the run had drawn, and the `entries`. What is there already is repeated first.
+        writes: whether this process looks for entries, and writes the log.
+    """
+
+    def __init__(self, config: DataConfig, base: ChunkDataset, log: Path, writes: bool):
+        self.config, self.folder, self.base, self.log, self.writes = (
+            config,
+            config.grow_from,
+            base,
+            log,
+            writes,
+        )
+        self.stores: list[EpisodeStore] = []  # of all that was taken in
+        self.ready: list[Entry] = []  # decoded, in the order in which it is to be taken in
+        self.times: list[dict] = read_json(log) if log.exists() else []
+        self.repeated = self.taken = 0  # of `times`, and of `ready`
+        self._opened: dict[Entry, EpisodeStore] = {}
+        known = [Entry(**entry) for time in self.times for entry in time["entries"]]
+        self._known = {entry.name for entry in known}
+        self._episodes = _after(known)
+        self._failed: dict[str, tuple[float, float, str]] = {}  # name: when it had changed, when seen, reason
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="growth", daemon=True)
+
+    # The first process looks
+
+    def start(self) -> None:
+        """Look for new entries from now on, in a thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        with kept_pool():
+            while not self._stopping.wait(POLL_SECONDS):
+                self.look()
+
+    def look(self) -> None:
+        """Decode what is new; an entry that cannot be used is looked at again when it changes."""
+        for entry in self._new():
+            path = self.folder / entry.name
+            changed, before = _changed(path), self._failed.get(entry.name)
+            if before and before[0] == changed:
+                if 0 < before[1] < time.monotonic() - PATIENCE_SECONDS:
+                    self._failed[entry.name] = (changed, 0.0, before[2])
+                    say(f"warning: {path} is left out: {before[2]}")
+                continue
+            try:
+                store = self.open(entry)
+                self.refuse_unfit(store)
+            except UserError as error:
+                self._failed[entry.name] = (changed, time.monotonic(), str(error))
+                continue
+            self._known.add(entry.name)
+            entry = replace(entry, fingerprint=_fingerprint(store))
+            self._episodes = max(self._episodes, _after([entry]))
+            self._opened[entry] = store
+            self.ready.append(entry)
+
+    def _new(self) -> list[Entry]:
+        """What is there and has not been decoded, by name."""
+        if (self.folder / "meta" / "info.json").is_file():
+            total = 0
+            with suppress(OSError, ValueError, TypeError, KeyError):  # it is being written
+                total = int(read_json(self.folder / "meta" / "info.json")["total_episodes"])
+            return [Entry(".", f"{self._episodes}-{total - 1}")] if total > self._episodes else []
+        names = []
+        with suppress(FileNotFoundError):  # yet
+            names = sorted(os.listdir(self.folder))
+        return [
+            Entry(name)
+            for name in names
+            if name not in self._known and not name.startswith(".") and not name.endswith(UNFINISHED)
+        ]
+
+    # All processes
+
+    def open(self, entry: Entry) -> EpisodeStore:
+        """The entry's episodes, decoded if no process has done it before."""
+        from common.data import open_dataset  # which imports this module
+
+        if entry in self._opened:
+            return self._opened.pop(entry)
+        path = self.folder / entry.name
+        chosen = {"dataset": (str(path),), "episodes": (entry.episodes,) if entry.episodes else ()}
+        chosen |= {"weights": (), "task": (), "task_weights": (), "task_balance": 0.0, "episodes_file": None}
+        with quiet():
+            store = open_dataset(replace(self.config, **chosen, skip_bad_episodes=False))
+        if entry.fingerprint and entry.fingerprint != _fingerprint(store):
+            raise UserError(
+                f"{path} has changed since the run has learned from it: restore it, or start a new run."
+            )
+        return store
+
+    def refuse_unfit(self, store: EpisodeStore) -> None:
+        """Raise a UserError for episodes that do not fit the dataset."""
+        first = self.base.store
+        first.refuse_unlike(store)
+        if first.instructions:
+            others = sorted({str(task) for task in store.episode_tasks} - set(first.instructions))
+            if others and (self.base.told or others != ["None"]):
+                known = listed(first.instructions)
+                raise UserError(f'its instruction "{others[0]}" is none of those in --dataset: {known}.')
+
+    def due(self, step: int, samples: int, ready: int, share: Callable[[Any], Any]) -> dict | None:
+        """What is to be taken in before this step, as in the log; the same in all processes.
+
+        Args:
+            samples: that the run has drawn.
+            ready: how many entries the first process has decoded.
+            share: gives the first process's value to all.
+        """
+        if self.repeated < len(self.times):  # an earlier start of this run had got further
+            found = self.times[self.repeated]
+            if found["samples"] > samples:
+                return None
+        elif ready > self.taken:
+            entries = [asdict(entry) for entry in self.ready[self.taken : ready]]
+            found = share(self._logged({"step": step, "samples": samples, "entries": entries}))
+            if found is None:
+                return None
+            self.times = [*self.times[: self.repeated], found]
+            self.taken = ready
+        else:
+            return None
+        self.repeated += 1
+        return found
+
+    def _logged(self, found: dict) -> dict | None:
+        """Write it to the log; None if that is impossible, so that it is not taken in yet."""
+        try:
+            if self.writes:
+                write_json(self.log, [*self.times, found])
+        except OSError as error:
+            say(f"warning: {self.log} cannot be written ({error.strerror}): new episodes wait")
+            return None
+        return found
+
+    def take(self, found: dict) -> GrownDataset:
+        """The dataset with these episodes, too."""
+        self.stores += [self.open(Entry(**entry)) for entry in found["entries"]]
+        return GrownDataset(self.base, self.stores, self.config.grow_weight)
+
+
+def _fingerprint(store: EpisodeStore) -> str:
+    """Hash of some episodes, whatever else their dataset holds by now."""
+    sha = hashlib.sha256(json.dumps(store.episode_tasks).encode())
+    for array in (store.state, store.action, store.timestamps, store.episode_starts, store.episode_checksums):
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
+
+
+def _after(entries: Sequence[Entry]) -> int:
+    """The number after that of the last episode of a LeRobot dataset that grows."""
+    return max((int(entry.episodes.partition("-")[2]) + 1 for entry in entries if entry.episodes), default=0)
+
+
+def _changed(path: Path) -> float:
+    """When a file, or anything in a folder, was last changed."""
+    times = [0.0]
+    for file in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        with suppress(FileNotFoundError):
+            times.append(file.stat().st_mtime)
+    return max(times)

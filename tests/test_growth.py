@@ -1,0 +1,303 @@
+"""Episodes that appear while a run trains."""
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hdf5_factory import make_hdf5
+from lerobot_factory import edit_column, make_dataset
+from running import interrupt_after, lines, train, weights
+
+import train_naive_fm
+from common.data import DataConfig, SampleStream, open_dataset, split_episodes
+from common.data.growth import LOG, GrownDataset, Growth
+from common.data.samples import ChunkDataset
+from common.errors import UserError
+from common.run import Run
+
+CAMERAS = {f"observation.images.cam_{name}": (32, 32) for name in ("head", "left", "right")}
+
+
+def entry(folder, name, *lengths, sizes=CAMERAS, dims=(3, 3)):
+    """A dataset that appears whole, as by a rename."""
+    hidden = make_dataset(folder / f".{name}", lengths, sizes, video=False, dims=dims, names=None)
+    return hidden.rename(folder / name)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "new").mkdir()
+    return tmp_path / "new"
+
+
+@pytest.fixture
+def base(dataset, cache_dir):
+    config = DataConfig(dataset=(str(dataset),), cache_dir=cache_dir)
+    store = open_dataset(config)
+    return config, ChunkDataset(store, split_episodes(store, 0.25, 0)[0], horizon=4)
+
+
+@pytest.fixture
+def growing(folder, base, tmp_path):
+    config, samples = base
+    return Growth(replace(config, grow_from=folder), samples, tmp_path / LOG, writes=True)
+
+
+def taken(growing, samples=0):
+    found = growing.due(1, samples, len(growing.ready), lambda x: x)
+    return [e["name"] for e in found["entries"]] if found else []
+
+
+@pytest.fixture
+def arrivals(monkeypatch, folder):
+    """Makes entries appear after given steps, and looks for them at once instead of in a thread."""
+    when = {3: ("b", 8), 6: ("c", 9, 7)}
+    end_step = Run.end_step
+
+    def end_and_add(run):
+        if run._growth is not None and run.step in when:
+            if not (folder / when[run.step][0]).exists():
+                entry(folder, *when[run.step])
+            run._growth.look()
+        return end_step(run)
+
+    monkeypatch.setattr(Run, "end_step", end_and_add)
+    monkeypatch.setattr(Growth, "start", lambda self: None)
+    return when
+
+
+FLAGS = ("--steps", 8, "--save-every", 2, "--keep", 9, "--log-every", 1, "--batch-size", 4)
+
+
+def test_a_resumed_run_learns_from_the_same_samples_in_the_same_order(
+    tiny, folder, arrivals, tmp_path, monkeypatch, accelerate_reset, capsys
+):
+    entry(folder, "a", 10)
+    seen = []
+    batches = Run.micro_batches
+
+    def noted(run):
+        for batch in batches(run):
+            seen.append((run.step, batch.index.tolist(), batch.actions))
+            yield batch
+
+    monkeypatch.setattr(Run, "micro_batches", noted)
+    flags = (*FLAGS, "--grow-from", folder, "--grow-weight", 3)
+    whole = train(train_naive_fm, tiny, tmp_path / "whole", *flags)
+    said = capsys.readouterr().out
+    assert "step 0: 1 new in" in said
+    assert "step 3: 1 new in" in said
+    assert "step 6: 1 new in" in said
+    log = json.loads((whole / LOG).read_text())
+    assert [(time["step"], [e["name"] for e in time["entries"]]) for time in log] == [
+        (0, ["a"]),
+        (3, ["b"]),
+        (6, ["c"]),
+    ]
+    first = list(seen)
+    most = 47  # steps of the first dataset; the others are behind them
+    assert any(index >= most for _, batch, _ in first for index in batch)
+    for step in (2, 4, 6):  # the third arrival, and the second, are still to come
+        seen.clear()
+        copy = interrupt_after(whole, step, tmp_path / f"copy-{step}")
+        train(train_naive_fm, tiny, None, "--resume", copy)
+        assert [s for s, *_ in seen] == list(range(step + 1, 9))
+        for mine, other in zip(first[step:], seen, strict=True):
+            assert mine[:2] == other[:2]
+            assert torch.equal(mine[2], other[2])
+        assert lines(copy) == lines(whole)
+        assert json.loads((copy / LOG).read_text()) == log
+        mine, other = weights(copy, 8), weights(whole, 8)
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+def test_statistics_and_held_out_episodes_are_those_of_the_first_dataset(
+    tiny, folder, arrivals, tmp_path, accelerate_reset
+):
+    flags = (*FLAGS, "--val-fraction", 0.25, "--eval-every", 8)
+    plain = train(train_naive_fm, tiny, tmp_path / "plain", *flags)
+    grown = train(train_naive_fm, tiny, tmp_path / "grown", *flags, "--grow-from", folder)
+    name = "checkpoints/last/policy/stats.safetensors"
+    assert (plain / name).read_bytes() == (grown / name).read_bytes()
+    assert len(json.loads((grown / LOG).read_text())) == 2
+    before = [row["loss"] for row in lines(plain)[:3]], [row["loss"] for row in lines(grown)[:3]]
+    assert before[0] == before[1]  # until the first arrival nothing differs
+    assert lines(plain)[4]["loss"] != lines(grown)[4]["loss"]
+
+
+@pytest.mark.parametrize("weight", [0.5, 1, 4])
+def test_added_samples_are_drawn_as_often_as_the_weight_says(folder, growing, base, weight):
+    _, samples = base
+    entry(folder, "a", 20, 30)
+    growing.look()
+    grown = GrownDataset(samples, [growing.open(growing.ready[0])], weight)
+    assert len(grown) == len(samples) + 50
+    stream = iter(SampleStream(batch_size=len(grown), seed=0, **grown.groups()))
+    drawn = np.bincount(np.concatenate([next(stream) for _ in range(40)]), minlength=len(grown))
+    ratio = drawn[len(samples) :].mean() / drawn[: len(samples)].mean()
+    assert ratio == pytest.approx(weight, rel=0.05)  # an epoch has whole samples of each
+    batch = grown.__getitems__([0, len(samples), len(grown) - 1])
+    alone = growing.base.__getitems__([0])
+    assert torch.equal(batch.images[:1], alone.images)
+    assert torch.equal(batch.actions[:1], alone.actions)
+
+
+def test_weights_between_datasets_stay_as_they_were(dataset, cache_dir, tmp_path, folder):
+    other = make_dataset(tmp_path / "cup", (30,), CAMERAS, video=False, dims=(3, 3), names=None)
+    config = DataConfig(dataset=(str(dataset), str(other)), weights=(1, 3), cache_dir=cache_dir)
+    store = open_dataset(config)
+    samples = ChunkDataset(store, np.arange(store.num_episodes), horizon=4)
+    added = DataConfig(dataset=(str(entry(folder, "a", 25)),), cache_dir=cache_dir)
+    grown = GrownDataset(samples, [open_dataset(added)], 2)
+    stream = iter(SampleStream(batch_size=len(grown), seed=0, **grown.groups()))
+    drawn = np.bincount(np.concatenate([next(stream) for _ in range(40)]), minlength=len(grown))
+    first, second, third = drawn[:47].sum(), drawn[47:77].sum(), drawn[77:].sum()
+    assert second / first == pytest.approx(3, rel=0.05)
+    assert third / 25 == pytest.approx(2 * (first + second) / 77, rel=0.05)
+
+
+def test_what_does_not_fit_is_left_out_with_the_reason(folder, growing, capsys, monkeypatch):
+    monkeypatch.setattr("common.data.growth.PATIENCE_SECONDS", -1.0)
+    entry(folder, "cameras", 8, sizes={"observation.images.cam_top": (32, 32)})
+    entry(folder, "dimensions", 8, dims=(4, 4))
+    (folder / "notes.txt").write_text("good ones: all")
+    broken = entry(folder, "nan", 8)
+    (file,) = broken.glob("data/*/*.parquet")
+    edit_column(file, "action", lambda rows: [[float("nan")] * 3, *rows[1:]])
+    entry(folder, "zzz", 8)
+    growing.look()
+    growing.look()
+    said = capsys.readouterr().out
+    assert f"{folder / 'cameras'} is left out" in said
+    assert "different cameras" in said
+    assert f"{folder / 'dimensions'} is left out" in said
+    assert "different dimensions of the state" in said
+    assert f"{folder / 'notes.txt'} is left out" in said
+    assert "unknown format" in said
+    assert f"{folder / 'nan'} is left out" in said
+    assert "nan in action" in said
+    assert taken(growing) == ["zzz"]
+    growing.look()
+    assert capsys.readouterr().out == ""  # each is named once
+
+
+def test_what_is_still_being_written_is_taken_later(folder, growing, capsys):
+    whole = make_dataset(folder / ".a", (8,), CAMERAS, video=False, dims=(3, 3), names=None)
+    data, away = whole / "data", folder / ".data"
+    data.rename(away)
+    whole = whole.rename(folder / "a")
+    growing.look()
+    assert taken(growing) == []
+    away.rename(whole / "data")
+    growing.look()
+    assert taken(growing) == ["a"]
+    (folder / "b.part").mkdir()
+    growing.look()
+    assert taken(growing) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_a_lerobot_dataset_may_grow_by_itself(folder, growing, base, tmp_path):
+    folder.rmdir()
+    growing.look()
+    assert taken(growing) == []
+    shape = {"video": False, "dims": (3, 3), "names": None}
+    make_dataset(folder, (8, 9), CAMERAS, **shape)
+    growing.look()
+    assert [(e.name, e.episodes) for e in growing.ready] == [(".", "0-1")]
+    first = growing.due(1, 0, 1, lambda x: x)
+    assert growing.take(first).store.num_episodes == 6
+    shutil.rmtree(folder)
+    make_dataset(folder, (8, 9, 12), CAMERAS, **shape)
+    growing.look()
+    assert [e.episodes for e in growing.ready] == ["0-1", "2-2"]
+    found = growing.due(5, 80, 2, lambda x: x)
+    grown = growing.take(found)
+    assert grown.store.num_episodes == 7
+    assert len(grown) == len(growing.base) + 8 + 9 + 12
+    again = Growth(growing.config, growing.base, tmp_path / LOG, writes=False)  # a resumed run
+    assert again.due(1, 0, 0, None) == first
+    assert again.due(1, 79, 0, None) is None
+    again.take(first)
+    assert again.due(5, 80, 0, None) == found
+    assert torch.equal(again.take(found).__getitems__([40, 60]).images, grown.__getitems__([40, 60]).images)
+
+
+def test_hdf5_files_appear_one_by_one(folder, cache_dir, tmp_path):
+    config = DataConfig(dataset=(str(make_hdf5(tmp_path / "lab")),), cache_dir=cache_dir, grow_from=folder)
+    store = open_dataset(config)
+    growing = Growth(config, ChunkDataset(store, range(3), horizon=4), tmp_path / LOG, writes=True)
+    more = make_hdf5(tmp_path / "more", (7, 8))
+    for number, file in enumerate(sorted(more.glob("*/*.hdf5"))):
+        file.rename(folder / f"episode_{number}.hdf5")
+        growing.look()
+        assert taken(growing) == [f"episode_{number}.hdf5"]
+    grown = GrownDataset(growing.base, [growing.open(entry) for entry in growing.ready], 1)
+    assert len(grown) == 36 + 15
+    np.testing.assert_array_equal(grown.store.state[36:], store.state[:15])
+
+
+def test_episodes_that_changed_since_are_refused(folder, growing, tmp_path):
+    entry(folder, "a", 8)
+    growing.look()
+    found = growing.due(1, 0, 1, lambda x: x)
+    shutil.rmtree(folder / "a")
+    entry(folder, "a", 9)
+    again = Growth(growing.config, growing.base, tmp_path / LOG, writes=True)
+    with pytest.raises(UserError, match="has changed since the run has learned from it"):
+        again.take(again.due(1, 0, 0, None))
+    shutil.rmtree(folder / "a")
+    with pytest.raises(UserError, match="a was not found"):
+        again.take(found)
+
+
+def test_without_room_for_the_log_new_episodes_wait(folder, growing, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    entry(folder, "a", 8)
+    growing.look()
+    with monkeypatch.context() as disk:
+        disk.setattr("common.data.growth.write_json", full)
+        assert taken(growing) == []
+    assert "new episodes wait" in capsys.readouterr().out
+    assert taken(growing) == ["a"]
+
+
+def test_the_thread_finds_a_new_episode_and_ends(folder, growing):
+    growing.start()
+    entry(folder, "a", 8)
+    deadline = time.monotonic() + 60
+    while not growing.ready and time.monotonic() < deadline:
+        time.sleep(0.05)
+    growing.close()
+    assert [e.name for e in growing.ready] == ["a"]
+    assert not growing._thread.is_alive()
+
+
+def test_features_of_all_frames_do_not_grow(tiny, folder, tmp_path, tiny_depth, accelerate_reset):
+    import train_vfp_depth
+
+    with pytest.raises(UserError, match="--grow-from does not work with train_vfp_depth"):
+        train(train_vfp_depth, tiny, tmp_path / "run", "--grow-from", folder)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_that_is_told_its_task_knows_those_of_new_episodes(base, folder, growing, monkeypatch):
+    def stores(*tasks):
+        return SimpleNamespace(episode_tasks=tasks)
+
+    monkeypatch.setattr(type(growing.base.store), "refuse_unlike", lambda self, other: None)
+    growing.base.store.__dict__["instructions"] = ("fold", "hang")
+    growing.refuse_unfit(stores("hang", None))
+    with pytest.raises(UserError, match='its instruction "iron" is none of those in --dataset: "fold"'):
+        growing.refuse_unfit(stores("iron"))
+    growing.base.told = True
+    with pytest.raises(UserError, match='its instruction "None"'):
+        growing.refuse_unfit(stores("hang", None))
