@@ -46,6 +46,7 @@ ROOT = Path(__file__).parents[1]
 Part = Literal["overhead", "clients", "memory", "fuzz", "loop"]
 HANG_SECONDS = 30.0
 ROUNDS = 10
+WARM_UP = 20
 
 
 @options
@@ -147,7 +148,8 @@ class Served(NamedTuple):
 def requests(config: Config, server: Served, python: str, count: int) -> subprocess.Popen:
     client = ROOT / "benchmarks" / "serve_client.py"
     command = [python, client, server.port, count, config.size, *server.cameras]
-    return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([str(word) for word in command], **pipes, text=True)
 
 
 def answers(client: subprocess.Popen) -> dict[str, Any]:
@@ -158,28 +160,31 @@ def answers(client: subprocess.Popen) -> dict[str, Any]:
 
 
 def overhead(config: Config, server: Served, python: str) -> tuple[bool, str]:
-    """Compare requests with `policy.act` in this process, taking turns so that a busy machine slows both."""
+    """Compare each request with a `policy.act` in this process just before, so that noise strikes both."""
     policy, rng = load_policy(config.run, device="cpu"), np.random.default_rng(0)
     images = {
         camera: rng.integers(0, 255, (config.size, config.size, 3), np.uint8) for camera in server.cameras
     }
     observation = {"images": images, "state": np.zeros(policy.state_dim, np.float32)}
-    local, remote, differences = [], [], []
-    for turn in range(ROUNDS + 1):
-        here = []
-        for _ in range(math.ceil(config.requests / ROUNDS)):
+    local, remote, inside = [], [], []
+    with requests(config, server, python, 0) as client:
+        for _ in range(config.requests + WARM_UP):
             start = time.perf_counter()
             policy.act(observation)
-            here.append(1000 * (time.perf_counter() - start))
-        found = answers(requests(config, server, python, math.ceil(config.requests / ROUNDS)))
-        if turn:  # the first turn is a warm-up
-            local, remote = local + here, remote + found["seen"]
-            differences.append(statistics.median(found["seen"]) - statistics.median(here))
+            local.append(1000 * (time.perf_counter() - start))
+            client.stdin.write("\n")
+            client.stdin.flush()
+            found = json.loads(client.stdout.readline())
+            remote += found["seen"]
+            inside += found["inside"]
+    local, remote, inside = (np.array(times[WARM_UP:]) for times in (local, remote, inside))
+    more, outside = remote - local, remote - inside
+    low, high = np.percentile(more, (25, 75))
     text = (
         f"A request of {len(images)} frames {config.size}x{config.size} by `{found['client']}` takes "
-        f"{statistics.median(differences):.2f} ms more than `policy.act` (median of {ROUNDS} turns, from "
-        f"{min(differences):.2f} to {max(differences):.2f}): {statistics.median(remote):.2f} instead of "
-        f"{statistics.median(local):.2f} ms, medians of {len(remote):,} each."
+        f"{np.median(more):.2f} ms more than `policy.act` just before (median of {len(more):,}, half of them "
+        f"between {low:.2f} and {high:.2f}): {np.median(remote):.2f} instead of {np.median(local):.2f} ms. "
+        f"{np.median(outside):.2f} ms of it are outside the server's own time."
     )
     return True, text
 

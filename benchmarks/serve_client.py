@@ -3,7 +3,8 @@
     python benchmarks/serve_client.py PORT REQUESTS SIZE CAMERA...
 
 Sends observations with openpi's client if this Python has it, else with ours. Prints JSON: which client it
-was, and the milliseconds of each request, as measured here and in the server.
+was, and the milliseconds of each request, as measured here and in the server. With 0 requests, it sends one
+for each line of its input, and prints a line of JSON for each.
 """
 
 import json
@@ -33,14 +34,24 @@ def main() -> None:
 
     rng = np.random.default_rng(0)
     images = {camera: rng.integers(0, 255, (int(size), int(size), 3), np.uint8) for camera in cameras}
-    observation, seen, inside = {"images": images, "state": np.zeros(width, np.float32)}, [], []
-    for _ in range(int(count) + 3):  # the first three are a warm-up
-        start = time.perf_counter()
-        answer = infer(observation)
-        seen.append(1000 * (time.perf_counter() - start))
-        inside.append(answer["server_timing"]["infer_ms"])
-        assert np.isfinite(answer["actions"]).all()
-    print(json.dumps({"client": type(policy).__module__, "seen": seen[3:], "inside": inside[3:]}))
+    observation = {"images": images, "state": np.zeros(width, np.float32)}
+
+    def measure(requests: int) -> str:
+        seen, inside = [], []
+        for _ in range(requests):
+            start = time.perf_counter()
+            answer = infer(observation)
+            seen.append(1000 * (time.perf_counter() - start))
+            inside.append(answer["server_timing"]["infer_ms"])
+            assert np.isfinite(answer["actions"]).all()
+        return json.dumps({"client": type(policy).__module__, "seen": seen, "inside": inside})
+
+    measure(3)  # a warm-up
+    if int(count):
+        print(measure(int(count)))
+    else:
+        for _ in sys.stdin:
+            print(measure(1), flush=True)
 
 
 if __name__ == "__main__":
