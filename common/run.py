@@ -321,10 +321,9 @@ class Run:
         while found := growth.due(self.step, self.samples, ready, lambda x: broadcast_object_list([x])[0]):
             dataset = growth.take(found)
             self._draw_from(dataset, found["samples"], growth.repeated)
-            episodes, steps = dataset.store.num_episodes, len(dataset)
             say(
-                f"step {found['step']}: {len(found['entries'])} new in {growth.folder}, now {episodes} "
-                f"episodes with {steps} training samples"
+                f"step {found['step']}: {len(found['entries'])} new in {growth.folder}, now "
+                f"{len(dataset.episodes)} training episodes with {len(dataset)} samples"
             )
 
     def _open_folder(self, store: EpisodeStore) -> Path:

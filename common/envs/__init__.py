@@ -62,7 +62,7 @@ class Environment(Protocol):
         """More about a finished episode, such as how it failed."""
 
     def expert(self) -> Callable[[], np.ndarray] | None:
-        """An expert for the episode that has just been reset, which returns the next action; or None."""
+        """An expert that returns the next action, from where the episode is now if it can; or None."""
 
 
 @options

@@ -6,7 +6,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from common.data.demo import CAMERAS, FPS, MAX_STEPS, NAMES, TASK, Simulator, expert_action, render
+from common.data.demo import (
+    CAMERAS,
+    EXPERT_RADIUS,
+    FPS,
+    MAX_STEPS,
+    NAMES,
+    OBSTACLES,
+    TASK,
+    Simulator,
+    expert_action,
+    render,
+)
 from common.data.demo_tasks import TASKS, TasksSimulator
 from common.envs import one_of
 
@@ -24,6 +35,7 @@ class DemoEnvironment:
 
     def reset(self, seed: int, episode: int) -> None:
         self.simulator = self.kind(1, seed, first=episode)
+        self._random = np.random.default_rng((seed, episode, 3))
 
     def state(self) -> np.ndarray:
         return self.simulator.state[0]
@@ -47,8 +59,12 @@ class DemoEnvironment:
         sides = self.simulator.sides[0].tolist()
         return facts if 0 in sides else {**facts, "mode": "-".join(SIDES[side] for side in sides)}
 
-    def expert(self) -> Callable[[], np.ndarray] | None:
-        return None  # `common/data/demo.py` records its own demonstrations
+    def expert(self) -> Callable[[], np.ndarray]:
+        """An expert that passes each obstacle on a random side, or on that where the hand clearly is."""
+        beside = self.simulator.hands[..., 0] - OBSTACLES[:, 0]
+        chosen = self._random.choice([-1, 1], (1, 2))
+        sides = np.where(np.abs(beside) > EXPERT_RADIUS / 2, np.sign(beside), chosen)
+        return lambda: expert_action(self.simulator.hands, self.simulator.aim(), sides)[0]
 
 
 class TasksEnvironment(DemoEnvironment):
@@ -62,13 +78,8 @@ class TasksEnvironment(DemoEnvironment):
 
     def reset(self, seed: int, episode: int) -> None:
         super().reset(seed, episode if self._only is None else len(TASKS) * episode + self._only)
-        self._random = np.random.default_rng((seed, episode, 3))
         self.task = self.simulator.tasks[0]
 
     def facts(self) -> dict[str, bool | str]:
         facts, wrong = super().facts(), bool(self.simulator.wrong[0])
         return {**facts, "timeout": facts["timeout"] and not wrong, "wrong_target": wrong}
-
-    def expert(self) -> Callable[[], np.ndarray]:
-        sides = self._random.choice([-1, 1], (1, 2))
-        return lambda: expert_action(self.simulator.hands, self.simulator.aim(), sides)[0]

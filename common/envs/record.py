@@ -8,7 +8,7 @@ The dataset is a function of the seed. Episodes in which the expert fails are le
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import numpy as np
@@ -89,19 +89,28 @@ def attempt(environment: Environment, seed: int, episode: int, hold: int = 0) ->
     act = environment.expert()
     if act is None:
         raise UserError(f"{environment.name} has no expert: record demonstrations with LeRobot's tools.")
+    found = perform(environment, act, environment.max_steps, hold)
+    return found if environment.success() else None
+
+
+def perform(
+    environment: Environment, act: Callable[[], np.ndarray], steps: int, hold: int = 0
+) -> Demonstration:
+    """What happens when `act` gives the actions, from where the environment is to the episode's end, for at
+    most so many steps; after success it continues for `hold` more.
+    """
     states, actions, views = [], [], []
     beyond = 0  # steps since the end
-    for _ in range(environment.max_steps):
+    for _ in range(steps):
         states.append(environment.state())
         views.append(environment.images())
         actions.append(act())
         beyond += environment.step(actions[-1]) or beyond > 0
         if beyond and (beyond > hold or not environment.success()):
             break
-    if not environment.success():
-        return None
     images = {camera: np.stack([view[camera] for view in views]) for camera in views[0]}
-    return Demonstration(np.stack(states), np.stack(actions), images, environment.task)
+    states, actions = (np.stack(vectors).astype(np.float32) for vectors in (states, actions))
+    return Demonstration(states, actions, images, environment.task)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""Let a policy act, and record what it should learn from next: corrections, its successes, or all of it.
+
+    python collect.py runs/vfp-20260301-101500 new/ --episodes 50
+    python train_vfp.py --dataset demo --grow-from new/ ...
+
+A correction begins some steps before an episode failed: there the environment's expert takes over, and what
+it does is a demonstration. The result is a LeRobot dataset in the folder that `--grow-from` watches; it
+appears there complete. The same policy, seed and device give the same episodes.
+"""
+
+import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import field
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from pydantic import NonNegativeInt, PositiveInt
+from tqdm import tqdm
+
+from common.config import Flat, UserPath, cli, options
+from common.console import say
+from common.data.recording import Demonstration, write_dataset
+from common.envs import EnvConfig, Environment
+from common.envs.record import perform
+from common.errors import UserError
+from common.inference import load_policy
+from common.rollout import Episode, answering, make_environments, roll_out
+
+
+@options
+class Config:
+    """Record episodes of a policy, or an expert's corrections of them."""
+
+    run: Annotated[UserPath, tyro.conf.Positional]
+    """Run folder; it may still be training."""
+    out: Annotated[UserPath, tyro.conf.Positional]
+    """Folder for the new dataset, which is named after run, step and seed: that of --grow-from."""
+    keep: Literal["corrections", "successes", "all"] = "corrections"
+    """What to record: how an expert would have gone on where the policy failed; episodes in which the policy
+    succeeded; or all of its episodes."""
+    episodes: PositiveInt = 20
+    """Episodes in which the policy acts."""
+    budget: PositiveInt | None = None
+    """Record at most this many steps, in whole episodes."""
+    rewind: PositiveInt = 10
+    """Steps before the end of a failed episode at which the expert takes over. If it fails, too, it tries
+    again from twice as many steps before, and so on."""
+    hold: NonNegativeInt = 4
+    """Steps that the expert continues after success."""
+    simulator: Flat[EnvConfig] = field(default_factory=EnvConfig)
+    checkpoint: str = "last"
+    """`last`, or the number of a saved step."""
+    sample_steps: PositiveInt | None = None
+    """Integration steps (default: the number that the run was configured with)."""
+    parallel: PositiveInt = 20
+    """Episodes that run at once, in one forward pass."""
+    seed: NonNegativeInt = 3_000_000
+    """Seed of episodes and noise: another one for each round. `evaluate.py` uses 1,000,000."""
+
+
+def main(config: Config) -> None:
+    policy = load_policy(config.run, config.checkpoint, seed=config.seed)
+    simulator = config.simulator.in_place_of_demo(policy.config.data.dataset)
+    if simulator.env is None:
+        raise UserError("--env is missing: name the environment to act in, such as aloha:transfer-cube.")
+    path = config.out / f"{config.run.resolve().name}-{policy.checkpoint.name}-seed-{config.seed}"
+    if path.exists():
+        raise UserError(f"{path} already exists: give each round its own --seed.")
+    environments = make_environments(simulator, policy.spec.image_size, min(config.parallel, config.episodes))
+    with tqdm(total=config.episodes, desc="episodes", unit="episode") as bar:
+        progress = lambda done: bar.update(done - bar.n)  # noqa: E731
+        numbers, steps = range(config.episodes), config.sample_steps
+        episodes = roll_out(policy, environments, numbers, config.seed, steps, progress=progress)
+    outcomes = Counter("success" if episode.success else "failure" for episode in episodes)
+    found = list(demonstrations(environments[0], episodes, config))
+    length = sum(len(demonstration.state) for demonstration in found)
+    say(
+        f"{policy.checkpoint.name}: {outcomes['success']} of {len(episodes)} episodes succeeded; recorded "
+        f"{len(found)} {config.keep if config.keep != 'all' else 'episodes'}, {length} steps"
+    )
+    if found:
+        unfinished = config.out / f".{path.name}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        config.out.mkdir(parents=True, exist_ok=True)
+        spec, first = policy.spec, environments[0]
+        names = [first.state_names or spec.state_names, first.action_names or spec.action_names]
+        write_dataset(unfinished, found, fps=round(spec.fps), state_names=names[0], action_names=names[1])
+        unfinished.rename(path)
+        say(f"recorded: {path}")
+
+
+def demonstrations(
+    environment: Environment, episodes: Sequence[Episode], config: Config
+) -> Iterator[Demonstration]:
+    """What `--keep` asks for, up to `--budget` steps; prints how often the expert could not help."""
+    steps = helpless = 0
+    for episode in episodes:
+        if config.keep == "corrections":
+            found = None if episode.success else correct(environment, episode, config)
+            helpless += found is None and not episode.success
+        elif episode.success or config.keep == "all":
+            replay(environment, episode, 0, config.seed)
+            actions = iter(episode.actions)
+            found = perform(environment, lambda given=actions: next(given), episode.steps)
+        else:
+            found = None
+        if found is not None:
+            steps += len(found.state)
+            if config.budget is not None and steps > config.budget:
+                break
+            yield found
+    if helpless:
+        say(f"in {helpless} episodes the expert failed, too, even from their start")
+
+
+def correct(environment: Environment, episode: Episode, config: Config) -> Demonstration | None:
+    """What the expert does from shortly before the episode failed; None if it fails even from the start."""
+    back = config.rewind
+    while True:
+        begin = max(episode.steps - back, 0)
+        replay(environment, episode, begin, config.seed)
+        act: Callable[[], np.ndarray] | None = environment.expert()
+        if act is None:
+            raise UserError(
+                f"{environment.name} has no expert to correct the policy: give --keep successes or all."
+            )
+        with answering(environment, f"the expert's correction of episode {episode.number}"):
+            found = perform(environment, act, environment.max_steps - begin, config.hold)
+        if environment.success():
+            return found
+        if not begin:
+            return None
+        back *= 2
+
+
+def replay(environment: Environment, episode: Episode, steps: int, seed: int) -> None:
+    """Bring the environment to where it was after some steps of an episode."""
+    with answering(environment, f"repeating episode {episode.number}"):
+        environment.reset(seed, episode.number)
+        for action in episode.actions[:steps]:
+            environment.step(action)
+    if not np.allclose(environment.state(), episode.states[steps], atol=1e-4):
+        raise UserError(
+            f"{environment.name} does not repeat an episode from its seed and actions: what happened in it "
+            f"cannot be recorded."
+        )
+
+
+if __name__ == "__main__":
+    cli(main, Config)
