@@ -162,10 +162,11 @@ class InfoEmbedder(nn.Module):
     `droppable` adds tokens that stand for a lost camera. Without camera dropout they would never get a
     gradient, which DistributedDataParallel treats as an error.
 
-    With `tasks`, the policy is told which one: by tokens of the memory, a part of the summary, a scale for
-    each channel of the cameras' tokens and summaries, and a scale and a shift inside each backbone that has a
-    film dimension (FiLM, Perez et al. 2018), all of which start without effect. A backbone that knows what to
-    look for learns to find it from far fewer scenes (docs/methods.md).
+    With `tasks`, the policy is told which one: by tokens of the memory, and by a part of the summary, a scale
+    for each channel of the cameras' tokens and summaries, and a scale and a shift inside each backbone that
+    has a film dimension (FiLM, Perez et al. 2018), which start without effect: in the summary, a vector of
+    its size would drown what cameras see. A backbone that knows what to look for learns to find it from far
+    fewer scenes (docs/methods.md).
     """
 
     def __init__(
@@ -191,7 +192,7 @@ class InfoEmbedder(nn.Module):
         self.encoder = Encoder(size, num_layers)
         self.instruction = None if tasks is None else InstructionEmbedder(tasks, d_model)
         if tasks is not None:
-            self.scale = zeroed(nn.Linear(d_model, d_model))
+            self.scale, self.instruction_in = (zeroed(nn.Linear(d_model, d_model)) for _ in range(2))
             # Not in the backbones: their weights fit policies of one task and of several.
             self.films = nn.ModuleList(zeroed(nn.Linear(d_model, 2 * dim)) for dim in film_dims if dim)
 
@@ -233,9 +234,10 @@ class InfoEmbedder(nn.Module):
             if dropped is not None:
                 tokens = torch.where(dropped[:, n, None, None], self.missing[n], tokens)
             memory.append(tokens + self.camera_embedding[n])
-        if self.instruction is not None:
-            memory.append(instruction)
         summary = memory[0].sum(dim=1) + sum(tokens[:, -1] for tokens in memory[1:])
+        if self.instruction is not None:
+            summary = summary + self.instruction_in(instruction[:, -1])
+            memory.append(instruction)
         return Observation(self.encoder(torch.cat(memory, dim=1)), summary)
 
 
