@@ -19,13 +19,13 @@ how, steps = sys.argv.pop(1), [0]
 is_one = os.environ["RANK"] == "1"
 
 
-def agreed(requests, original=StopRequests.agreed):
+def agreed(requests, ready=0, original=StopRequests.agreed):
     steps[0] += 1
     if steps[0] == 5 and is_one and how in ("stopped", "asleep", "killed"):
         if how == "asleep":
             time.sleep(1000)
         os.kill(os.getpid(), signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
-    return original(requests)
+    return original(requests, ready)
 
 
 def build_optimizer(*args, original=optim.build_optimizer):

@@ -87,11 +87,11 @@ def test_a_signal_saves_and_what_follows_equals_a_run_that_was_left_alone(
     whole = train(train_vfp_moe, tiny, tmp_path / "whole", *flags)
     steps = []
 
-    def agreed(requests, original=StopRequests.agreed):
+    def agreed(requests, ready=0, original=StopRequests.agreed):
         steps.append(requests)
         if len(steps) == 3:
             os.kill(os.getpid(), number)
-        return original(requests)
+        return original(requests, ready)
 
     monkeypatch.setattr(StopRequests, "agreed", agreed)
     with pytest.raises(SystemExit) as stopped:
