@@ -10,9 +10,9 @@ appears there complete. The same policy, seed and device give the same episodes.
 
 import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field
+from itertools import chain
 from typing import Annotated, Literal
 
 import numpy as np
@@ -74,29 +74,27 @@ def main(config: Config) -> None:
         progress = lambda done: bar.update(done - bar.n)  # noqa: E731
         numbers, steps = range(config.episodes), config.sample_steps
         episodes = roll_out(policy, environments, numbers, config.seed, steps, progress=progress)
-    outcomes = Counter("success" if episode.success else "failure" for episode in episodes)
-    found = list(demonstrations(environments[0], episodes, config))
-    length = sum(len(demonstration.state) for demonstration in found)
-    say(
-        f"{policy.checkpoint.name}: {outcomes['success']} of {len(episodes)} episodes succeeded; recorded "
-        f"{len(found)} {config.keep if config.keep != 'all' else 'episodes'}, {length} steps"
-    )
-    if found:
-        unfinished = config.out / f".{path.name}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        config.out.mkdir(parents=True, exist_ok=True)
-        spec, first = policy.spec, environments[0]
-        names = [first.state_names or spec.state_names, first.action_names or spec.action_names]
-        write_dataset(unfinished, found, fps=round(spec.fps), state_names=names[0], action_names=names[1])
-        unfinished.rename(path)
-        say(f"recorded: {path}")
+    say(f"{policy.checkpoint.name}: {sum(e.success for e in episodes)} of {len(episodes)} episodes succeeded")
+    found = demonstrations(environments[0], episodes, config)
+    first = next(found, None)
+    if first is None:
+        say(f"nothing to record with --keep {config.keep}")
+        return
+    unfinished = config.out / f".{path.name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    state, action = policy.spec.recorded_names  # the dataset's, whatever the environment calls them
+    fps = round(policy.spec.fps)
+    write_dataset(unfinished, chain([first], found), fps=fps, state_names=state, action_names=action)
+    unfinished.rename(path)
+    say(f"recorded: {path}")
 
 
 def demonstrations(
     environment: Environment, episodes: Sequence[Episode], config: Config
 ) -> Iterator[Demonstration]:
-    """What `--keep` asks for, up to `--budget` steps; prints how often the expert could not help."""
-    steps = helpless = 0
+    """What `--keep` asks for, up to `--budget` steps; at the end, prints how much that was."""
+    count = steps = helpless = 0
     for episode in episodes:
         if config.keep == "corrections":
             found = None if episode.success else correct(environment, episode, config)
@@ -108,10 +106,12 @@ def demonstrations(
         else:
             found = None
         if found is not None:
-            steps += len(found.state)
-            if config.budget is not None and steps > config.budget:
+            if config.budget is not None and steps + len(found.state) > config.budget:
                 break
+            count, steps = count + 1, steps + len(found.state)
             yield found
+    what = "episodes" if config.keep == "all" else config.keep
+    say(f"{count} {what}, {steps} steps")
     if helpless:
         say(f"in {helpless} episodes the expert failed, too, even from their start")
 

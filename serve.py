@@ -200,7 +200,7 @@ class Server:
         self.worker.shutdown()
 
     def in_words(self) -> str:
-        spec, state = self.policy.spec, recorded_names(self.policy)[0]
+        spec, state = self.policy.spec, self.policy.spec.recorded_names[0]
         history = f" of the last {spec.proprio_history} steps" if spec.proprio_history > 1 else ""
         step = ", the step" if spec.image_history > 1 else ""
         return (
@@ -212,7 +212,7 @@ class Server:
 
     def metadata(self) -> dict[str, Any]:
         """The message to a client that connects."""
-        state, actions = recorded_names(self.policy)
+        state, actions = self.policy.spec.recorded_names
         spec = asdict(self.policy.spec) | {"state_names": state, "action_names": actions}
         del spec["backbone_config"]
         about = {"script": self.policy.script.__name__, "step": self.policy.trained_steps}
@@ -319,13 +319,6 @@ class Server:
         return {"actions": actions} | ({"warnings": heard} if heard else {})
 
 
-def recorded_names(policy: RobotPolicy) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the robot's state and action, before rotations are re-expressed."""
-    spec = policy.spec
-    state, actions = spec.state_rotations, spec.action_rotations
-    return state.recorded if state else spec.state_names, actions.recorded if actions else spec.action_names
-
-
 def observation_in(request: Mapping[str, Any]) -> dict[str, Any]:
     """The observation in a request, in the form for `RobotPolicy.act`.
 
@@ -373,7 +366,7 @@ def prefix_in(request: Mapping[str, Any], episode: RobotPolicy) -> dict[str, np.
     """Actions that will be executed in the meantime, if any, as an argument of `RobotPolicy.act`."""
     if request.get("prefix") is None:
         return {}
-    most, width = episode.spec.max_delay, len(recorded_names(episode)[1])
+    most, width = episode.spec.max_delay, len(episode.spec.recorded_names[1])
     prefix = numbers(request["prefix"], "the prefix")
     if prefix.ndim != 2 or prefix.shape[1] != width or not np.isfinite(prefix).all():
         raise ValueError(f"the prefix is an array of finite numbers (d, {width}), got {prefix.shape}")

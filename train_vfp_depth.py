@@ -88,6 +88,12 @@ class Config:
     sample_method: MayChange[flow.Integrator] = "euler"
     """Integrator when sampling actions; midpoint and heun evaluate the network twice per step."""
 
+    def __post_init__(self):
+        if self.data.grow_from is not None and self.depth.depth_cache == "on":
+            raise UserError(
+                "--grow-from needs --depth-cache off: the cache is made of all frames before training."
+            )
+
 
 class Policy(nn.Module):
     """Velocity field of action chunks given camera images, their depth features, and joint states.

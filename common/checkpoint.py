@@ -108,6 +108,12 @@ class PolicySpec:
     def action_dim(self) -> int:
         return len(self.action_names)
 
+    @property
+    def recorded_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the robot's state and action, before rotations are re-expressed."""
+        state, action = self.state_rotations, self.action_rotations
+        return state.recorded if state else self.state_names, action.recorded if action else self.action_names
+
     @classmethod
     def of(cls, dataset: ChunkDataset, backbone_config: dict | None = None) -> PolicySpec:
         """The spec of policies for a dataset."""

@@ -14,11 +14,11 @@ _thread = threading.local()
 @contextmanager
 def quiet() -> Iterator[None]:
     """In this block, this thread says nothing and draws no progress bars."""
-    _thread.quiet = True
+    before, _thread.quiet = is_quiet(), True
     try:
         yield
     finally:
-        _thread.quiet = False
+        _thread.quiet = before
 
 
 def is_quiet() -> bool:

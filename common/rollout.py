@@ -252,7 +252,7 @@ def _fitting_cameras(policy: RobotPolicy, environment: Environment) -> list[str]
             f"--env {environment.name} has the state {there}, and the policy was trained on "
             f"{', '.join(spec.state_names)}: choose others with --env-map state=KEY."
         )
-    actions = spec.action_rotations.recorded if spec.action_rotations else spec.action_names
+    actions = spec.recorded_names[1]
     there = environment.action_names  # empty if the environment does not give them
     if there and len(there) != len(actions):
         raise UserError(

@@ -21,6 +21,7 @@ Nothing here calls a script back or knows a method's options. It uses the option
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -46,13 +47,14 @@ from common.data import (
     Batch,
     ChunkDataset,
     EpisodeStore,
+    SampleStream,
     evenly_spaced,
     make_loader,
     open_dataset,
     split_episodes,
 )
 from common.data.growth import LOG as GROWTH_LOG
-from common.data.growth import Growth
+from common.data.growth import POLL_SECONDS, Growth
 from common.data.tasks import listed
 from common.errors import EXIT_STOPPED, UserError
 from common.files import read_json, write_json, write_whole
@@ -273,12 +275,8 @@ class Run:
         self.total_steps = optim.resolve_steps(config.optim, len(data.train), self.global_batch, *done)
         scheduler = optim.build_scheduler(raw_optimizer, policy, config.optim, self.total_steps, self.step)
         self.data = data._replace(spec=data.spec.with_backbone(policy))
+        self._orders: list[tuple[int, SampleStream]] = []
         self._draw_from(data.train)
-        if config.data.grow_from is not None and data.store.extras:
-            raise UserError(
-                f"--grow-from does not work with {self.script.name}, which computes features of all frames "
-                f"before training: leave it out, or use another script."
-            )
 
         self._at("opening the run folder")
         self.folder = self._open_folder(data.store)
@@ -297,13 +295,24 @@ class Run:
         return optimizer, scheduler, self.average
 
     def _draw_from(self, dataset: ChunkDataset, begin: int = 0, number: int = 0) -> None:
-        """Draw batches of a dataset, in an order that begins at `begin` samples of the run."""
-        optim, seed = self.config.optim, self.config.run.seed + (number << 32)
-        options = (optim.batch_size, seed, self.config.data.num_workers, self.rank, self.world)
+        """Draw batches of a dataset; its order has a number, and begins at `begin` samples of the run."""
+        size, seed = self.config.optim.batch_size, self.config.run.seed + (number << 32)
+        options = (size, seed, self.config.data.num_workers, self.rank, self.world)
         pin = self.device.type == "cuda"
         self._loader = make_loader(dataset, *options, start=self.samples - begin, pin_memory=pin)
-        self._batches, self._order_begin = iter(self._loader), begin
+        self._batches = iter(self._loader)
+        self._orders = [*self._orders[-9:], (begin, self._loader.batch_sampler)]  # for `_drawn`
         self.data = self.data._replace(train=dataset)
+
+    def _drawn(self, first: int, last: int) -> list[int]:
+        """The samples from number `first` to `last` - 1 of the run; those of a dataset keep their numbers in
+        the dataset with more episodes.
+        """
+        found, ends = [], [begin for begin, _ in self._orders[1:]] + [last]
+        for (begin, order), end in zip(self._orders, ends, strict=True):
+            start, stop = max(first, begin), min(last, end)
+            found += order.samples(start - begin, stop - start) if start < stop else []
+        return found
 
     def _start_growth(self) -> None:
         """Take in what is in `--grow-from` already, in a resumed run as before; then look for more."""
@@ -311,6 +320,8 @@ class Run:
         self._growth = Growth(self.config.data, self.data.train, self.folder / GROWTH_LOG, self.is_main)
         if self.is_main and not self._growth.times:
             self._growth.look()
+            time.sleep(POLL_SECONDS)
+            self._growth.look()  # which takes what has not changed in between
         self._grow(broadcast_object_list([len(self._growth.ready)])[0])
         if self.is_main:
             self._growth.start()
@@ -463,8 +474,8 @@ class Run:
     def _refuse_bad_steps(self, num: int, last: int) -> None:
         """Stop a run that no longer learns, and name the samples of the skipped steps."""
         dataset, path = self.data.train, self.folder / "bad_steps.json"
-        first = max(self.samples - (self.step - last + num) * self.global_batch - self._order_begin, 0)
-        rows = dataset.rows[self._loader.batch_sampler.samples(first, num * self.global_batch)]
+        first = max(self.samples - (self.step - last + num) * self.global_batch, 0)
+        rows = dataset.rows[self._drawn(first, first + num * self.global_batch)]
         episodes = dataset.store.episode_of(rows)
         numbers = dataset.store.episode_indices[episodes]
         frames = rows - dataset.store.episode_starts[episodes]

@@ -50,7 +50,7 @@ def opened(path, cache_dir):
 
 def test_an_expert_goes_on_where_the_policy_failed(run, tmp_path, cache_dir, capsys, tiny, demos, acted):
     (path,) = collected(run, tmp_path / "new", "--rewind", 30)
-    assert "0 of 4 episodes succeeded; recorded 4 corrections" in capsys.readouterr().out
+    assert "0 of 4 episodes succeeded\n4 corrections, " in capsys.readouterr().out
     store = opened(path, cache_dir)
     assert store.num_episodes == 4
     for number, (start, end) in enumerate(zip(store.episode_starts, store.episode_starts[1:], strict=False)):
@@ -85,7 +85,7 @@ def test_all_episodes_are_recorded_as_they_were(run, tmp_path, cache_dir, capsys
     states = np.concatenate([episode.states[:-1] for episode in acted])
     np.testing.assert_allclose(store.state, states, atol=1e-6)
     assert collected(run, tmp_path / "none", "--keep", "successes") == []
-    assert "recorded 0 successes" in capsys.readouterr().out
+    assert "nothing to record with --keep successes" in capsys.readouterr().out
 
 
 def test_the_budget_holds_in_whole_episodes(run, tmp_path, cache_dir):

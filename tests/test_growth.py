@@ -14,6 +14,7 @@ from lerobot_factory import edit_column, make_dataset
 from running import interrupt_after, lines, train, weights
 
 import train_naive_fm
+import train_vfp_depth
 from common.data import DataConfig, SampleStream, open_dataset, split_episodes
 from common.data.growth import LOG, GrownDataset, Growth
 from common.data.samples import ChunkDataset
@@ -27,6 +28,11 @@ def entry(folder, name, *lengths, sizes=CAMERAS, dims=(3, 3)):
     """A dataset that appears whole, as by a rename."""
     hidden = make_dataset(folder / f".{name}", lengths, sizes, video=False, dims=dims, names=None)
     return hidden.rename(folder / name)
+
+
+def look(growing):
+    for _ in range(2):  # what has not changed between two looks is decoded
+        growing.look()
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ def arrivals(monkeypatch, folder):
         if run._growth is not None and run.step in when:
             if not (folder / when[run.step][0]).exists():
                 entry(folder, *when[run.step])
-            run._growth.look()
+            look(run._growth)
         return end_step(run)
 
     monkeypatch.setattr(Run, "end_step", end_and_add)
@@ -135,7 +141,7 @@ def test_statistics_and_held_out_episodes_are_those_of_the_first_dataset(
 def test_added_samples_are_drawn_as_often_as_the_weight_says(folder, growing, base, weight):
     _, samples = base
     entry(folder, "a", 20, 30)
-    growing.look()
+    look(growing)
     grown = GrownDataset(samples, [growing.open(growing.ready[0])], weight)
     assert len(grown) == len(samples) + 50
     stream = iter(SampleStream(batch_size=len(grown), seed=0, **grown.groups()))
@@ -171,8 +177,8 @@ def test_what_does_not_fit_is_left_out_with_the_reason(folder, growing, capsys, 
     (file,) = broken.glob("data/*/*.parquet")
     edit_column(file, "action", lambda rows: [[float("nan")] * 3, *rows[1:]])
     entry(folder, "zzz", 8)
-    growing.look()
-    growing.look()
+    look(growing)
+    look(growing)
     said = capsys.readouterr().out
     assert f"{folder / 'cameras'} is left out" in said
     assert "different cameras" in said
@@ -183,7 +189,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(folder, growing, capsys, 
     assert f"{folder / 'nan'} is left out" in said
     assert "nan in action" in said
     assert taken(growing) == ["zzz"]
-    growing.look()
+    look(growing)
     assert capsys.readouterr().out == ""  # each is named once
 
 
@@ -192,30 +198,83 @@ def test_what_is_still_being_written_is_taken_later(folder, growing, capsys):
     data, away = whole / "data", folder / ".data"
     data.rename(away)
     whole = whole.rename(folder / "a")
-    growing.look()
+    look(growing)
     assert taken(growing) == []
     away.rename(whole / "data")
     growing.look()
+    assert taken(growing) == []  # it has changed since the last look
+    growing.look()
     assert taken(growing) == ["a"]
     (folder / "b.part").mkdir()
-    growing.look()
+    look(growing)
     assert taken(growing) == []
     assert capsys.readouterr().out == ""
 
 
+def test_whatever_is_wrong_with_an_entry_the_thread_goes_on(folder, growing, monkeypatch, capsys):
+    monkeypatch.setattr("common.data.growth.PATIENCE_SECONDS", -1.0)
+    entry(folder, "a", 8)
+    with monkeypatch.context() as broken:
+        broken.setattr("common.data.open_dataset", lambda config: 1 / 0)
+        look(growing)
+        look(growing)
+    assert "a is left out: ZeroDivisionError: division by zero" in capsys.readouterr().out
+    (folder / "a" / "meta" / "more.txt").write_text("mended")
+    look(growing)
+    assert taken(growing) == ["a"]
+
+
+def test_samples_of_steps_before_an_arrival_are_named_rightly(
+    tiny, folder, arrivals, tmp_path, monkeypatch, accelerate_reset
+):
+    runs, seen, batches = [], [], Run.micro_batches
+
+    def noted(run):
+        runs[:] = [run]
+        for batch in batches(run):
+            seen.extend(batch.index.tolist())
+            yield batch
+
+    monkeypatch.setattr(Run, "micro_batches", noted)
+    train(train_naive_fm, tiny, tmp_path / "run", *FLAGS, "--grow-from", folder)
+    rows = runs[0].data.train.rows
+    assert len(runs[0]._orders) == 3
+    assert rows[runs[0]._drawn(0, 32)].tolist() == seen
+    assert rows[runs[0]._drawn(7, 30)].tolist() == seen[7:30]
+
+
+def test_worker_processes_draw_the_same_samples(
+    tiny, folder, arrivals, tmp_path, monkeypatch, accelerate_reset
+):
+    seen, batches = {0: [], 1: []}, Run.micro_batches
+
+    def noted(run):
+        for batch in batches(run):
+            seen[run.config.data.num_workers].append(batch.index.tolist())
+            yield batch
+
+    monkeypatch.setattr(Run, "micro_batches", noted)
+    for workers in seen:
+        flags = (*FLAGS, "--grow-from", folder, "--num-workers", workers)
+        train(train_naive_fm, tiny, tmp_path / f"run{workers}", *flags)
+        for name, *_ in arrivals.values():
+            shutil.rmtree(folder / name)
+    assert seen[0] == seen[1]
+
+
 def test_a_lerobot_dataset_may_grow_by_itself(folder, growing, base, tmp_path):
     folder.rmdir()
-    growing.look()
+    look(growing)
     assert taken(growing) == []
     shape = {"video": False, "dims": (3, 3), "names": None}
     make_dataset(folder, (8, 9), CAMERAS, **shape)
-    growing.look()
+    look(growing)
     assert [(e.name, e.episodes) for e in growing.ready] == [(".", "0-1")]
     first = growing.due(1, 0, 1, lambda x: x)
     assert growing.take(first).store.num_episodes == 6
     shutil.rmtree(folder)
     make_dataset(folder, (8, 9, 12), CAMERAS, **shape)
-    growing.look()
+    look(growing)
     assert [e.episodes for e in growing.ready] == ["0-1", "2-2"]
     found = growing.due(5, 80, 2, lambda x: x)
     grown = growing.take(found)
@@ -236,7 +295,7 @@ def test_hdf5_files_appear_one_by_one(folder, cache_dir, tmp_path):
     more = make_hdf5(tmp_path / "more", (7, 8))
     for number, file in enumerate(sorted(more.glob("*/*.hdf5"))):
         file.rename(folder / f"episode_{number}.hdf5")
-        growing.look()
+        look(growing)
         assert taken(growing) == [f"episode_{number}.hdf5"]
     grown = GrownDataset(growing.base, [growing.open(entry) for entry in growing.ready], 1)
     assert len(grown) == 36 + 15
@@ -245,7 +304,7 @@ def test_hdf5_files_appear_one_by_one(folder, cache_dir, tmp_path):
 
 def test_episodes_that_changed_since_are_refused(folder, growing, tmp_path):
     entry(folder, "a", 8)
-    growing.look()
+    look(growing)
     found = growing.due(1, 0, 1, lambda x: x)
     shutil.rmtree(folder / "a")
     entry(folder, "a", 9)
@@ -262,7 +321,7 @@ def test_without_room_for_the_log_new_episodes_wait(folder, growing, monkeypatch
         raise OSError(28, "No space left on device")
 
     entry(folder, "a", 8)
-    growing.look()
+    look(growing)
     with monkeypatch.context() as disk:
         disk.setattr("common.data.growth.write_json", full)
         assert taken(growing) == []
@@ -281,12 +340,15 @@ def test_the_thread_finds_a_new_episode_and_ends(folder, growing):
     assert not growing._thread.is_alive()
 
 
-def test_features_of_all_frames_do_not_grow(tiny, folder, tmp_path, tiny_depth, accelerate_reset):
-    import train_vfp_depth
-
-    with pytest.raises(UserError, match="--grow-from does not work with train_vfp_depth"):
-        train(train_vfp_depth, tiny, tmp_path / "run", "--grow-from", folder)
+def test_depth_is_computed_in_each_step_where_data_grow(tiny, folder, tmp_path, tiny_depth, accelerate_reset):
+    entry(folder, "a", 8)
+    flags = ("--steps", 2, "--log-every", 1, "--grow-from", folder)
+    with pytest.raises(UserError, match="--grow-from needs --depth-cache off"):
+        train(train_vfp_depth, tiny, tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
+    run = train(train_vfp_depth, tiny, tmp_path / "run", *flags, "--depth-cache", "off")
+    assert len(lines(run)) == 2
+    assert len(json.loads((run / LOG).read_text())) == 1
 
 
 def test_a_policy_that_is_told_its_task_knows_those_of_new_episodes(base, folder, growing, monkeypatch):

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from common.data import DataConfig
 
 LOG = "growth.json"
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 PATIENCE_SECONDS = 10.0  # an entry that cannot be used, and has not changed for as long, is left out
+LEAVE_SECONDS = 10.0  # at the end of a run, for an entry that is being decoded
 UNFINISHED = (".part", ".tmp", ".lock")  # endings of names of what is still being written
 
 
@@ -89,13 +90,8 @@ class Growth:
     """
 
     def __init__(self, config: DataConfig, base: ChunkDataset, log: Path, writes: bool):
-        self.config, self.folder, self.base, self.log, self.writes = (
-            config,
-            config.grow_from,
-            base,
-            log,
-            writes,
-        )
+        self.config, self.folder, self.base = config, config.grow_from, base
+        self.log, self.writes = log, writes
         self.stores: list[EpisodeStore] = []  # of all that was taken in
         self.ready: list[Entry] = []  # decoded, in the order in which it is to be taken in
         self.times: list[dict] = read_json(log) if log.exists() else []
@@ -104,7 +100,9 @@ class Growth:
         known = [Entry(**entry) for time in self.times for entry in time["entries"]]
         self._known = {entry.name for entry in known}
         self._episodes = _after(known)
-        self._failed: dict[str, tuple[float, float, str]] = {}  # name: when it had changed, when seen, reason
+        self._seen: dict[str, list] = {}  # of each entry not yet decoded, what its files were like
+        self._failed: dict[str, tuple[float, str]] = {}  # when and why it could not be used; 0: it was said
+        self._opening = threading.Lock()  # decoding processes are shared
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="growth", daemon=True)
 
@@ -117,7 +115,7 @@ class Growth:
     def close(self) -> None:
         self._stopping.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(LEAVE_SECONDS)
 
     def _watch(self) -> None:
         with kept_pool():
@@ -125,20 +123,30 @@ class Growth:
                 self.look()
 
     def look(self) -> None:
-        """Decode what is new; an entry that cannot be used is looked at again when it changes."""
+        """Decode what is new and has not changed since the last look. An entry that cannot be used is tried
+        again when it changes.
+        """
         for entry in self._new():
+            if self._stopping.is_set():
+                return
             path = self.folder / entry.name
-            changed, before = _changed(path), self._failed.get(entry.name)
-            if before and before[0] == changed:
-                if 0 < before[1] < time.monotonic() - PATIENCE_SECONDS:
-                    self._failed[entry.name] = (changed, 0.0, before[2])
-                    say(f"warning: {path} is left out: {before[2]}")
+            files = _files(path)
+            if self._seen.get(entry.name) != files:  # it may still be copied
+                self._seen[entry.name] = files
+                self._failed.pop(entry.name, None)
+                continue
+            if entry.name in self._failed:
+                since, why = self._failed[entry.name]
+                if 0 < since < time.monotonic() - PATIENCE_SECONDS:
+                    self._failed[entry.name] = (0.0, why)
+                    say(f"warning: {path} is left out: {why}")
                 continue
             try:
                 store = self.open(entry)
                 self.refuse_unfit(store)
-            except UserError as error:
-                self._failed[entry.name] = (changed, time.monotonic(), str(error))
+            except Exception as error:  # files of others can be anything, and training must go on
+                why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                self._failed[entry.name] = (time.monotonic(), why)
                 continue
             self._known.add(entry.name)
             entry = replace(entry, fingerprint=_fingerprint(store))
@@ -154,7 +162,7 @@ class Growth:
                 total = int(read_json(self.folder / "meta" / "info.json")["total_episodes"])
             return [Entry(".", f"{self._episodes}-{total - 1}")] if total > self._episodes else []
         names = []
-        with suppress(FileNotFoundError):  # yet
+        with suppress(OSError):  # it does not exist yet, or a network's disk does not answer
             names = sorted(os.listdir(self.folder))
         return [
             Entry(name)
@@ -170,11 +178,11 @@ class Growth:
 
         if entry in self._opened:
             return self._opened.pop(entry)
-        path = self.folder / entry.name
+        path, storage = self.folder / entry.name, self.base.store.storage
         chosen = {"dataset": (str(path),), "episodes": (entry.episodes,) if entry.episodes else ()}
         chosen |= {"weights": (), "task": (), "task_weights": (), "task_balance": 0.0, "episodes_file": None}
-        with quiet():
-            store = open_dataset(replace(self.config, **chosen, skip_bad_episodes=False))
+        with self._opening, quiet():
+            store = open_dataset(replace(self.config, **chosen, store=storage, skip_bad_episodes=False))
         if entry.fingerprint and entry.fingerprint != _fingerprint(store):
             raise UserError(
                 f"{path} has changed since the run has learned from it: restore it, or start a new run."
@@ -197,7 +205,7 @@ class Growth:
         Args:
             samples: that the run has drawn.
             ready: how many entries the first process has decoded.
-            share: gives the first process's value to all.
+            share: gives the first process's value to all of them.
         """
         if self.repeated < len(self.times):  # an earlier start of this run had got further
             found = self.times[self.repeated]
@@ -244,10 +252,11 @@ def _after(entries: Sequence[Entry]) -> int:
     return max((int(entry.episodes.partition("-")[2]) + 1 for entry in entries if entry.episodes), default=0)
 
 
-def _changed(path: Path) -> float:
-    """When a file, or anything in a folder, was last changed."""
-    times = [0.0]
-    for file in [path, *(path.rglob("*") if path.is_dir() else ())]:
-        with suppress(FileNotFoundError):
-            times.append(file.stat().st_mtime)
-    return max(times)
+def _files(path: Path) -> list:
+    """Names, sizes and times of a file, or of all that a folder holds."""
+    found = []
+    for file in [path, *(sorted(path.rglob("*")) if path.is_dir() else ())]:
+        with suppress(OSError):
+            status = file.stat()
+            found.append((str(file), status.st_size, status.st_mtime_ns))
+    return found
