@@ -95,7 +95,7 @@ def demonstrations(
 ) -> Iterator[Demonstration]:
     """What `--keep` asks for, up to `--budget` steps; at the end, prints how much that was."""
     count = steps = helpless = 0
-    for episode in episodes:
+    for episode in tqdm(episodes, desc="recording", unit="episode"):
         if config.keep == "corrections":
             found = None if episode.success else correct(environment, episode, config)
             helpless += found is None and not episode.success

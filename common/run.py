@@ -237,7 +237,8 @@ class Run:
         5. A different random seed in each process; a resumed run then restores its own random state.
         6. Steps, schedule and data order, which depend on the step that the run has reached.
         7. The run folder, this late because a run that cannot start must not leave one.
-        8. Signal handlers: until here, a signal ends the process at once.
+        8. Episodes of `--grow-from`: their log is in the run folder.
+        9. Signal handlers: until here, a signal ends the process at once.
 
         Returns:
             Optimizer, scheduler, and the weights to evaluate and export.
