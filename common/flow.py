@@ -5,9 +5,11 @@ are computed (training-time real-time chunking, Black et al. 2025, arXiv 2512.05
 own flow time, (B, T): 1 if it is given, and the sample's t if it is to be predicted.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -167,6 +169,14 @@ def compiled(function: Callable[..., Tensor] | None) -> Iterator[None]:
         yield
     finally:
         _compiled.reset(token)
+
+
+def let_thread_capture() -> None:
+    """Let this thread capture compiled code: PyTorch 2.11 prepares only the one that imports its compiler."""
+    from torch._inductor import cudagraph_trees
+
+    cudagraph_trees.local.tree_manager_containers = {}
+    cudagraph_trees.local.tree_manager_locks = defaultdict(Lock)
 
 
 def compile_integration(device: torch.device) -> Callable[..., Tensor]:

@@ -244,7 +244,7 @@ class RobotPolicy:
             component.compile(dynamic=False)
         self._integration = flow.compile_integration(self.device)
         if self.device.type == "cuda":
-            self._thread = ThreadPoolExecutor(1, "sampling")
+            self._thread = ThreadPoolExecutor(1, "sampling", initializer=flow.let_thread_capture)
         try:
             robot, most = self.fork(), self.spec.max_delay
             for prefix in [None, np.zeros((1, self.action_dim))][: 1 + (most > 0)]:

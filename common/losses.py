@@ -3,10 +3,15 @@
 Padded steps never count, and a mean divides by the number of real elements.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+BLOCK = 8
+"""Sinkhorn iterations that are compiled together."""
 
 
 def masked_mse(pred: Tensor, target: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
@@ -105,12 +110,9 @@ def sinkhorn_divergence(
         x, y = torch.where(real, x, 0.0), torch.where(real, y, 0.0)  # points without mass may be anything
         with torch.no_grad():
             costs = torch.stack([_squared_distances(*pair) for pair in ((x, y), (x, x), (y, y))])
-            largest = costs.amax().clamp(min=blur**2)
-            fall = torch.linspace(0, 2, iterations, device=x.device, dtype=dtype).clamp(max=1)
-            f = torch.zeros_like(costs[:, 0])  # potentials of the three problems, (3, B)
-            for negative in -largest * (blur**2 / largest) ** fall:
-                g_xy = sinkhorn_step(f, costs, log_weight, negative)
-            g, epsilon = torch.cat([g_xy[None], f[1:]]), blur**2
+            solve = _as_one_operation if torch.compiler.is_compiling() else _potentials
+            f, g = solve(costs, log_weight, blur, iterations)
+            epsilon = blur**2
             log_plan = log_weight[:, None] + log_weight + (f[0, :, None] + g[0] - costs[0]) / epsilon
             error = (log_plan.exp().sum(dim=0) - weight).abs().sum()
             f_yy = _soft_min(costs[2], g[2], log_weight, epsilon)
@@ -119,6 +121,44 @@ def sinkhorn_divergence(
         # OT = sum_i w_i f_i + sum_j w_j g_j
         divergence = (weight * (f_xy + g[0] - (f_xx + g[1]) / 2 - (f_yy + g[2]) / 2)).sum()
     return Transport(torch.where(total > 0, divergence, 0.0), torch.where(total > 0, error, 0.0))
+
+
+def _potentials(
+    costs: Tensor, log_weight: Tensor, blur: float, iterations: int, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Potentials f and g, (3, B) both, of the problems (x, y), (x, x) and (y, y); `costs` are (3, B, B)."""
+    largest = costs.amax().clamp(min=blur**2)
+    fall = torch.linspace(0, 2, iterations, device=costs.device, dtype=costs.dtype).clamp(max=1)
+    f, negatives = torch.zeros_like(costs[:, 0]), -largest * (blur**2 / largest) ** fall
+    run = _compiled_steps() if compiled else sinkhorn_steps
+    for part in negatives.split(BLOCK):
+        g_xy = run(f, costs, log_weight, part)
+    return f, torch.cat([g_xy[None], f[1:]])
+
+
+@torch.library.custom_op("common::sinkhorn", mutates_args=())
+def _as_one_operation(
+    costs: Tensor, log_weight: Tensor, blur: float, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """`_potentials` for a compiled loss, which would take minutes to compile with all iterations in it."""
+    return _potentials(costs, log_weight, blur, iterations, compiled=True)
+
+
+@_as_one_operation.register_fake
+def _(costs: Tensor, log_weight: Tensor, blur: float, iterations: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(costs[:, 0]), torch.empty_like(costs[:, 0])
+
+
+@cache
+def _compiled_steps() -> Callable[..., Tensor]:
+    return torch.compile(sinkhorn_steps, dynamic=False)
+
+
+def sinkhorn_steps(f: Tensor, costs: Tensor, log_weight: Tensor, negatives: Tensor) -> Tensor:
+    """A `sinkhorn_step` for each of the `negatives` (I,); returns what the last one does."""
+    for negative in negatives:
+        g = sinkhorn_step(f, costs, log_weight, negative)
+    return g
 
 
 def sinkhorn_step(f: Tensor, costs: Tensor, log_weight: Tensor, negative: Tensor) -> Tensor:

@@ -403,7 +403,7 @@ class Run:
         with self.tracker.waiting():  # all of them at once: the count is needed before the first loss
             batches = [next(self._batches) for _ in range(self.accelerator.gradient_accumulation_steps)]
             count = sum((~batch.is_pad * self._to_predict).sum() for batch in batches) / len(batches)
-        self.real_actions = self.mean(count.to(self.device))
+        self.real_actions = self.mean(count.to(self.device, non_blocking=True))  # else it waits for the GPU
         for batch in batches:
             self._at("the forward pass")
             # Processes exchange gradients only after the last batch.

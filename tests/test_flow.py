@@ -1,4 +1,5 @@
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -124,6 +125,15 @@ def test_what_cannot_be_one_graph_is_said_once_and_integrated_all_the_same(capsy
         assert torch.equal(run(velocity, x_0, 4, "euler", None), 2 * x_0)
     assert capsys.readouterr().out.count("actions are sampled without a compiled graph") == 1
     torch._dynamo.reset()
+
+
+def test_a_thread_of_its_own_can_capture():
+    from torch._inductor.cudagraph_trees import get_obj, local
+
+    for prepared, expected in ((None, AssertionError), (flow.let_thread_capture, type(None))):
+        with ThreadPoolExecutor(1, initializer=prepared) as thread:
+            for name in ("tree_manager_containers", "tree_manager_locks"):
+                assert type(thread.submit(get_obj, local, name).exception()) is expected
 
 
 def test_integration_refuses_what_makes_no_sense():

@@ -327,3 +327,25 @@ def test_the_error_of_experts_is_weighted_by_their_gates():
     torch.testing.assert_close(losses.expert_mse(pred, target, mask, gates), expected)
     doubled = losses.expert_mse(pred, target, mask, gates, count=2 * mask.sum())
     torch.testing.assert_close(doubled, expected / 2)
+
+
+def test_sinkhorn_in_a_compiled_loss_is_the_same_to_the_bit(monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **given: compile(f, **(given | {"backend": "eager"})))
+    losses._compiled_steps.cache_clear()
+    x, y = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    mass = torch.tensor([1.0, 0, 1, 1, 2, 1])
+    eager = losses.sinkhorn_divergence(x, y, mass, iterations=19)
+    compiled = torch.compile(losses.sinkhorn_divergence, fullgraph=True)(x, y, mass, iterations=19)
+    assert torch.equal(eager.divergence, compiled.divergence)
+    assert torch.equal(eager.marginal_error, compiled.marginal_error)
+    grads = [torch.autograd.grad(found.divergence, x)[0] for found in (eager, compiled)]
+    assert torch.equal(*grads)
+    losses._compiled_steps.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_sinkhorn_as_one_operation_keeps_to_the_rules_of_operations():
+    costs, weight = torch.rand(3, 6, 6), torch.full((6,), 1 / 6).log()
+    torch.library.opcheck(torch.ops.common.sinkhorn.default, (costs, weight, 0.3, 9))
