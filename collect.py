@@ -11,8 +11,10 @@ appears there complete. The same policy, seed and device give the same episodes.
 import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import field
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -20,13 +22,15 @@ import tyro
 from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
+from common.checkpoint import PolicySpec
 from common.config import Flat, UserPath, cli, options
 from common.console import say
 from common.data.recording import Demonstration, write_dataset
 from common.envs import EnvConfig, Environment
 from common.envs.record import perform
 from common.errors import UserError
-from common.inference import load_policy
+from common.inference import RobotPolicy, load_policy
+from common.person import Operator, Watched, make_operator
 from common.rollout import Episode, answering, make_environments, roll_out
 
 
@@ -45,6 +49,9 @@ class Config:
     """Episodes in which the policy acts."""
     budget: PositiveInt | None = None
     """Record at most this many steps, in whole episodes."""
+    by: str = "expert"
+    """Who corrects: `expert`, the environment's own; `keyboard`, a person who watches the policy in a window
+    (built-in task); or `module:factory`, a function of yours that returns a `common.person.Operator`."""
     rewind: PositiveInt = 10
     """Steps before the end of a failed episode at which the expert takes over. If it fails, too, it tries
     again from twice as many steps before, and so on."""
@@ -69,25 +76,55 @@ def main(config: Config) -> None:
     path = config.out / f"{config.run.resolve().name}-{policy.checkpoint.name}-seed-{config.seed}"
     if path.exists():
         raise UserError(f"{path} already exists: give each round its own --seed.")
+    if config.by != "expert":
+        (environment,) = make_environments(simulator, policy.spec.image_size, 1)
+        operator = make_operator(config.by, environment)
+        write(path, policy.spec, taken_over(operator, environment, policy, config))
+        return
     environments = make_environments(simulator, policy.spec.image_size, min(config.parallel, config.episodes))
     with tqdm(total=config.episodes, desc="episodes", unit="episode") as bar:
         progress = lambda done: bar.update(done - bar.n)  # noqa: E731
         numbers, steps = range(config.episodes), config.sample_steps
         episodes = roll_out(policy, environments, numbers, config.seed, steps, progress=progress)
     say(f"{policy.checkpoint.name}: {sum(e.success for e in episodes)} of {len(episodes)} episodes succeeded")
-    found = demonstrations(environments[0], episodes, config)
+    if not write(path, policy.spec, demonstrations(environments[0], episodes, config)):
+        say(f"nothing to record with --keep {config.keep}")
+
+
+def write(path: Path, spec: PolicySpec, found: Iterator[Demonstration]) -> bool:
+    """Write demonstrations as a dataset, which appears when it is complete; False if there are none."""
     first = next(found, None)
     if first is None:
-        say(f"nothing to record with --keep {config.keep}")
-        return
-    unfinished = config.out / f".{path.name}"
+        return False
+    unfinished = path.with_name(f".{path.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    config.out.mkdir(parents=True, exist_ok=True)
-    state, action = policy.spec.recorded_names  # the dataset's, whatever the environment calls them
-    fps = round(policy.spec.fps)
-    write_dataset(unfinished, chain([first], found), fps=fps, state_names=state, action_names=action)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state, action = spec.recorded_names  # the dataset's, whatever the environment calls them
+    write_dataset(
+        unfinished, chain([first], found), fps=round(spec.fps), state_names=state, action_names=action
+    )
     unfinished.rename(path)
     say(f"recorded: {path}")
+    return True
+
+
+def taken_over(
+    operator: Operator, environment: Environment, policy: RobotPolicy, config: Config
+) -> Iterator[Demonstration]:
+    """What a person does who watches the policy and takes over, where it leads to success."""
+    watched, count, steps = Watched(environment, operator), 0, 0
+    with suppress(KeyboardInterrupt):  # what is finished is recorded
+        for number in range(config.episodes):
+            (episode,) = roll_out(policy, [watched], [number], config.seed, config.sample_steps)
+            left = environment.max_steps - episode.steps
+            if operator.has_control and left and not episode.success:
+                found = perform(watched, lambda: operator.action(environment.state()), left, config.hold)
+                if environment.success():
+                    count, steps = count + 1, steps + len(found.state)
+                    yield found
+            if operator.finished or (config.budget is not None and steps >= config.budget):
+                break
+    say(f"{count} corrections, {steps} steps")
 
 
 def demonstrations(

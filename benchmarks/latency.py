@@ -9,6 +9,10 @@ sizes are matched, see `benchmarks/matched.py`. Weights are random: the cost of 
 them. LeRobot's diffusion is also measured with DDIM in 10 steps, and its DiT with 10 steps instead of its
 default of 100.
 
+*Compiled* are the networks, of both. `load_policy(compile=True)` also compiles all integration steps as
+one graph, which takes a minute or more for each number of steps; on a CPU a chunk of ten then took 0.87 of
+the time.
+
 Needs the packages of requirements-bench.txt. Finished tables are not measured again: delete the results to
 start over. Tables are written to `docs/performance.md`. Nothing else should run on the machine.
 """
@@ -118,7 +122,7 @@ def measure(group: Group, size: tuple[int, int], config: Config) -> dict:
             counts[label(method)] = sum(p.numel() for p in policy.model.parameters())
             if compiled:
                 for component in policy.model.children():
-                    component.compile(dynamic=False)  # as `load_policy` does
+                    component.compile(dynamic=False)  # see above
             for steps in OUR_STEPS:
                 ways[f"{label(method)}, {steps}{mark}"] = our_way(policy, frames, steps)
         for kind, samplers in SAMPLERS.items():

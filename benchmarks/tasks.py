@@ -65,13 +65,14 @@ def run(config: Config, variant: str, seed: int) -> dict:
     wanted = json.loads(CONFIG.read_text())["config"]
     steps = config.steps or wanted["optim"]["steps"]
     wanted["optim"]["steps"] = steps
-    flags, acting = [], []
+    flags, acting = [], ["--execute-steps", "6"]  # of 32: hands end close to other targets and obstacles
     if variant == "text":
         flags = ["--task-encoder", config.encoder or small_encoder(config.runs / "encoder")]
     elif variant == "none":
         flags = ["--task-encoder", "none"]
     elif variant == "single":
-        flags, acting = ["--task", ONE], ["--env", f"demo-tasks:{ONE}"]
+        flags = ["--task", ONE]
+        acting += ["--env", f"demo-tasks:{ONE}"]
     if (folder / "config.json").is_file():
         had = json.loads((folder / "config.json").read_text())["config"]
         refuse_other_settings(folder, had, {name: wanted[name] for name in wanted if name != "tasks"})

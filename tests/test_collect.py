@@ -1,5 +1,7 @@
 """Recording what a policy should learn from next."""
 
+import time
+
 import numpy as np
 import pytest
 from running import lines, train
@@ -8,9 +10,10 @@ import collect
 import train_naive_fm
 from common.config import parse
 from common.data import DataConfig, open_dataset
-from common.data.demo import demonstrate, record
+from common.data.demo import EXPERT_SPEED, demonstrate, record
 from common.envs.demo import DemoEnvironment
 from common.errors import UserError
+from common.person import Keyboard, make_operator
 from common.rollout import Episode
 
 
@@ -148,3 +151,166 @@ def test_what_cannot_be_repeated_or_corrected_is_said(tmp_path, monkeypatch):
     episode.states[10] = episode.states[10] + 0.1
     with pytest.raises(UserError, match="demo does not repeat an episode"):
         collect.correct(environment, episode, config(tmp_path))
+
+
+class Scripted:
+    """A person who takes over in some steps of some episodes, and then acts as the expert does."""
+
+    def __init__(self, environment, takes, stops=99):
+        self.environment, self.takes, self.stops = environment, takes, stops
+        self.finished, self.episode, self.seen = False, -1, 0
+
+    def begin(self, task):
+        self.has_control, self.step, self.act = False, -1, None
+        self.episode += 1
+
+    def show(self, picture):
+        assert picture.dtype == np.uint8
+        self.step, self.seen = self.step + 1, self.seen + 1
+        self.has_control |= self.step == self.takes.get(self.episode)
+        self.finished = self.episode == self.stops
+
+    def action(self, state):
+        np.testing.assert_array_equal(state, self.environment.state())
+        self.act = self.act or self.environment.expert()
+        return self.act()
+
+
+@pytest.fixture
+def person(monkeypatch):
+    """The person who corrects; made when `collect.py` asks for one."""
+    made = []
+
+    def of(takes, **more):
+        def make(name, environment):
+            made.append(Scripted(environment, takes, **more))
+            return made[-1]
+
+        monkeypatch.setattr(collect, "make_operator", make)
+        return made
+
+    return of
+
+
+def test_a_person_takes_over_where_they_like(run, tmp_path, cache_dir, capsys, person, monkeypatch):
+    made, acted, roll_out = person({0: 4, 2: 1}), [], collect.roll_out
+    monkeypatch.setattr(collect, "roll_out", lambda *given: acted.extend(roll_out(*given)) or acted[-1:])
+    (path,) = collected(run, tmp_path / "new", "--by", "keyboard")
+    store = opened(path, cache_dir)
+    assert store.num_episodes == 2  # nobody corrects the other two
+    assert made[0].episode == 3
+    assert f"2 corrections, {store.num_steps} steps\nrecorded: {path}" in capsys.readouterr().out
+    assert [acted[number].steps for number in (0, 2)] == [4, 2]  # one step is too short for an episode
+    for number, start, end in zip((0, 2), store.episode_starts, store.episode_starts[1:], strict=False):
+        environment = DemoEnvironment()
+        environment.reset(3_000_000, number)
+        for action in acted[number].actions:
+            environment.step(action)
+        for state, action in zip(store.state[start:end], store.action[start:end], strict=True):
+            np.testing.assert_allclose(state, environment.state(), atol=1e-6)
+            environment.step(action)
+        assert environment.success()
+
+
+def test_a_person_who_stops_keeps_what_they_did(run, tmp_path, cache_dir, person):
+    made = person({0: 5}, stops=1)
+    (path,) = collected(run, tmp_path / "new", "--by", "keyboard")
+    assert opened(path, cache_dir).num_episodes == 1
+    assert made[0].episode == 1
+
+    def interrupt(picture):
+        raise KeyboardInterrupt
+
+    person({0: 5})
+    begin = Scripted.begin
+
+    def begins(self, task):
+        begin(self, task)
+        if self.episode == 1:
+            self.show = interrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scripted, "begin", begins)
+        collected(run, tmp_path / "new", "--by", "keyboard", "--seed", 5)
+    stores = [opened(path, cache_dir) for path in sorted((tmp_path / "new").glob("[!.]*"))]
+    assert [store.num_episodes for store in stores] == [1, 1]
+
+
+def test_a_failed_correction_is_left_out(run, tmp_path, capsys, person, monkeypatch):
+    person({0: 5})
+    monkeypatch.setattr(Scripted, "action", lambda self, state: state)  # stands still
+    assert collected(run, tmp_path / "new", "--by", "keyboard") == []
+    assert "0 corrections, 0 steps" in capsys.readouterr().out
+
+
+@pytest.fixture
+def window():
+    """A keyboard with a figure that is never shown, and a function that presses and releases keys."""
+    from matplotlib.backend_bases import CloseEvent, KeyEvent
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    canvas = FigureCanvasAgg(Figure((2, 2)))
+    keyboard = Keyboard(canvas.figure, fps=500)
+
+    def press(key, name="key_press_event"):
+        canvas.callbacks.process(name, KeyEvent(name, canvas, key))
+
+    close = lambda: canvas.callbacks.process("close_event", CloseEvent("close_event", canvas))  # noqa: E731
+    return keyboard, press, close
+
+
+def test_keys_take_over_and_move_the_hands(window):
+    keyboard, press, _ = window
+    keyboard.begin("move")
+    assert not keyboard.has_control
+    state, speed = np.array([0.1, 0.2, 0.3, 0.4]), EXPERT_SPEED
+    press(" ")
+    assert keyboard.has_control
+    assert not keyboard.finished
+    np.testing.assert_array_equal(keyboard.action(state), state)
+    press("w")
+    press("left")
+    press("x")
+    np.testing.assert_allclose(keyboard.action(state), state + speed * np.array([0, 1, -1, 0]))
+    press("left", "key_release_event")
+    np.testing.assert_allclose(
+        keyboard.action(state), state + speed * np.array([0, 1, 0, 0])
+    )  # w is still held
+    press("w", "key_release_event")
+    press("down")
+    press("down", "key_release_event")  # a tap between two steps counts
+    np.testing.assert_allclose(keyboard.action(state), state + speed * np.array([0, 0, 0, -1]))
+    np.testing.assert_array_equal(keyboard.action(state), state)
+    keyboard.begin("move")
+    assert not keyboard.has_control
+    press("q")
+    assert keyboard.finished
+
+
+def test_the_window_shows_each_step_at_the_tasks_rate(window):
+    keyboard, _, close = window
+    keyboard.begin("move")
+    picture = np.full((8, 8, 3), 77, np.uint8)
+    start = time.monotonic()
+    for _ in range(20):
+        keyboard.show(picture)
+    assert time.monotonic() - start >= 20 / 500
+    np.testing.assert_array_equal(keyboard._image.get_array(), picture)
+    close()
+    assert keyboard.finished
+    keyboard.show(picture)  # of a window that is gone: nothing happens
+
+
+def test_a_person_needs_a_window_and_a_task_for_the_keys(run, tmp_path):
+    with pytest.raises(UserError, match="matplotlib finds no display"):
+        make_operator("keyboard", DemoEnvironment())
+    arm = DemoEnvironment()
+    arm.name = "pusht"
+    with pytest.raises(UserError, match="hands of the built-in task, not pusht"):
+        make_operator("keyboard", arm)
+    with pytest.raises(UserError, match="--by leader is none of expert, keyboard, module:factory"):
+        make_operator("leader", arm)
+    with pytest.raises(UserError, match="--by math:leader: math has no function leader"):
+        make_operator("math:leader", arm)
+    assert make_operator("types:SimpleNamespace", arm).__dict__ == {}

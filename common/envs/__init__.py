@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -165,7 +165,7 @@ def one_of(name: str, known: list[str], what: str) -> str:
     raise UserError(f"{what} has no task {name or 'without a name'}{closest(name, known)}: it has {there}.")
 
 
-def import_factory(place: str) -> Callable:
+def import_factory(place: str, flag: str = "--env", others: Sequence[str] = SIMULATORS) -> Callable:
     """Import the function `module:factory`, from the working directory or an installed package."""
     module, _, name = place.partition(":")
     sys.path.insert(0, os.getcwd())
@@ -175,11 +175,11 @@ def import_factory(place: str) -> Callable:
         if error.name != module.partition(".")[0] and error.name != module:
             raise
         raise UserError(
-            f"--env {place} is none of {', '.join(SIMULATORS)}, and there is no module {module} here or "
+            f"{flag} {place} is none of {', '.join(others)}, and there is no module {module} here or "
             f"installed."
         ) from None
     finally:
         sys.path.pop(0)
     if not callable(found):
-        raise UserError(f"--env {place}: {module} has no function {name or 'without a name'}.")
+        raise UserError(f"{flag} {place}: {module} has no function {name or 'without a name'}.")
     return found
