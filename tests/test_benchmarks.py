@@ -206,6 +206,42 @@ def test_policies_that_are_told_are_compared_with_one_that_is_not():
     assert "| none | 6.2 (6.2, 6.2) | 6.2 (6.2, 6.2) |  |" in text
 
 
+def test_corrections_are_as_many_steps_as_the_demonstrations_they_replace(tmp_path, monkeypatch):
+    corrections = benchmark("corrections")
+    monkeypatch.setattr(
+        corrections, "lengths_of", lambda path: {"demos": [9, 11, 10, 10]}.get(path.name, [8])
+    )
+    commands = []
+
+    def call(command, threads, folder):
+        commands.append([str(word) for word in command])
+        if command[0] == "collect.py":
+            (command[2] / f"round-{len(commands)}").mkdir()
+        else:
+            steps = int(commands[-1][commands[-1].index("--steps") + 1])
+            (folder / "checkpoints" / f"step_{steps:07d}").mkdir(parents=True)
+
+    monkeypatch.setattr(corrections, "call", call)
+    config = corrections.Config(demonstrations=4, steps=100, moments=(0.25, 0.45))
+    for _ in range(2):  # a second time, nothing is left to do
+        assert corrections.correct(config, tmp_path / "run", 0, tmp_path / "demos", 20) == 16
+    trained = [c[c.index("--steps") + 1] for c in commands if c[0].startswith("train")]
+    assert trained == ["25", "45", "100"]
+    assert all(c[c.index("--episodes") + 1] == "0-1" for c in commands if c[0].startswith("train"))
+    budgets = [c[c.index("--budget") + 1] for c in commands if c[0] == "collect.py"]
+    assert budgets == ["10", "12"]  # what the first round left over is for the second one
+
+    runs = {"demonstrations": [0.5, 0.6], "corrections": [0.7, 0.6]}
+    results = {
+        way: [{"labels": 40, "10": {"success": x}, "1": {"success": 0.25}} for x in values]
+        for way, values in runs.items()
+    }
+    *_, plain, better, gain = corrections.table(results, corrections.Config(seeds=(0, 1))).splitlines()
+    assert plain == "| demonstrations | 40 | 55.0 (50.0, 60.0) | 25.0 (25.0, 25.0) |"
+    assert better.startswith("| corrections | 40 | 65.0 (70.0, 60.0) |")
+    assert gain == "| difference, ± its standard error | | +10.0 ± 10.0 | +0.0 ± 0.0 |"
+
+
 def test_a_made_up_dataset_has_its_store(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     path = start.make_up(tmp_path / "dataset", tmp_path, 60, 20, size=8, cameras=2)
