@@ -77,6 +77,8 @@ def main(config: Config) -> None:
     if path.exists():
         raise UserError(f"{path} already exists: give each round its own --seed.")
     if config.by != "expert":
+        if config.keep != "corrections":
+            raise UserError(f"--by {config.by} records corrections: leave out --keep {config.keep}.")
         (environment,) = make_environments(simulator, policy.spec.image_size, 1)
         operator = make_operator(config.by, environment)
         write(path, policy.spec, taken_over(operator, environment, policy, config))
@@ -119,10 +121,13 @@ def taken_over(
             left = environment.max_steps - episode.steps
             if operator.has_control and left and not episode.success:
                 found = perform(watched, lambda: operator.action(environment.state()), left, config.hold)
+                if config.budget is not None and steps + len(found.state) > config.budget:
+                    say("the last correction is left out: it exceeds --budget")
+                    break
                 if environment.success():
                     count, steps = count + 1, steps + len(found.state)
                     yield found
-            if operator.finished or (config.budget is not None and steps >= config.budget):
+            if operator.finished:
                 break
     say(f"{count} corrections, {steps} steps")
 

@@ -236,6 +236,19 @@ def test_a_person_who_stops_keeps_what_they_did(run, tmp_path, cache_dir, person
     assert [store.num_episodes for store in stores] == [1, 1]
 
 
+def test_a_persons_corrections_keep_to_the_budget(run, tmp_path, cache_dir, capsys, person):
+    person({0: 4, 1: 4, 2: 4})
+    (path,) = collected(run, tmp_path / "new", "--by", "keyboard")
+    first = opened(path, cache_dir).episode_starts[1]
+    person({0: 4, 1: 4, 2: 4})
+    flags = ("--by", "keyboard", "--budget", first + 1)
+    (path,) = collected(run, tmp_path / "part", *flags)
+    assert opened(path, cache_dir).num_steps == first
+    assert "the last correction is left out: it exceeds --budget" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--by keyboard records corrections: leave out --keep all"):
+        collected(run, tmp_path / "all", "--by", "keyboard", "--keep", "all")
+
+
 def test_a_failed_correction_is_left_out(run, tmp_path, capsys, person, monkeypatch):
     person({0: 5})
     monkeypatch.setattr(Scripted, "action", lambda self, state: state)  # stands still
