@@ -14,6 +14,7 @@ that no file backs; `resident` includes pages of mapped files, which processes s
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -137,12 +138,18 @@ class Phases:
 
     def __init__(self):
         self.done: dict[str, dict[str, float]] = {}
-        self._since = time.perf_counter(), 0.0  # processor time counts from the process's start
+        self._since = time.perf_counter() - age(), 0.0  # both from the process's start
 
     def end(self, name: str) -> None:
         wall, processor = time.perf_counter(), time.process_time()
         self.done[name] = {"wall": wall - self._since[0], "cpu": processor - self._since[1], **memory()}
         self._since = time.perf_counter(), time.process_time()
+
+
+def age() -> float:
+    """Seconds since this process started."""
+    ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]  # starttime, see proc(5)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def memory() -> dict[str, float]:
