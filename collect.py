@@ -121,10 +121,10 @@ def taken_over(
             left = environment.max_steps - episode.steps
             if operator.has_control and left and not episode.success:
                 found = perform(watched, lambda: operator.action(environment.state()), left, config.hold)
-                if config.budget is not None and steps + len(found.state) > config.budget:
-                    say("the last correction is left out: it exceeds --budget")
-                    break
                 if environment.success():
+                    if config.budget is not None and steps + len(found.state) > config.budget:
+                        say("the last correction is left out: it exceeds --budget")
+                        break
                     count, steps = count + 1, steps + len(found.state)
                     yield found
             if operator.finished:

@@ -11,7 +11,7 @@ equally many steps:
   records corrections in its `--grow-from` folder, until they have as many steps as the other half.
 
 Each is evaluated in the same fresh episodes. Finished runs are not repeated and interrupted ones resume. The
-table is printed.
+table is printed. A resumed run takes new corrections in after some seconds, so it cannot be repeated exactly.
 """
 
 import json
@@ -30,6 +30,8 @@ from methods import ROOT, call
 from common.config import UserPath, cli, options
 from common.data import demo
 from common.data.workers import cores
+from common.errors import UserError
+from common.files import read_json
 
 CONFIG = ROOT / "configs" / "train_naive_fm" / "demo.json"
 SAMPLE_STEPS = ("10", "1")
@@ -95,6 +97,9 @@ def correct(config: Config, folder: Path, seed: int, dataset: Path, budget: int)
             own += ["--rewind", config.rewind, "--seed", 3_000_000 + 1000 * seed + number]
             call(["collect.py", *own, "--episodes", 4 * config.demonstrations], cores(), folder)
     train(config, folder, seed, config.steps, *data)
+    learned = [entry["name"] for time in read_json(folder / "growth.json") for entry in time["entries"]]
+    if sorted(learned) != [path.name for path in collected(new)]:
+        raise UserError(f"{folder} has not learned from all of {new}: give it more --steps.")
     return sum(sum(lengths_of(path)) for path in collected(new))
 
 
@@ -107,7 +112,7 @@ def train(config: Config, folder: Path, seed: int, steps: int, *flags: object) -
     saved = sorted((folder / "checkpoints").glob("step_*"))
     if not saved or int(saved[-1].name.removeprefix("step_")) < steps:
         own = ["--config", CONFIG, "--run-dir", folder, "--seed", seed, "--steps", steps, "--resume", "auto"]
-        call(["train_naive_fm.py", *own, "--keep-every", 1, "--save-every", 100_000, *flags], cores(), folder)
+        call(["train_naive_fm.py", *own, "--val-fraction", 0, *flags], cores(), folder)
 
 
 def evaluate(config: Config, folder: Path) -> dict:
@@ -145,8 +150,8 @@ def table(results: dict[str, list[dict]], config: Config) -> str:
     cells = []
     for n in SAMPLE_STEPS:
         gains = rates["corrections"][n] - rates["demonstrations"][n]
-        error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-        cells.append(f"{gains.mean():+.1f} ± {error:.1f}")
+        error = f" ± {gains.std(ddof=1) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else ""
+        cells.append(f"{gains.mean():+.1f}{error}")
     lines.append(f"| difference, ± its standard error | | {' | '.join(cells)} |")
     return "\n".join(lines)
 

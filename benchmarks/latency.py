@@ -122,7 +122,7 @@ def measure(group: Group, size: tuple[int, int], config: Config) -> dict:
             counts[label(method)] = sum(p.numel() for p in policy.model.parameters())
             if compiled:
                 for component in policy.model.children():
-                    component.compile(dynamic=False)  # see above
+                    component.compile(dynamic=False)  # not the integration: see above
             for steps in OUR_STEPS:
                 ways[f"{label(method)}, {steps}{mark}"] = our_way(policy, frames, steps)
         for kind, samplers in SAMPLERS.items():

@@ -26,7 +26,7 @@ HELP = "space: take over.  W A S D: left hand.  arrows: right hand.  Q: stop"
 
 
 class Operator(Protocol):
-    """A person and what they act with.
+    """A person and what they act with. A call of more than 120 s counts as an environment that hangs.
 
     Attributes:
         has_control: whether they have taken over in this episode.
@@ -57,7 +57,7 @@ class Watched:
 
     def reset(self, seed: int, episode: int) -> None:
         self._environment.reset(seed, episode)
-        self._steps, self._handed_over = 0, False
+        self._steps, self._watching = 0, True
         self._operator.begin(self._environment.task)
         self._operator.show(self._environment.picture())
 
@@ -66,9 +66,9 @@ class Watched:
         self._operator.show(self._environment.picture())
         self._steps += 1
         # An episode of one step would be taken for a fault of the environment.
-        asked = (self._operator.has_control or self._operator.finished) and self._steps > 1
-        handed_over, self._handed_over = self._handed_over, self._handed_over or asked
-        return over or (asked and not handed_over)
+        ends = (self._operator.has_control or self._operator.finished) and self._watching and self._steps > 1
+        self._watching &= not ends  # when they act, it ends by itself
+        return over or ends
 
 
 class Keyboard:
@@ -129,20 +129,20 @@ def make_operator(name: str, environment: Environment) -> Operator:
 
 
 def _keyboard(environment: Environment) -> Keyboard:
-    import matplotlib
     from matplotlib import pyplot
+    from matplotlib.backends import BackendFilter, backend_registry
 
     if not environment.name.startswith("demo"):
         raise UserError(
             f"--by keyboard moves the hands of the built-in task, not {environment.name}: write a "
             f"common.person.Operator and give it as --by module:factory."
         )
-    figure = pyplot.figure("collect.py", figsize=(6, 6.5))
-    if matplotlib.get_backend().lower() == "agg":
+    if pyplot.get_backend().lower() in backend_registry.list_builtin(BackendFilter.NON_INTERACTIVE):
         raise UserError(
             "--by keyboard needs a window, and matplotlib finds no display: run it where there is one (over "
             "SSH with ssh -Y), with Tk or Qt installed (pip install PySide6)."
         )
+    figure = pyplot.figure("collect.py", figsize=(6, 6.5))
     figure.canvas.mpl_disconnect(figure.canvas.manager.key_press_handler_id)  # its S would save, its Q close
     pyplot.show(block=False)
     return Keyboard(figure, environment.fps)

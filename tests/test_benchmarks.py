@@ -220,7 +220,11 @@ def test_corrections_are_as_many_steps_as_the_demonstrations_they_replace(tmp_pa
         else:
             steps = int(commands[-1][commands[-1].index("--steps") + 1])
             (folder / "checkpoints" / f"step_{steps:07d}").mkdir(parents=True)
+            new = Path(commands[-1][commands[-1].index("--grow-from") + 1])
+            entries = [{"name": path.name} for path in corrections.collected(new)][:learns]
+            (folder / "growth.json").write_text(json.dumps([{"entries": entries}]))
 
+    learns = 2
     monkeypatch.setattr(corrections, "call", call)
     config = corrections.Config(demonstrations=4, steps=100, moments=(0.25, 0.45))
     for _ in range(2):  # a second time, nothing is left to do
@@ -230,6 +234,9 @@ def test_corrections_are_as_many_steps_as_the_demonstrations_they_replace(tmp_pa
     assert all(c[c.index("--episodes") + 1] == "0-1" for c in commands if c[0].startswith("train"))
     budgets = [c[c.index("--budget") + 1] for c in commands if c[0] == "collect.py"]
     assert budgets == ["10", "12"]  # what the first round left over is for the second one
+    learns = 1
+    with pytest.raises(UserError, match="has not learned from all of"):
+        corrections.correct(config, tmp_path / "other", 0, tmp_path / "demos", 20)
 
     runs = {"demonstrations": [0.5, 0.6], "corrections": [0.7, 0.6]}
     results = {

@@ -315,9 +315,14 @@ def test_the_window_shows_each_step_at_the_tasks_rate(window):
     keyboard.show(picture)  # of a window that is gone: nothing happens
 
 
-def test_a_person_needs_a_window_and_a_task_for_the_keys(run, tmp_path):
+@pytest.mark.parametrize("backend", ["agg", "svg"])
+def test_a_person_needs_a_window(backend, monkeypatch):
+    monkeypatch.setattr("matplotlib.pyplot.get_backend", lambda: backend)  # here may be a display
     with pytest.raises(UserError, match="matplotlib finds no display"):
         make_operator("keyboard", DemoEnvironment())
+
+
+def test_keys_move_only_the_hands_of_the_built_in_task():
     arm = DemoEnvironment()
     arm.name = "pusht"
     with pytest.raises(UserError, match="hands of the built-in task, not pusht"):
