@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from common.checkpoint import PolicySpec
 from common.config import Flat, UserPath, cli, options
-from common.console import say
+from common.console import is_quiet, say
 from common.data.recording import Demonstration, write_dataset
 from common.envs import EnvConfig, Environment
 from common.envs.record import perform
@@ -70,27 +70,50 @@ class Config:
 
 def main(config: Config) -> None:
     policy = load_policy(config.run, config.checkpoint, seed=config.seed)
+    left = config.budget
+
+    def granted(steps: int) -> bool:
+        nonlocal left
+        if left is not None and steps > left:
+            return False
+        left = None if left is None else left - steps
+        return True
+
+    collect(policy, config, granted)
+
+
+def collect(policy: RobotPolicy, config: Config, granted: Callable[[int], bool]) -> Path | None:
+    """Let the policy act, and record what `--keep` asks for; returns the new dataset, if there is any.
+
+    Args:
+        granted: whether a demonstration of this many steps may be recorded; if not, it is the end.
+    """
     simulator = config.simulator.in_place_of_demo(policy.config.data.dataset)
     if simulator.env is None:
         raise UserError("--env is missing: name the environment to act in, such as aloha:transfer-cube.")
+    if config.by != "expert" and config.keep != "corrections":
+        raise UserError(f"--by {config.by} records corrections: leave out --keep {config.keep}.")
     path = config.out / f"{config.run.resolve().name}-{policy.checkpoint.name}-seed-{config.seed}"
     if path.exists():
         raise UserError(f"{path} already exists: give each round its own --seed.")
+    at_once = min(config.parallel, config.episodes) if config.by == "expert" else 1
+    environments = make_environments(simulator, policy.spec.image_size, at_once)
     if config.by != "expert":
-        if config.keep != "corrections":
-            raise UserError(f"--by {config.by} records corrections: leave out --keep {config.keep}.")
-        (environment,) = make_environments(simulator, policy.spec.image_size, 1)
-        operator = make_operator(config.by, environment)
-        write(path, policy.spec, taken_over(operator, environment, policy, config))
-        return
-    environments = make_environments(simulator, policy.spec.image_size, min(config.parallel, config.episodes))
-    with tqdm(total=config.episodes, desc="episodes", unit="episode") as bar:
-        progress = lambda done: bar.update(done - bar.n)  # noqa: E731
-        numbers, steps = range(config.episodes), config.sample_steps
-        episodes = roll_out(policy, environments, numbers, config.seed, steps, progress=progress)
-    say(f"{policy.checkpoint.name}: {sum(e.success for e in episodes)} of {len(episodes)} episodes succeeded")
-    if not write(path, policy.spec, demonstrations(environments[0], episodes, config)):
-        say(f"nothing to record with --keep {config.keep}")
+        operator = make_operator(config.by, environments[0])
+        found = taken_over(operator, environments[0], policy, config, granted)
+    else:
+        with tqdm(total=config.episodes, desc="episodes", unit="episode", disable=is_quiet()) as bar:
+            progress = lambda done: bar.update(done - bar.n)  # noqa: E731
+            numbers, steps = range(config.episodes), config.sample_steps
+            episodes = roll_out(policy, environments, numbers, config.seed, steps, progress=progress)
+        successes = sum(episode.success for episode in episodes)
+        say(f"{policy.checkpoint.name}: {successes} of {len(episodes)} episodes succeeded")
+        found = demonstrations(environments[0], episodes, config, granted)
+    if write(path, policy.spec, found):
+        say(f"recorded: {path}")
+        return path
+    say(f"nothing to record with --keep {config.keep}")
+    return None
 
 
 def write(path: Path, spec: PolicySpec, found: Iterator[Demonstration]) -> bool:
@@ -106,12 +129,15 @@ def write(path: Path, spec: PolicySpec, found: Iterator[Demonstration]) -> bool:
         unfinished, chain([first], found), fps=round(spec.fps), state_names=state, action_names=action
     )
     unfinished.rename(path)
-    say(f"recorded: {path}")
     return True
 
 
 def taken_over(
-    operator: Operator, environment: Environment, policy: RobotPolicy, config: Config
+    operator: Operator,
+    environment: Environment,
+    policy: RobotPolicy,
+    config: Config,
+    granted: Callable[[int], bool],
 ) -> Iterator[Demonstration]:
     """What a person does who watches the policy and takes over, where it leads to success."""
     watched, count, steps = Watched(environment, operator), 0, 0
@@ -122,7 +148,7 @@ def taken_over(
             if operator.has_control and left and not episode.success:
                 found = perform(watched, lambda: operator.action(environment.state()), left, config.hold)
                 if environment.success():
-                    if config.budget is not None and steps + len(found.state) > config.budget:
+                    if not granted(len(found.state)):
                         say("the last correction is left out: it exceeds --budget")
                         break
                     count, steps = count + 1, steps + len(found.state)
@@ -133,11 +159,11 @@ def taken_over(
 
 
 def demonstrations(
-    environment: Environment, episodes: Sequence[Episode], config: Config
+    environment: Environment, episodes: Sequence[Episode], config: Config, granted: Callable[[int], bool]
 ) -> Iterator[Demonstration]:
-    """What `--keep` asks for, up to `--budget` steps; at the end, prints how much that was."""
+    """What `--keep` asks for, as long as it is granted; at the end, prints how much that was."""
     count = steps = helpless = 0
-    for episode in tqdm(episodes, desc="recording", unit="episode"):
+    for episode in tqdm(episodes, desc="recording", unit="episode", disable=is_quiet()):
         if config.keep == "corrections":
             found = None if episode.success else correct(environment, episode, config)
             helpless += found is None and not episode.success
@@ -148,7 +174,7 @@ def demonstrations(
         else:
             found = None
         if found is not None:
-            if config.budget is not None and steps + len(found.state) > config.budget:
+            if not granted(len(found.state)):
                 break
             count, steps = count + 1, steps + len(found.state)
             yield found

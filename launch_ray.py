@@ -100,13 +100,7 @@ class Config:
 def main(config: Config, flags: Sequence[str]) -> None:
     """Train until the run is done, stopped, or fails for good; `flags` are the script's."""
     refuse_senseless(config, flags)
-    try:
-        ray.init(config.address, logging_level="WARNING")
-    except Exception as error:
-        raise UserError(
-            f"Ray cannot be reached or started ({brief(error)}): check --address, and that "
-            f"~/.ray/auth_token is that of the cluster."
-        ) from None
+    connect(config.address)
     stopped: list[float] = []
 
     def ask_to_stop(number: int, frame: Any) -> None:
@@ -126,6 +120,17 @@ def main(config: Config, flags: Sequence[str]) -> None:
     time.sleep(LOG_SECONDS)
     ray.shutdown()
     sys.exit(code)
+
+
+def connect(address: str | None) -> None:
+    """Connect to a cluster, or start one."""
+    try:
+        ray.init(address, logging_level="WARNING")
+    except Exception as error:
+        raise UserError(
+            f"Ray cannot be reached or started ({brief(error)}): check --address, and that "
+            f"~/.ray/auth_token is that of the cluster."
+        ) from None
 
 
 def refuse_senseless(config: Config, flags: Sequence[str]) -> None:
@@ -340,10 +345,10 @@ def start_script(job: dict, flags: list[str], active: int, place: tuple[str, int
 
 
 class RunFolder:
-    """What is new in a run folder since the last look."""
+    """What is new in a run folder since the last look; `step` is that of the newest metrics."""
 
     def __init__(self, folder: Path):
-        self.folder, self.at, self.checkpoints = folder, 0, []
+        self.folder, self.at, self.checkpoints, self.step = folder, 0, [], 0
         self.news()
 
     def news(self) -> dict[str, Any]:
@@ -357,7 +362,8 @@ class RunFolder:
                 self.at += len(line)
                 with suppress(ValueError):
                     row = json.loads(line)
-                    found["step"], split = row.pop("step"), row.pop("split")
+                    self.step, split = row.pop("step"), row.pop("split")
+                    found["step"] = self.step
                     found |= {f"{split}/{name}": value for name, value in row.items()}
         before, self.checkpoints = self.checkpoints, completed_checkpoints(self.folder)[-1:]
         if self.checkpoints and self.checkpoints != before:

@@ -1,0 +1,332 @@
+"""Collecting with several collectors on a Ray cluster. `make ray` installs Ray and runs this."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from running import train
+
+pytest.importorskip("ray")
+import ray
+
+import collect
+import collect_ray
+import train_naive_fm
+from benchmarks import faults
+from common.config import parse
+from common.data import DataConfig, open_dataset
+from common.data.demo import demonstrate, record
+from common.data.growth import LOG
+from common.errors import EXIT_STOPPED, UserError
+from common.files import write_json
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+SLOW_MACHINE = 900  # seconds, a limit for every wait
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    return record(tmp_path_factory.mktemp("demos") / "table", demonstrate(3, seed=0))
+
+
+@pytest.fixture
+def run(demos, cache_dir, tiny, tmp_path, accelerate_reset):
+    """A policy that has learned nothing."""
+    return train(train_naive_fm, tiny, tmp_path / "a run", "--dataset", demos, "--steps", 1)
+
+
+def configuration(run, out, *flags):
+    argv = [str(run), str(out), "--env", "demo", *map(str, flags)]
+    return parse(collect_ray.Config, argv, "collect_ray.py")
+
+
+def made(out, name, steps=10):
+    """A dataset of which the board reads only the length."""
+    write_json_in(out / name / "meta" / "info.json", {"total_frames": steps})
+
+
+def write_json_in(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, values)
+
+
+# -- the board's decisions
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "new"
+
+
+def test_the_board_knows_again_what_was_recorded(run, out):
+    made(out, "a run-step_0000001-seed-5", 30)
+    made(out, "a run-step_0000001-seed-6", 12)
+    made(out, ".a run-step_0000001-seed-7", 99)  # half written
+    made(out, "b run-step_0000001-seed-5", 99)
+    board = collect_ray.Board(configuration(run, out, "--budget", 50))
+    assert board.steps() == 42
+    assert board.why_wait() == ""
+    made(out, "a run-step_0000001-seed-8", 8)
+    board.ended(0, "a run-step_0000001-seed-8")
+    assert board.steps() == 50
+    assert board.why_wait() == collect_ray.DONE
+
+
+def test_the_budget_counts_what_others_are_about_to_record(run, out):
+    board = collect_ray.Board(configuration(run, out, "--budget", 50))
+    assert board.grant(0, 30)
+    assert board.grant(0, 30)  # asked again, because the answer was lost
+    assert not board.grant(1, 30)
+    assert board.why_wait() == ""  # the first collector may be lost
+    board.ended(0, None)
+    assert board.grant(1, 30)
+    made(out, "a run-step_0000001-seed-8", 30)
+    board.ended(1, "a run-step_0000001-seed-8")
+    assert not board.grant(0, 21)
+    assert board.why_wait() == collect_ray.DONE
+
+
+def test_without_a_budget_everything_is_granted(run, out):
+    board = collect_ray.Board(configuration(run, out))
+    assert board.grant(0, 10**9)
+    assert board.why_wait() == ""
+
+
+def test_collectors_wait_until_the_run_has_learned(run, out):
+    board = collect_ray.Board(configuration(run, out, "--max-waiting", 2))
+    for seed in (1, 2):
+        made(out, f"a run-step_0000001-seed-{seed}")
+        board.ended(0, f"a run-step_0000001-seed-{seed}")
+    assert "has learned from 2 datasets" in board.why_wait()
+    entry = {"name": "a run-step_0000001-seed-1", "episodes": "", "fingerprint": ""}
+    write_json(run / LOG, [{"step": 3, "samples": 12, "entries": [entry]}])
+    assert board.why_wait() == ""
+
+
+def test_collectors_wait_for_weights_that_are_new_enough(run, out):
+    board = collect_ray.Board(configuration(run, out, "--max-staleness", 5))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "split": "train", "loss": 1.0}\n')
+    assert board.why_wait() == ""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "split": "train", "loss": 1.0}\n')
+    assert "a checkpoint newer than 6 steps" in board.why_wait()
+    shutil.rmtree(run / "checkpoints")
+    assert board.why_wait() == "waiting for the first checkpoint"
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--resources", "robot"], "--resources robot: give a name and a number, such as robot=1"),
+        (["--resources", "CPU=many"], "--resources CPU=many: give a name"),
+        (["--checkpoint", "1"], "leave out --checkpoint"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_ray_starts(flags, sentence, run, out):
+    with pytest.raises(UserError, match=sentence):
+        collect_ray.main(configuration(run, out, *flags))
+
+
+def test_a_run_that_is_not_there_is_refused(out, tmp_path):
+    with pytest.raises(UserError, match="no such run does not exist: start the run first"):
+        collect_ray.main(configuration(tmp_path / "no such run", out))
+
+
+def collector(run, out, mark, code=None, **board):
+    """A collector without Ray, and with a board that answers what it is told to."""
+    answers = {"ended": lambda *ended: None, "newest": lambda version: None} | board
+    told = {name: SimpleNamespace(remote=answer) for name, answer in answers.items()}
+    code = code or collect_ray.code()
+    return collect_ray.Collector(0, SimpleNamespace(**told), configuration(run, out), mark, code)
+
+
+def test_a_folder_that_is_not_shared_is_refused(run, out):
+    with collect_ray.marked(out) as mark:
+        collector(run, out, mark).refuse_other_machine()
+    assert not list(out.iterdir())
+    with pytest.raises(UserError, match="is not the folder of the launcher's machine: share it there"):
+        collector(run, out, mark).work()
+
+
+def test_another_version_of_the_project_is_refused(run, out):
+    with collect_ray.marked(out) as mark, pytest.raises(UserError, match="is another version of the project"):
+        collector(run, out, mark, code="of another version").work()
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+
+
+def test_a_collector_goes_on_after_a_round_that_failed(run, out, no_ray, monkeypatch, capsys):
+    seeds = []
+
+    def act(policy, config, granted):
+        seeds.append(config.seed)
+        if len(seeds) in (1, 2, 4):
+            raise UserError("the state is not finite.")
+
+    monkeypatch.setattr(collect, "collect", act)
+    waits = iter(["", "", "", "a reason", "", collect_ray.DONE])
+    monkeypatch.setattr(collect_ray, "POLL_SECONDS", 0)
+    with collect_ray.marked(out) as mark:
+        collector(run, out, mark, why_wait=lambda: next(waits)).work()
+        assert seeds == list(range(3_000_000, 3_000_004))
+        assert capsys.readouterr().out.count("collector 0: the state is not finite.\n") == 3
+
+
+def test_a_collector_whose_rounds_all_fail_ends(run, out, no_ray, monkeypatch, capsys):
+    def act(policy, config, granted):
+        raise UserError("the state is not finite.")
+
+    monkeypatch.setattr(collect, "collect", act)
+    with collect_ray.marked(out) as mark, pytest.raises(UserError, match="the state is not finite"):
+        collector(run, out, mark, why_wait=lambda: "").work()
+    assert capsys.readouterr().out.count("collector 0: ") == collect_ray.PATIENCE - 1
+
+
+def test_a_collector_that_starts_again_goes_on_after_its_last_dataset(run, out, no_ray, monkeypatch):
+    made(out, "a run-step_0000001-seed-3000004")
+    made(out, ".a run-step_0000001-seed-3000005")
+    made(out, ".a run-step_0000001-seed-4000000")  # of another collector, which is writing it
+    made(out, "a run-step_0000001-seed-4000007")
+    seeds, waits = [], iter(["", collect_ray.DONE])
+    monkeypatch.setattr(collect, "collect", lambda policy, config, granted: seeds.append(config.seed))
+    with collect_ray.marked(out) as mark:
+        collector(run, out, mark, why_wait=lambda: next(waits)).work()
+    assert seeds == [3_000_005]
+    assert [path.name for path in out.glob(".*")] == [".a run-step_0000001-seed-4000000"]
+
+
+# -- with Ray
+
+
+@pytest.fixture(scope="module")
+def machines():
+    with faults.machines() as made:
+        yield made
+    ray.shutdown()
+
+
+def launch(machines, run, out, *flags):
+    command = [sys.executable, ROOT / "collect_ray.py", run, out, "--env", "demo", "--collectors", 2]
+    command += ["--address", machines.address, *flags]
+    log = run.with_suffix(".log").open("a")
+    return subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT
+    )
+
+
+def processes(name):
+    """Ids of the actors of a class."""
+    listed = subprocess.run(["pgrep", "-f", f"^ray::{name}"], capture_output=True, text=True).stdout
+    return sorted(map(int, listed.split()))
+
+
+def wait_until(what, process):
+    end = time.monotonic() + SLOW_MACHINE
+    while not what():
+        assert process.poll() is None, "the launcher ended early"
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.1)
+
+
+def whole(out):
+    return sorted(path.name for path in out.glob("[!.]*"))
+
+
+def finish(process, run, code=0):
+    ended = process.wait(SLOW_MACHINE)
+    printed = run.with_suffix(".log").read_text()
+    assert ended == code, printed[-4000:]
+    return printed
+
+
+@pytest.mark.slow
+def test_collectors_record_what_collect_py_records_up_to_the_budget(machines, run, out, tmp_path, cache_dir):
+    machines.have(2)
+    printed = finish(launch(machines, run, out, "--budget", 150), run)
+    config = DataConfig(dataset=(str(out),), cache_dir=cache_dir)
+    stores = {name: open_dataset(replace(config, dataset=(str(out / name),))) for name in whole(out)}
+    steps = sum(store.num_steps for store in stores.values())
+    assert 100 < steps <= 150
+    assert f"{steps} steps recorded in {out}" in printed
+    assert not list(out.glob(".*"))
+    firsts = {name.rpartition("-")[2] for name in stores}
+    assert {"3000000", "4000000"} <= firsts  # both collectors
+    argv = [str(run), str(tmp_path / "alone"), "--env", "demo", "--episodes", "1", "--seed", "4000000"]
+    collect.main(parse(collect.Config, argv, "collect.py"))
+    (alone,) = (tmp_path / "alone").iterdir()
+    same = open_dataset(replace(config, dataset=(str(alone),)))
+    np.testing.assert_array_equal(same.action, stores[alone.name].action)
+    before = whole(out)
+    finish(launch(machines, run, out, "--budget", 150), run)  # there is nothing left to do
+    assert whole(out) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["Collector", "Board", "launcher", "machine"])
+def test_what_is_killed_costs_no_finished_episode(what, machines, run, out):
+    machines.have(2)
+    process = launch(machines, run, out, "--budget", 400)
+    wait_until(lambda: len(whole(out)) >= 2, process)
+    if what == "launcher":
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 60
+        while processes("Collector") or processes("Board"):
+            assert time.monotonic() < end, "an actor outlives its launcher"
+            time.sleep(0.1)
+        process = launch(machines, run, out, "--budget", 400)
+    elif what == "machine":
+        machines.have(1)
+    else:
+        os.kill(processes(what)[0], signal.SIGKILL)
+    had = whole(out)
+    machines.have(2)
+    printed = finish(process, run)
+    assert set(had) <= set(whole(out))
+    assert not list(out.glob(".*-seed-*"))
+    board = collect_ray.Board(configuration(run, out))
+    assert 300 < board.steps() <= 400
+    assert len({name.rpartition("-")[2] for name in whole(out)}) == len(whole(out))
+    if what == "Collector":
+        assert "was lost, with the round that it had begun" in printed
+
+
+@pytest.mark.slow
+def test_collectors_use_new_weights_and_stop_when_told(machines, run, out, demos, cache_dir, tiny):
+    machines.have(2)
+    process = launch(machines, run, out)
+    wait_until(lambda: len(whole(out)) >= 2, process)
+    assert all("step_0000001" in name for name in whole(out))
+    more = ["--resume", "auto", "--dataset", demos, "--steps", 3, "--run-dir", run]
+    subprocess.run(
+        list(map(str, [sys.executable, ROOT / "train_naive_fm.py", *tiny, *more])),
+        env=ENVIRONMENT,
+        check=True,
+    )
+    wait_until(lambda: any("step_0000003" in name for name in whole(out)), process)
+    process.send_signal(signal.SIGTERM)
+    assert ": the same command continues" in finish(process, run, EXIT_STOPPED)
+
+
+@pytest.mark.slow
+def test_an_error_in_every_collector_ends_with_its_message(machines, run, out):
+    machines.have(2)
+    printed = finish(launch(machines, run, out, "--env", "metaworld:no-such-task"), run, 1)
+    assert "error: No collector is left" in printed
+    assert "collector 0 has ended: --env metaworld:no-such-task" in printed
