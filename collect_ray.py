@@ -82,7 +82,7 @@ def main(config: Config) -> None:
     board = ray.remote(Board).options(num_cpus=0, label_selector=here, **again).remote(config)
     made = ray.remote(Collector).options(num_cpus=cpus, num_gpus=gpus, resources=needs, max_restarts=-1)
     with marked(config.out) as mark:
-        made = [made.remote(number, board, config, mark, code()) for number in range(config.collectors)]
+        made = [made.remote(number, config, mark, code()) for number in range(config.collectors)]
         try:
             finished = supervise(made, board, config)
         except KeyboardInterrupt:
@@ -127,7 +127,7 @@ def code() -> str:
 
 def supervise(collectors: list, board: Any, config: Config) -> bool:
     """Keep the collectors at work until the budget is used up, which returns True."""
-    working = {collector.work.remote(): number for number, collector in enumerate(collectors)}
+    working = {collector.work.remote(board): number for number, collector in enumerate(collectors)}
     waiting = ""
     with tqdm(total=config.budget, desc="recorded", unit="step") as bar:
         while working:
@@ -138,7 +138,7 @@ def supervise(collectors: list, board: Any, config: Config) -> bool:
                     ray.get(task)
                 except ray.exceptions.RayActorError:  # Ray starts it again
                     say(f"collector {number} was lost, with the round that it had begun")
-                    working[collectors[number].work.remote()] = number
+                    working[collectors[number].work.remote(board)] = number
                 except ray.exceptions.RayTaskError as error:
                     say(f"collector {number} has ended: {error.cause}")
             bar.update(ray.get(board.steps.remote()) - bar.n)
@@ -157,7 +157,7 @@ class Board:
 
     def __init__(self, config: Config):
         self.config, self.folder = config, RunFolder(config.run)
-        self.version, self.weights = "", []
+        self.version, self.weights, self.looked_at = "", [], []
         self.datasets = {path.name: steps_of(path) for path in seeds_of(config, "").values()}
         self.granted: dict[int, int] = {}  # steps of the rounds that collectors are about to record
         self.full = False
@@ -186,13 +186,14 @@ class Board:
 
     def newest(self, version: str) -> tuple[str, list] | None:
         """Name and files of the newest checkpoint's policy, in the object store; None if it is `version`."""
-        with suppress(OSError):  # it has just been removed, because there is a newer one
-            path = newest_undamaged(self.config.run, "policy/")
-            if path.name != self.version:
+        newest = completed_checkpoints(self.config.run)[-1:]
+        if newest != self.looked_at:
+            with suppress(OSError):  # it has just been removed, because there is a newer one
+                path = newest_undamaged(self.config.run, "policy/")
                 files = [path / CHECKSUMS, *(path / "policy").rglob("*")]
                 found = {str(file.relative_to(path)): file for file in files if file.is_file()}
                 arrays = {name: np.fromfile(file, np.uint8) for name, file in found.items()}
-                self.version, self.weights = path.name, [ray.put(arrays)]
+                self.version, self.weights, self.looked_at = path.name, [ray.put(arrays)], newest
         return None if version == self.version else (self.version, self.weights)
 
     def grant(self, number: int, steps: int) -> bool:
@@ -215,13 +216,15 @@ class Board:
 class Collector:
     """An actor that collects, a round after the other."""
 
-    def __init__(self, number: int, board: Any, config: Config, mark: Path, expected_code: str):
-        self.number, self.board, self.config = number, board, config
-        self.mark, self.expected_code = mark, expected_code
+    def __init__(self, number: int, config: Config, mark: Path, expected_code: str):
+        self.number, self.config, self.mark, self.expected_code = number, config, mark, expected_code
         self.version, self.policy = "", None
 
-    def work(self) -> None:
+    def work(self, board: Any) -> None:
         """Collect until the board says that it is enough."""
+        self.board = (
+            board  # which the constructor must not get: https://github.com/ray-project/ray/issues/53727
+        )
         self.refuse_other_machine()
         base = self.config.seed + self.number * ROUNDS
         mine = range(base, base + ROUNDS)
@@ -237,7 +240,8 @@ class Collector:
                 continue
             try:
                 self.update()
-                self.round(seed)
+                if self.policy is not None:
+                    self.round(seed)
                 failed = 0
             except ray.exceptions.ObjectLostError:  # the board was lost: it will have the weights again
                 continue

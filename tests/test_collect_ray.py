@@ -145,17 +145,24 @@ def test_a_run_that_is_not_there_is_refused(out, tmp_path):
         collect_ray.main(configuration(tmp_path / "no such run", out))
 
 
+@pytest.fixture
+def no_ray(monkeypatch):
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+
+
 def collector(run, out, mark, code=None, **board):
-    """A collector without Ray, and with a board that answers what it is told to."""
+    """Whose method `work` runs without Ray, with a board that answers what it is told to."""
     answers = {"ended": lambda *ended: None, "newest": lambda version: None} | board
     told = {name: SimpleNamespace(remote=answer) for name, answer in answers.items()}
     code = code or collect_ray.code()
-    return collect_ray.Collector(0, SimpleNamespace(**told), configuration(run, out), mark, code)
+    made = collect_ray.Collector(0, configuration(run, out), mark, code)
+    made.policy = "loaded"
+    return SimpleNamespace(work=lambda: made.work(SimpleNamespace(**told)))
 
 
-def test_a_folder_that_is_not_shared_is_refused(run, out):
+def test_a_folder_that_is_not_shared_is_refused(run, out, no_ray):
     with collect_ray.marked(out) as mark:
-        collector(run, out, mark).refuse_other_machine()
+        collector(run, out, mark, why_wait=lambda: collect_ray.DONE).work()
     assert not list(out.iterdir())
     with pytest.raises(UserError, match="is not the folder of the launcher's machine: share it there"):
         collector(run, out, mark).work()
@@ -164,11 +171,6 @@ def test_a_folder_that_is_not_shared_is_refused(run, out):
 def test_another_version_of_the_project_is_refused(run, out):
     with collect_ray.marked(out) as mark, pytest.raises(UserError, match="is another version of the project"):
         collector(run, out, mark, code="of another version").work()
-
-
-@pytest.fixture
-def no_ray(monkeypatch):
-    monkeypatch.setattr(ray, "get", lambda answer: answer)
 
 
 def test_a_collector_goes_on_after_a_round_that_failed(run, out, no_ray, monkeypatch, capsys):
@@ -310,7 +312,7 @@ def test_what_is_killed_costs_no_finished_episode(what, machines, run, out):
 @pytest.mark.slow
 def test_collectors_use_new_weights_and_stop_when_told(machines, run, out, demos, cache_dir, tiny):
     machines.have(2)
-    process = launch(machines, run, out)
+    process = launch(machines, run, out, "--max-waiting", 1000)
     wait_until(lambda: len(whole(out)) >= 2, process)
     assert all("step_0000001" in name for name in whole(out))
     more = ["--resume", "auto", "--dataset", demos, "--steps", 3, "--run-dir", run]
@@ -329,4 +331,4 @@ def test_an_error_in_every_collector_ends_with_its_message(machines, run, out):
     machines.have(2)
     printed = finish(launch(machines, run, out, "--env", "metaworld:no-such-task"), run, 1)
     assert "error: No collector is left" in printed
-    assert "collector 0 has ended: --env metaworld:no-such-task" in printed
+    assert "collector 0 has ended: metaworld has no task no-such-task" in printed
