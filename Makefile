@@ -2,7 +2,7 @@
 # make setup      set up; with CUDA=1 for GPUs of other machines
 # make test       set up, lint, test
 # make sim        install simulators for `evaluate.py --env`, and try them
-# make ray        install Ray for `launch_ray.py`, and try it on virtual machines
+# make ray        install Ray for `launch_ray.py` and `collect_ray.py`, and try them on virtual machines
 # make plugin     install LeRobot and our plug-ins in a separate environment, and try LeRobot's commands in it
 # make lowest     try the lower bounds of requirements.txt
 # make test-all   make test, and the slow tests: several processes, processes that hang, files mutated at random
@@ -35,9 +35,9 @@ sim: .venv/.installed-sim
 	.venv/bin/python -m common.envs
 	@touch $@
 
-# Groups of processes that Ray places and restarts, see docs/clusters.md.
+# Groups of processes, and collectors, that Ray places and restarts, see docs/clusters.md.
 ray: tools .venv/.installed-ray
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/test_ray.py
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/test_ray.py tests/test_collect_ray.py
 
 .venv/.installed-ray: .venv/.installed requirements-ray.txt
 	@$(or $(PYTHON),$(error no Python 3 starts here: install one)) tools/setup.py requirements-ray.txt

@@ -546,7 +546,7 @@ def scripts_of(run_dir: Path) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             words = path.read_bytes().split(b"\0")
-            if str(run_dir).encode() in words and not any(b"launch_ray.py" in word for word in words):
+            if str(run_dir).encode() in words and not any(word.endswith(b"_ray.py") for word in words):
                 found.append(int(path.parent.name))
     return found
 
@@ -592,6 +592,12 @@ def kill_part(what: str, nodes: Machines, run_dir: Path, children: list[int], fo
     time.sleep(2)
     found["scripts that outlived it by 2 s"] += set(children) <= set(scripts_of(run_dir))
     return True
+
+
+def actors(name: str) -> list[int]:
+    """Ids of the processes of Ray's actors of a class."""
+    found = subprocess.run(["pgrep", "-f", f"^ray::{name}"], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import collect
 import collect_ray
 import train_naive_fm
 from benchmarks import faults
+from benchmarks.faults import actors
 from common.config import parse
 from common.data import DataConfig, open_dataset
 from common.data.demo import demonstrate, record
@@ -232,12 +233,6 @@ def launch(machines, run, out, *flags):
     )
 
 
-def processes(name):
-    """Ids of the actors of a class."""
-    listed = subprocess.run(["pgrep", "-f", f"^ray::{name}"], capture_output=True, text=True).stdout
-    return sorted(map(int, listed.split()))
-
-
 def wait_until(what, process):
     end = time.monotonic() + SLOW_MACHINE
     while not what():
@@ -289,14 +284,14 @@ def test_what_is_killed_costs_no_finished_episode(what, machines, run, out):
         process.kill()
         process.wait()
         end = time.monotonic() + 60
-        while processes("Collector") or processes("Board"):
+        while actors("Collector") or actors("Board"):
             assert time.monotonic() < end, "an actor outlives its launcher"
             time.sleep(0.1)
         process = launch(machines, run, out, "--budget", 400)
     elif what == "machine":
         machines.have(1)
     else:
-        os.kill(processes(what)[0], signal.SIGKILL)
+        os.kill(actors(what)[0], signal.SIGKILL)
     had = whole(out)
     machines.have(2)
     printed = finish(process, run)
