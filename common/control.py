@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -75,7 +75,8 @@ class ControlLoop:
             ensemble: average all chunks, with weight exp(-ensemble * age), instead of joining them.
             max_velocity, max_acceleration: limits of the commands, in recorded units per second (squared),
                 one for all or one for each; rotations are not limited.
-            patience: seconds without a chunk after which `run` ends with an error.
+            patience: seconds to wait for a chunk, after which `run` ends with an error. A `RemotePolicy`
+                should give up and connect again sooner: see its `timeout`.
         """
         if not 0 < rate < UNLIMITED:
             raise UserError(f"A control rate of {rate} Hz is impossible: give cycles per second.")
@@ -114,17 +115,18 @@ class _Episode:
         self.loop, self.plan, self.worker = loop, plan, worker
         self.watchdog, self.report = Watchdog(loop.patience), Report(loop.rate)
         self.retry = self.sent = 0.0  # time of the next retry and of the last command
-        self.joins = self.lacks = False  # the next action is the first of a chunk; too slow for prefixes
+        self.lacks = False  # too slow for prefixes
 
     def act(self, seconds: float) -> "Report":
         self.limit = self._begin()
         period, begin = 1 / self.loop.rate, time.perf_counter()
-        self.watchdog.fed = due = begin
+        due = begin
         try:
             while due - begin < seconds - period / 2:
                 # After a late command the next one must not follow at once: that would be a jump.
                 time.sleep(max(max(due, self.sent + CLOSEST * period) - time.perf_counter(), 0))
                 self._cycle(time.perf_counter())
+                self.report.behind.append(self.sent - due)
                 after, due = time.perf_counter(), due + period
                 if after > due:  # late: missed cycles are skipped
                     missed = int((after - due) / period)
@@ -169,6 +171,7 @@ class _Episode:
             self.watchdog.trouble(answer.error)
         if self.plan.due and now >= self.retry:
             self.worker.requests.put(self.plan.ask())
+            self.watchdog.ask(now)
             self._say_if_slow()
         elif self.plan.watches:
             self.worker.requests.put(WATCH)
@@ -182,12 +185,10 @@ class _Episode:
         except Exception as error:  # a robot can raise anything
             raise UserError(f"robot.send() failed ({_brief(error)}): the robot gets no commands.") from error
         self.report.send.append(time.perf_counter() - self.sent)
-        self.report.command(command[self.limit.plain], self.joins and action is not None, action is None)
-        self.joins = self.joins and action is None
+        self.report.command(command[self.limit.plain], self.plan.source)
 
     def _take(self, answer: "Answer") -> None:
         self.plan.join(answer.chunk)
-        self.joins = True
         self.report.observe.append(answer.observe)
         self.report.infer.append(answer.infer)
 
@@ -201,6 +202,29 @@ class _Episode:
             )
 
 
+class Chunk(NamedTuple):
+    """A chunk that has arrived.
+
+    Attributes:
+        start: time of its first action.
+        rows: (T, A).
+        number: how many had arrived, with this one.
+        given: how many of its actions were given, and are those of the chunk before.
+    """
+
+    start: float
+    rows: np.ndarray
+    number: int
+    given: int
+
+    def source(self, time: float) -> float:
+        """Number of the chunk that the action at a time comes from; between two of them, half a number."""
+        left = self.start + self.given - time  # until its first action of its own
+        if not self.given or left <= ROUNDING:
+            return self.number
+        return self.number - (0.5 if left < 1 - ROUNDING else 1)
+
+
 class Plan:
     """Decides the next action from a policy's chunks, joined one to the next. Knows neither clock nor thread.
 
@@ -212,6 +236,7 @@ class Plan:
         due: whether to request a chunk now.
         watches: whether a later chunk needs the frames of now.
         needed: actions that must be given, judging by the delays of earlier chunks.
+        source: number of the chunk that the last action came from, 0 for an average; None if the robot held.
     """
 
     def __init__(
@@ -223,8 +248,10 @@ class Plan:
         self.execute_steps = execute_steps
         self.step, self.ensemble = spec.fps / rate, ensemble
         self.now = 0.0
-        self.chunks: list[tuple[float, np.ndarray]] = []  # time of the first action, and (T, A); oldest first
+        self.chunks: list[Chunk] = []  # oldest first
+        self.source: float | None = None
         self.asked: float | None = None  # when the pending chunk was requested
+        self.given = 0  # actions that were given with it
         self.until = UNLIMITED  # no later action is executed before it arrives
         self.waited = self.answers = 0  # cycles since the request; chunks that arrived
         self.delays: deque[int] = deque(maxlen=KEPT_DELAYS)
@@ -235,14 +262,14 @@ class Plan:
             return False
         if not self.chunks or self.ensemble is not None:
             return True
-        return self.now >= self.chunks[-1][0] - self.offset + self._period - ROUNDING
+        return self.now >= self.chunks[-1].start - self.offset + self._period - ROUNDING
 
     @property
     def watches(self) -> bool:
         history, ahead = getattr(self.spec, "image_history", 1), 0.0
         if history == 1 or self.asked is not None or not self.chunks or self.due:
             return False
-        ahead = self.chunks[-1][0] - self.offset + self._period - self.now
+        ahead = self.chunks[-1].start - self.offset + self._period - self.now
         return will_be_wanted(history, self.spec.image_stride, ahead, self._period, self.step)
 
     @property
@@ -268,7 +295,7 @@ class Plan:
             # A robot that holds stays where it is.
             count = max(min(self.needed, self.max_delay, left), 1)
             prefix = np.stack([self._at(start + i) for i in range(count)])
-        self.asked, self.waited = self.now, 0
+        self.asked, self.given, self.waited = self.now, len(prefix), 0
         self.until = UNLIMITED if self.ensemble is not None else start + len(prefix) - 1
         return prefix
 
@@ -277,13 +304,13 @@ class Plan:
         if self.answers:  # the first inference is slower than any other
             self.delays.append(self.waited)
         self.answers += 1
-        self.chunks.append((self.asked + self.offset, chunk))
+        self.chunks.append(Chunk(self.asked + self.offset, chunk, self.answers, self.given))
         self.fail()
         if self.ensemble is None:  # an earlier one is needed until the new one begins
-            begun = [i for i, (start, _) in enumerate(self.chunks) if start <= self.now + ROUNDING]
+            begun = [i for i, part in enumerate(self.chunks) if part.start <= self.now + ROUNDING]
             self.chunks = self.chunks[begun[-1] if begun else 0 :]
         else:
-            self.chunks = [part for part in self.chunks if part[0] + self.horizon > self.now]
+            self.chunks = [part for part in self.chunks if part.start + self.horizon > self.now]
 
     def fail(self) -> None:
         """Cancel the pending request."""
@@ -293,27 +320,34 @@ class Plan:
         """The action (A,) of this cycle; None: hold."""
         self.waited += 1
         if not self.chunks or self.now > min(self.until, self._end) + ROUNDING:
+            self.source = None
             return None
-        action = self._at(self.now)
+        action, self.source = self._at(self.now), 0
+        if self.ensemble is None:
+            self.source = self._begun(self.now)[-1].source(self.now)
         self.now += self.step
         return action
 
     @property
     def _end(self) -> float:
         """When the last known action is due."""
-        return self.chunks[-1][0] + self.horizon - 1
+        return self.chunks[-1].start + self.horizon - 1
+
+    def _begun(self, time: float) -> list[Chunk]:
+        return [part for part in self.chunks if part.start <= time + ROUNDING] or self.chunks[:1]
 
     def _at(self, time: float) -> np.ndarray:
         """The action at a time, interpolated within a chunk and clamped to its first and last."""
-        begun = [part for part in self.chunks if part[0] <= time + ROUNDING] or self.chunks[:1]
+        begun = self._begun(time)
         if self.ensemble is None:
-            return self._within(*begun[-1], time)
-        begun = [part for part in begun if time <= part[0] + self.horizon - 1 + ROUNDING] or begun[-1:]
+            return self._within(begun[-1], time)
+        begun = [part for part in begun if time <= part.start + self.horizon - 1 + ROUNDING] or begun[-1:]
         weights = np.exp(-self.ensemble * np.arange(len(begun)))
-        return blend([self._within(*part, time) for part in begun], weights, self.rotations)
+        return blend([self._within(part, time) for part in begun], weights, self.rotations)
 
-    def _within(self, start: float, rows: np.ndarray, time: float) -> np.ndarray:
-        place = min(max(time - start, 0.0), len(rows) - 1.0)
+    def _within(self, chunk: Chunk, time: float) -> np.ndarray:
+        rows = chunk.rows
+        place = min(max(time - chunk.start, 0.0), len(rows) - 1.0)
         low = round(place) if abs(place - round(place)) < ROUNDING else math.floor(place)
         share = max(place - low, 0.0) if place > low + ROUNDING else 0.0
         return rows[low] if not share else blend(rows[low : low + 2], [1 - share, share], self.rotations)
@@ -489,8 +523,13 @@ class Watchdog:
     """Reports why a robot holds, and ends the loop if that lasts."""
 
     def __init__(self, patience: float):
-        self.patience, self.fed = patience, 0.0  # time of the last chunk
+        self.patience, self.since = patience, 0.0  # time of the request that no chunk has answered yet
         self.reason: str | None = None
+
+    def ask(self, now: float) -> None:
+        """Note that a chunk was requested; after a failure, the first request counts."""
+        if self.reason is None:
+            self.since = now
 
     def trouble(self, reason: str) -> None:
         """Print once why no chunk arrived."""
@@ -500,7 +539,7 @@ class Watchdog:
 
     def check(self, now: float, doing: str) -> None:
         """Check whether the robot has been holding for too long."""
-        waited = now - self.fed
+        waited = now - self.since
         if waited > SAID_AFTER and self.reason is None:
             self.trouble(f"{doing} has not answered for {waited:.1f} s")
         if waited > self.patience:
@@ -509,8 +548,8 @@ class Watchdog:
     def feed(self, now: float) -> None:
         """Note that a chunk arrived."""
         if self.reason is not None:
-            _say(f"a chunk arrived after {now - self.fed:.1f} s: the robot moves again")
-        self.fed, self.reason = now, None
+            _say(f"a chunk arrived after {now - self.since:.1f} s: the robot moves again")
+        self.since, self.reason = now, None
 
 
 @dataclass
@@ -522,8 +561,10 @@ class Report:
         late: cycles that ended too late or were missed.
         held: cycles in which the robot held.
         observe, infer, send: time of each observation, chunk and command.
+        behind: how long after its cycle began each command was sent.
         seams, inside: largest change of velocity from one cycle to the next, over all numbers except
-            rotations: where one chunk follows another or the robot stops, and elsewhere.
+            rotations. It is inside a chunk if the three commands that make it come from the same one, and at
+            a seam where chunks join, and where the robot stops and starts.
     """
 
     rate: float
@@ -533,10 +574,10 @@ class Report:
     observe: list[float] = field(default_factory=list)
     infer: list[float] = field(default_factory=list)
     send: list[float] = field(default_factory=list)
+    behind: list[float] = field(default_factory=list)
     seams: list[float] = field(default_factory=list)
     inside: list[float] = field(default_factory=list)
     _last: deque = field(default_factory=lambda: deque(maxlen=3), repr=False)
-    _held: bool = field(default=True, repr=False)
 
     @property
     def cycles(self) -> int:
@@ -547,14 +588,14 @@ class Report:
         """Cycles per second."""
         return self.cycles / self.seconds if self.seconds else 0.0
 
-    def command(self, command: np.ndarray, joins: bool, holds: bool) -> None:
-        """Record a command, which may be the first of a chunk or one that holds."""
-        self._last.append(command)
-        self.held += holds
-        if len(self._last) == 3 and not (holds and self._held):
-            change = np.abs(np.diff(np.stack(self._last), n=2, axis=0)).max(initial=0) * self.rate
-            (self.seams if joins or holds else self.inside).append(float(change))
-        self._held = holds
+    def command(self, command: np.ndarray, source: float | None) -> None:
+        """Record a command, and the chunk that it comes from; None: the robot holds."""
+        self._last.append((command, source))
+        self.held += source is None
+        commands, sources = zip(*self._last, strict=True)
+        if len(commands) == 3 and any(chunk is not None for chunk in sources):
+            change = np.abs(np.diff(np.stack(commands), n=2, axis=0)).max(initial=0) * self.rate
+            (self.inside if len(set(sources)) == 1 else self.seams).append(float(change))
 
     def __str__(self) -> str:
         lines = [
@@ -562,7 +603,7 @@ class Report:
             f"{len(self.infer)} chunks; late {_share(self.late, self.cycles)}, "
             f"held {_share(self.held, self.cycles)}"
         ]
-        for name in ("observe", "infer", "send"):
+        for name in ("observe", "infer", "send", "behind"):
             times = 1000 * np.array(getattr(self, name) or [math.nan])
             lines.append(
                 f"{name:<8} mean {times.mean():6.1f} ms, p95 {np.quantile(times, 0.95):6.1f}, worst "

@@ -491,24 +491,43 @@ def test_settings_that_cannot_be():
 
 def test_a_report_tells_seams_from_the_rest():
     report = Report(rate=10)
-    for position, joins, holds in [
-        (0, True, False),
-        (1, False, False),
-        (2, False, False),
-        (5, True, False),
-        (6, False, False),
-        (6, False, True),
-        (6, False, True),
-        (7, True, False),
+    for position, source in [
+        *[(0, 1), (1, 1), (2, 1)],
+        *[(5, 2), (6, 2), (9, 2)],
+        *[(9, None), (9, None), (9, None)],
+        *[(10, 3), (11, 3), (12, 3)],
     ]:
-        report.command(np.array([position], float), joins, holds)
-    assert report.seams == [20, 10, 10]  # from 1 to 3 per cycle; the stop; the start
-    assert report.inside == [0, 20]
-    assert report.held == 2
+        report.command(np.array([position], float), source)
+    # From 1 to 3 per cycle, and back; the stop; the start.
+    assert report.seams == [20, 20, 30, 0, 10, 0]
+    assert report.inside == [0, 20, 0]
+    assert report.held == 3
+
+
+@pytest.mark.parametrize(("rate", "delay"), [(50, 5), (50, 3), (30, 4), (125, 9)])
+def test_a_seam_is_where_a_prefix_ends(rate, delay):
+    """Every chunk continues its prefix, and then jumps: wherever it arrives, the jump is at a seam."""
+    plan, report, coming, jump = Plan(policy(max_delay=6), rate), Report(rate), None, 5.0
+    for cycle in range(400):
+        late = delay - (cycle % 3)  # so that most chunks arrive while rows of their prefix are left
+        if coming is not None and cycle >= coming[0] + late:
+            plan.join(coming[1])
+            coming = None
+        if plan.due:
+            prefix = plan.ask().reshape(-1, 1)
+            own = np.full((16 - len(prefix), 1), (prefix[-1, 0] if len(prefix) else 0) + jump, np.float32)
+            coming = (cycle, np.concatenate([prefix, own]) if len(prefix) else own)
+        action = plan.next()
+        if action is not None:
+            report.command(action, plan.source)
+    assert max(report.inside) < 1e-3
+    assert max(report.seams) > jump
+    assert len(report.inside) > 100
 
 
 def test_a_watchdog_says_things_once(capsys):
     dog = Watchdog(5)
+    dog.ask(0.0)
     dog.check(0.4, "the policy")
     assert capsys.readouterr().out == ""
     dog.check(0.6, "the policy")
@@ -516,5 +535,18 @@ def test_a_watchdog_says_things_once(capsys):
     assert capsys.readouterr().out.count("the policy has not answered for 0.6 s") == 1
     dog.feed(1.0)
     assert "a chunk arrived after 1.0 s" in capsys.readouterr().out
+    dog.ask(2.0)  # what was executed until then does not count
+    dog.check(2.4, "the policy")
+    dog.check(6.9, "the policy")
+    dog.ask(6.9)  # after a failure: tried again
     with pytest.raises(UserError, match="No chunk arrived for 5 s"):
-        dog.check(6.1, "the policy")
+        dog.check(7.1, "the policy")
+
+
+@pytest.mark.parametrize("patience", [10, 0.6])
+def test_a_robot_that_executes_a_long_chunk_is_not_waiting(patience, capsys):
+    line = Line(max_delay=0)
+    line.spec.fps = 10.0
+    report = ControlLoop(line, Arm(), rate=50, patience=patience).run(3.0)
+    assert len(report.infer) >= 3
+    assert "has not answered" not in capsys.readouterr().out
