@@ -54,6 +54,7 @@ SEND_SECONDS = 10.0  # for a client to receive an answer
 PING_SECONDS = 20.0  # between pings, and for each reply
 CLOSE_SECONDS = 5.0
 GOING_AWAY, TRY_LATER = 1001, 1013  # codes for closing a connection (RFC 6455)
+LONGEST_TASK = 10_000  # characters
 STATE_NAMES = ("state", "observation/state", "observation.state")
 
 
@@ -169,12 +170,16 @@ class Server:
         """Compute some chunks until everything is compiled and cached."""
 
         def act() -> list[float]:
-            policy, times = self.policy.fork(), []
-            observation = policy.blank_observation()
-            for _ in range(8):
-                start = time.perf_counter()
-                policy.act(observation, self.config.sample_steps)
-                times.append(1000 * (time.perf_counter() - start))
+            policy = self.policy.fork()
+            observation, prefixes = policy.blank_observation(), [None]
+            if policy.spec.max_delay:  # what most requests have; other code may be compiled for it
+                prefixes.append(np.zeros((1, policy.action_dim), np.float32))
+            for prefix in prefixes:
+                times = []
+                for _ in range(8):
+                    start = time.perf_counter()
+                    policy.act(observation, self.config.sample_steps, prefix=prefix)
+                    times.append(1000 * (time.perf_counter() - start))
             return times
 
         times = await asyncio.get_running_loop().run_in_executor(self.worker, act)
@@ -215,6 +220,8 @@ class Server:
         state, actions = self.policy.spec.recorded_names
         spec = asdict(self.policy.spec) | {"state_names": state, "action_names": actions}
         del spec["backbone_config"]
+        if spec["tasks"] is not None:
+            del spec["tasks"]["table"]  # a tensor of what the sentences mean
         about = {"script": self.policy.script.__name__, "step": self.policy.trained_steps}
         return {**about, "horizon": self.policy.horizon, "spec": spec}
 
@@ -237,6 +244,8 @@ class Server:
         return None
 
     def full(self) -> str:
+        if self.stopping.is_set():
+            return "The server stops: try again later"
         return f"There are {self.clients} clients, and --max-clients allows no more: try again later"
 
     async def handle(self, connection: ServerConnection) -> None:
@@ -340,6 +349,8 @@ def observation_in(request: Mapping[str, Any]) -> dict[str, Any]:
     if task is not None:
         if not isinstance(task, str):
             raise ValueError(f"a task is a text, not a {type(task).__name__}")
+        if len(task) > LONGEST_TASK:
+            raise ValueError(f"a task has at most {LONGEST_TASK:,} characters; got {len(task):,}")
         observation["task"] = task
     return observation | ({"step": request["step"]} if "step" in request else {})
 

@@ -4,6 +4,9 @@ policy = RemotePolicy("gpu-box", 8000, api_key=key)
 chunk = policy.act({"images": {"head": rgb, "left": rgb, "right": rgb}, "state": joints})    # (T, A)
 """
 
+import os
+import socket
+import struct
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,6 +19,8 @@ from websockets.sync.client import ClientConnection, connect
 
 from common import wire
 from common.errors import UserError
+
+TOO_BIG = 1009  # code for closing a connection (RFC 6455)
 
 
 class ServerGone(UserError):
@@ -31,11 +36,11 @@ class RemotePolicy:
         last_timing: the server's milliseconds for the last request, `infer_ms` and `wait_ms`.
     """
 
-    def __init__(self, host: str, port: int, api_key: str | None = None, timeout: float = 10.0):
+    def __init__(self, host: str, port: int, api_key: str | None = None, timeout: float = 3.0):
         """Connect.
 
         Args:
-            timeout: seconds to connect, and to wait for a chunk.
+            timeout: seconds to connect, to send an observation, and to wait for a chunk.
 
         Raises:
             ServerGone: if nobody answers.
@@ -47,6 +52,11 @@ class RemotePolicy:
         self._connection: ClientConnection | None = None
         self._leaving = ExitStack()  # closes the connection
         about = self._connect()
+        if not isinstance(about, dict) or not {"horizon", "spec"} <= about.keys():
+            self.close()
+            raise UserError(
+                f"{self.url} does not say what its policy needs, as serve.py does: use its client."
+            )
         self.horizon, spec = about["horizon"], about["spec"]
         for name in ("state_rotations", "action_rotations"):
             spec[name] = _rotations(spec.get(name))
@@ -90,6 +100,10 @@ class RemotePolicy:
                 proxy=None,
             )
             self._connection = self._leaving.enter_context(connection)
+            # A timeout of the socket itself would also end the thread that receives.
+            if os.name == "posix":
+                limit = struct.pack("ll", int(self._timeout), int(self._timeout % 1 * 1e6))
+                connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             return wire.unpack(self._connection.recv(self._timeout))
         except InvalidStatus as error:
             said = (error.response.body or b"").decode("utf-8", "replace").strip()
@@ -110,8 +124,12 @@ class RemotePolicy:
             # Its answer may still come: a new connection keeps the next request from getting it.
             self._connection.socket.close()
             self.close()
-            waited = f"no answer in {self._timeout:g} s" if isinstance(error, TimeoutError) else error
-            raise ServerGone(f"{self.url} is gone ({waited}).") from None
+            if isinstance(error, TimeoutError | BlockingIOError):
+                error = f"no answer in {self._timeout:g} s"
+            elif isinstance(error, ConnectionClosed) and error.rcvd and error.rcvd.code == TOO_BIG:
+                reason = f"the observation is larger than --max-message-mb of {self.url} allows"
+                raise ValueError(reason) from None
+            raise ServerGone(f"{self.url} is gone ({error}).") from None
         if isinstance(answer, str):
             raise ValueError(answer)
         return wire.unpack(answer)

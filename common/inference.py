@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENSEMBLE = 0.01  # decay of the weights in temporal ensembling, as in ACT
 Join = Literal["blocking", "naive", "ensemble", "prefix"]
 """What the robot does while a chunk is computed, and how the chunk joins: see `Controller`."""
+KEPT_SENTENCES = 1000  # new ones, whose vectors are kept
 FAR = 3.0  # standard deviations outside the recorded range: the policy knows nothing about such states
 
 
@@ -145,6 +147,9 @@ def load_script(name: str) -> ModuleType:
 def _spaced(sentence: str) -> str:
     """A sentence with single spaces."""
     return " ".join(sentence.split())
+
+
+_text_encoder = cache(TextEncoder)  # loading it takes seconds
 
 
 class Frames:
@@ -434,7 +439,7 @@ class RobotPolicy:
             return torch.tensor([self._places.get(sentence, -1) for sentence in spoken])
         unread = [sentence for sentence in new if sentence not in self._vectors]
         if unread:
-            encoder = TextEncoder(self.text_encoder)
+            encoder = _text_encoder(self.text_encoder)
             if encoder.identity != known.identity:
                 raise UserError(
                     f"{self.text_encoder} is not the text encoder that the policy was trained with: pass "
@@ -446,6 +451,8 @@ class RobotPolicy:
             nothing if s is None else self._vectors[s] if s in new else known.table[self._places[s]]
             for s in spoken
         ]
+        while len(self._vectors) > KEPT_SENTENCES:
+            del self._vectors[next(iter(self._vectors))]  # the oldest
         return torch.stack(rows)
 
     def _sentence(self, given) -> str | None:

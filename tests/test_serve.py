@@ -11,26 +11,35 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from running import train
 
 pytest.importorskip("websockets")
 pytest.importorskip("msgpack")
 import msgpack
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.server import ServerProtocol
 from websockets.sync.client import connect
+from websockets.sync.server import serve as serve_websockets
 
 import serve
+import train_naive_fm
 import train_vfp
 from benchmarks import serve as benchmark
 from common import wire
 from common.client import RemotePolicy, ServerGone
+from common.control import ControlLoop
 from common.errors import UserError
 from common.inference import load_policy
+from common.instructions import Instructions
 
 ROOT = Path(serve.__file__).parent
 CAMERAS = ("head", "left", "right")
@@ -438,6 +447,22 @@ def test_sigterm_ends_the_program_with_code_0(run_dir):
     assert process.returncode == 0
 
 
+def test_sigterm_lets_the_request_in_flight_finish(run_dir):
+    options = ["--port", "0", "--sample-steps", "300", "--clip", "--seed", "3"]
+    command = [sys.executable, str(ROOT / "serve.py"), str(run_dir), *options]
+    wanted = load_policy(run_dir, device="cpu", seed=3).fork().act(observation(), 300, clip=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        port = int(process.stdout.readline().split()[0].rpartition(":")[2])
+        with client(port) as connection:
+            connection.send(wire.pack(observation()))
+            time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+            np.testing.assert_allclose(wire.unpack(connection.recv(PATIENCE))["actions"], wanted, rtol=1e-4)
+            with pytest.raises(ConnectionClosed, match="the server stops"):
+                connection.recv(PATIENCE)
+    assert process.returncode == 0
+
+
 def test_a_remote_policy_finds_its_server_again(run_dir):
     with served(run_dir) as (_, port):
         policy = RemotePolicy("127.0.0.1", port, timeout=PATIENCE)
@@ -459,6 +484,127 @@ def test_a_remote_policy_finds_its_server_again(run_dir):
         policy._timeout = PATIENCE
         assert policy.act(observation()).shape == (4, 3)
         policy.close()
+
+
+def test_a_server_that_does_not_read_is_gone():
+    """A request that does not fit into the buffers of the network must not wait forever."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def greet():
+        raw, protocol = listener.accept()[0], ServerProtocol(max_size=None)
+        while not protocol.data_to_send():
+            protocol.receive_data(raw.recv(4096))
+            for request in protocol.events_received():
+                protocol.send_response(protocol.accept(request))
+                protocol.send_binary(wire.pack({"horizon": 4, "spec": {}}))
+                raw.sendall(b"".join(protocol.data_to_send()))
+                return raw  # and nothing is read any more
+
+    with listener, ThreadPoolExecutor(1) as pool:
+        greeted = pool.submit(greet)
+        policy = RemotePolicy("127.0.0.1", listener.getsockname()[1], timeout=0.5)
+        with greeted.result():
+            start = time.monotonic()
+            with pytest.raises(ServerGone, match="is gone"):
+                policy.act({"images": {"head": np.zeros((4000, 4000, 3), np.uint8)}, "state": np.zeros(3)})
+            assert time.monotonic() - start < PATIENCE / 2
+
+
+def test_another_server_that_speaks_the_protocol():
+    """openpi's own server does not say what its policy needs."""
+    hello = lambda connection: connection.send(wire.pack({"name": "pi0"}))  # noqa: E731
+    with serve_websockets(hello, "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(UserError, match="does not say what its policy needs"):
+                RemotePolicy("127.0.0.1", server.socket.getsockname()[1])
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_what_the_instructions_mean_is_not_sent(run_dir):
+    policy = load_policy(run_dir, device="cpu")
+    tasks = Instructions(("fold", "stack"), "some/encoder", table=torch.zeros(2, 1, 8))
+    policy.spec = replace(policy.spec, tasks=tasks)
+    about = wire.unpack(wire.pack(serve.Server(policy, serve.Config(run_dir)).metadata()))
+    assert list(about["spec"]["tasks"]["sentences"]) == ["fold", "stack"]
+
+
+def test_a_task_that_is_no_sentence_is_refused(port, bystander):
+    with client(port) as connection:
+        assert ask(connection, changed(task="x" * 10**6)) == (
+            "a task has at most 10,000 characters; got 1,000,000"
+        )
+
+
+def test_an_observation_that_is_too_large_is_said(run_dir):
+    with served(run_dir, max_message_mb=1) as (_, port), closing(RemotePolicy("127.0.0.1", port)) as policy:
+        with pytest.raises(ValueError, match="larger than --max-message-mb"):
+            policy.act(observation(size=(1000, 1000)))
+        assert policy.act(observation()).shape == (4, 3)
+
+
+def test_who_comes_while_the_server_stops_is_told_so(run_dir):
+    with served(run_dir, change=slowly(1.0)) as (server, port), client(port) as connection:
+        connection.send(wire.pack(observation()))
+        time.sleep(0.2)
+        server.stop()
+        time.sleep(0.2)
+        assert server.full() == "The server stops: try again later"
+        assert wire.unpack(connection.recv(PATIENCE))["actions"].shape == (4, 3)
+
+
+@pytest.fixture(scope="module")
+def delayed(tiny, tmp_path_factory):
+    """A policy that is told what the robot executes while a chunk is computed."""
+    folder = tmp_path_factory.mktemp("delayed") / "run"
+    return train(train_naive_fm, tiny, folder, "--steps", "1", "--max-delay", "2")
+
+
+def test_a_prefix_reaches_the_policy(delayed):
+    prefix, warmed = np.array([[0.1, 0.2, 0.3], [0.2, 0.3, 0.4]], np.float32), []
+
+    def note(policy):
+        act = policy.act
+        policy.act = lambda *given, prefix=None, **more: (
+            warmed.append(prefix) or act(*given, prefix=prefix, **more)
+        )
+
+    local = load_policy(delayed, device="cpu", seed=0).fork()
+    with served(delayed) as (_, port), closing(RemotePolicy("127.0.0.1", port)) as policy:
+        chunk = policy.act(observation(), prefix)
+    np.testing.assert_allclose(chunk[:2], prefix, rtol=1e-5)
+    np.testing.assert_allclose(chunk, local.act(observation(), prefix=prefix), rtol=1e-5)
+    assert not np.allclose(chunk, local.fork().act(observation()))
+    with served(delayed, change=note):
+        assert [prefix is None for prefix in warmed] == [True] * 8 + [False] * 8  # as robots ask
+
+
+def test_a_loop_holds_while_its_server_is_gone_and_moves_when_it_is_back(delayed, capsys):
+    place, sent = np.zeros(3, np.float32), []
+    robot = SimpleNamespace(
+        observe=lambda: observation() | {"state": place.copy()},
+        send=lambda action: sent.append(action),
+        reset=lambda: None,
+    )
+    with ThreadPoolExecutor(1) as pool:
+        with served(delayed) as (_, port):
+            policy = RemotePolicy("127.0.0.1", port)
+            running = pool.submit(ControlLoop(policy, robot, rate=50, patience=PATIENCE).run, 8)
+            time.sleep(2)
+        with served(delayed) as (_, port):
+            before = len(sent)
+            policy.url = f"ws://127.0.0.1:{port}"
+            report = running.result()
+            policy.close()
+    said = capsys.readouterr().out
+    assert "is gone" in said
+    assert "the robot will hold" in said
+    assert "the robot moves again" in said
+    assert before < len(sent) == report.cycles
+    assert 0 < report.held < report.cycles
 
 
 def test_a_robot_needs_no_torch():
