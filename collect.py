@@ -65,7 +65,8 @@ class Config:
     parallel: PositiveInt = 20
     """Episodes that run at once, in one forward pass."""
     seed: NonNegativeInt = 3_000_000
-    """Seed of episodes and noise: another one for each round. `evaluate.py` uses 1,000,000."""
+    """Seed of episodes and noise: another one for each round, higher by `--episodes`, since environments may
+    add an episode's number to it. `evaluate.py` uses 1,000,000."""
 
 
 def main(config: Config) -> None:
@@ -125,9 +126,12 @@ def write(path: Path, spec: PolicySpec, found: Iterator[Demonstration]) -> bool:
     shutil.rmtree(unfinished, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     state, action = spec.recorded_names  # the dataset's, whatever the environment calls them
-    write_dataset(
-        unfinished, chain([first], found), fps=round(spec.fps), state_names=state, action_names=action
-    )
+    names = {"state_names": state, "action_names": action}
+    try:
+        write_dataset(unfinished, chain([first], found), fps=round(spec.fps), **names)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     unfinished.rename(path)
     return True
 

@@ -10,9 +10,9 @@ the run folder and that folder, so that the same command continues. More: docs/c
 """
 
 import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
-import glob
 import hashlib
-import shutil
+import math
+import re
 import signal
 import socket
 import sys
@@ -23,27 +23,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
 import collect
-from common.checkpoint import newest_undamaged
+from common.checkpoint import find, newest_undamaged
 from common.config import cli, options
 from common.console import quiet, say
 from common.data.growth import LOG
 from common.errors import EXIT_STOPPED, UserError
 from common.files import CHECKSUMS, completed_checkpoints, read_json
 from common.inference import load_policy
-from launch_ray import RunFolder, connect, ray
+from launch_ray import LOG_SECONDS, RunFolder, connect, ray
 
 ROOT = Path(__file__).resolve().parent
 POLL_SECONDS = 0.5
-ROUNDS = 1_000_000  # seeds of a collector
-PATIENCE = 3  # rounds in a row that may fail, before a collector is given up
+SEEDS = 1_000_000  # of a collector
+PATIENCE = 3  # after as many failed rounds, or losses, in a row a collector is given up
+HELD = 600.0  # seconds after which a collector that has not recorded what it was granted is thought lost
 DONE = "done"
+INFO = "meta/info.json"
+RESTARTED = {"max_restarts": -1, "max_task_retries": -1}
 
 
 @options
@@ -70,24 +73,30 @@ class Config(collect.Config):
 def main(config: Config) -> None:
     if config.checkpoint != "last":
         raise UserError("Collectors act with the newest weights: leave out --checkpoint.")
+    if config.by != "expert":
+        raise UserError("A person corrects on their own machine: use collect.py, with the same folders.")
     if not config.run.is_dir():
         raise UserError(f"{config.run} does not exist: start the run first.")
-    config = replace(config, run=config.run.resolve(), out=config.out.resolve())
-    needs = {"num_cpus" if name == "CPU" else name: x for name, x in resources(config).items()}
-    cpus, gpus = needs.pop("num_cpus", 0), needs.pop("GPU", 0)
+    config = replace(config, run=config.run.absolute(), out=config.out.absolute())
+    needs = resources(config)
+    room = {"num_cpus": needs.pop("CPU", 0), "num_gpus": needs.pop("GPU", 0), "resources": needs}
     connect(config.address)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    again = {"max_restarts": -1, "max_task_retries": -1}
-    board = ray.remote(Board).options(num_cpus=0, label_selector=here, **again).remote(config)
-    made = ray.remote(Collector).options(num_cpus=cpus, num_gpus=gpus, resources=needs, max_restarts=-1)
-    with marked(config.out) as mark:
-        made = [made.remote(number, config, mark, code()) for number in range(config.collectors)]
-        try:
-            finished = supervise(made, board, config)
-        except KeyboardInterrupt:
-            finished = False
-    steps = ray.get(board.steps.remote())
+    name = {"name": f"{config.run} {config.out}", "namespace": "collect"}
+    try:
+        board = ray.remote(Board).options(num_cpus=0, label_selector=here, **name, **RESTARTED).remote(config)
+    except ValueError:
+        raise UserError(f"Collectors for {config.run} and {config.out} are at work already.") from None
+    finished = False
+    with marked(config.out) as mark, suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        expected = code()
+        made = ray.remote(Collector).options(**room, **RESTARTED)
+        collectors = [made.remote(number, config, mark, expected) for number in range(config.collectors)]
+        supervise(collectors, board, config)
+        finished = True
+    steps = ray.get(board.status.remote()).steps
+    time.sleep(LOG_SECONDS)
     ray.shutdown()
     say(f"{steps} steps recorded in {config.out}" + ("" if finished else ": the same command continues"))
     sys.exit(0 if finished else EXIT_STOPPED)
@@ -98,10 +107,9 @@ def resources(config: Config) -> dict[str, float]:
     found = {}
     for need in config.resources:
         name, _, number = need.partition("=")
-        try:
-            found[name] = float(number)
-        except ValueError:
-            raise UserError(f"--resources {need}: give a name and a number, such as robot=1.") from None
+        if not re.fullmatch(r"0\.\d*[1-9]|[1-9]\d*", number):
+            raise UserError(f"--resources {need}: give a whole number, or a part of one, such as GPU=0.25.")
+        found[name] = float(number)
     return found
 
 
@@ -125,10 +133,10 @@ def code() -> str:
     return sha.hexdigest()
 
 
-def supervise(collectors: list, board: Any, config: Config) -> bool:
-    """Keep the collectors at work until the budget is used up, which returns True."""
+def supervise(collectors: list, board: Any, config: Config) -> None:
+    """Let the collectors work until the budget is used up; Ray restarts those that are lost."""
     working = {collector.work.remote(board): number for number, collector in enumerate(collectors)}
-    waiting = ""
+    shown = ""
     with tqdm(total=config.budget, desc="recorded", unit="step") as bar:
         while working:
             ended, _ = ray.wait(list(working), timeout=POLL_SECONDS)
@@ -136,17 +144,34 @@ def supervise(collectors: list, board: Any, config: Config) -> bool:
                 number = working.pop(task)
                 try:
                     ray.get(task)
-                except ray.exceptions.RayActorError:  # Ray starts it again
-                    say(f"collector {number} was lost, with the round that it had begun")
-                    working[collectors[number].work.remote(board)] = number
-                except ray.exceptions.RayTaskError as error:
-                    say(f"collector {number} has ended: {error.cause}")
-            bar.update(ray.get(board.steps.remote()) - bar.n)
-            waiting, before = ray.get(board.why_wait.remote()), waiting
-            bar.set_postfix_str(waiting, refresh=waiting != before)
-    if waiting != DONE:
-        raise UserError("No collector is left: their messages above say why.")
-    return True
+                except ray.exceptions.RayError as error:
+                    cause = getattr(error, "cause", None)
+                    say(f"collector {number} has ended: {cause if isinstance(cause, UserError) else error}")
+            status = ray.get(board.status.remote())
+            bar.update(status.steps - bar.n)
+            if status.waiting == DONE and not status.recording:  # those left were never placed
+                return
+            few = status.started < len(collectors)
+            words = f"{status.started} of {len(collectors)} have started" if few else status.waiting
+            bar.set_postfix_str(words, refresh=words != shown)
+            shown = words
+    raise UserError("No collector is left: their messages above say why.")
+
+
+class Status(NamedTuple):
+    """How far collecting is.
+
+    Attributes:
+        steps: recorded steps.
+        waiting: why no collector should begin a round now; empty: it should.
+        started: collectors that have started.
+        recording: collectors that are about to record something.
+    """
+
+    steps: int
+    waiting: str
+    started: int
+    recording: int
 
 
 class Board:
@@ -157,60 +182,77 @@ class Board:
 
     def __init__(self, config: Config):
         self.config, self.folder = config, RunFolder(config.run)
-        self.version, self.weights, self.looked_at = "", [], []
-        self.datasets = {path.name: steps_of(path) for path in seeds_of(config, "").values()}
-        self.granted: dict[int, int] = {}  # steps of the rounds that collectors are about to record
+        self.version, self.weights, self.looked_at = "", [], None
+        self.datasets: dict[str, int] = {}  # steps
+        self.granted: dict[int, tuple[int, float]] = {}  # steps that a collector records, and when it asked
+        self.losses: dict[int, int] = {}  # of each collector since its last round
         self.full = False
+        self.scan()
 
-    def steps(self) -> int:
-        """Recorded steps."""
-        return sum(self.datasets.values())
+    def scan(self) -> None:
+        """Look for new datasets."""
+        for path in recorded(self.config):
+            if path.name not in self.datasets:
+                self.datasets[path.name] = int(read_json(path / INFO)["total_frames"])
+
+    def status(self) -> Status:
+        steps = sum(self.datasets.values())
+        return Status(steps, self.why_wait(), len(self.losses), len(self.granted))
+
+    def left(self) -> float:
+        """Steps that may still be recorded."""
+        return math.inf if self.config.budget is None else self.config.budget - sum(self.datasets.values())
 
     def why_wait(self) -> str:
-        """Why no collector should begin a round now; empty: it should."""
-        if self.full or self.steps() >= (self.config.budget or float("inf")):
+        """See `Status`."""
+        if self.full or self.left() <= 0:
             return DONE
-        there = completed_checkpoints(self.config.run)
-        if not there:
+        if not completed_checkpoints(self.config.run):
             return "waiting for the first checkpoint"
         log = self.config.run / LOG
         times = read_json(log) if log.exists() else []
-        left = self.datasets.keys() - {entry["name"] for time in times for entry in time["entries"]}
-        if len(left) >= self.config.max_waiting:
-            return f"waiting until the run has learned from {len(left)} datasets"
+        new = self.datasets.keys() - {entry["name"] for time in times for entry in time["entries"]}
+        if len(new) >= self.config.max_waiting:
+            return f"waiting until the run has learned from {len(new)} datasets, or has said why it does not"
         self.folder.news()
-        behind = self.folder.step - int(there[-1].name.removeprefix("step_"))
+        behind = self.folder.step - int(find(self.config.run).name.removeprefix("step_"))
         if self.config.max_staleness is not None and behind > self.config.max_staleness:
             return f"waiting for a checkpoint newer than {behind} steps"
         return ""
 
     def newest(self, version: str) -> tuple[str, list] | None:
         """Name and files of the newest checkpoint's policy, in the object store; None if it is `version`."""
-        newest = completed_checkpoints(self.config.run)[-1:]
-        if newest != self.looked_at:
+        last = find(self.config.run)
+        if last != self.looked_at:
             with suppress(OSError):  # it has just been removed, because there is a newer one
                 path = newest_undamaged(self.config.run, "policy/")
                 files = [path / CHECKSUMS, *(path / "policy").rglob("*")]
                 found = {str(file.relative_to(path)): file for file in files if file.is_file()}
                 arrays = {name: np.fromfile(file, np.uint8) for name, file in found.items()}
-                self.version, self.weights, self.looked_at = path.name, [ray.put(arrays)], newest
+                self.version, self.weights, self.looked_at = path.name, [ray.put(arrays)], last
         return None if version == self.version else (self.version, self.weights)
+
+    def begin(self, number: int) -> int:
+        """A collector starts; returns how many times it was lost since it last finished a round."""
+        self.granted.pop(number, None)
+        self.losses[number] = self.losses.get(number, -1) + 1
+        return self.losses[number]
 
     def grant(self, number: int, steps: int) -> bool:
         """Whether a collector may record a round of this many steps."""
-        budget = self.config.budget or float("inf")
-        self.full |= steps > budget - self.steps()
-        others = sum(granted for other, granted in self.granted.items() if other != number)
-        if self.full or steps > budget - self.steps() - others:
+        now = time.monotonic()
+        others = {n: given for n, given in self.granted.items() if n != number and now - given[1] < HELD}
+        self.full |= steps > self.left()
+        if steps > self.left() - sum(given for given, _ in others.values()):
             return False
-        self.granted[number] = steps
+        self.granted = others | {number: (steps, now)}
         return True
 
-    def ended(self, number: int, dataset: str | None) -> None:
-        """A collector's round is over, and this is what it has recorded."""
+    def end(self, number: int) -> None:
+        """A collector's round is over, with or without a dataset."""
         self.granted.pop(number, None)
-        if dataset is not None:
-            self.datasets[dataset] = steps_of(self.config.out / dataset)
+        self.losses[number] = 0
+        self.scan()
 
 
 class Collector:
@@ -226,16 +268,17 @@ class Collector:
             board  # which the constructor must not get: https://github.com/ray-project/ray/issues/53727
         )
         self.refuse_other_machine()
-        base = self.config.seed + self.number * ROUNDS
-        mine = range(base, base + ROUNDS)
-        seed = max((seed for seed in seeds_of(self.config, "") if seed in mine), default=base - 1) + 1
-        for lost, folder in seeds_of(self.config, ".").items():
-            if lost in mine:  # half written
-                shutil.rmtree(folder)
-        ray.get(self.board.ended.remote(self.number, None))
-        failed = 0
-        while (wait := ray.get(self.board.why_wait.remote())) != DONE:
-            if wait:
+        losses = ray.get(board.begin.remote(self.number))
+        if losses == PATIENCE:
+            raise UserError(f"it was lost {losses} times in a row: the output of its machine says more.")
+        if losses:
+            print(f"collector {self.number} was lost, with the round that it had begun", flush=True)
+        base = self.config.seed + self.number * SEEDS
+        had = [seed_of(path) for path in recorded(self.config)]
+        last = max((seed for seed in had if base <= seed < base + SEEDS), default=None)
+        seed, failed = base if last is None else last + self.config.episodes, 0
+        while (waiting := ray.get(board.status.remote()).waiting) != DONE:
+            if waiting:
                 time.sleep(POLL_SECONDS)
                 continue
             try:
@@ -245,12 +288,13 @@ class Collector:
                 failed = 0
             except ray.exceptions.ObjectLostError:  # the board was lost: it will have the weights again
                 continue
-            except UserError as error:
+            except Exception as error:  # an environment, a disk and a GPU can fail in any way
                 failed += 1
                 if failed == PATIENCE:
                     raise
-                print(f"collector {self.number}: {error}", flush=True)
-            seed += 1
+                what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                print(f"collector {self.number}: {what}", flush=True)
+            seed += self.config.episodes  # an environment may add an episode's number to it
 
     def refuse_other_machine(self) -> None:
         machine = socket.gethostname()
@@ -276,7 +320,8 @@ class Collector:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 content.tofile(path)
             with quiet():
-                self.policy = load_policy(folder, seed=self.config.seed)
+                device = None if "GPU" in resources(self.config) else "cpu"
+                self.policy = load_policy(folder, device=device, seed=self.config.seed)
         self.version = version
 
     def round(self, seed: int) -> None:
@@ -288,19 +333,21 @@ class Collector:
             total += steps
             return ray.get(self.board.grant.remote(self.number, total))
 
-        with quiet():
-            path = collect.collect(self.policy, replace(self.config, seed=seed), granted)
-        ray.get(self.board.ended.remote(self.number, path and path.name))
+        try:
+            with quiet():
+                collect.collect(self.policy, replace(self.config, seed=seed), granted)
+        finally:
+            ray.get(self.board.end.remote(self.number))
 
 
-def seeds_of(config: Config, prefix: Literal["", "."]) -> dict[int, Path]:
-    """Datasets of the run by their seed; with a prefix of ".", those that are half written."""
-    paths = config.out.glob(f"{prefix}{glob.escape(config.run.name)}-step_*-seed-*")
-    return {int(path.name.rpartition("-")[2]): path for path in paths}
+def recorded(config: Config) -> list[Path]:
+    """Complete datasets of the run."""
+    name = re.compile(rf"{re.escape(config.run.name)}-step_\d+-seed-\d+")
+    return [path for path in config.out.glob("*") if name.fullmatch(path.name) and (path / INFO).is_file()]
 
 
-def steps_of(dataset: Path) -> int:
-    return int(read_json(dataset / "meta" / "info.json")["total_frames"])
+def seed_of(dataset: Path) -> int:
+    return int(dataset.name.rpartition("-")[2])
 
 
 if __name__ == "__main__":

@@ -70,8 +70,9 @@ class Config:
 def main(config: Config) -> None:
     random.seed(config.seed)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    lines = ["| killed | times | datasets | lost | different | episode to use, s | weights to episode, s |"]
-    lines.append("| --- " * 7 + "|")
+    counted = ("datasets", "lost", "different", "other exit codes")
+    lines = [f"| killed | times | {' | '.join(counted)} | episode to use, s | weights to episode, s |"]
+    lines.append("| --- " * 8 + "|")
     with tempfile.TemporaryDirectory(prefix="collecting-") as folder, machines() as nodes:
         folder = Path(folder)
         data = demo.record(folder / "data", demo.demonstrate(10, seed=1))
@@ -81,7 +82,7 @@ def main(config: Config) -> None:
         for part in config.parts:
             found, waits = disturbed(part, nodes, config, folder / part, flags)
             times = " | ".join(spread(seconds) for seconds in waits)
-            cells = [part, config.kills, *(found[name] for name in ("datasets", "lost", "different"))]
+            cells = [part, config.kills, *(found[name] for name in counted)]
             lines.append(f"| {' | '.join(map(str, cells))} | {times} |")
     print("\n".join(lines))
 
@@ -155,17 +156,19 @@ def disturbed(
                     collector.wait()
                     collector = start(collecting)
                     continue
-                listed = {"collector": actors("Collector"), "board": actors("Board")}
-                running = listed.get(part) or scripts_of(run_dir)
+                running: list[int] = []
+                while not running:  # it has been killed before, and starts again
+                    listed = {"collector": actors("Collector"), "board": actors("Board")}
+                    running = scripts_of(run_dir) if part == "script" else listed[part]
                 os.kill(random.choice(running), signal.SIGKILL)
             had = len(seen.datasets)
             seen.wait(lambda: len(seen.datasets) > had)
             collector.terminate()
-            found["lost"] += collector.wait(120) != EXIT_STOPPED
+            found["other exit codes"] += collector.wait(120) != EXIT_STOPPED
             seen.look()
             seen.wait(lambda: seen.datasets.keys() <= seen.learned.keys())
             trainer.terminate()
-            found["lost"] += trainer.wait(120) != EXIT_STOPPED
+            found["other exit codes"] += trainer.wait(120) != EXIT_STOPPED
         finally:
             for process in (trainer, collector):
                 if process is not None:
