@@ -360,4 +360,4 @@ def test_an_error_in_every_collector_ends_with_its_message(machines, run, out):
     machines.have(2)
     printed = finish(launch(machines, run, out, "--env", "nowhere:factory"), run, 1)
     assert "error: No collector is left" in printed
-    assert "collector 0 has ended: --env nowhere:factory: " in printed
+    assert "collector 0 has ended: --env nowhere:factory is none of" in printed
