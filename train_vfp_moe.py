@@ -251,7 +251,8 @@ class Policy(nn.Module):
         self.posterior = ChunkEncoder(
             proprio, self.backbone.token_dim, chunk, size, config.posterior_layers, posterior_dim
         )
-        self.prior = ObservationHead(size, config.prior_layers, prior_dim)
+        given = (config.delay.max_delay, spec.action_dim)
+        self.prior = ObservationHead(size, config.prior_layers, prior_dim, given)
         if config.latent == "vq":
             self.latent = CodebookLatent(config.num_codes, config.latent_dim, self.posterior)
         else:
@@ -284,7 +285,7 @@ class Policy(nn.Module):
         """Velocity of every expert (E, B * M, T, A), the gate's logits (B * M, E), and the chunks' latents.
 
         Args:
-            x_t, t: points (B * M, T, A) and flow times (B * M,).
+            x_t, t: points (B * M, T, A) and flow times, (B * M,) or (B * M, T).
             images, proprio, task: the observations, as for `encode`.
             actions, is_pad: the recorded chunks (B, T, A), normalized, and their padding (B, T).
             train: draw the latents, instead of taking the most probable.
@@ -294,7 +295,8 @@ class Policy(nn.Module):
         # Posterior and prior read the encoder's features but do not train it: an encoder that also has to
         # follow a moving latent is slow to learn what the task needs.
         seen = (proprio, head_tokens.detach(), actions, is_pad)
-        posterior, prior = self.posterior(*seen), self.prior(observation.detach())
+        prefix = flow.prefix_in_training(actions, t)  # the robot is on its way: not all ways fit
+        posterior, prior = self.posterior(*seen), self.prior(observation.detach(), prefix)
         latent = self.latent.infer(posterior, prior, seen, flow_samples, train)
         context = self.action_decoder.context(observation)
         is_pad = is_pad.repeat_interleave(flow_samples, dim=0)
@@ -423,7 +425,7 @@ def sample_actions(
         x_0 = flow.noise(shape, images.device, generator)
     if noise is None:
         noise = flow.noise((len(images), config.latent_dim), images.device, generator)
-    z = policy.latent.draw(policy.prior(observation), noise)
+    z = policy.latent.draw(policy.prior(observation, prefix), noise)
     return integrate(policy, observation, z, x_0, config, steps, prefix=prefix)
 
 

@@ -138,6 +138,14 @@ class Prefix(NamedTuple):
         return Prefix(self.actions[rows], self.given[rows])
 
 
+def prefix_in_training(actions: Tensor, t: Tensor) -> Prefix | None:
+    """The prefix of one of each chunk's draws, the last: of chunks (B, T, A) and flow times (B * M, T).
+
+    None if no draw has one: t is (B * M,).
+    """
+    return None if t.ndim == 1 else Prefix(actions, ~to_predict(t).unflatten(0, (len(actions), -1))[:, -1])
+
+
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022): v_null + w (v_z - v_null); w = 1 changes nothing."""
     return unconditional + scale * (conditional - unconditional)

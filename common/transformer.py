@@ -242,19 +242,31 @@ class InfoEmbedder(nn.Module):
 
 
 class ObservationHead(nn.Module):
-    """A vector predicted from an observation, for example a latent's prior; read from its own token."""
+    """A vector predicted from an observation, for example a latent's prior; read from its own token.
 
-    def __init__(self, size: Size, num_layers: int, out_dim: int):
+    Args:
+        given: most actions that a chunk may begin with, and their numbers: what the vector is about, such as
+            the way that a latent names, has to fit them. 0: none.
+    """
+
+    def __init__(self, size: Size, num_layers: int, out_dim: int, given: Shape = (0, 0)):
         super().__init__()
-        d_model = size.d_model
+        d_model, (self.most_given, action_dim) = size.d_model, given
         self.readout = nn.Parameter(torch.randn(1, d_model) * 0.02)
         self.summary_in = nn.Linear(d_model, d_model)
         self.encoder = Encoder(size, num_layers)
         self.out = nn.Linear(d_model, out_dim)
+        if self.most_given:
+            self.prefix_in = mlp(self.most_given * (action_dim + 1), d_model, d_model)
 
-    def forward(self, observation: Observation) -> Tensor:
+    def forward(self, observation: Observation, prefix: flow.Prefix | None = None) -> Tensor:
         """(B, out_dim) float32."""
         readout = self.summary_in(observation.summary).unsqueeze(1) + self.readout
+        if prefix is not None:
+            given = prefix.given[:, : self.most_given, None]
+            actions = torch.where(given, prefix.actions[:, : self.most_given], 0.0)
+            told = self.prefix_in(torch.cat([actions, given], dim=2).flatten(1)).unsqueeze(1)
+            readout = readout + given.any(dim=1, keepdim=True) * told
         return self.out(self.encoder(torch.cat([readout, observation.memory], dim=1))[:, 0]).float()
 
 
