@@ -89,6 +89,40 @@ def test_sampled_chunks_begin_with_their_prefix_and_follow_it(script, tiny, flag
         assert not torch.allclose(guided[~given], chunks[~given])
 
 
+@pytest.mark.parametrize("script", [train_cfg_vqvae, train_vfp_moe])
+def test_the_latent_is_drawn_knowing_the_prefix(script, tiny):
+    _, policy, batch, normalizer = prepared(script, tiny)
+    for parameter in policy.prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    policy.eval()
+    actions, given = torch.randn(4, 4, 3), torch.arange(4) < torch.tensor([[0], [1], [2], [2]])
+    _, observation = policy.encode(batch.images / 255, normalizer.proprio(batch.proprio))
+    free, told = policy.prior(observation), policy.prior(observation, flow.Prefix(actions, given))
+    torch.testing.assert_close(told[0], free[0])
+    assert ((told - free).abs().amax(dim=1)[1:] > 1e-3).all()
+    noise = torch.where(given[..., None], actions, torch.nan)
+    torch.testing.assert_close(policy.prior(observation, flow.Prefix(noise, given)), told)
+    later = flow.Prefix(torch.where(given[..., None], actions + 1, actions), given)
+    assert ((policy.prior(observation, later) - told).abs().amax(dim=1)[1:] > 1e-3).all()
+
+
+@pytest.mark.parametrize("script", [train_cfg_vqvae, train_vfp_moe])
+def test_the_prior_learns_from_the_prefix_of_a_draw(script, tiny):
+    config, policy, batch, normalizer = prepared(script, tiny)
+    seen, forward = [], policy.prior.forward
+    policy.prior.forward = lambda observation, prefix=None: (
+        seen.append(prefix) or forward(observation, prefix)
+    )
+    x_1 = normalizer.actions(batch.actions, batch.proprio)
+    x_0, t = torch.randn_like(x_1).repeat_interleave(2, dim=0), torch.full((8, 4), 0.3)
+    t[1, :2] = t[3, :1] = t[4, :2] = 1.0  # the last draw of samples 0 and 1, the first of 2
+    script.compute_loss(policy, batch, normalizer, config, train=True, x_0=x_0, t=t)
+    assert seen[0].given.sum(dim=1).tolist() == [2, 1, 0, 0]
+    torch.testing.assert_close(seen[0].actions, x_1)
+    script.compute_loss(policy, batch, normalizer, config, train=True, x_0=x_0, t=torch.full((8,), 0.3))
+    assert seen[1] is None
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_training_with_prefixes_reaches_every_weight_and_is_known_to_the_policy(script, tiny, tmp_path):
     config, policy, batch, normalizer = prepared(script, tiny)
