@@ -295,7 +295,7 @@ def sample_actions(
         shape = (len(images), config.horizon, policy.action_decoder.action_in.in_features)
         x_0 = flow.noise(shape, images.device, generator)
     if noise is None:
-        noise = flow.noise((len(images), config.latent_dim), images.device, generator)
+        noise = flow.episode_noise((len(images), config.latent_dim), images.device, generator)
     z = policy.latent.draw(policy.prior(observation, prefix), noise)
     return integrate(policy, observation, z, x_0, config, steps, prefix)
 

@@ -25,6 +25,9 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 """Source of noise: one for a whole batch, or one for each of its samples."""
 
 
+OTHER_SEED = 0x9E3779B97F4A7C15  # turns a seed into that of independent noise
+
+
 @options
 class DelayConfig:
     """Chunks that continue what the robot does while they are computed."""
@@ -42,6 +45,20 @@ def noise(shape: Sequence[int], device: torch.device | str, generator: Generator
     if not isinstance(generator, Sequence):
         return torch.randn(*shape, device=device, generator=generator)
     return torch.stack([torch.randn(*shape[1:], device=device, generator=one) for one in generator])
+
+
+def episode_noise(shape: Sequence[int], device: torch.device | str, generator: Generators = None) -> Tensor:
+    """Noise that stays the same as long as the generators are not seeded again, that is, in an episode.
+
+    For latents, which name a way to do the task: a robot that is on one must not draw another in its next
+    chunk. `noise` with the generators is independent of it.
+    """
+    if isinstance(generator, Sequence):
+        return torch.cat([episode_noise((1, *shape[1:]), device, one) for one in generator])
+    if generator is None:
+        return torch.randn(*shape, device=device)
+    own = torch.Generator(generator.device).manual_seed(generator.initial_seed() ^ OTHER_SEED)
+    return torch.randn(*shape, device=device, generator=own)
 
 
 def sample_time(

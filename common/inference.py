@@ -223,7 +223,8 @@ class RobotPolicy:
         self.reset()
 
     def reset(self, episode: int | None = None) -> None:
-        """Start an episode, the next one by default: forget the chunks being executed.
+        """Start an episode, the next one by default: forget the chunks being executed, and draw new noise for
+        latents, which stays for the episode.
 
         With a seed, each episode has its own noise, always the same: `reset(0)` repeats the first episode.
         """

@@ -225,6 +225,27 @@ def test_a_prefix_is_left_as_it_is_by_integration(method):
     assert torch.equal(unchanged, flow.integrate(velocity, x_0, 4, method))
 
 
+def test_noise_of_an_episode_lasts_until_its_generator_is_seeded_again():
+    one, two = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)
+    first = flow.episode_noise((1, 8), "cpu", one)
+    fresh = flow.noise((1, 8), "cpu", one)
+    assert not torch.isclose(first, fresh).any()  # independent
+    assert torch.equal(flow.episode_noise((1, 8), "cpu", one), first)
+    both = flow.episode_noise((2, 8), "cpu", [two, one])
+    assert torch.equal(both[1:], first)
+    assert not torch.isclose(both[0], both[1]).any()
+    one.manual_seed(7)
+    assert not torch.isclose(flow.episode_noise((1, 8), "cpu", one), first).any()
+    one.manual_seed(5)
+    assert torch.equal(flow.noise((1, 8), "cpu", one), fresh)  # nothing is taken from the generator
+    assert torch.equal(flow.episode_noise((1, 8), "cpu", one), first)
+    one.seed()  # any 64 bits
+    assert flow.episode_noise((1, 8), "cpu", one).isfinite().all()
+    many = flow.episode_noise((10_000,), "cpu", two)
+    assert abs(many.mean()) < 0.05
+    assert abs(many.std() - 1) < 0.05
+
+
 def test_the_draw_at_the_start_has_no_prefix():
     x_0, x_t, t = torch.randn(6, 4, 2), torch.randn(6, 4, 2), torch.rand(6, 4)
     start, points, times = flow.prepend_start(x_0, x_t, t, 3)
