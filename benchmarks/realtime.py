@@ -186,14 +186,14 @@ def draw(results: dict[str, dict], delays: tuple[int, ...], path: Path) -> None:
     panels = {
         "success, %": lambda runs: mean_of(runs, "success"),
         "collisions, %": lambda runs: mean_of(runs, "collisions"),
-        "change of velocity at seams, 99th percentile": lambda runs: velocity_change(runs, "seam", "p99"),
+        "velocity change at seams, p99": lambda runs: velocity_change(runs, "seam", "p99"),
     }
     for row, (method, ways) in zip(axes, results.items(), strict=True):
         for axis, (title, value) in zip(row, panels.items(), strict=True):
             for way, by_delay in ways.items():
                 axis.plot(delays, [value(by_delay[delay]) for delay in delays], marker="o", label=way)
             axis.set(xlabel="delay, control steps", title=f"{label(method).strip('`')}: {title}")
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(bottom=0, top=102 if title.startswith("success") else None)
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
