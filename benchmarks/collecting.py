@@ -71,20 +71,20 @@ def main(config: Config) -> None:
     random.seed(config.seed)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     counted = ("datasets", "lost", "different", "other exit codes")
-    lines = [f"| killed | times | {' | '.join(counted)} | episode to use, s | weights to episode, s |"]
-    lines.append("| --- " * 8 + "|")
+    print(f"| killed | times | {' | '.join(counted)} | episode to use, s | weights to episode, s |")
+    print("| --- " * 8 + "|", flush=True)
     with tempfile.TemporaryDirectory(prefix="collecting-") as folder, machines() as nodes:
         folder = Path(folder)
         data = demo.record(folder / "data", demo.demonstrate(10, seed=1))
         flags = ["--dataset", data, "--cache-dir", folder / "cache", *SMALL, "--schedule", "constant"]
+        flags += ["--warmup-steps", 0]  # else it depends on --steps
         flags += ["--log-every", LOG_EVERY, "--save-every", SAVE_EVERY, "--keep", 10**6]
         flags += ["--eval-every", 10**7, "--hang-timeout", 60]
         for part in config.parts:
             found, waits = disturbed(part, nodes, config, folder / part, flags)
             times = " | ".join(spread(seconds) for seconds in waits)
             cells = [part, config.kills, *(found[name] for name in counted)]
-            lines.append(f"| {' | '.join(map(str, cells))} | {times} |")
-    print("\n".join(lines))
+            print(f"| {' | '.join(map(str, cells))} | {times} |", flush=True)
 
 
 def spread(seconds: list[float]) -> str:
