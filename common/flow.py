@@ -196,11 +196,20 @@ def compiled(function: Callable[..., Tensor] | None) -> Iterator[None]:
         _compiled.reset(token)
 
 
+def is_compiled() -> bool:
+    """Whether `integrate` runs what `compile_integration` made."""
+    return _compiled.get() is not None
+
+
 def let_thread_capture() -> None:
-    """Let this thread capture compiled code: PyTorch 2.11 prepares only the one that imports its compiler."""
+    """Let this thread capture compiled code: PyTorch 2.11 prepares only the one that imports its compiler.
+
+    What it captures stays until the process ends: PyTorch crashes if a thread takes its graphs with it.
+    """
     from torch._inductor import cudagraph_trees
 
-    cudagraph_trees.local.tree_manager_containers = {}
+    _captured.append({})
+    cudagraph_trees.local.tree_manager_containers = _captured[-1]
     cudagraph_trees.local.tree_manager_locks = defaultdict(Lock)
 
 
@@ -226,6 +235,7 @@ def compile_integration(device: torch.device) -> Callable[..., Tensor]:
     return compiled_or_not
 
 
+_captured: list[dict] = []  # of all threads, by device
 _compiled: ContextVar[Callable[..., Tensor] | None] = ContextVar("compiled", default=None)
 
 

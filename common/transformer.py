@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +48,31 @@ def take_expert(module: nn.Module, expert: int | Tensor) -> nn.Module:
     """The module with only one expert of each stacked layer, for inference.
 
     With a number, the expert shares the layers' memory. With an index (1,) on the device, its weights are
-    copied there, which costs microseconds on a GPU, and nothing waits to read the index.
+    copied there, which costs microseconds on a GPU, and nothing waits to read the index. For a compiled
+    integration they are copied to the same place every time: a graph whose weights have moved is captured
+    again. So only one thread may then sample, as `RobotPolicy.compile` sees to.
     """
+    if isinstance(expert, int) or not flow.is_compiled():
+        return _take(module, expert)
+    taken = _taken.get(module)
+    if taken is None or next(taken.parameters()).device != expert.device:
+        taken = _taken[module] = _take(module, expert)
+    for whole, one in zip(_stacked(module), _stacked(taken), strict=True):
+        for name, parameter in one._parameters.items():
+            torch.index_select(whole._parameters[name], 0, expert, out=parameter)
+    return taken
+
+
+_taken: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def _stacked(module: nn.Module) -> list[StackedLinear]:
+    return [layer for layer in module.modules() if isinstance(layer, StackedLinear)]
+
+
+def _take(module: nn.Module, expert: int | Tensor) -> nn.Module:
     taken = copy.copy(module)
-    children = {name: take_expert(child, expert) for name, child in module.named_children()}
+    children = {name: _take(child, expert) for name, child in module.named_children()}
     parameters = dict(module._parameters)  # also those that are None
     if isinstance(module, StackedLinear):
         slices = isinstance(expert, int)

@@ -134,6 +134,9 @@ def test_a_thread_of_its_own_can_capture():
         with ThreadPoolExecutor(1, initializer=prepared) as thread:
             for name in ("tree_manager_containers", "tree_manager_locks"):
                 assert type(thread.submit(get_obj, local, name).exception()) is expected
+            if prepared:
+                graphs = thread.submit(get_obj, local, "tree_manager_containers").result()
+    assert any(kept is graphs for kept in flow._captured)  # though the thread has ended
 
 
 def test_integration_refuses_what_makes_no_sense():

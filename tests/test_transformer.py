@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from common import flow
 from common.errors import UserError
 from common.instructions import Instructions
 from common.transformer import (
@@ -274,6 +275,25 @@ def test_a_taken_expert_shares_memory_and_acts_alone():
         assert taken[0].weight.data_ptr() == layers[0].weight[e].data_ptr()
         assert taken[0].weight.shape == (1, 4, 5)
     assert layers[0].weight.shape == (3, 4, 5)
+
+
+@torch.no_grad()
+def test_a_compiled_integration_finds_the_chosen_expert_where_the_last_one_was():
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(StackedLinear(3, 4, 5), torch.nn.LayerNorm(5), StackedLinear(3, 5, 2))
+    x = torch.randn(1, 6, 4)
+    places = set()
+    for e in (0, 2, 1, 2):
+        expected = take_expert(layers, e)(x)
+        with flow.compiled(flow.integrate):
+            taken = take_expert(layers, torch.tensor([e]))
+        assert torch.equal(taken(x), expected)
+        places.add((id(taken), taken[0].weight.data_ptr(), taken[2].bias.data_ptr()))
+        for parameter in layers.parameters():  # what is taken next is of the weights as they are then
+            parameter.mul_(1.5)
+    assert len(places) == 1
+    uncompiled = [take_expert(layers, torch.tensor([1])) for _ in range(2)]  # here threads share nothing
+    assert len({id(taken), *map(id, uncompiled)}) == 3
 
 
 def test_stacked_layers_start_as_ordinary_ones_do():
