@@ -36,6 +36,8 @@ from common.text import TextEncoder
 from common.transformer import InfoEmbedder
 
 ROOT = Path(__file__).resolve().parents[1]
+ALIKE = {"no": 0.01, "bf16": 0.1}
+"""How far a compiled policy's actions may be from its own uncompiled, normalized, by precision."""
 ENSEMBLE = 0.01  # decay of the weights in temporal ensembling, as in ACT
 Join = Literal["blocking", "naive", "ensemble", "prefix"]
 """What the robot does while a chunk is computed, and how the chunk joins: see `Controller`."""
@@ -69,8 +71,8 @@ def load_policy(
         device: where to compute. Default: the accelerator if there is one, else the CPU.
         seed: makes sampled actions repeatable; None draws new noise on every start.
         compile: compile the components, and the whole integration as one graph, with torch.compile: loading
-            takes minutes, and so does the first chunk of each other batch size. If compiling fails, prints
-            a warning and runs the policy without it.
+            takes minutes, and so does the first chunk of each other batch size. If compiling fails, or
+            compiled code computes other actions, prints a warning and runs the policy without it.
         precision: `bf16` computes in half precision, which pays off on a processor with bf16 instructions.
         text_encoder: where the text encoder of the instructions is now, if it has moved; it is loaded only
             for sentences that the policy was not trained on.
@@ -246,20 +248,37 @@ class RobotPolicy:
 
     def compile(self) -> None:
         """Compile everything that samples a chunk, with and without a prefix; see `load_policy`."""
+        expected = self._chunks_to_compare()
         for component in self.model.children():
             component.compile(dynamic=False)
         self._integration = flow.compile_integration(self.device)
         if self.device.type == "cuda":
             self._thread = ThreadPoolExecutor(1, "sampling", initializer=flow.let_thread_capture)
         try:
-            robot, most = self.fork(), self.spec.max_delay
-            for prefix in [None, np.zeros((1, self.action_dim))][: 1 + (most > 0)]:
-                robot.act(robot.blank_observation(), prefix=prefix)
+            away = np.abs(self._chunks_to_compare() - expected).max()
+            if not away < ALIKE[self.precision]:
+                raise ValueError(f"its actions would be wrong, by up to {away:.2g} after normalization")
         except Exception as error:  # compilers fail in many ways
             self._integration = self._thread = None
             for component in self.model.children():
                 component._compiled_call_impl = None
             say(f"warning: the policy runs without being compiled ({vision.brief(error)})")
+
+    def _chunks_to_compare(self) -> np.ndarray:
+        """Chunks, always with the same noise, for frames of noise and the mean state, normalized but for an
+        offset; with and without a prefix.
+        """
+        robot, draw = self.fork(), np.random.default_rng(0)
+        robot._seed, chunks = 0, []
+        observation = robot.blank_observation()
+        for camera, frame in observation["images"].items():
+            observation["images"][camera] = draw.integers(0, 256, frame.shape, np.uint8)
+        for prefix in [None, np.zeros((1, self.action_dim))][: 1 + (self.spec.max_delay > 0)]:
+            robot.reset(0)
+            chunks.append(robot.act(observation, prefix=prefix))
+        rotations = self.spec.action_rotations
+        chunks = rotations.encode(np.stack(chunks)) if rotations else np.stack(chunks)
+        return chunks / self.normalizer.action_scale.cpu().numpy()
 
     def blank_observation(self) -> dict:
         """Black frames and the mean state, to measure latency with."""

@@ -14,7 +14,7 @@ import train_cfg_vqvae
 import train_naive_fm
 import train_vfp
 import train_vfp_moe
-from common import vision
+from common import flow, vision
 from common.checkpoint import PolicySpec, seal
 from common.config import parse
 from common.errors import UserError
@@ -420,6 +420,20 @@ def test_a_policy_that_cannot_be_compiled_runs_as_it_is(policy, run_dir, monkeyp
     slow = load_policy(run_dir, device="cpu", seed=0, compile=True)
     assert "runs without being compiled (no compiler here)" in capsys.readouterr().out
     np.testing.assert_array_equal(slow.act(observation(policy)), policy.act(observation(policy)))
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(0.005, False), (0.02, True), (float("nan"), True)])
+def test_a_policy_that_is_compiled_to_something_else_runs_as_it_is(
+    policy, run_dir, monkeypatch, capsys, wrong, said
+):
+    monkeypatch.setattr(torch, "compile", lambda function, **given: function)
+    monkeypatch.setattr(flow, "compile_integration", lambda _: lambda *given: integrated(*given) + wrong)
+    integrated = flow._integrate
+    loaded = load_policy(run_dir, device="cpu", seed=0, compile=True)
+    assert ("its actions would be wrong" in capsys.readouterr().out) == said
+    assert (loaded._integration is None) == said
+    if said:
+        np.testing.assert_array_equal(loaded.act(observation(policy)), policy.act(observation(policy)))
 
 
 @pytest.mark.slow
