@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -163,7 +163,8 @@ def save(run: Run) -> Future[int | None] | None:
     """Write the checkpoint of a run's step; every process calls it and writes its own random state.
 
     Tensors are copied to the first process's memory, and its thread `run.writer` writes them while training
-    goes on. That thread uses neither the device nor other processes.
+    goes on. That thread uses neither the device nor other processes. Where training ends, nothing is copied;
+    where there is no memory for a copy, training waits.
     A full disk costs this checkpoint, not the run: a warning is printed, and earlier checkpoints stay.
 
     Returns:
@@ -190,9 +191,16 @@ def save(run: Run) -> Future[int | None] | None:
     trouble = _agreed(begin) or _agreed(partial(_write_small, run, unfinished))
     if not run.is_main:
         return None
-    large = {} if trouble else _large(run)
-    if options.background_saving:
-        large = tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), large)
+    large, ends = {} if trouble else _large(run), run.stopping or run.step == run.total_steps
+    if options.background_saving and not ends:
+        try:
+            large = tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), large)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "allocate" not in str(error):
+                raise
+            say(f"warning: there is no memory to save step {step} in the background: training waits for it")
+            wait([saving := run.writer.submit(complete, large, trouble)])
+            return saving
     return run.writer.submit(complete, large, trouble)
 
 

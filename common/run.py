@@ -27,6 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ from common.data import (
 )
 from common.data.growth import LOG as GROWTH_LOG
 from common.data.growth import POLL_SECONDS, Growth
+from common.data.samples import Ahead
 from common.data.tasks import listed
 from common.errors import EXIT_STOPPED, UserError
 from common.files import read_json, write_json, write_whole
@@ -302,6 +304,8 @@ class Run:
         pin = self.device.type == "cuda"
         self._loader = make_loader(dataset, *options, start=self.samples - begin, pin_memory=pin)
         self._batches = iter(self._loader)
+        if pin and self._loader.num_workers == 0:  # else launches would wait while a batch is copied
+            self._batches = Ahead(self._batches, partial(torch.cuda.set_device, torch.cuda.current_device()))
         self._orders = [*self._orders[-9:], (begin, self._loader.batch_sampler)]  # for `_drawn`
         self.data = self.data._replace(train=dataset)
 

@@ -434,6 +434,21 @@ def test_a_disk_that_does_not_answer_is_told_by_the_watch(tiny, tmp_path):
     assert "in seal" in printed
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_without_memory_for_a_copy_training_waits(error, tiny, tmp_path, monkeypatch, capsys):
+    flags = ["--steps", 2, "--save-every", 1]
+    whole = train(train_vfp, tiny, tmp_path / "whole", *flags)
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "tree_map_only", refuse)
+    run = train(train_vfp, tiny, tmp_path / "run", *flags)
+    # Not of the last step, for which nothing is copied.
+    assert capsys.readouterr().out.count("no memory to save step 1 in the background: training waits") == 1
+    assert all(same_checkpoints(run, whole, step) for step in (1, 2))
+
+
 @pytest.mark.parametrize("script", [train_vfp, train_naive_fm])  # a weight average, and that of schedule-free
 def test_what_is_written_late_is_what_there_was(script, tiny, tmp_path, monkeypatch):
     flags = ["--steps", 4, "--save-every", 2, "--eval-every", 1]

@@ -20,6 +20,7 @@ from filelock import FileLock
 from common.data import ingest
 from common.data.ingest import StoreRequest, ensure_store
 from common.data.samples import (
+    Ahead,
     Batch,
     ChunkDataset,
     SampleStream,
@@ -209,6 +210,26 @@ def test_a_batch_that_is_held_is_never_overwritten(store):
     for view, copy in zip(held, copies, strict=True):
         view = view().byte()[0] if callable(view) else view
         assert torch.equal(view, copy)
+
+
+def test_a_thread_that_gathers_ahead_gives_the_same_batches_beside_others(store):
+    samples = ChunkDataset(store, range(store.num_episodes), 4)
+    expected = iter(make_loader(samples, 4, 0, 0))
+    ahead = Ahead(iter(make_loader(samples, 4, 0, 0)))
+    rows = np.arange(4)
+    for _ in range(300):
+        batch, other = next(ahead), samples.__getitems__(rows)  # while the thread gathers the next batch
+        wanted = next(expected)
+        assert all(map(torch.equal, batch[:-1], wanted[:-1]))
+        assert torch.equal(other.images, store.images(samples.rows[rows]))
+
+
+def test_what_fails_ahead_is_raised_when_it_is_due():
+    ahead = Ahead(iter([1, 2]))
+    assert [next(ahead), next(ahead)] == [1, 2]
+    for _ in range(2):
+        with pytest.raises(StopIteration):
+            next(ahead)
 
 
 def test_a_batch_that_nobody_holds_lends_its_memory_to_the_next(store):

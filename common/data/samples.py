@@ -6,6 +6,8 @@ import copy
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -59,7 +61,7 @@ class _Recycler:
     """
 
     def __init__(self, keep: int = 4):
-        self.keep = keep
+        self.keep, self._lock = keep, Lock()  # `Ahead` and evaluation may gather at once
         self.loans: list[tuple[np.ndarray, weakref.ref]] = []
 
     def __reduce__(self):
@@ -68,12 +70,13 @@ class _Recycler:
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor."""
         shape = (*shape[:-1], shape[-1] * dtype.itemsize)
-        free = [buffer for buffer, loan in self.loans if loan() is None and buffer.shape == shape]
-        # PyTorch aligns to 64 bytes, NumPy to 16, which makes copying take 50 % longer.
-        buffer = free[0] if free else torch.empty(shape, dtype=torch.uint8).numpy()
-        others = [loan for loan in self.loans if loan[0] is not buffer]
-        view = buffer.view()
-        self.loans = [*others[1 - self.keep :], (buffer, weakref.ref(view))]
+        with self._lock:
+            free = [buffer for buffer, loan in self.loans if loan() is None and buffer.shape == shape]
+            # PyTorch aligns to 64 bytes, NumPy to 16, which makes copying take 50 % longer.
+            buffer = free[0] if free else torch.empty(shape, dtype=torch.uint8).numpy()
+            others = [loan for loan in self.loans if loan[0] is not buffer]
+            view = buffer.view()
+            self.loans = [*others[1 - self.keep :], (buffer, weakref.ref(view))]
         return torch.from_numpy(view).view(dtype)
 
 
@@ -328,6 +331,26 @@ def make_loader(
         # Starting an iterator draws a number: it must not come from the generator of the training noise.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+class Ahead:
+    """An endless iterator that computes the next item in a thread, while the last one is in use.
+
+    Args:
+        prepare: what the thread does first.
+    """
+
+    def __init__(self, items: Iterator, prepare: Callable[[], None] | None = None):
+        self._items, self._thread = items, ThreadPoolExecutor(1, "loading", prepare)
+        self._next = self._thread.submit(next, items)
+
+    def __iter__(self) -> Ahead:
+        return self
+
+    def __next__(self) -> Any:
+        item = self._next.result()
+        self._next = self._thread.submit(next, self._items)
+        return item
 
 
 def _ignore_signals(worker: int) -> None:
