@@ -29,6 +29,7 @@ from common.data.recording import Demonstration, write_dataset
 from common.envs import EnvConfig, Environment
 from common.envs.record import perform
 from common.errors import UserError
+from common.files import sync, sync_one
 from common.inference import RobotPolicy, load_policy
 from common.person import Operator, Watched, make_operator
 from common.rollout import Episode, answering, make_environments, roll_out
@@ -132,7 +133,9 @@ def write(path: Path, spec: PolicySpec, found: Iterator[Demonstration]) -> bool:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    sync(unfinished)
     unfinished.rename(path)
+    sync_one(path.parent)
     return True
 
 

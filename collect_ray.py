@@ -77,7 +77,7 @@ def main(config: Config) -> None:
         raise UserError("A person corrects on their own machine: use collect.py, with the same folders.")
     if not config.run.is_dir():
         raise UserError(f"{config.run} does not exist: start the run first.")
-    config = replace(config, run=config.run.absolute(), out=config.out.absolute())
+    config = replace(config, run=config.run.resolve(), out=config.out.absolute())  # datasets are named by it
     needs = resources(config)
     room = {"num_cpus": needs.pop("CPU", 0), "num_gpus": needs.pop("GPU", 0), "resources": needs}
     connect(config.address)
@@ -197,7 +197,12 @@ class Board:
 
     def status(self) -> Status:
         steps = sum(self.datasets.values())
-        return Status(steps, self.why_wait(), len(self.losses), len(self.granted))
+        return Status(steps, self.why_wait(), len(self.losses), len(self.held()))
+
+    def held(self) -> dict[int, tuple[int, float]]:
+        """What was granted to collectors that are still thought to record it."""
+        now = time.monotonic()
+        return {number: given for number, given in self.granted.items() if now - given[1] < HELD}
 
     def left(self) -> float:
         """Steps that may still be recorded."""
@@ -240,12 +245,11 @@ class Board:
 
     def grant(self, number: int, steps: int) -> bool:
         """Whether a collector may record a round of this many steps."""
-        now = time.monotonic()
-        others = {n: given for n, given in self.granted.items() if n != number and now - given[1] < HELD}
+        others = {n: given for n, given in self.held().items() if n != number}
         self.full |= steps > self.left()
         if steps > self.left() - sum(given for given, _ in others.values()):
             return False
-        self.granted = others | {number: (steps, now)}
+        self.granted = others | {number: (steps, time.monotonic())}
         return True
 
     def end(self, number: int) -> None:

@@ -16,6 +16,7 @@ import logging
 import operator
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
@@ -100,6 +102,7 @@ class Config:
 def main(config: Config, flags: Sequence[str]) -> None:
     """Train until the run is done, stopped, or fails for good; `flags` are the script's."""
     refuse_senseless(config, flags)
+    most = batch_size(config, flags) if config.global_batch else 0
     connect(config.address)
     stopped: list[float] = []
 
@@ -111,10 +114,11 @@ def main(config: Config, flags: Sequence[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, ask_to_stop)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    board = ray.remote(Board).options(num_cpus=0, label_selector=here).remote()
+    restarted = {"max_restarts": -1, "max_task_retries": -1}
+    board = ray.remote(StopBoard).options(num_cpus=0, label_selector=here, **restarted).remote()
     command = [str(config.script), *flags, "--run-dir", str(config.run_dir), "--resume", "auto"]
     job = {"command": command, "run_dir": str(config.run_dir), "cwd": os.getcwd(), "board": board}
-    job |= {"global_batch": config.global_batch, "most": flag(flags, "batch-size")}
+    job |= {"global_batch": config.global_batch, "most": most}
     job |= {"env": {name: os.environ[name] for name in config.env}}
     code = supervise(config, job, stopped)
     time.sleep(LOG_SECONDS)
@@ -150,9 +154,6 @@ def refuse_senseless(config: Config, flags: Sequence[str]) -> None:
     for name in ("run-dir", "resume", *(["grad-accumulation"] if config.global_batch else [])):
         if flag(flags, name) is not None:
             raise UserError(f"--{name} after the -- is set by launch_ray.py itself: leave it out there.")
-    most = flag(flags, "batch-size")
-    if config.global_batch and most is not None and not (most.isdecimal() and int(most)):
-        raise UserError(f"--batch-size is {most}: give a number of samples.")
     for name in config.env:
         if name not in os.environ:
             raise UserError(f"--env {name}: there is no such variable here: set it, or leave it out.")
@@ -174,7 +175,18 @@ def flag(flags: Sequence[str], name: str) -> str | None:
     return found
 
 
-def divide(global_batch: int | None, most: str | None, world: int) -> tuple[int, list[str]]:
+def batch_size(config: Config, flags: Sequence[str]) -> int:
+    """The script's --batch-size, from its flags, its --config, or its default."""
+    return parse(load(config.script).Config, list(flags), config.script.name).optim.batch_size
+
+
+def load(script: Path) -> ModuleType:
+    """Import a script."""
+    sys.path.insert(0, str(script.parent))
+    return importlib.import_module(script.stem)
+
+
+def divide(global_batch: int | None, most: int, world: int) -> tuple[int, list[str]]:
     """How many of the workers train, and with which flags, so that a step has `global_batch` samples.
 
     `most` is how many samples a process takes at once.
@@ -183,7 +195,7 @@ def divide(global_batch: int | None, most: str | None, world: int) -> tuple[int,
         return world, []
     active = max(n for n in range(1, world + 1) if global_batch % n == 0)
     each = global_batch // active
-    parts = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= int(most or each))
+    parts = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= most)
     return active, ["--batch-size", str(each // parts), "--grad-accumulation", str(parts)]
 
 
@@ -194,11 +206,11 @@ def brief(error: BaseException) -> str:
 # The launcher's side
 
 
-class Board:
-    """An actor on the launcher's machine, where workers ask whether to stop."""
+class StopBoard:
+    """An actor on the launcher's machine, where workers ask whether to stop; Ray replaces a lost one."""
 
     def __init__(self):
-        self.stopping, self.asked = False, 0.0
+        self.stopping, self.asked = False, time.monotonic()
 
     def ask(self) -> bool:
         self.asked = time.monotonic()
@@ -238,8 +250,10 @@ def trainer(config: Config, job: dict) -> Trainer:
         resources_per_worker=need,
         elastic_resize_monitor_interval_s=config.resize_every,
     )
+    name = f"{config.run_dir.name}.ray"  # next to the run folder, which must be empty for a new run
+    shutil.rmtree(config.run_dir.with_name(name), ignore_errors=True)  # Ray cannot read what it half wrote
     run = ray.train.RunConfig(
-        name=f"{config.run_dir.name}.ray",  # next to the run folder, which must be empty for a new run
+        name=name,
         storage_path=str(config.run_dir.parent),
         storage_filesystem=pyarrow.fs.LocalFileSystem(),
         checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
@@ -272,6 +286,8 @@ def supervise(config: Config, job: dict, stopped: list[float]) -> int:
 
 def judge(error: BaseException) -> tuple[int | None, str]:
     """The exit code of a group that failed, or None if another attempt may help; and what happened."""
+    if isinstance(error, ray.exceptions.RayActorError):
+        return None, "Ray's controller of the group was lost"
     failures = getattr(error, "worker_failures", {})
     if not failures and not hasattr(error, "preemption_info"):
         raise UserError(f"Ray cannot run the scripts ({brief(error)}): see docs/clusters.md.")
@@ -301,6 +317,8 @@ def run_worker(job: dict) -> int:
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False)  # as torchrun's agent keeps one
     place = ray.train.collective.broadcast_from_rank_zero(store and (host, store.port))
     process = start_script(job, flags, active, place) if rank < active else None
+    if rank == active:
+        print(f"{job['global_batch']} samples cannot be divided among {world}: {active} train", flush=True)
     folder, told = RunFolder(Path(job["run_dir"])), False
     while True:
         code = process.poll() if process else 0
@@ -392,8 +410,7 @@ def train_func(config: dict) -> None:
     twice, and nothing is reported to Ray.
     """
     script = Path(config["script"])
-    sys.path.insert(0, str(script.parent))
-    module = importlib.import_module(script.stem)
+    module = load(script)
     module.main(parse(module.Config, [str(flag) for flag in config["flags"]], script.name))
 
 

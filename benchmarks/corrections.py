@@ -61,6 +61,10 @@ class Config:
 
 def main(config: Config) -> None:
     results = {"demonstrations": [], "corrections": []}
+    common = f"{config.demonstrations}-{config.steps}-{config.episodes}"
+    own = {"demonstrations": common}
+    moments = "-".join(f"{share:g}" for share in config.moments)
+    own["corrections"] = f"{common}-{config.rewind}-{config.weight:g}-at-{moments}"
     for seed in config.seeds:
         dataset = config.runs / f"demonstrations-{config.demonstrations}-{seed}"
         if not dataset.exists():
@@ -69,8 +73,7 @@ def main(config: Config) -> None:
             unfinished.rename(dataset)
         lengths = lengths_of(dataset)
         for way, found in results.items():
-            name = f"{way}-{seed}" + f"-{config.rewind}-{config.weight:g}" * (way == "corrections")
-            folder = config.runs / name
+            folder = config.runs / f"{way}-{seed}-{own[way]}"
             if way == "demonstrations":
                 train(config, folder, seed, config.steps, "--dataset", dataset)
                 labels = sum(lengths)

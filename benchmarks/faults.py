@@ -44,6 +44,7 @@ from common import checkpoint
 from common.config import cli, flat_options, options
 from common.data import demo
 from common.errors import EXIT_HUNG, EXIT_STOPPED
+from common.files import completed_checkpoints
 
 ROOT = Path(__file__).parents[1]
 CLOCKS = ("samples_per_s", "steps_per_s", "data_wait_share", "memory_gb", "elapsed_s", "eta_s")
@@ -555,6 +556,9 @@ def parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+RAY_SECONDS = 1800.0  # more than any of these runs takes
+
+
 def killed_on_ray(what: str, nodes: Machines, config: Config, folder: Path, flags: list) -> Counter:
     """A group of two loses a script, an actor or a machine at random moments, and must recover on its own."""
     found = Counter(runs=0, lost=0, different=0)
@@ -566,23 +570,29 @@ def killed_on_ray(what: str, nodes: Machines, config: Config, folder: Path, flag
         nodes.have(2)
         with run_dir.with_suffix(".0.log").open("w") as log:
             process = subprocess.Popen(start, stdout=log, stderr=log)
+        used, end = None, time.monotonic() + RAY_SECONDS
         while process.poll() is None:
-            children = scripts_of(run_dir)
-            if kills < config.ray_kills and len(children) == 2:
-                time.sleep(random.uniform(0, 8))
-                kills += kill_part(what, nodes, run_dir, children, found)
+            children, newest = scripts_of(run_dir), completed_checkpoints(run_dir)[-1:]
+            if kills < config.ray_kills and len(children) == 2 and newest not in ([], used):
+                time.sleep(random.uniform(0, 2))
+                killed = kill_part(what, nodes, children, found)
+                kills, used = kills + killed, newest if killed else used
                 nodes.have(2)
             time.sleep(0.2)
+            if time.monotonic() > end:
+                process.kill()
+                process.wait()
         found["ended with code 0"] += process.returncode == 0
         judge(found, run_dir, alone, config.steps)
         print(f"{what} on Ray: {kills} of {config.ray_kills} kills, {dict(found)}", flush=True)
     return found
 
 
-def kill_part(what: str, nodes: Machines, run_dir: Path, children: list[int], found: Counter) -> bool:
+def kill_part(what: str, nodes: Machines, children: list[int], found: Counter) -> bool:
     """Kill one of two scripts, its actor, or its machine; returns whether it was still there."""
     child = random.choice(children)
     try:
+        parents = {child: parent(child) for child in children}
         if what == "machine":
             nodes.have(1)
         else:
@@ -590,8 +600,18 @@ def kill_part(what: str, nodes: Machines, run_dir: Path, children: list[int], fo
     except OSError:
         return False
     time.sleep(2)
-    found["scripts that outlived it by 2 s"] += set(children) <= set(scripts_of(run_dir))
+    found["scripts that outlived it by 2 s"] += len(orphans(parents))
     return True
+
+
+def orphans(parents: dict[int, int]) -> list[int]:
+    """Those of these processes, with the ids of their parents, that have outlived them."""
+    found = []
+    for process, had in parents.items():
+        with suppress(OSError):
+            if parent(process) != had:
+                found.append(process)
+    return found
 
 
 def actors(name: str) -> list[int]:

@@ -14,9 +14,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from common.console import say
 from common.errors import UserError
 
 CHECKSUMS = "checksums.json"  # of a checkpoint: written after all its other files
+WAIT_SILENTLY = 2.0  # seconds
 SETTLED_SECONDS = 2.0  # file systems round times to up to two seconds
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -79,7 +81,7 @@ def computed_once(path: Path, key: Any, compute: Callable[[], Any]) -> Any:
     Other processes that ask for it meanwhile wait, then read it. A file that is damaged or has another key is
     ignored and replaced. Without a key (None), or where nothing can be written, nothing is cached.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     if key is None:
         return compute()
@@ -89,7 +91,11 @@ def computed_once(path: Path, key: Any, compute: Callable[[], Any]) -> Any:
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = lock.acquire()
+        try:
+            held = lock.acquire(timeout=WAIT_SILENTLY)
+        except Timeout:
+            say(f"waiting for another process, which computes {path}")
+            held = lock.acquire()
     except OSError:  # a folder that cannot be written
         held = nullcontext()
     with held:

@@ -283,14 +283,14 @@ class Run:
 
         self._at("opening the run folder")
         self.folder = self._open_folder(data.store)
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[int | None] | None = None
+        self._saved_step = self.step
         self._growth = None
         if config.data.grow_from is not None:
             self._start_growth()
         self._at("starting the tracker")
         self.tracker = Tracker(accelerator, self.folder, config, self.total_steps, *done)
-        self.writer = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[int | None] | None = None
-        self._saved_step = self.step
         self._optimizer = raw_optimizer
         self._clipper = optim.GradientClipper(policy, raw_optimizer, config.optim.grad_clip)
 
@@ -320,10 +320,12 @@ class Run:
         return found
 
     def _start_growth(self) -> None:
-        """Take in what is in `--grow-from` already, in a resumed run as before; then look for more."""
+        """Take in what is in `--grow-from` already, in a resumed run first what it had before; then look for
+        more.
+        """
         self._at(PREPARING)
         self._growth = Growth(self.config.data, self.data.train, self.folder / GROWTH_LOG, self.is_main)
-        if self.is_main and not self._growth.times:
+        if self.is_main:
             self._growth.look()
             time.sleep(POLL_SECONDS)
             self._growth.look()  # which takes what has not changed in between
@@ -336,6 +338,8 @@ class Run:
         growth = self._growth
         while found := growth.due(self.step, self.samples, ready, lambda x: broadcast_object_list([x])[0]):
             dataset = growth.take(found)
+            if self._loader.num_workers:  # new ones would keep the memory of the checkpoint being written
+                self._finish_saving()
             self._draw_from(dataset, found["samples"], growth.repeated)
             say(
                 f"step {found['step']}: {len(found['entries'])} new in {growth.folder}, now "
@@ -351,6 +355,8 @@ class Run:
         folder = Path(broadcast_object_list([str(folder)])[0])
         if self.is_main:
             folder.mkdir(parents=True, exist_ok=True)
+            if not self.resuming:  # of a start that ended before its first checkpoint
+                (folder / GROWTH_LOG).unlink(missing_ok=True)
             self._write_config(folder, store)
             batches = self.config.optim.grad_accumulation
             say(

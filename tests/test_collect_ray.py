@@ -107,6 +107,7 @@ def test_what_a_collector_was_granted_and_never_recorded_is_free_again(run, out,
     assert not board.grant(1, 30)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + collect_ray.HELD + 1)
+    assert board.status().recording == 0
     assert board.grant(1, 30)
 
 

@@ -123,6 +123,27 @@ def test_a_resumed_run_learns_from_the_same_samples_in_the_same_order(
         assert all(torch.equal(mine[key], other[key]) for key in mine)
 
 
+def test_what_has_appeared_between_two_starts_is_learned_from_the_next_step_on(
+    tiny, folder, arrivals, tmp_path, accelerate_reset
+):
+    run = tmp_path / "run"
+    train(train_naive_fm, tiny, run, *FLAGS, "--grow-from", folder, "--steps", 5)
+    entry(folder, "d", 8)
+    train(train_naive_fm, tiny, None, "--resume", run, "--steps", 8)
+    log = json.loads((run / LOG).read_text())
+    assert [(time["step"], time["entries"][0]["name"]) for time in log] == [(3, "b"), (5, "d"), (6, "c")]
+
+
+def test_the_log_of_a_start_that_saved_nothing_is_forgotten(
+    tiny, folder, arrivals, tmp_path, accelerate_reset
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / LOG).write_text('[{"step": 0, "samples": 0, "entries": [{"name": "gone"}]}]')
+    train(train_naive_fm, tiny, run, *FLAGS, "--grow-from", folder, "--resume", "auto")
+    assert [time["step"] for time in json.loads((run / LOG).read_text())] == [3, 6]
+
+
 def test_statistics_and_held_out_episodes_are_those_of_the_first_dataset(
     tiny, folder, arrivals, tmp_path, accelerate_reset
 ):
@@ -286,6 +307,25 @@ def test_a_lerobot_dataset_may_grow_by_itself(folder, growing, base, tmp_path):
     again.take(first)
     assert again.due(5, 80, 0, None) == found
     assert torch.equal(again.take(found).__getitems__([40, 60]).images, grown.__getitems__([40, 60]).images)
+
+
+def test_a_dataset_that_is_being_extended_is_read_again(folder, growing, base, tmp_path, monkeypatch):
+    folder.rmdir()
+    make_dataset(folder, (8, 9), CAMERAS, video=False, dims=(3, 3), names=None)
+    look(growing)
+    found = growing.due(1, 0, 1, lambda x: x)
+    again, tries = Growth(growing.config, growing.base, tmp_path / LOG, writes=False), []
+
+    def half_written(config):
+        tries.append(config)
+        if len(tries) < 3:
+            raise UserError("data/chunk-000/file-000.parquet is damaged")
+        return open_dataset(config)
+
+    monkeypatch.setattr("common.data.open_dataset", half_written)
+    assert again.take(again.due(1, 0, 0, None)).store.num_episodes == 6
+    assert found == again.times[0]
+    assert len(tries) == 3
 
 
 def test_hdf5_files_appear_one_by_one(folder, cache_dir, tmp_path):

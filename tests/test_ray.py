@@ -20,8 +20,9 @@ from ray.train import CheckpointConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 import launch_ray
+import train_vfp
 from benchmarks import faults
-from benchmarks.faults import parent, scripts_of
+from benchmarks.faults import orphans, parent, scripts_of
 from common.checkpoint import find
 from common.config import parse
 from common.errors import EXIT_HUNG, EXIT_OUT_OF_MEMORY, EXIT_STOPPED, UserError
@@ -41,12 +42,12 @@ def configuration(*argv):
 @pytest.mark.parametrize(
     ("samples", "most", "workers", "active", "batch", "parts"),
     [
-        (64, None, 4, 4, 16, 1),
-        (64, None, 3, 2, 32, 1),  # 64 samples cannot be divided among three
-        (64, "16", 1, 1, 16, 4),
-        (64, "10", 2, 2, 8, 4),  # the largest below 10 that divides 32
-        (7, None, 4, 1, 7, 1),
-        (6, "4", 1, 1, 3, 2),
+        (64, 64, 4, 4, 16, 1),
+        (64, 32, 3, 2, 32, 1),  # 64 samples cannot be divided among three
+        (64, 16, 1, 1, 16, 4),
+        (64, 10, 2, 2, 8, 4),  # the largest below 10 that divides 32
+        (7, 7, 4, 1, 7, 1),
+        (6, 4, 1, 1, 3, 2),
     ],
 )
 def test_a_step_has_the_same_samples_whatever_the_number_of_workers(
@@ -82,7 +83,16 @@ def test_flags_of_the_script_are_read_as_it_reads_them():
 def test_what_makes_no_sense_is_refused_before_ray_starts(argv, flags, sentence, tmp_path):
     config = configuration(*argv, ROOT / "train_vfp.py", "--run-dir", tmp_path)
     with pytest.raises(UserError, match=sentence):
-        launch_ray.refuse_senseless(config, flags)
+        launch_ray.main(config, flags)
+
+
+def test_the_most_that_a_process_takes_is_the_scripts_own_batch_size(tmp_path):
+    config = configuration(ROOT / "train_vfp.py", "--run-dir", tmp_path / "run")
+    file = tmp_path / "small.json"
+    file.write_text(json.dumps({"script": "train_vfp.py", "config": {"optim": {"batch_size": 12}}}))
+    assert launch_ray.batch_size(config, []) == train_vfp.Config().optim.batch_size
+    assert launch_ray.batch_size(config, ["--config", str(file)]) == 12
+    assert launch_ray.batch_size(config, ["--config", str(file), "--batch-size", "3"]) == 3
 
 
 def test_a_script_that_is_not_there_is_refused(tmp_path):
@@ -103,6 +113,10 @@ def test_a_script_that_is_not_there_is_refused(tmp_path):
 )
 def test_only_what_another_attempt_may_help_is_tried_again(ends, code):
     assert launch_ray.judge(WorkerGroupError("", dict(enumerate(ends))))[0] == code
+
+
+def test_a_group_whose_controller_is_lost_starts_again():
+    assert launch_ray.judge(ray.exceptions.ActorDiedError())[0] is None
 
 
 def test_what_ray_refuses_is_not_tried_again():
@@ -198,10 +212,11 @@ def alone(flags, tmp_path_factory):
     """Runs without Ray, by their number of processes."""
     folder, made = tmp_path_factory.mktemp("alone"), {}
 
-    def run(processes):
-        if processes not in made:
-            made[processes] = plain(processes, folder / str(processes), flags)
-        return made[processes]
+    def run(processes, steps=20):
+        if (processes, steps) not in made:
+            own = [*flags, "--steps", steps]
+            made[processes, steps] = plain(processes, folder / f"{processes}-{steps}", own)
+        return made[processes, steps]
 
     return run
 
@@ -225,23 +240,23 @@ def test_workers_train_bit_for_bit_what_python_and_torchrun_train(number, machin
 @pytest.mark.parametrize("what", ["script", "actor", "machine"])
 def test_what_is_killed_goes_on_by_itself_to_the_same_end(what, machines, flags, alone, tmp_path):
     machines.have(2)
-    run = tmp_path / "run"
-    process = launch(machines, run, [], flags, workers=2)
-    wait_for_step(run, 6, process)
+    run, steps = tmp_path / "run", 300  # enough that it has not ended before Ray misses a machine
+    process = launch(machines, run, [], [*flags, "--steps", steps, "--save-every", 20], workers=2)
+    wait_for_step(run, 30, process)
     had = scripts_of(run)
+    parents = {script: parent(script) for script in had}
     assert len(had) == 2
     if what == "machine":
         machines.have(1)
     else:
         os.kill(had[1] if what == "script" else parent(had[1]), signal.SIGKILL)
-    end = time.monotonic() + 60
-    while set(scripts_of(run)) & set(had):
-        assert time.monotonic() < end, "a script outlives its group"
-        time.sleep(0.05)
+    time.sleep(2)
+    assert not orphans(parents)
+    wait_until(lambda: not set(scripts_of(run)) & set(had), process, 60)
     machines.have(2)
     printed = finish(process, run)
     assert "starting again from the newest checkpoint (failure 1)" in printed
-    same(run, alone(2), 20)
+    same(run, alone(2, steps), steps)
 
 
 @pytest.mark.slow

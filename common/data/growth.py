@@ -120,7 +120,8 @@ class Growth:
     def _watch(self) -> None:
         with kept_pool():
             while not self._stopping.wait(POLL_SECONDS):
-                self.look()
+                with suppress(OSError):  # a network's disk does not answer
+                    self.look()
 
     def look(self) -> None:
         """Decode what is new and has not changed since the last look. An entry that cannot be used is tried
@@ -179,10 +180,20 @@ class Growth:
         if entry in self._opened:
             return self._opened.pop(entry)
         path, storage = self.folder / entry.name, self.base.store.storage
+        patience = time.monotonic() + PATIENCE_SECONDS * bool(entry.fingerprint and entry.episodes)
         chosen = {"dataset": (str(path),), "episodes": (entry.episodes,) if entry.episodes else ()}
         chosen |= {"weights": (), "task": (), "task_weights": (), "task_balance": 0.0, "episodes_file": None}
-        with self._opening, quiet():
-            store = open_dataset(replace(self.config, **chosen, store=storage, skip_bad_episodes=False))
+        while True:
+            try:
+                with self._opening, quiet():
+                    store = open_dataset(
+                        replace(self.config, **chosen, store=storage, skip_bad_episodes=False)
+                    )
+                break
+            except Exception:  # it was read before: more is being written to it at this moment
+                if time.monotonic() >= patience:
+                    raise
+                time.sleep(POLL_SECONDS)
         if entry.fingerprint and entry.fingerprint != _fingerprint(store):
             raise UserError(
                 f"{path} has changed since the run has learned from it: restore it, or start a new run."
