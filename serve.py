@@ -345,11 +345,12 @@ def observation_in(request: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("images maps the names of cameras to arrays")
     observation = {"images": {name: upright(x) for name, x in images.items()}}
     observation["state"] = numbers(request[names[0]], "the state")
-    task = request.get("task", request.get("prompt"))
-    if task is not None:
-        if not isinstance(task, str):
+    named = next((key for key in ("task", "prompt") if key in request), None)
+    if named is not None:
+        task = request[named]
+        if not isinstance(task, str | None):
             raise ValueError(f"a task is a text, not a {type(task).__name__}")
-        if len(task) > LONGEST_TASK:
+        if len(task or "") > LONGEST_TASK:
             raise ValueError(f"a task has at most {LONGEST_TASK:,} characters; got {len(task):,}")
         observation["task"] = task
     return observation | ({"step": request["step"]} if "step" in request else {})

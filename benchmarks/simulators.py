@@ -36,7 +36,7 @@ from benchmarks.simulators_report import write_report
 from common.checkpoint import find
 from common.config import cli, options
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "simulators.json"
@@ -105,6 +105,7 @@ class Config:
 
 def main(config: Config) -> None:
     jobs = [job for prefix in config.only or ("",) for job in plan() if is_part(prefix, job)]
+    jobs = list(dict.fromkeys(jobs))
     if not jobs:
         raise UserError(f"--only {' '.join(config.only)} names no run of the plan, such as {plan()[0].name}.")
     if not config.report:
@@ -198,18 +199,44 @@ def measure(kinds: list[str], runs: Path) -> None:
     print(f"seconds a step: {read()['seconds']}", flush=True)
 
 
+def settings(job: Job, runs: Path) -> dict:
+    """All that a result depends on, but the code and the machine."""
+    ours = ROOT / "configs" / job.method / "simulators.json"
+    config = LEROBOT[job.method] if job.method in LEROBOT else json.loads(ours.read_text())
+    return {
+        "config": config,
+        "env": TASKS[job.task],
+        "demonstrations": read_json(runs / "data" / job.task / "meta" / "info.json")["total_frames"],
+        "seconds_of_training": BUDGET,
+        "episodes": [EPISODES, BLIND],
+        "max_steps": MAX_STEPS.get(TASKS[job.task].partition(":")[0]),
+    }
+
+
 def make(job: Job, runs: Path) -> None:
-    """Train and evaluate a run, unless its result exists.
+    """Train and evaluate a run, unless there is a result with these settings, or another process does it.
 
     If interrupted, our runs resume; LeRobot's start again.
     """
-    if job.name in read()["runs"]:
-        return
+    made_with = json.loads(json.dumps(settings(job, runs)))
+    with open(runs / f"{job.name.replace(':', '-')}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{job.name}: another process makes it", flush=True)
+            return
+        if read()["runs"].get(job.name, {}).get("made_with") != made_with:
+            make_alone(job, runs, made_with)
+
+
+def make_alone(job: Job, runs: Path, made_with: dict) -> None:
+    """Train and evaluate a run."""
     seconds = read()["seconds"][kind_of(job)]
     steps, folder, started = int(BUDGET / seconds), runs / job.name.replace(":", "-"), time.time()
     command = train_command(job, runs, folder, steps)
     if job.method in LEROBOT:
-        if not (folder / "checkpoints" / "last").exists():
+        last = folder / "checkpoints" / "last"
+        if not (last.exists() and int(last.resolve().name) == steps):
             shutil.rmtree(folder, ignore_errors=True)  # saves only at its end, refuses an existing folder
             call(command)
         command = [sys.executable, __file__.replace("simulators.py", "lerobot_acts.py")]
@@ -219,13 +246,14 @@ def make(job: Job, runs: Path) -> None:
         command = [sys.executable, "evaluate.py", folder]
     sample_steps = SAMPLE_STEPS.get(job.method, (10, 2, 1))
     flags = ["--env", TASKS[job.task], "--episodes", EPISODES, "--blind-episodes", BLIND]
-    if most := MAX_STEPS.get(TASKS[job.task].partition(":")[0]):
+    if most := made_with["max_steps"]:
         flags += ["--max-steps", most]
     call([*command, *flags, "--sample-steps", *sample_steps])
     found = json.loads((folder / "evaluation" / "results.json").read_text())
     parameters = found["parameters"] if job.method in LEROBOT else count_parameters(find(folder) / "policy")
     with changing() as results:
         results["runs"][job.name] = {
+            "made_with": made_with,
             "steps": steps,
             "seconds_a_step": seconds,
             "parameters": parameters,

@@ -61,7 +61,8 @@ def main(config: Config) -> None:
 
 def run(config: Config, variant: str, seed: int) -> dict:
     """Train and evaluate one run, skipping what is finished; returns its results."""
-    folder = config.runs / f"{variant}-{seed}"
+    named = variant == "text" and config.encoder is not None
+    folder = config.runs / f"{variant}{'-' + str(config.encoder).replace('/', '-') if named else ''}-{seed}"
     wanted = json.loads(CONFIG.read_text())["config"]
     steps = config.steps or wanted["optim"]["steps"]
     wanted["optim"]["steps"] = steps

@@ -9,7 +9,7 @@ import socket
 import struct
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,7 +103,8 @@ class RemotePolicy:
             # A timeout of the socket itself would also end the thread that receives.
             if os.name == "posix":
                 limit = struct.pack("ll", int(self._timeout), int(self._timeout % 1 * 1e6))
-                connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+                with suppress(OSError):  # the server may have hung up already: its last words say why
+                    connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             return wire.unpack(self._connection.recv(self._timeout))
         except InvalidStatus as error:
             said = (error.response.body or b"").decode("utf-8", "replace").strip()

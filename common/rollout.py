@@ -199,7 +199,8 @@ def _roll_out_together(
             policy.told(said)
         except ValueError as error:
             raise UserError(f"--env {first.name}: {error}; give another as evaluate.py --task.") from None
-    running, cameras = np.arange(len(group)), _fitting_cameras(policy, first)
+    with answering(first, "drawing"):
+        running, cameras = np.arange(len(group)), _fitting_cameras(policy, first)
 
     def look(which: np.ndarray) -> list[dict[str, np.ndarray]]:
         with answering(first, "drawing"):

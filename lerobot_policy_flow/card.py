@@ -131,7 +131,10 @@ def _results(results: dict, checkpoint: str) -> str:
 def _how_to_use(policy: RobotPolicy, config: FlowConfig, name: str) -> str:
     images = ", ".join(f'"{camera}": rgb' for camera in policy.spec.cameras)
     shape = (policy.horizon, len(config.action_feature_names))
-    robot = f'--robot.type=... --fps={policy.spec.fps:g} --task="{policy.spec.task or ""}"'
+    tasks = policy.spec.tasks
+    task = policy.spec.task or (tasks.sentences[0] if tasks else "")
+    robot = f'--robot.type=... --fps={policy.spec.fps:g} --task="{task}"'
+    told = f', "task": "{task}"' if tasks else ""
     return f"""## How to use it
 
 With LeRobot and `pip install ./lerobot_policy_flow` from the repository that trained it:
@@ -147,7 +150,7 @@ Without LeRobot:
 from common.inference import load_policy
 
 policy = load_policy("{name}")
-chunk = policy.act({{"images": {{{images}}}, "state": state}})  # {shape}
+chunk = policy.act({{"images": {{{images}}}, "state": state{told}}})  # {shape}
 ```"""
 
 

@@ -193,12 +193,12 @@ class FlowPolicy(PreTrainedPolicy):
             return None
         return left[np.minimum(np.arange(first, last), real[-1])]  # after the last one, the robot holds it
 
-    def _tasks(self, batch: Mapping[str, Any], episodes: int) -> list[str | None] | None:
-        """The instruction of each episode, if the policy is told any."""
+    def _tasks(self, batch: Mapping[str, Any], episodes: int) -> list[Any] | None:
+        """The instruction of each episode, if the policy is told any; `...` where there is none."""
         if self._blank.spec.tasks is None:
             return None
         tasks = batch.get("task") or ""
-        return [task or None for task in ([tasks] * episodes if isinstance(tasks, str) else tasks)]
+        return [task or ... for task in ([tasks] * episodes if isinstance(tasks, str) else tasks)]
 
     def _states(self, batch: Mapping[str, Tensor]) -> np.ndarray:
         """(B, K', P), as many states as are given, the present one last."""

@@ -139,6 +139,7 @@ def test_the_log_of_a_start_that_saved_nothing_is_forgotten(
 ):
     run = tmp_path / "run"
     run.mkdir()
+    (run / "config.json").write_text("{}")
     (run / LOG).write_text('[{"step": 0, "samples": 0, "entries": [{"name": "gone"}]}]')
     train(train_naive_fm, tiny, run, *FLAGS, "--grow-from", folder, "--resume", "auto")
     assert [time["step"] for time in json.loads((run / LOG).read_text())] == [3, 6]

@@ -346,6 +346,22 @@ def test_sinkhorn_in_a_compiled_loss_is_the_same_to_the_bit(monkeypatch):
 
 
 @pytest.mark.slow
+def test_machine_code_of_sinkhorn_computes_the_same():
+    torch._dynamo.reset()
+    losses._compiled_steps.cache_clear()
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 16, requires_grad=True), torch.randn(32, 16)
+    found = []
+    for run in (losses.sinkhorn_divergence, torch.compile(losses.sinkhorn_divergence, dynamic=False)):
+        transport = run(x, y)
+        found.append((*transport, torch.autograd.grad(transport.divergence, x)[0]))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-4, atol=1e-5)
+    losses._compiled_steps.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
 def test_sinkhorn_as_one_operation_keeps_to_the_rules_of_operations():
     costs, weight = torch.rand(3, 6, 6), torch.full((6,), 1 / 6).log()
     torch.library.opcheck(torch.ops.common.sinkhorn.default, (costs, weight, 0.3, 9))

@@ -302,6 +302,13 @@ class Silent(Arm):
         return (*super().step(action)[:4], {})
 
 
+class Vague(Silent):
+    """Reports success for several things at once."""
+
+    def step(self, action):
+        return *super().step(action)[:4], {"is_success": {"task": False}}
+
+
 def gym(env_map=(), make=Arm, **options):
     return GymEnvironment(EnvConfig(env="arm", env_map=env_map, **{"max_steps": 9, **options}), make)
 
@@ -338,6 +345,7 @@ def test_observations_are_mapped():
         ({"env_map": ("head",)}, "--env-map head: write NAME=KEY"),
         ({"max_steps": None}, "give --max-steps"),
         ({"make": Silent}, "does not report success .*--success-reward"),
+        ({"make": Vague}, r"reports is_success as .*, not as true or false: .*--success-reward"),
     ],
 )
 def test_mappings_and_environments_that_cannot_be_used(options, sentence):

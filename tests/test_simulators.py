@@ -55,6 +55,19 @@ def test_an_episode_is_a_function_of_its_seed(environment):
     assert not environment.success()
 
 
+@pytest.mark.parametrize("task", ["push-v3", "pick-place-v3", "assembly-v3", "peg-insert-side-v3"])
+def test_the_first_pictures_show_the_goal_of_their_own_episode(task):
+    mujoco = pytest.importorskip("mujoco")
+    pytest.importorskip("metaworld")
+    environment = make_environment(EnvConfig(env=f"metaworld:{task}"), (96, 96))
+    for episode in range(2):
+        environment.reset(0, episode)
+        first = environment.images()
+        mujoco.mj_forward(environment._env.model, environment._env.data)  # brings everything to its place
+        for camera, picture in environment.images().items():
+            np.testing.assert_array_equal(picture, first[camera])
+
+
 @pytest.mark.parametrize("name", ["metaworld:push-v3", "aloha:transfer-cube", "aloha:insertion"])
 def test_experts_succeed(name):
     pytest.importorskip("metaworld" if name.startswith("m") else "gym_aloha")

@@ -179,7 +179,7 @@ def _row(row: dict[str, Any], cameras: Sequence[str], meta: Meta) -> EpisodeRow:
     first, last = (row.get(f"dataset_{end}_index") for end in ("from", "to"))
     first, last = (None if place is None or math.isnan(place) else int(place) for place in (first, last))
     return EpisodeRow(
-        int(row["episode_index"]), int(row["length"]), tuple(map(str, tasks)), first, last, videos
+        int(row["episode_index"]), int(row["length"]), tuple(map(_spaced, tasks)), first, last, videos
     )
 
 
@@ -195,7 +195,12 @@ def read_tasks(root: Path) -> dict[int, str] | None:
     numbers = table["task_index"].to_pylist()
     if len(texts) != len(numbers) or not all(isinstance(text, str) for text in texts) or None in numbers:
         raise UserError(f"{file} does not list instructions as texts with their task_index: record it again.")
-    return dict(zip(map(int, numbers), texts, strict=True))
+    return dict(zip(map(int, numbers), map(_spaced, texts), strict=True))
+
+
+def _spaced(instruction: object) -> str:
+    """An instruction with single spaces, so that it is one and the same wherever it comes from."""
+    return " ".join(str(instruction).split())
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -89,7 +89,13 @@ class GymEnvironment:
                 f"--env {self.name} does not report success (info has {', '.join(info) or 'nothing'}): give "
                 f"--success-reward, the reward at which an episode counts as a success."
             )
-        return bool(info[key])
+        value = np.asarray(info[key])
+        if value.size != 1 or value.dtype.kind not in "biuf" or value.item() not in (0, 1):
+            raise UserError(
+                f"--env {self.name} reports {key} as {str(info[key])[:100]}, not as true or false: give "
+                f"--success-reward, the reward at which an episode counts as a success."
+            )
+        return bool(value.item())
 
     def state(self) -> np.ndarray:
         vectors = [key for key, value in self._seen.items() if value.ndim == 1 and value.dtype.kind in "fiub"]

@@ -45,10 +45,14 @@ class MetaworldEnvironment:
         self._renderer = Renderer(self._env.model, self._env.data, self.image_size)
 
     def reset(self, seed: int, episode: int) -> None:
+        import mujoco
+
         if self._env is None:
             self._make()
         self._env.seed(seed + episode)
         self._raw, _ = self._env.reset(seed=seed + episode)
+        # It places the goal last: until the next step, pictures would show that of another episode.
+        mujoco.mj_forward(self._env.model, self._env.data)
         self._success = False
 
     def state(self) -> np.ndarray:
