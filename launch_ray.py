@@ -62,6 +62,8 @@ POLL_SECONDS = 1.0
 ABSENT_SECONDS = 30.0  # a group that has not asked for this long is not running
 LEAVE_SECONDS = 120.0  # from the end of the first process to that of the others
 SAME_REQUEST_SECONDS = 2.0  # as in common/watch.py
+NOTICE_SECONDS = 40.0  # in which Ray notices that a machine is lost,
+COORDINATOR_SECONDS = 25.0  # and after that its coordinator of resources, which looks every 20 s
 LOG_SECONDS = 2.0  # until Ray has printed what an actor wrote
 TIED = """
 import ctypes, os, sys
@@ -282,6 +284,20 @@ def supervise(config: Config, job: dict, stopped: list[float]) -> int:
             print(f"error: {what}: failure {failures} of {config.max_failures} allowed.", file=sys.stderr)
             return EXIT_HUNG
         say(f"{what}: starting again from the newest checkpoint (failure {failures})")
+        ends = getattr(group.exception(), "worker_failures", {}).values()
+        if operator.lt(*workers(config)) and not all(isinstance(end, SystemExit) for end in ends):
+            wait_for_notice()
+
+
+def wait_for_notice() -> None:
+    """Wait until Ray has noticed that a machine is lost, if one is: it would plan an elastic group with it,
+    and then wait for it.
+    """
+    alive = lambda: {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # noqa: E731
+    had, end = alive(), time.monotonic() + NOTICE_SECONDS
+    while had <= alive() and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+    time.sleep(COORDINATOR_SECONDS)
 
 
 def judge(error: BaseException) -> tuple[int | None, str]:

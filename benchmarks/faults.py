@@ -522,6 +522,10 @@ class Machines:
         while len(self.nodes) > number:
             self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
 
+    def settle(self) -> None:
+        """Wait until Ray knows which machines there are: the loss of one takes it up to half a minute."""
+        self.cluster.wait_for_nodes(120)
+
 
 @contextmanager
 def machines() -> Iterator[Machines]:
@@ -609,7 +613,8 @@ def orphans(parents: dict[int, int]) -> list[int]:
     found = []
     for process, had in parents.items():
         with suppress(OSError):
-            if parent(process) != had:
+            dead = not Path(f"/proc/{process}/cmdline").read_bytes()  # but nobody has asked how it ended
+            if not dead and parent(process) != had:
                 found.append(process)
     return found
 

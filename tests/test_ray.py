@@ -275,6 +275,7 @@ def test_a_script_ends_with_its_actor_at_once(machines, flags, tmp_path):
 @pytest.mark.slow
 def test_a_group_grows_and_shrinks_with_the_cluster_and_a_step_keeps_its_samples(machines, flags, tmp_path):
     machines.have(1)
+    machines.settle()  # else the group would be made for two, and wait for the second
     run = tmp_path / "run"
     options = ["--global-batch", 4, "--resize-every", 5]
     process = launch(machines, run, options, [*flags, "--steps", 100_000], workers="1-2")
