@@ -35,7 +35,7 @@ class DelayConfig:
     max_delay: NonNegativeInt = 0
     """Most control steps that a robot may take between an observation and its chunk: the actions of these
     steps are given, and the chunk continues them. Training draws 0 to this many; 0 turns this off."""
-    prefix_share: Share = 0.5
+    prefix_share: Share = 0.25
     """Share of the training draws that have such a prefix; the others have none, because a network that
     mostly learns to continue a motion is slow to learn to look at the images."""
 

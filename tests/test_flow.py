@@ -180,7 +180,7 @@ def test_prefixes_are_drawn_only_if_asked_for_and_all_lengths_are_as_probable():
     )
     assert flow.share_to_predict(5, flow.DelayConfig(0)).tolist() == [1] * 5
     assert (~given).float().mean(dim=0).tolist() == pytest.approx([1 / 3, 2 / 3, 1, 1, 1], abs=0.02)
-    half = flow.DelayConfig(2)  # the other draws are never given any
+    half = flow.DelayConfig(2, 0.5)  # the other draws are never given any
     expected = [2 / 3, 5 / 6, 1, 1, 1]
     shares = flow.to_predict(flow.random_prefix(t, 5, half)).float().mean(dim=0)
     assert shares.tolist() == pytest.approx(expected, abs=0.02)
