@@ -196,6 +196,11 @@ class Run:
                 )
         elif tasks is not None:
             known = Instructions.of(store, tasks)
+        if self.config.run.push_to_hub is not None and known is not None and known.table is not None:
+            raise UserError(
+                f"--push-to-hub: a policy with the text encoder {known.encoder} cannot be exported yet: "
+                f"leave the flag out, or train with --task-encoder index."
+            )
         train_episodes, held_out = split_episodes(store, options.val_fraction, seed)
         shape = (horizon, options.proprio_history, options.action_offset)
         shape += (known is not None, options.image_history, options.image_stride)

@@ -277,6 +277,16 @@ def test_mean_over_real_tokens_and_trained_poolers(tmp_path):
     torch.testing.assert_close(words[0, -1], words[0, -2])  # CLIP pools by taking the end token
 
 
+def test_a_policy_that_could_not_be_exported_is_refused_before_it_is_trained(
+    told, bert, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("common.exported.require_pushable", lambda *_: None)
+    flags = ("--steps", 1, "--task-encoder", bert, "--push-to-hub", "me/fold")
+    with pytest.raises(UserError, match=r"--push-to-hub: .* text encoder .*cannot be exported"):
+        train(train_naive_fm, told, tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("tokens", ["pooled", "all"])
 def test_a_policy_that_reads(told, bert, tmp_path, tokens, monkeypatch, capsys):
     model = tmp_path / "bert"
