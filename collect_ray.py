@@ -77,7 +77,8 @@ def main(config: Config) -> None:
         raise UserError("A person corrects on their own machine: use collect.py, with the same folders.")
     if not config.run.is_dir():
         raise UserError(f"{config.run} does not exist: start the run first.")
-    config = replace(config, run=config.run.resolve(), out=config.out.absolute())  # datasets are named by it
+    # Datasets have the run's real name, also if it was given by a link.
+    config = replace(config, run=config.run.resolve(), out=config.out.absolute())
     needs = resources(config)
     room = {"num_cpus": needs.pop("CPU", 0), "num_gpus": needs.pop("GPU", 0), "resources": needs}
     connect(config.address)

@@ -29,6 +29,7 @@ from common.console import say
 from common.control import will_be_wanted
 from common.data.cameras import closest
 from common.data.frames import resize_rgb
+from common.data.source import spaced
 from common.data.tasks import listed
 from common.errors import UserError
 from common.normalize import Normalizer, scale_offset
@@ -146,11 +147,6 @@ def load_script(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__.removesuffix('common')}{place}")
 
 
-def _spaced(sentence: str) -> str:
-    """A sentence with single spaces."""
-    return " ".join(sentence.split())
-
-
 _text_encoder = cache(TextEncoder)  # loading it takes seconds
 
 
@@ -219,7 +215,7 @@ class RobotPolicy:
         self.text_encoder: str | None = None
         self._vectors: dict[str, Tensor] = {}  # of new sentences, (L, D)
         known = spec.tasks.sentences if spec.tasks else ()
-        self._places = {_spaced(sentence): place for place, sentence in enumerate(known)}
+        self._places = {spaced(sentence): place for place, sentence in enumerate(known)}
         self._known_range = [x.cpu().numpy() for x in (statistics["min"], statistics["max"], scale)]
         self._generator, self._seed, self._episode = torch.Generator(device), seed, -1
         self.reset()
@@ -273,8 +269,9 @@ class RobotPolicy:
         observation = robot.blank_observation()
         for camera, frame in observation["images"].items():
             observation["images"][camera] = draw.integers(0, 256, frame.shape, np.uint8)
-        for prefix in [None, np.zeros((1, self.action_dim))][: 1 + (self.spec.max_delay > 0)]:
+        for _ in range(1 + (self.spec.max_delay > 0)):
             robot.reset(0)
+            prefix = chunks[0][:1] if chunks else None  # which is valid, whatever an action is
             chunks.append(robot.act(observation, prefix=prefix))
         rotations = self.spec.action_rotations
         chunks = rotations.encode(np.stack(chunks)) if rotations else np.stack(chunks)
@@ -485,9 +482,9 @@ class RobotPolicy:
             return None
         if not isinstance(given, str) or not given.strip():
             raise ValueError(f"the task must be a sentence, not {given!r}: {there}")
-        if _spaced(given) not in self._places and known.encoder == "index":
+        if spaced(given) not in self._places and known.encoder == "index":
             raise ValueError(f'the policy knows no task "{given}"{closest(given, self._places)}: {there}')
-        return _spaced(given)
+        return spaced(given)
 
     def _warn_of_far_states(self, states: np.ndarray) -> None:
         """Warn, once an episode, of each dimension of (B, P) states far outside what was recorded."""

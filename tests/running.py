@@ -24,9 +24,9 @@ def reset():
 
 
 def fitting(script, flags):
-    """The flags, without the flow's options if the script has none; each flag has one value."""
+    """The flags, without those of a flow and a decoder if the script has none; each flag has one value."""
     known = {f"--{f.name.replace('_', '-')}" for f in fields(script.Config)}
-    absent = {"--flow-samples", "--sample-steps"} - known
+    absent = {"--flow-samples", "--sample-steps", "--decoder-layers"} - known
     return [f for i, f in enumerate(flags) if f not in absent and (i == 0 or flags[i - 1] not in absent)]
 
 

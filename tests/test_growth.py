@@ -357,6 +357,25 @@ def test_episodes_that_changed_since_are_refused(folder, growing, tmp_path):
         again.take(found)
 
 
+def test_a_folder_that_does_not_answer_for_a_while_is_said_once(folder, growing, monkeypatch, capsys):
+    looked, look_ = [], growing.look
+
+    def stale():
+        looked.append(0)
+        if len(looked) < 4:
+            raise OSError(116, "Stale file handle")
+        look_()
+
+    monkeypatch.setattr(growing, "look", stale)
+    entry(folder, "a", 8)
+    growing.start()
+    while not growing.ready:
+        assert len(looked) < 1000
+        time.sleep(0.05)
+    growing.close()
+    assert capsys.readouterr().out.count("cannot be read ([Errno 116] Stale file handle): trying again") == 1
+
+
 def test_without_room_for_the_log_new_episodes_wait(folder, growing, monkeypatch, capsys):
     def full(path, content):
         raise OSError(28, "No space left on device")

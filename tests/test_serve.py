@@ -532,6 +532,13 @@ def test_what_the_instructions_mean_is_not_sent(run_dir):
     assert list(about["spec"]["tasks"]["sentences"]) == ["fold", "stack"]
 
 
+def test_no_instruction_and_none_at_all_are_told_apart():
+    seen = {"images": {"head": np.zeros((4, 4, 3), np.uint8)}, "state": np.zeros(2, np.float32)}
+    assert "task" not in serve.observation_in(seen)
+    assert serve.observation_in({**seen, "task": None})["task"] is None  # whichever the policy likes
+    assert serve.observation_in({**seen, "prompt": "fold"})["task"] == "fold"
+
+
 def test_a_task_that_is_no_sentence_is_refused(port, bystander):
     with client(port) as connection:
         assert ask(connection, changed(task="x" * 10**6)) == (

@@ -16,6 +16,7 @@ from common.data import (
     DataConfig,
     SampleStream,
     inspect,
+    lerobot_meta,
     make_loader,
     open_dataset,
     split_episodes,
@@ -139,6 +140,26 @@ def test_instructions_of_hdf5(tmp_path, open_):
     assert open_(root, task_key="lang").episode_tasks == (None, "lift the cube", None, None)
     with pytest.raises(UserError, match=r"--task-key words: .* no such text, only .*lang"):
         open_(root, task_key="words")
+
+
+def test_texts_of_the_same_files_are_not_taken_for_each_other(tmp_path, open_):
+    root = make_hdf5(tmp_path / "d", (4, 3), layout="robomimic")
+    with h5py.File(root / "demos.hdf5", "a") as file:
+        for demo in ("demo_0", "demo_1"):
+            file[f"data/{demo}"].attrs.update({"language_instruction": "pick the cup", "task": "kitchen"})
+            file[f"data/{demo}/a/text"], file[f"data/{demo}/b/text"] = (
+                np.array([b"first"]),
+                np.array([b"second"]),
+            )
+    said = {None: "pick the cup", "task": "kitchen", "a/text": "first", "b/text": "second"}
+    for key, text in [*said.items(), *said.items()]:  # the second time from what is cached
+        assert open_(root, task_key=key).episode_tasks == (text, text)
+
+
+def test_instructions_of_lerobot_have_single_spaces(tmp_path, open_):
+    root = make_dataset(tmp_path / "d", (8, 9), {"observation.images.head": (8, 8)}, video=False)
+    write_tasks(root, ["fold  the towel "])
+    assert lerobot_meta.read_tasks(root) == {0: "fold the towel"}
 
 
 def test_hdf5_instructions_in_another_code(tmp_path, open_):

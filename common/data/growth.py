@@ -118,10 +118,15 @@ class Growth:
             self._thread.join(LEAVE_SECONDS)
 
     def _watch(self) -> None:
+        said = ""
         with kept_pool():
             while not self._stopping.wait(POLL_SECONDS):
-                with suppress(OSError):  # a network's disk does not answer
+                try:
                     self.look()
+                except OSError as error:  # a network's disk does not answer
+                    if str(error) != said:
+                        said = str(error)
+                        say(f"warning: {self.folder} cannot be read ({said}): trying again")
 
     def look(self) -> None:
         """Decode what is new and has not changed since the last look. An entry that cannot be used is tried

@@ -180,8 +180,9 @@ class Hdf5Source:
         by = {place.task_by for place in self.places.values()} - {None, *TASK_ATTRIBUTES}
         if by:  # there may be stores without these instructions
             chosen["task_by"] = sorted(by)
-        if self.config.task_key:  # of several texts in the same files
-            chosen["task_key"] = self.config.task_key
+        key = (self.config.task_key or "").strip("/")
+        if key in TASK_ATTRIBUTES or "/" in key:  # what states it does not tell it from others
+            chosen["task_key"] = key
         return layout.info(self.name, hashlib.sha256(content.encode()).hexdigest(), fps, **chosen)
 
     def _say_doubts(self) -> None:

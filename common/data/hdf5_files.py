@@ -21,7 +21,7 @@ import numpy as np
 
 from common.data.frames import image_frame, pixel_frame
 from common.data.layout import Array, Layout, describe, exact_pixels, rows_of
-from common.data.source import POINTER, BadEpisode, is_pointer, reason
+from common.data.source import POINTER, BadEpisode, is_pointer, reason, spaced
 
 if TYPE_CHECKING:
     import h5py
@@ -218,7 +218,7 @@ def _texts(file: h5py.File, items: dict[str, h5py.Dataset | None]) -> dict[str, 
                 said = said[0] if isinstance(said, list) and len(said) == 1 else said
         if isinstance(said, str) and said.strip() and len(said) <= LONGEST_TEXT and said.lstrip()[0] != "{":
             said = said.encode(errors="surrogateescape").decode(errors="replace")  # as h5py gives other codes
-            found.setdefault(group, {})[name] = " ".join(said.strip().strip('"').split())
+            found.setdefault(group, {})[name] = spaced(said.strip().strip('"'))
 
     def look(group: h5py.Group) -> None:
         for name in group.attrs:

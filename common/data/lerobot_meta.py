@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
 from common.data.layout import Array
-from common.data.source import POINTER, is_pointer, reason
+from common.data.source import POINTER, is_pointer, reason, spaced
 from common.errors import UserError
 from common.files import read_json
 
@@ -179,7 +179,7 @@ def _row(row: dict[str, Any], cameras: Sequence[str], meta: Meta) -> EpisodeRow:
     first, last = (row.get(f"dataset_{end}_index") for end in ("from", "to"))
     first, last = (None if place is None or math.isnan(place) else int(place) for place in (first, last))
     return EpisodeRow(
-        int(row["episode_index"]), int(row["length"]), tuple(map(_spaced, tasks)), first, last, videos
+        int(row["episode_index"]), int(row["length"]), tuple(map(spaced, tasks)), first, last, videos
     )
 
 
@@ -195,12 +195,7 @@ def read_tasks(root: Path) -> dict[int, str] | None:
     numbers = table["task_index"].to_pylist()
     if len(texts) != len(numbers) or not all(isinstance(text, str) for text in texts) or None in numbers:
         raise UserError(f"{file} does not list instructions as texts with their task_index: record it again.")
-    return dict(zip(map(int, numbers), map(_spaced, texts), strict=True))
-
-
-def _spaced(instruction: object) -> str:
-    """An instruction with single spaces, so that it is one and the same wherever it comes from."""
-    return " ".join(str(instruction).split())
+    return dict(zip(map(int, numbers), map(spaced, texts), strict=True))
 
 
 def files_below(folder: Path) -> list[Path]:

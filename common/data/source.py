@@ -147,6 +147,11 @@ def existing(wanted: Sequence[int] | None, there: Collection[int], source: str) 
     return list(there if wanted is None else wanted)
 
 
+def spaced(instruction: object) -> str:
+    """An instruction with single spaces, so that it is one and the same wherever it comes from."""
+    return " ".join(str(instruction).split())
+
+
 def reason(error: BaseException) -> str:
     """An exception's message, as a clause."""
     said = str(getattr(error, "strerror", None) or error)
