@@ -220,8 +220,6 @@ class Server:
         state, actions = self.policy.spec.recorded_names
         spec = asdict(self.policy.spec) | {"state_names": state, "action_names": actions}
         del spec["backbone_config"]
-        if spec["tasks"] is not None:
-            del spec["tasks"]["table"]  # a tensor of what the sentences mean
         about = {"script": self.policy.script.__name__, "step": self.policy.trained_steps}
         return {**about, "horizon": self.policy.horizon, "spec": spec}
 

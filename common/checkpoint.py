@@ -2,7 +2,7 @@
 
     checkpoints/step_0002000/
         policy/         what inference needs: <component>.safetensors (averaged weights), policy.json,
-                        stats.safetensors; with a text encoder, instructions.safetensors
+                        stats.safetensors
         state/          what resuming also needs: Accelerate's state (weights, optimizer, random
                         generators), trainer.json, metrics that are not logged yet
         checksums.json  size and CRC-32 of every file
@@ -56,8 +56,7 @@ if TYPE_CHECKING:
     from common.run import Run
 
 
-TEXTS = "instructions.safetensors"
-OTHERS = (TEXTS, "stats.safetensors")  # in a policy folder, but no components
+STATISTICS = "stats.safetensors"  # in a policy folder, but no component
 
 
 @dataclass(frozen=True)
@@ -141,22 +140,12 @@ class PolicySpec:
 
     @classmethod
     def load(cls, checkpoint: Path) -> PolicySpec:
-        """The spec in a checkpoint, with the vectors of its instructions."""
-        spec, file = cls.from_json(read_settings(checkpoint)["spec"]), checkpoint / "policy" / TEXTS
-        if spec.tasks is None or spec.tasks.encoder == "index":
-            return spec
-        try:
-            return replace(spec, tasks=replace(spec.tasks, table=load_file(file)["table"]))
-        except (OSError, KeyError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read ({_reason(error)}): use another checkpoint.") from None
+        """The spec in a checkpoint."""
+        return cls.from_json(read_settings(checkpoint)["spec"])
 
-    def save(self, policy: Path) -> dict:
-        """Write the vectors of the instructions into a `policy` folder; returns the rest for its JSON."""
-        if self.tasks is None:
-            return asdict(self)
-        if self.tasks.table is not None:
-            save_file({"table": self.tasks.table}, policy / TEXTS)
-        return asdict(replace(self, tasks=replace(self.tasks, table=None)))
+    def to_json(self) -> dict:
+        """Everything but the vectors of instructions, which are among the weights."""
+        return asdict(replace(self, tasks=self.tasks and replace(self.tasks, table=None)))
 
 
 def save(run: Run) -> Future[int | None] | None:
@@ -214,7 +203,7 @@ def _write_small(run: Run, folder: Path) -> None:
         return
     run.data.normalizer.save(policy / "stats.safetensors")
     settings = {"script": run.script.name, "step": run.step}
-    settings |= {"spec": run.data.spec.save(policy), "config": to_dict(run.config)}
+    settings |= {"spec": run.data.spec.to_json(), "config": to_dict(run.config)}
     write_json(policy / "policy.json", settings)
     trainer = {"step": run.step, "samples": run.samples, "updates": run.average.updates}
     trainer |= {"processes": run.world, "optimizer": type(run.average.optimizer).__name__}
@@ -526,7 +515,7 @@ def _weights_of(
         return {name: (path, partial(_read_weights, path))}
     last = find(path)
     refuse_damaged(last, "policy/")
-    files = {file.stem: file for file in sorted(last.glob("policy/*.safetensors")) if file.name not in OTHERS}
+    files = {file.stem: file for file in sorted(last.glob("policy/*.safetensors")) if file.name != STATISTICS}
     return _chosen({part: (f, partial(load_file, f)) for part, f in files.items()}, name, source, components)
 
 

@@ -99,7 +99,7 @@ def load_policy(
         policy.compile()
     tasks = blank.spec.tasks
     if tasks is not None and tasks.encoder != "index":
-        policy.text_encoder = text_encoder or tasks.encoder
+        policy.text_encoder = text_encoder or policy.text_encoder
         known = listed(tasks.sentences)
         say(f"{run} takes any instruction, and was trained on {len(tasks.sentences)}: {known}")
     return policy
@@ -212,7 +212,7 @@ class RobotPolicy:
         self.horizon = config.horizon
         statistics = self.normalizer.statistics["state"]
         scale, _ = scale_offset(statistics, "mean-std")
-        self.text_encoder: str | None = None
+        self.text_encoder = spec.tasks.encoder if spec.tasks else None
         self._vectors: dict[str, Tensor] = {}  # of new sentences, (L, D)
         known = spec.tasks.sentences if spec.tasks else ()
         self._places = {spaced(sentence): place for place, sentence in enumerate(known)}
@@ -454,7 +454,7 @@ class RobotPolicy:
         new = [s for s in dict.fromkeys(spoken) if s is not None and s not in self._places]
         if not new:
             return torch.tensor([self._places.get(sentence, -1) for sentence in spoken])
-        unread = [sentence for sentence in new if sentence not in self._vectors]
+        unread = [s for s in dict.fromkeys(spoken) if s is not None and s not in self._vectors]
         if unread:
             encoder = _text_encoder(self.text_encoder)
             if encoder.identity != known.identity:
@@ -462,12 +462,8 @@ class RobotPolicy:
                     f"{self.text_encoder} is not the text encoder that the policy was trained with: pass "
                     f"that one as text_encoder."
                 )
-            self._vectors |= zip(unread, encoder(unread, known.table.shape[1] - 1), strict=True)
-        nothing = torch.full_like(known.table[0], torch.nan)
-        rows = [
-            nothing if s is None else self._vectors[s] if s in new else known.table[self._places[s]]
-            for s in spoken
-        ]
+            self._vectors |= zip(unread, encoder(unread, known.shape[0] - 1), strict=True)
+        rows = [torch.full(known.shape, torch.nan) if s is None else self._vectors[s] for s in spoken]
         while len(self._vectors) > KEPT_SENTENCES:
             del self._vectors[next(iter(self._vectors))]  # the oldest
         return torch.stack(rows)

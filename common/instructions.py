@@ -6,7 +6,9 @@ encoder (`common/text.py`). `InfoEmbedder` adds all of them to the memory, and t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -55,18 +57,23 @@ class Instructions:
         encoder: `index`, or the name of a text encoder.
         droppable: whether the policy has learned to act without an instruction.
         identity: identifies a text encoder, see `TextEncoder`.
-        table: output of a text encoder, (S, L, D) float32: L vectors per sentence, the last for all of it.
+        shape: (L, D): a text encoder gives L vectors per sentence, the last for all of it.
+        table: those vectors, (S, L, D) float32; None once the network has them, as its weights do.
     """
 
     sentences: tuple[str, ...]
     encoder: str = "index"
     droppable: bool = False
     identity: tuple[Any, ...] = ()
-    table: Any = None
+    shape: tuple[int, ...] = ()
+    table: Any = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, store: EpisodeStore, config: TaskConfig) -> Instructions | None:
-        """The instructions of a dataset; None if there are fewer than two, or the policy is not to be told.
+        """The instructions of a dataset; None if the policy is not to be told.
+
+        By default it is told if there are several. If asked for, one is enough: a policy of several tasks
+        can then be trained further (`--init-from`) on one.
 
         Raises:
             UserError: if only some episodes have an instruction, a text is not UTF-8, there are too many to
@@ -89,7 +96,7 @@ class Instructions:
                 f'{store.source}: the instruction "{broken[0]}" is not UTF-8 text: write it again, or give '
                 f"--task-encoder none."
             )
-        if len(sentences) < 2:
+        if len(sentences) < 2 and config.task_encoder is None:
             return None
         encoder = config.task_encoder or "index"
         if encoder == "index" and len(sentences) > MOST_LEARNED:
@@ -97,14 +104,15 @@ class Instructions:
                 f"{store.source} has {len(sentences)} different instructions, too many to learn each: give a "
                 f"text encoder as --task-encoder, choose with --task, or give --task-encoder none."
             )
-        table, identity = None, ()
+        table, identity, shape = None, (), ()
         if encoder != "index":
             from common.text import encode_once  # it imports this module
 
             table, identity = encode_once(store, encoder, config.task_tokens)
+            shape = tuple(table.shape[1:])
         how = "a learned embedding of each" if table is None else f"encoded by {encoder}"
         say(f"{len(sentences)} instructions, {how}: {listed(sentences, 3)}")
-        return cls(sentences, encoder, config.task_dropout > 0, identity, table)
+        return cls(sentences, encoder, config.task_dropout > 0, identity, shape, table)
 
 
 def drop_some(task: Tensor | None, config: TaskConfig) -> Tensor | None:
@@ -116,24 +124,30 @@ def drop_some(task: Tensor | None, config: TaskConfig) -> Tensor | None:
 
 
 class InstructionEmbedder(nn.Module):
-    """Vectors of instructions, and one for none, which is always learned."""
+    """Vectors of instructions, and one for none, which is always learned.
+
+    Of another policy's weights (`--init-from`) it takes the vectors of sentences that both know, and leaves
+    its others. What a text encoder gives stays in the coordinates that the projection was trained with.
+    """
 
     def __init__(self, known: Instructions, d_model: int):
         super().__init__()
+        names = [json.dumps(known.identity), *known.sentences]
+        self.register_buffer("names", torch.tensor([_number(name) for name in names]))
+        self.register_load_state_dict_pre_hook(_match)
         if known.encoder == "index":
             self.table = nn.Parameter(torch.randn(len(known.sentences), 1, d_model))
             self.none, self.project = nn.Parameter(torch.randn(1, d_model)), nn.Identity()
             return
+        table = torch.zeros(len(known.sentences), *known.shape) if known.table is None else known.table
         # Most of a text encoder's output is the same for all sentences, and tells nothing apart.
-        tokens, whole = known.table[:, :-1], known.table[:, -1:]
-        centre = torch.cat(
-            [tokens.mean(dim=(0, 1), keepdim=True).expand_as(tokens[:1]), whole.mean(0)[None]], 1
-        )
-        scale = (known.table - centre).square().mean().sqrt().clamp(min=1e-6)
-        for name, value in (("centre", centre), ("scale", scale), ("table", (known.table - centre) / scale)):
-            self.register_buffer(name, value, persistent=False)  # the checkpoint has the table itself
-        self.none = nn.Parameter(torch.randn(known.table.shape[1:]))
-        self.project = nn.Linear(known.table.shape[2], d_model)
+        tokens, whole = table[:, :-1], table[:, -1:]
+        centre = [tokens.mean(dim=(0, 1), keepdim=True).expand_as(tokens[:1]), whole.mean(0)[None]]
+        self.register_buffer("table", table)
+        self.register_buffer("centre", torch.cat(centre, dim=1))
+        self.register_buffer("scale", (table - self.centre).square().mean().sqrt().clamp(min=1e-6))
+        self.none = nn.Parameter(torch.randn(known.shape))
+        self.project = nn.Linear(known.shape[1], d_model)
 
     def forward(self, task: Tensor) -> Tensor:
         """(B, L, D), the last for the whole sentence.
@@ -143,7 +157,33 @@ class InstructionEmbedder(nn.Module):
                 sentences, (B, L, D_text), NaN for none.
         """
         if task.is_floating_point():
-            vectors = (task - self.centre) / self.scale
-            return self.project(torch.where(vectors.isnan(), self.none, vectors))
-        vectors = self.table[task.clamp(min=0)]
-        return self.project(torch.where((task < 0)[:, None, None], self.none, vectors))
+            vectors, lost = task, task.isnan()
+        else:
+            vectors, lost = self.table[task.clamp(min=0)], (task < 0)[:, None, None]
+        if isinstance(self.project, nn.Linear):
+            vectors = (vectors - self.centre) / self.scale
+        return self.project(torch.where(lost, self.none, vectors))
+
+
+def _number(name: str) -> int:
+    """A name as 64 bits."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+
+
+def _match(embedder: InstructionEmbedder, state: dict, prefix: str, *others: Any) -> None:
+    """Before weights are loaded: arrange their table by the embedder's own sentences."""
+    own, table = embedder.names, f"{prefix}table"
+    theirs = state.get(f"{prefix}names", own)
+    state[f"{prefix}names"] = own
+    if torch.equal(theirs.to(own.device), own) or table not in state:
+        return
+    if theirs[0] != own[0]:
+        others[-1].append("its instructions were read by another text encoder")
+        return
+    made = embedder.table.detach().clone()
+    if isinstance(embedder.table, nn.Parameter):  # else all are given
+        places = {name: place for place, name in enumerate(theirs[1:].tolist())}
+        for row, name in enumerate(own[1:].tolist()):
+            if name in places:
+                made[row] = state[table][places[name]]
+    state[table] = made

@@ -32,6 +32,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -196,12 +197,14 @@ class Run:
                 )
         elif tasks is not None:
             known = Instructions.of(store, tasks)
-        if self.config.run.push_to_hub is not None and known is not None and known.table is not None:
-            raise UserError(
-                f"--push-to-hub: a policy with the text encoder {known.encoder} cannot be exported yet: "
-                f"leave the flag out, or train with --task-encoder index."
-            )
         train_episodes, held_out = split_episodes(store, options.val_fraction, seed)
+        if known is not None and known.encoder == "index":
+            numbers = store.episode_task_numbers
+            if len(untold := np.setdiff1d(numbers[held_out], numbers[train_episodes])):
+                raise UserError(
+                    f'{store.source}: every episode of "{store.instructions[untold[0]]}" is held out, so it '
+                    f"cannot be learned: lower --val-fraction, or give a text encoder as --task-encoder."
+                )
         shape = (horizon, options.proprio_history, options.action_offset)
         shape += (known is not None, options.image_history, options.image_stride)
         train = ChunkDataset(store, train_episodes, *shape)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import batched
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ from common.console import say
 from common.data.source import hash_ends
 from common.data.store import EpisodeStore
 from common.errors import UserError
-from common.files import write_whole, writing_below
+from common.files import read_json, write_whole, writing_below
 from common.vision import brief, model_source, silence
 
 LONGEST = 256  # most tokens per sentence, if the encoder allows it
@@ -57,6 +58,7 @@ class TextEncoder:
 
     def __init__(self, name: str):
         from transformers import AutoConfig
+        from transformers.utils import cached_file
 
         self.name, self._network = name, None
         self._source, self._where, self._far = model_source(name)
@@ -64,10 +66,14 @@ class TextEncoder:
             if self._where["local_files_only"] and not self._far and not Path(self._source).exists():
                 raise OSError("there is no such folder")
             self._config = AutoConfig.from_pretrained(self._source, **self._where)
-        weights = sorted(Path(self._source).glob("*.safetensors"))
-        # A folder may move; a hub model has a commit.
-        commit = getattr(self._config, "_commit_hash", None)
-        self.identity = tuple(map(hash_ends, weights)) or (name, commit)
+            where = {"local_files_only": self._where["local_files_only"]}
+            find = partial(cached_file, self._source, _raise_exceptions_for_missing_entries=False, **where)
+            weights = ["model.safetensors"]
+            if not find(weights[0]) and (index := find("model.safetensors.index.json")):
+                weights = sorted(set(read_json(index)["weight_map"].values()))
+            files = [find(file) for file in weights]
+        # A model is the same on the hub and in any folder. Without such files, only its name is known.
+        self.identity = tuple(hash_ends(Path(file)) for file in files) if all(files) else (name,)
 
     @torch.no_grad()
     def __call__(self, sentences: Sequence[str], tokens: int | None = 0) -> Tensor:

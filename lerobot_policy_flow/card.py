@@ -58,9 +58,9 @@ def write_card(folder: Path, policy: RobotPolicy, run: Path, config: FlowConfig,
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
-def public(dataset: str) -> str:
-    """A dataset's name for others: its name on the hub, or the last part of a local folder."""
-    return Path(dataset).name if dataset.startswith(("/", "~", ".")) or Path(dataset).exists() else dataset
+def public(name: str) -> str:
+    """A dataset's or model's name for others: its name on the hub, or the last part of a local folder."""
+    return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name
 
 
 def _read(path: Path) -> dict:
@@ -158,6 +158,8 @@ def _how_it_was_trained(policy: RobotPolicy, about: dict) -> str:
     """The command line, with every option that differs from its default."""
     given = flat_options(to_dict(policy.config))
     given["dataset"] = [public(name) for name in given["dataset"]]
+    if encoder := given.get("task_encoder"):
+        given["task_encoder"] = public(encoder)
     usual = flat_options(to_dict(type(policy.config)()))
     flags = [
         f"--{option.replace('_', '-')}" + ("" if value is True else f" {shown(value)}")

@@ -24,6 +24,8 @@ class FlowConfig(PreTrainedConfig):
         sample_steps: integration steps; default: what the run was trained with.
         temporal_ensemble_coeff: sample at every step and average; see `Controller` in `common/inference.py`.
         clip: keep actions within the range that was recorded.
+        text_encoder: where the text encoder of the instructions is, if it has moved; it is loaded only for
+            sentences that the policy was not trained on.
         action_feature_names: the action's dimensions, in order.
         normalization_mapping: LeRobot must not normalize: the policy does it.
     """
@@ -36,6 +38,7 @@ class FlowConfig(PreTrainedConfig):
     sample_steps: int | None = None
     temporal_ensemble_coeff: float | None = None
     clip: bool = False
+    text_encoder: str | None = None
     action_feature_names: list[str] | None = None
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)

@@ -11,7 +11,7 @@ Writes `config.json`, `model.safetensors`, LeRobot's two processors, and a model
 import re
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -80,11 +80,6 @@ def export(
         raise UserError(f"{run} holds no finished checkpoint: give the folder of a run that has saved one.")
     policy = load_policy(run, checkpoint, device="cpu")
     require_carried(policy.script)
-    if policy.spec.tasks is not None and policy.spec.tasks.table is not None:
-        raise UserError(
-            f"{run} needs the text encoder {policy.spec.tasks.encoder}, which an export cannot hold: train "
-            f"it with --task-encoder index, or serve the run itself with serve.py."
-        )
     config = flow_config(policy, picture_keys(policy.spec, images))
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".unfinished", dir=out.parent))
@@ -126,6 +121,7 @@ def flow_config(policy: RobotPolicy, cameras: dict[str, str]) -> FlowConfig:
     spec = policy.spec
     rotations = spec.action_rotations
     actions = rotations.recorded if rotations else spec.action_names
+    tasks = spec.tasks and replace(spec.tasks, encoder=public(spec.tasks.encoder))
     picture = PolicyFeature(FeatureType.VISUAL, (3, *spec.image_size))
     return FlowConfig(
         device="cpu",
@@ -140,7 +136,7 @@ def flow_config(policy: RobotPolicy, cameras: dict[str, str]) -> FlowConfig:
         run={
             "script": Path(policy.script.__file__).name,
             "step": policy.trained_steps,
-            "spec": asdict(spec),
+            "spec": replace(spec, tasks=tasks).to_json(),
             "config": without_places(to_dict(policy.config)),
         },
     )
@@ -154,6 +150,8 @@ def without_places(config: dict) -> dict:
         for group, names in places.items()
     }
     kept["data"]["dataset"] = [public(name) for name in kept["data"]["dataset"]]
+    if encoder := config.get("tasks", {}).get("task_encoder"):
+        kept["tasks"] = config["tasks"] | {"task_encoder": public(encoder)}
     return config | kept
 
 

@@ -91,6 +91,7 @@ class FlowPolicy(PreTrainedPolicy):
             if self.normalizer is None:
                 raise UserError("The policy has no weights and statistics: load it with --policy.path.")
             self._robot = RobotPolicy(self.model, self.normalizer, *self._blank[1:], device, self._seed)
+            self._robot.text_encoder = self.config.text_encoder or self._robot.text_encoder
         return self._robot
 
     @torch.no_grad()

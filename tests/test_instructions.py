@@ -70,15 +70,16 @@ def test_learned_embeddings():
 
 def test_vectors_of_a_text_encoder_are_centred_and_mapped():
     table = torch.randn(5, 3, 7) * 0.1 + 100 * torch.randn(7)
-    module = InstructionEmbedder(Instructions(tuple("abcde"), "some/model", table=table), 4)
-    torch.testing.assert_close(module.table[:, -1].mean(0), torch.zeros(7), atol=1e-3, rtol=0)
-    torch.testing.assert_close(module.table[:, :-1].mean((0, 1)), torch.zeros(7), atol=1e-3, rtol=0)
-    assert module.table.square().mean().item() == pytest.approx(1, rel=1e-3)
+    known = Instructions(tuple("abcde"), "some/model", shape=(3, 7), table=table)
+    module = InstructionEmbedder(known, 4)
+    mapped = (module.table - module.centre) / module.scale
+    torch.testing.assert_close(mapped[:, -1].mean(0), torch.zeros(7), atol=1e-3, rtol=0)
+    torch.testing.assert_close(mapped[:, :-1].mean((0, 1)), torch.zeros(7), atol=1e-3, rtol=0)
+    assert mapped.square().mean().item() == pytest.approx(1, rel=1e-3)
     # a task's number and its vector give the same; NaN means no instruction
     rows = torch.stack([table[3], torch.full_like(table[0], torch.nan)])
     torch.testing.assert_close(module(torch.tensor([3, -1])), module(rows))
     assert torch.equal(module(torch.tensor([-1]))[0], module.project(module.none))
-    assert set(module.state_dict()) == {"none", "project.weight", "project.bias"}  # the table is elsewhere
 
 
 def test_a_share_of_samples_loses_its_instruction():
@@ -277,16 +278,6 @@ def test_mean_over_real_tokens_and_trained_poolers(tmp_path):
     torch.testing.assert_close(words[0, -1], words[0, -2])  # CLIP pools by taking the end token
 
 
-def test_a_policy_that_could_not_be_exported_is_refused_before_it_is_trained(
-    told, bert, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("common.exported.require_pushable", lambda *_: None)
-    flags = ("--steps", 1, "--task-encoder", bert, "--push-to-hub", "me/fold")
-    with pytest.raises(UserError, match=r"--push-to-hub: .* text encoder .*cannot be exported"):
-        train(train_naive_fm, told, tmp_path / "run", *flags)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("tokens", ["pooled", "all"])
 def test_a_policy_that_reads(told, bert, tmp_path, tokens, monkeypatch, capsys):
     model = tmp_path / "bert"
@@ -315,7 +306,7 @@ def test_a_policy_that_reads(told, bert, tmp_path, tokens, monkeypatch, capsys):
     length = 1 if tokens == "pooled" else 5
     given = policy.told(["fold the box", TASKS[1], None, "fold the box"])
     assert given.shape == (4, length, 16)
-    torch.testing.assert_close(given[1], policy.spec.tasks.table[1])
+    torch.testing.assert_close(given[1], policy.model.info_embedder.instruction.table[1])
     assert torch.equal(given[0], given[3])
     assert given[2].isnan().all()
     assert policy.act_batch([seen(task="fold the box"), seen(task=TASKS[1]), seen(task=None)]).shape[0] == 3
@@ -323,9 +314,6 @@ def test_a_policy_that_reads(told, bert, tmp_path, tokens, monkeypatch, capsys):
     policy = load_policy(whole, device="cpu", text_encoder=str(other))
     with pytest.raises(UserError, match="is not the text encoder that the policy was trained with"):
         policy.act(seen(task="fold the box"))
-    (whole / "checkpoints/step_0000002/policy/instructions.safetensors").unlink()
-    with pytest.raises(UserError, match="damaged"):
-        load_policy(whole)
 
 
 def test_the_spec_survives_its_file(two, bert, tmp_path):
@@ -334,11 +322,66 @@ def test_the_spec_survives_its_file(two, bert, tmp_path):
     spec = PolicySpec(("head",), (4, 4), ("x",), ("dx",), 10.0, tasks=known)
     policy = tmp_path / "policy"
     policy.mkdir()
-    settings = {"script": "x", "config": {}, "step": 0, "spec": spec.save(policy)}
+    settings = {"script": "x", "config": {}, "step": 0, "spec": spec.to_json()}
     (policy / "policy.json").write_text(json.dumps(settings))
     again = PolicySpec.load(tmp_path)
-    assert torch.equal(again.tasks.table, known.table)
-    assert replace(again.tasks, table=None) == replace(known, table=None)
+    assert again == spec
+    # The vectors are among the weights.
+    full, empty = InstructionEmbedder(known, 6), InstructionEmbedder(again.tasks, 6)
+    assert not torch.equal(full.table, empty.table)
+    empty.load_state_dict(full.state_dict())
+    for task in (torch.tensor([1, 0, -1]), torch.randn(2, *known.shape)):
+        assert torch.equal(empty(task), full(task))
+
+
+def test_weights_of_policies_with_other_instructions():
+    def learned(*sentences):
+        return InstructionEmbedder(Instructions(sentences), 4)
+
+    first, second = learned("fold", "open", "pour"), learned("close", "fold", "pour")
+    own = second.table[0].detach().clone()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.table, torch.stack([own, first.table[0], first.table[2]]))
+    assert torch.equal(second.none, first.none)
+    other = learned("fold", "open", "pour")
+    other.load_state_dict(second.state_dict())  # names its own sentences, not those that it learned from
+    assert torch.equal(other.table[[0, 2]], first.table[[0, 2]])
+    old = {key: value for key, value in first.state_dict().items() if key != "names"}
+    other.load_state_dict(old)
+    assert torch.equal(other.table, first.table)
+
+    def read(encoder, *sentences):
+        given = torch.randn(len(sentences), 1, 5, generator=torch.Generator().manual_seed(len(sentences)))
+        return InstructionEmbedder(Instructions(sentences, "x", True, (encoder,), (1, 5), given), 4)
+
+    first, second = read("a", "fold", "open", "pour"), read("a", "close", "fold")
+    own = second.table.clone()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.table, own)
+    sentence = torch.randn(1, 1, 5)
+    assert torch.equal(second(sentence), first(sentence))  # in the coordinates of the projection
+    for another in (read("b", "fold", "open", "pour"), learned("fold", "open", "pour")):
+        with pytest.raises(RuntimeError, match="read by another text encoder"):
+            another.load_state_dict(first.state_dict())
+
+
+def test_training_further_on_one_of_several_tasks(told, tiny, tmp_path):
+    several = train(train_naive_fm, told, tmp_path / "several", "--steps", 1)
+    flags = ("--steps", 1, "--lr", 0, "--ema-decay", 0, "--task", TASKS[1], "--init-from", several)
+    one = train(train_naive_fm, told, tmp_path / "one", *flags, "--task-encoder", "index")
+    assert load_policy(one, device="cpu").spec.tasks.sentences == TASKS[1:]
+    table = "info_embedder.safetensors:instruction.table"
+    assert torch.equal(weights(one, 1)[table], weights(several, 1)[table][1:])
+    with pytest.raises(UserError, match="does not fit the component info_embedder"):
+        train(train_naive_fm, told, tmp_path / "not", *flags)
+
+
+def test_an_instruction_whose_episodes_are_all_held_out(told, tmp_path):
+    data = make_dataset(tmp_path / "d", (9, 9, 9), CAMERAS, video=False, dims=(3, 3), names=None, tasks="abc")
+    flags = (*told, "--dataset", str(data))
+    with pytest.raises(UserError, match=r'every episode of "[abc]" is held out'):
+        train(train_naive_fm, flags, tmp_path / "run", "--steps", 1)
+    train(train_naive_fm, flags, tmp_path / "run", "--steps", 1, "--val-fraction", 0)
 
 
 # Bad input
@@ -362,7 +405,8 @@ def test_what_cannot_be_told(tmp_path, monkeypatch):
     assert known("none") is None
     state(1, "fold")
     state(2, "fold")
-    assert known() is known("index") is None  # only one task
+    assert known() is None  # only one task
+    assert known("index").sentences == ("fold",)
     state(2, np.bytes_("räume auf".encode("latin-1")))
     with pytest.raises(UserError, match='instruction "r\ufffdume auf" is not UTF-8 text'):
         known()
@@ -415,8 +459,9 @@ def test_weights_that_a_text_encoder_lacks(tmp_path):
 
 
 def test_a_dataset_of_lerobot_goes_through_to_evaluation(tiny, tmp_path, capsys):
-    root = demo.record(tmp_path / "table", demo.demonstrate(16, seed=0, kind=TasksSimulator))
+    root = demo.record(tmp_path / "table", demo.demonstrate(20, seed=0, kind=TasksSimulator))
     flags = ["--dataset", root, "--cache-dir", tmp_path / "cache", "--steps", 1, "--batch-size", 8]
+    flags += ["--val-fraction", 0.2]
     run_dir = train(train_naive_fm, tiny, tmp_path / "run", *flags)
     argv = [run_dir, "--env", "demo-tasks", "--episodes", 4, "--sample-steps", 1, "--heldout-samples", 20]
     evaluate.main(parse(evaluate.Config, [*map(str, argv)], "evaluate.py"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from running import reset as reset_accelerate
 from running import train
+from text_factory import make_encoder
 
 pytest.importorskip("lerobot.policies.pretrained")
 
@@ -299,6 +300,30 @@ def test_policies_that_cannot_continue_a_chunk_refuse(exported, monkeypatch):
     policy, _, _ = in_lerobot(exported("everything")[1])
     with_prefix(policy, monkeypatch)
     assert not supports_rtc_inference(policy)  # it needs earlier states, which LeRobot does not pass on
+
+
+def test_an_export_knows_what_its_sentences_mean(recorded, tiny, tmp_path):
+    """A robot needs the text encoder for new sentences only."""
+    encoder = make_encoder(tmp_path / "bert")
+    run, folder = tmp_path / "run", tmp_path / "export"
+    flags = ("--dataset", recorded, "--steps", 2, "--task-encoder", encoder, "--task-tokens", "all")
+    train(train_vfp, tiny, run, *flags)
+    export.export(run, folder)
+    moved = encoder.rename(tmp_path / "moved")
+    assert str(tmp_path) not in (folder / "config.json").read_text() + (folder / "README.md").read_text()
+    policy, pre, _ = in_lerobot(folder)
+    first, batch = begin(policy, 3), batch_of([next(observations(0))])
+    chunk = policy.predict_action_chunk(pre(batch))
+    for source in (run, folder):
+        direct = load_policy(source, device="cpu", seed=first)
+        direct.reset(0)
+        told = direct.act({**next(observations(0)), "task": "fold the towel"})
+        np.testing.assert_array_equal(chunk[0].numpy(), told)
+    new = pre({**batch, "task": "open the box"})
+    with pytest.raises(UserError, match="--task-encoder bert cannot be loaded"):
+        policy.predict_action_chunk(new)
+    policy, _, _ = in_lerobot(folder, f"--text_encoder={moved}")
+    assert policy.predict_action_chunk(new).isfinite().all()
 
 
 def test_policies_of_several_tasks_hear_the_instruction(exported, monkeypatch):

@@ -321,7 +321,10 @@ def test_the_stream_continues_from_any_position():
 
 
 def of_episodes(*counts):
-    return SimpleNamespace(part_episodes=counts, episode_indices=np.arange(sum(counts)))
+    numbers = np.arange(sum(counts))
+    return SimpleNamespace(
+        part_episodes=counts, episode_indices=numbers, episode_task_numbers=np.full(len(numbers), -1)
+    )
 
 
 @pytest.mark.parametrize(("n", "fraction", "held"), [(10, 0.1, 1), (10, 0.34, 3), (4, 0.01, 1), (2, 0.9, 1)])

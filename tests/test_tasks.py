@@ -94,6 +94,20 @@ def test_the_parts_of_an_episode_are_held_out_together(changing, open_):
         assert set(held_out.tolist()) in ({0}, {1, 2}, {3})
 
 
+def test_each_instruction_keeps_an_episode_for_training(open_, tmp_path):
+    rare = make_dataset(tmp_path / "rare", (4,) * 12, video=False, tasks=["pick"] * 9 + ["fold"] * 3)
+    few = make_dataset(tmp_path / "few", (4,) * 6, video=False, tasks=tuple("abcdef"))
+    store = open_(rare)
+    seen = set()
+    for seed in range(20):
+        train, held_out = split_episodes(store, 0.5, seed)
+        assert len(held_out) == 6
+        assert set(store.episode_task_numbers[train]) == {0, 1}
+        seen |= set(held_out.tolist())
+    assert seen == set(range(12))  # any may be held out
+    assert len(split_episodes(open_(few), 0.5, 0)[1]) == 3  # where they do not suffice
+
+
 def test_steps_whose_task_nobody_knows(changing, open_):
     (changing / "meta/tasks.parquet").unlink()
     with pytest.raises(UserError, match=r"^Episode 1 has 2 tasks, but neither task_index nor meta/tasks"):

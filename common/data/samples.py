@@ -262,9 +262,11 @@ def split_episodes(store: EpisodeStore, val_fraction: float, seed: int) -> tuple
     """Sorted numbers of the training and the held-out episodes, split dataset by dataset.
 
     With a positive fraction, at least one episode of each dataset that has several is held out; one is always
-    left for training. The parts of an episode that was cut stay together.
+    left for training, and of each instruction, too, as far as the others suffice. The parts of an episode
+    that was cut stay together.
     """
     train, val, first = [], [], 0
+    tasks = store.episode_task_numbers
     for length in store.part_episodes:
         numbers = store.episode_indices[first : first + length]
         recorded = np.cumsum(np.diff(numbers, prepend=numbers[:1]) != 0)  # which recorded episode each is of
@@ -272,7 +274,12 @@ def split_episodes(store: EpisodeStore, val_fraction: float, seed: int) -> tuple
         held_out = 0
         if val_fraction > 0 and count > 1:
             held_out = min(max(1, round(count * val_fraction)), count - 1)
-        chosen = np.isin(recorded, np.random.default_rng(seed).permutation(count)[:held_out])
+        order = np.random.default_rng(seed).permutation(count)
+        # Of each instruction, the episode that comes last in this order is held out after all others.
+        places = np.unique(np.stack([tasks[first : first + length], np.argsort(order)[recorded]]), axis=1)
+        last = places[1, (np.diff(places[0], append=-2) != 0) & (places[0] >= 0)]
+        order = np.concatenate([np.delete(order, last), order[np.unique(last)]])
+        chosen = np.isin(recorded, order[:held_out])
         train.append(first + np.flatnonzero(~chosen))
         val.append(first + np.flatnonzero(chosen))
         first += length
