@@ -353,7 +353,7 @@ def estimate(
     }
     write_json(folder / "mutual_information.json", report)
     say(f"mutual information: {result.value:.3f} nats [{low:.3f}, {high:.3f}] ({config.estimator})")
-    write_scores(store, numbers[order], scores[order], config.best, folder)
+    write_scores(store, numbers, scores, config.best, folder)
     ends = order if len(order) < 8 else np.concatenate([order[:4], order[-4:]])
     first = store.images(store.episode_starts[numbers[ends]])[:, 0].numpy()
     titles = [f"{store.episode_indices[numbers[e]]}: {scores[e]:.2f}" for e in ends]
@@ -366,15 +366,27 @@ def write_scores(
 ) -> None:
     """Write the scores of episodes, and for each share in `best` the episodes of each task to train on.
 
+    An episode that was cut where its task changes counts as recorded, since `--episodes-file` chooses all of
+    it: with the mean over its steps, and among the episodes of the same tasks.
+
     Args:
-        episodes: indices in the store, best first.
+        episodes: indices in the store.
         scores: of these episodes, nats.
     """
-    names, lengths = store.episode_indices[episodes], np.diff(store.episode_starts)[episodes]
-    rows = zip(names, lengths, scores, strict=True)
-    lines = ["episode,steps,score_nats", *(f"{name},{steps},{score:.6f}" for name, steps, score in rows)]
+    datasets = np.repeat(np.arange(len(store.part_episodes)), store.part_episodes)
+    recorded = np.stack([datasets, store.episode_indices])[:, episodes]
+    (_, names), part = np.unique(recorded, axis=1, return_inverse=True)
+    lengths = np.diff(store.episode_starts)[episodes]
+    steps = np.bincount(part, lengths)
+    scores = np.bincount(part, lengths * scores) / steps
+    holds = np.zeros((len(names), len(store.instructions) + 1), bool)
+    holds[part, store.episode_task_numbers[episodes]] = True  # the last column: none stated
+    tasks = np.unique(holds, axis=0, return_inverse=True)[1]
+    order = np.argsort(-scores, kind="stable")
+    names, steps, scores, tasks = (x[order] for x in (names, steps.astype(int), scores, tasks))
+    rows = zip(names, steps, scores, strict=True)
+    lines = ["episode,steps,score_nats", *(f"{name},{length},{score:.6f}" for name, length, score in rows)]
     write_whole(folder / "episode_scores.csv", ("\n".join(lines) + "\n").encode())
-    tasks = store.episode_task_numbers[episodes]
     own = [names[tasks == task] for task in np.unique(tasks)]  # scores of different tasks are not comparable
     for share in best:
         chosen = np.unique(np.concatenate([few[: max(round(share * len(few)), 1)] for few in own])).tolist()

@@ -2,7 +2,9 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import running
 import torch
@@ -83,6 +85,24 @@ def test_a_run_trains_estimates_and_names_the_best_episodes(small, tmp_path, epi
         dataset=(str(episodes_dataset),), cache_dir=cache_dir, episodes_file=run / "episodes_top50.json"
     )
     assert open_dataset(config).num_episodes == 5
+
+
+def test_an_episode_of_two_tasks_is_chosen_as_a_whole(tmp_path):
+    store = SimpleNamespace(
+        part_episodes=(6, 1),
+        episode_indices=np.array([0, 1, 1, 2, 3, 3, 0]),  # 1 and 3 were cut
+        episode_task_numbers=np.array([0, 0, 1, 0, 1, 0, 1]),
+        episode_starts=np.array([0, 10, 11, 14, 24, 27, 28, 40]),
+        instructions=("pick", "place"),
+        source_fingerprint="x",
+        source="data",
+    )
+    scores = np.array([1.0, 9.0, 0.0, 2.0, 1.0, 5.0, 7.0])
+    train_mi.write_scores(store, np.arange(7), scores, (0.5,), tmp_path)
+    lines = (tmp_path / "episode_scores.csv").read_text().split()[1:]
+    assert lines == ["0,12,7.000000", "1,4,2.250000", "2,10,2.000000", "3,4,2.000000", "0,10,1.000000"]
+    best = json.loads((tmp_path / "episodes_top50.json").read_text())["episodes"]
+    assert best == [0, 1, 2]  # one of two that pick, one of two that do both, the one that only places
 
 
 def test_training_resumes_exactly(small, tmp_path):

@@ -276,3 +276,12 @@ def test_a_zip_of_the_folder_instead_of_its_content_is_named(tmp_path, open_):
     shutil.make_archive(str(tmp_path / "d.zarr"), "zip", tmp_path, "replay.zarr")
     with pytest.raises(UserError, match=r"d.zarr.zip holds the buffer in a folder, replay.zarr/: zip its"):
         open_(tmp_path / "d.zarr.zip")
+
+
+def test_datasets_that_go_by_their_names_are_chosen_by_these(tmp_path):
+    roots = tuple(str(make_zarr(tmp_path / f"{name}.zarr")) for name in ("fold", "lift"))
+    options = {"cache_dir": tmp_path / "cache", "fps": 10}
+    both = DataConfig(roots, task=("fold", "lift"), task_weights=(2, 1), **options)
+    assert open_dataset(both).task_weights == (2, 1)
+    with pytest.raises(UserError, match='"lift", one of the datasets, is not among --task: leave out that'):
+        open_dataset(DataConfig(roots, task=("fold",), **options))

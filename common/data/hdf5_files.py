@@ -238,7 +238,8 @@ def _texts(file: h5py.File, items: dict[str, h5py.Dataset | None]) -> dict[str, 
 def stated_task(texts: dict[str, dict[str, str]], group: str, key: str | None) -> tuple[str, str] | None:
     """The instruction of the episode in a group, and the name of what states it; None without one.
 
-    The innermost group that states one counts. `key` is `--task-key`, below the episode's group.
+    Attributes that can only mean an instruction come before others; of the same ones, the innermost group's
+    counts. `key` is `--task-key`, below the episode's group.
     """
     folder, _, name = (key or "").strip("/").rpartition("/")
     below = f"{folder}/" if folder else ""

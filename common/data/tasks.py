@@ -91,11 +91,18 @@ def name_tasks(stores: Sequence[EpisodeStore], datasets: Sequence[str]) -> list[
 
 
 def weigh_tasks(store: EpisodeStore, config: DataConfig) -> EpisodeStore:
-    """The store with weights between its tasks, if given; a UserError for a task that it does not have."""
+    """The store with weights between its tasks, if given.
+
+    Raises:
+        UserError: if `--task` names one that it does not have, or leaves out one of a dataset named after it.
+    """
     absent = [task for task in config.task if task not in store.instructions]
     if absent:
         there = listed(store.instructions) or "none"
         raise UserError(f'{store.source}: there is no task "{absent[0]}", only {there}.')
+    others = [task for task in store.instructions if config.task and task not in config.task]
+    if others:
+        raise UserError(f'"{others[0]}", one of the datasets, is not among --task: leave out that dataset.')
     weights = dict(zip(config.task, config.task_weights, strict=False))
     found = tuple(weights[task] for task in store.instructions) if weights else None
     return replace(store, task_weights=found, task_balance=config.task_balance)
