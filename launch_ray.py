@@ -35,7 +35,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from common.config import AbsolutePath, cli, options, parse
 from common.console import say
 from common.errors import EXIT_HUNG, EXIT_OUT_OF_MEMORY, EXIT_STOPPED, UserError
-from common.files import completed_checkpoints
+from common.files import completed_checkpoints, hold
 
 # Read when Ray starts. A group may import for minutes and is checked every second (Ray's defaults: one
 # minute, 2 s); Ray runs workers at nice 15 by default; metrics for a dashboard are a part of ray[default].
@@ -105,6 +105,8 @@ def main(config: Config, flags: Sequence[str]) -> None:
     """Train until the run is done, stopped, or fails for good; `flags` are the script's."""
     refuse_senseless(config, flags)
     most = batch_size(config, flags) if config.global_batch else 0
+    config.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    held = hold(config.run_dir.with_name(f".{config.run_dir.name}.ray.lock"))
     connect(config.address)
     stopped: list[float] = []
 
@@ -125,6 +127,7 @@ def main(config: Config, flags: Sequence[str]) -> None:
     code = supervise(config, job, stopped)
     time.sleep(LOG_SECONDS)
     ray.shutdown()
+    held.close()
     sys.exit(code)
 
 

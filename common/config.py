@@ -258,7 +258,7 @@ def _refuse_used(run_dir: Path | None, restart: bool) -> None:
     if run_dir is None or not run_dir.exists():
         return
     held = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else {"a file"}
-    begun = all(name.endswith(".part") or name == "changes.patch" for name in held)
+    begun = all(name.endswith(".part") or name in (".lock", "changes.patch") for name in held)
     if held and not (restart and ("config.json" in held or begun)):
         raise UserError(
             f"{run_dir} exists and is not empty: continue it with --resume {run_dir}, or name another "

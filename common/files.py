@@ -1,24 +1,27 @@
 """Writes files whole or not at all, makes sure that they are on disk, and handles full disks."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import resource
 import shutil
+import socket
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.console import say
 from common.errors import UserError
 
 CHECKSUMS = "checksums.json"  # of a checkpoint: written after all its other files
 WAIT_SILENTLY = 2.0  # seconds
+LEFT_SECONDS = 90.0  # in which a file system gives up the locks of a machine that was lost
 SETTLED_SECONDS = 2.0  # file systems round times to up to two seconds
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -114,6 +117,38 @@ def _kept(path: Path, key: str) -> Any:
         if (found["key"], found["crc32"]) == (key, zlib.crc32(json.dumps(found["value"]).encode())):
             return found["value"]
     return None
+
+
+def hold(lock: Path, patience: float = LEFT_SECONDS) -> IO[str]:
+    """Keep other processes from holding the same, until the returned file is closed or this process ends.
+
+    Waits up to `patience` seconds for a process that is ending, or a machine that was lost. Does nothing
+    where the file system has no locks.
+
+    Raises:
+        UserError: if another process still holds it.
+    """
+    file, end, said = lock.open("a+"), time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not kept by forked children
+            break
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return file
+        file.seek(0)
+        holder = file.read() or "another process"
+        if time.monotonic() >= end:
+            file.close()
+            raise UserError(f"{lock.parent} is in use by {holder}: stop that one, or choose another folder.")
+        if not said:
+            say(f"waiting for {holder}, which uses {lock.parent}")
+            said = True
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def sync(folder: Path) -> None:

@@ -60,7 +60,7 @@ from common.data.growth import POLL_SECONDS, Growth
 from common.data.samples import Ahead
 from common.data.tasks import listed
 from common.errors import EXIT_STOPPED, UserError
-from common.files import read_json, write_json, write_whole
+from common.files import completed_checkpoints, hold, read_json, write_json, write_whole
 from common.instructions import Instructions, TaskConfig
 from common.normalize import Normalization, Normalizer
 from common.plots import read_lines
@@ -139,6 +139,9 @@ class Run:
         self.resuming = config.run.resume is not None
         self.global_batch = config.optim.batch_size * config.optim.grad_accumulation * self.world
         self.step = self.samples = self.total_steps = 0
+        self._held = None
+        if self.resuming and self.is_main:
+            self._held = hold(config.run.run_dir / ".lock")
         self.stopping = False
         self.progress_mark = 0, PREPARING
         self._watch = HangWatch(self, self.rank, self.world, config.run.hang_timeout)
@@ -363,8 +366,11 @@ class Run:
         folder = Path(broadcast_object_list([str(folder)])[0])
         if self.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            if not self.resuming:  # of a start that ended before its first checkpoint
-                (folder / GROWTH_LOG).unlink(missing_ok=True)
+            if not self.resuming:
+                self._held = hold(folder / ".lock")
+                if completed_checkpoints(folder):
+                    raise UserError(f"{folder} was trained in meanwhile: continue with --resume {folder}.")
+                (folder / GROWTH_LOG).unlink(missing_ok=True)  # of a start that ended too early
             self._write_config(folder, store)
             batches = self.config.optim.grad_accumulation
             say(
@@ -572,6 +578,8 @@ class Run:
         if self._growth is not None:
             self._growth.close()
         self.tracker.close()
+        if self._held is not None:
+            self._held.close()
         self._watch.close()
         self._requests.close(leaving)
         if saved_step != self.step:

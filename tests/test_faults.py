@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from torch import nn
 import train_naive_fm
 import train_vfp
 import train_vfp_moe
-from common import checkpoint
+from common import checkpoint, files
 from common import run as run_module
 from common.config import parse
 from common.errors import EXIT_HUNG, EXIT_OUT_OF_MEMORY, EXIT_STOPPED, UserError, explain
@@ -389,6 +390,29 @@ def test_a_run_that_is_killed_while_it_writes_resumes_from_the_checkpoint_before
     train(train_vfp, tiny, whole, *EVERY_TWO, "--steps", 6)
     assert same_checkpoints(run, whole, 6)
     assert lines(run) == lines(whole)
+
+
+def test_one_process_at_a_time_writes_a_run_folder(tiny, tmp_path, monkeypatch, capsys):
+    run, new = tmp_path / "run", tmp_path / "new"
+    train(train_naive_fm, tiny, run, "--steps", 1)
+    new.mkdir()
+    code = "import sys, time; from pathlib import Path; from common.files import hold\n"
+    code += "held = [hold(Path(folder, '.lock')) for folder in sys.argv[1:]]\n"
+    code += "print(flush=True); time.sleep(99)"
+    other = start(sys.executable, "-c", code, run, new)
+    assert other.stdout.readline() == "\n"
+    monkeypatch.setattr(run_module, "hold", partial(files.hold, patience=0))
+    busy = rf"is in use by process {other.pid} on .*: stop that one, or choose another folder"
+    for where, resume in ((new, "auto"), (None, run)):
+        with pytest.raises(UserError, match=busy):
+            train(train_naive_fm, tiny, where, "--resume", resume, "--steps", 2)
+    monkeypatch.setattr(run_module, "hold", partial(files.hold, patience=60))
+    threading.Timer(1.0, other.kill).start()
+    capsys.readouterr()
+    train(train_naive_fm, [], None, "--resume", run, "--steps", 2)
+    assert f"waiting for process {other.pid} on" in capsys.readouterr().out
+    assert checkpoint.find(run).name == "step_0000002"
+    other.communicate()
 
 
 @pytest.mark.slow

@@ -310,6 +310,26 @@ def test_a_lerobot_dataset_may_grow_by_itself(folder, growing, base, tmp_path):
     assert torch.equal(again.take(found).__getitems__([40, 60]).images, grown.__getitems__([40, 60]).images)
 
 
+def test_a_bad_episode_of_a_dataset_that_grows_does_not_keep_others_out(folder, growing, monkeypatch, capsys):
+    monkeypatch.setattr("common.data.growth.PATIENCE_SECONDS", -1.0)
+    folder.rmdir()
+    shape = {"video": False, "dims": (3, 3), "names": None}
+    make_dataset(folder, (8, 9, 7, 6), CAMERAS, **shape)
+    nan = [float("nan")] * 3
+    (file,) = folder.glob("data/*/file-000.parquet")
+    edit_column(file, "action", lambda rows: [*rows[:8], nan, *rows[9:]])
+    for _ in range(12):
+        growing.look()
+    assert [e.episodes for e in growing.ready] == ["0-0", "2-2", "3-3"]
+    said = capsys.readouterr().out
+    assert said.count("is left out") == 1
+    assert f"episode 1 of {folder} is left out: " in said
+    shutil.rmtree(folder)
+    make_dataset(folder, (8, 9, 7, 6, 5, 4), CAMERAS, **shape)
+    look(growing)
+    assert [e.episodes for e in growing.ready][3:] == ["4-5"]
+
+
 def test_a_dataset_that_is_being_extended_is_read_again(folder, growing, base, tmp_path, monkeypatch):
     folder.rmdir()
     make_dataset(folder, (8, 9), CAMERAS, video=False, dims=(3, 3), names=None)

@@ -100,6 +100,7 @@ class Growth:
         known = [Entry(**entry) for time in self.times for entry in time["entries"]]
         self._known = {entry.name for entry in known}
         self._episodes = _after(known)
+        self._alone = False  # of a dataset that grows, one of several episodes is bad: try them one by one
         self._seen: dict[str, list] = {}  # of each entry not yet decoded, what its files were like
         self._failed: dict[str, tuple[float, str]] = {}  # when and why it could not be used; 0: it was said
         self._opening = threading.Lock()  # decoding processes are shared
@@ -144,8 +145,7 @@ class Growth:
             if entry.name in self._failed:
                 since, why = self._failed[entry.name]
                 if 0 < since < time.monotonic() - PATIENCE_SECONDS:
-                    self._failed[entry.name] = (0.0, why)
-                    say(f"warning: {path} is left out: {why}")
+                    self._leave_out(entry, why)
                 continue
             try:
                 store = self.open(entry)
@@ -160,13 +160,29 @@ class Growth:
             self._opened[entry] = store
             self.ready.append(entry)
 
+    def _leave_out(self, entry: Entry, why: str) -> None:
+        """Say why an entry is not used. Several episodes of one dataset are tried one by one first."""
+        first, _, last = entry.episodes.partition("-")
+        if not entry.episodes:
+            self._failed[entry.name] = (0.0, why)
+            say(f"warning: {self.folder / entry.name} is left out: {why}")
+            return
+        del self._failed[entry.name]  # the next episodes have the same name
+        self._alone = True
+        if first == last:
+            self._episodes += 1
+            say(f"warning: episode {first} of {self.folder} is left out: {why}")
+
     def _new(self) -> list[Entry]:
         """What is there and has not been decoded, by name."""
         if (self.folder / "meta" / "info.json").is_file():
             total = 0
             with suppress(OSError, ValueError, TypeError, KeyError):  # it is being written
                 total = int(read_json(self.folder / "meta" / "info.json")["total_episodes"])
-            return [Entry(".", f"{self._episodes}-{total - 1}")] if total > self._episodes else []
+            if total <= self._episodes:
+                self._alone = False
+                return []
+            return [Entry(".", f"{self._episodes}-{self._episodes if self._alone else total - 1}")]
         names = []
         with suppress(OSError):  # it does not exist yet, or a network's disk does not answer
             names = sorted(os.listdir(self.folder))
