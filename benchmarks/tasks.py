@@ -1,6 +1,7 @@
 """One policy for sixteen instructions: does it follow them, and how good is it next to single-task policies?
 
-    python benchmarks/tasks.py                                      # everything; hours on two cores
+    python benchmarks/tasks.py                                      # everything; a day on two cores
+    python benchmarks/tasks.py --jobs 12                            # on a GPU with memory for all at once
     python benchmarks/tasks.py --seeds 0 --steps 20 --episodes 16   # quick check that it runs
 
 `train_vfp_moe.py` with `configs/train_vfp_moe/demo_tasks.json` on the built-in task with instructions:
@@ -17,7 +18,10 @@ are not repeated and interrupted ones resume. The table is printed.
 import json
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from pydantic import PositiveInt
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,6 +30,7 @@ from methods import ROOT, call, count_parameters, refuse_other_settings
 
 from common.checkpoint import find
 from common.config import UserPath, cli, options
+from common.data import default_cache_dir, demo_tasks
 from common.data.demo_tasks import TASKS
 from common.data.workers import cores
 
@@ -50,16 +55,23 @@ class Config:
     """Text encoder. Default: a small one with random weights."""
     runs: UserPath = ROOT / "runs" / "tasks"
     """Folder of the runs."""
+    jobs: PositiveInt = 1
+    """Runs at once."""
 
 
 def main(config: Config) -> None:
-    rows = []
-    for variant in config.variants:
-        rows.append((variant, [run(config, variant, seed) for seed in config.seeds]))
+    if "text" in config.variants and config.encoder is None:
+        small_encoder(config.runs / "encoder")
+    demo_tasks.ensure_recorded(default_cache_dir())
+    wanted = [(variant, seed) for variant in config.variants for seed in config.seeds]
+    threads = max(cores() // min(config.jobs, len(wanted)), 1)
+    with ThreadPoolExecutor(config.jobs) as pool:
+        found = dict(zip(wanted, pool.map(lambda each: run(config, *each, threads), wanted), strict=True))
+    rows = [(variant, [found[variant, seed] for seed in config.seeds]) for variant in config.variants]
     print(table(rows, config))
 
 
-def run(config: Config, variant: str, seed: int) -> dict:
+def run(config: Config, variant: str, seed: int, threads: int) -> dict:
     """Train and evaluate one run, skipping what is finished; returns its results."""
     named = variant == "text" and config.encoder is not None
     folder = config.runs / f"{variant}{'-' + str(config.encoder).replace('/', '-') if named else ''}-{seed}"
@@ -68,7 +80,7 @@ def run(config: Config, variant: str, seed: int) -> dict:
     wanted["optim"]["steps"] = steps
     flags, acting = [], ["--execute-steps", "6"]  # of 32: hands end close to other targets and obstacles
     if variant == "text":
-        flags = ["--task-encoder", config.encoder or small_encoder(config.runs / "encoder")]
+        flags = ["--task-encoder", config.encoder or config.runs / "encoder"]
     elif variant == "none":
         flags = ["--task-encoder", "none"]
     elif variant == "single":
@@ -79,19 +91,19 @@ def run(config: Config, variant: str, seed: int) -> dict:
         refuse_other_settings(folder, had, {name: wanted[name] for name in wanted if name != "tasks"})
     if not (folder / "checkpoints" / f"step_{steps:07d}").is_dir():
         own = ["--config", CONFIG, "--run-dir", folder, "--seed", seed, "--steps", steps, "--resume", "auto"]
-        call(["train_vfp_moe.py", *own, *flags], cores(), folder)
+        call(["train_vfp_moe.py", *own, *flags], threads, folder)
     results = folder / "evaluation" / "results.json"
     found = json.loads(results.read_text()) if results.is_file() else {"checkpoint": None}
     last = find(folder)
     if found["checkpoint"] != last.name or found["closed_loop"]["10"]["episodes"] != config.episodes:
         own = [folder, "--sample-steps", *SAMPLE_STEPS, "--episodes", config.episodes, *acting]
-        call(["evaluate.py", *own], cores(), folder)
+        call(["evaluate.py", *own], threads, folder)
         found = json.loads(results.read_text())
     return {"closed_loop": found["closed_loop"], "parameters": count_parameters(last / "policy")}
 
 
-def small_encoder(folder: Path) -> Path:
-    """A text encoder with random weights that knows the words of the instructions."""
+def small_encoder(folder: Path) -> None:
+    """Make a text encoder with random weights that knows the words of the instructions."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -107,7 +119,6 @@ def small_encoder(folder: Path) -> Path:
         size = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
         settings = BertConfig(vocab_size=len(vocabulary), num_hidden_layers=2, initializer_range=0.2, **size)
         BertModel(settings).save_pretrained(folder)
-    return folder
 
 
 def table(rows: list[tuple[str, list[dict]]], config: Config) -> str:
