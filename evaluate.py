@@ -105,6 +105,7 @@ def main(config: Config) -> None:
         num = min(config.parallel, config.episodes)
         first = make_environments(config.simulator, policy.spec.image_size, num)[0]
         results |= {"env": config.simulator.env, "max_steps": first.max_steps}
+        results |= {"env_map": config.simulator.env_map, "success_reward": config.simulator.success_reward}
         results |= {"execute_steps": config.execute_steps, "task": config.task}
     results["heldout"] = evaluate_heldout(policy, config, folder)
     if config.simulator.env:

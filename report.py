@@ -37,7 +37,8 @@ LARGEST_FILE = 32e6  # bytes: a larger picture or film is named, not embedded
 MOST_POINTS = 1000  # of a curve, with six digits: with all points, reports of many runs open slowly
 MOST_RESUMES = 10  # to list
 MOST_NESTED = 50  # levels of JSON
-EPISODES = ("env", "seed", "max_steps")  # these decide which episodes an evaluation acts in
+# What decides which episodes an evaluation acts in, and when one counts as a success.
+EPISODES = ("env", "seed", "max_steps", "env_map", "success_reward")
 ABOUT_EVALUATION = (*EPISODES, "execute_steps", "task", "device")
 MEDIA = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}
 LOGARITHMIC = ("loss", "grad_norm", "error", "action_mae")

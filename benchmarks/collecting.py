@@ -4,7 +4,7 @@
     python benchmarks/collecting.py --kills 1  # quick check that it runs
 
 A small run trains on the built-in task while two collectors record corrections (`collect_ray.py`). One part
-is killed again and again, at random moments after something new was recorded: a collector, the actor that
+is killed again and again, at random moments after something new was learned: a collector, the actor that
 counts, the training script, or the collectors' launcher. All must recover on their own; only the launcher is
 started again, with the same command. Then everything is stopped.
 
@@ -147,8 +147,8 @@ def disturbed(
             seen.wait(lambda: seen.checkpoints)
             collector = start(collecting)
             for _ in tqdm(range(config.kills), desc=f"{part} killed", unit="kill"):
-                had = len(seen.datasets)
-                seen.wait(lambda had=had: len(seen.datasets) > had)
+                had = len(seen.learned)
+                seen.wait(lambda had=had: len(seen.learned) > had)
                 pause = time.monotonic() + random.uniform(0, 5)
                 seen.wait(lambda pause=pause: time.monotonic() > pause)
                 if part == "launcher":

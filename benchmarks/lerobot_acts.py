@@ -80,8 +80,8 @@ class LeRobotPolicy:
         return torch.from_numpy(frames[name]).permute(2, 0, 1).float() / 255
 
 
-def training_steps(dataset: Path, options: Mapping) -> Iterator[None]:
-    """What `lerobot-train` does for each batch of 8 with its ACT; yields after every step."""
+def make(dataset: Path, options: Mapping) -> tuple:
+    """The dataset, a new ACT and its processors, as `lerobot-train` makes them."""
     from lerobot.configs.default import DatasetConfig
     from lerobot.configs.train import TrainPipelineConfig
     from lerobot.datasets.factory import make_dataset
@@ -93,9 +93,41 @@ def training_steps(dataset: Path, options: Mapping) -> Iterator[None]:
         DatasetConfig(repo_id=f"local/{dataset.name}", root=str(dataset)), policy=config
     )
     data = make_dataset(pipeline)
-    policy = make_policy(config, ds_meta=data.meta).train()
-    before, _ = make_pre_post_processors(config, dataset_stats=data.meta.stats)
-    optimizer = config.get_optimizer_preset().build(policy.get_optim_params())
+    policy = make_policy(config, ds_meta=data.meta)
+    return data, policy, *make_pre_post_processors(config, dataset_stats=data.meta.stats)
+
+
+@torch.no_grad()
+def begin(dataset: Path, options: Mapping, seed: int, folder: Path, pictures: int = 64) -> None:
+    """Write a new ACT, from which `lerobot-train --policy.path` starts.
+
+    LeRobot's ResNet has batch norms that never learn. With random weights they would do nothing at all, as
+    LeRobot never uses them: here they get the statistics of the demonstrations, layer by layer.
+    """
+    torch.manual_seed(seed)
+    data, policy, before, after = make(dataset, options)
+    some = torch.utils.data.DataLoader(data, batch_size=pictures, shuffle=True)
+    batch = before(next(iter(some)))
+    images = torch.cat([batch[key] for key in policy.config.image_features])
+
+    def take_statistics(norm: torch.nn.Module, inputs: tuple) -> None:
+        norm.running_var, norm.running_mean = torch.var_mean(inputs[0], dim=(0, 2, 3))
+
+    norms = [m for m in policy.modules() if type(m).__name__ == "FrozenBatchNorm2d"]
+    hooks = [norm.register_forward_pre_hook(take_statistics) for norm in norms]
+    policy.model.backbone(images)
+    for hook in hooks:
+        hook.remove()
+    policy.save_pretrained(folder)
+    before.save_pretrained(folder)
+    after.save_pretrained(folder)
+
+
+def training_steps(dataset: Path, options: Mapping) -> Iterator[None]:
+    """What `lerobot-train` does for each batch of 8 with its ACT; yields after every step."""
+    data, policy, before, _ = make(dataset, options)
+    policy.train()
+    optimizer = policy.config.get_optimizer_preset().build(policy.get_optim_params())
     while True:
         for batch in torch.utils.data.DataLoader(data, batch_size=8, shuffle=True, drop_last=True):
             loss, _ = policy(before(batch))

@@ -7,13 +7,15 @@
 Every run gets the same 50 demonstrations of a simulator's expert, the same images, and the same training time
 on one core. The last checkpoint acts in the same 100 fresh episodes, in the same loop. Results are kept in
 `docs/simulators.json`, so several machines or processes can share the plan, at once or in parts. The table
-and the figure in `docs/benchmarks.md` are made from that file.
+and the figure in `docs/benchmarks.md` are made from that file, without runs whose settings, demonstrations or
+number of steps are no longer those of the plan.
 
-Time is counted in steps. The cost of a step is measured once for each method, in processor time of one
+Time is counted in steps. The cost of a step is measured once for all methods, in processor time of one
 thread, with the methods taking turns in one process. Nothing else should run then.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +37,7 @@ from benchmarks.methods import count_parameters, measure_steps, training_steps
 from benchmarks.simulators_report import write_report
 from common.checkpoint import find
 from common.config import cli, options
+from common.envs.record import RECORDING
 from common.errors import UserError
 from common.files import read_json, write_json
 
@@ -42,6 +45,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "simulators.json"
 BUDGET = 20 * 60  # seconds of one core to train
 DEMONSTRATIONS, EPISODES, BLIND = 50, 100, 40
+FIRST_SEED = 3_000_000  # of the episodes: none were seen when settings were chosen; each training has its own
 MAX_STEPS = {"metaworld": 300}  # several times what an expert needs; ALOHA's default is 400
 
 TASKS = {
@@ -53,16 +57,15 @@ TASKS = {
     "stick-pull": "metaworld:stick-pull-v3",
     "transfer-cube": "aloha:transfer-cube",
 }
-SAMPLE_STEPS = {"train_regression": (1,), "train_two_step": (2, 1), "act": (1,), "act-100": (1,)}
 FORKS = ("train_regression", "train_two_step", "train_mean_flow")
+FAST = {"optimizer_lr": 1e-4, "optimizer_lr_backbone": 1e-4}  # LeRobot's 1e-5 is for 100,000 steps
 LEROBOT = {
-    "act": {"chunk_size": 16, "n_action_steps": 8},
-    "act-100": {"chunk_size": 100, "n_action_steps": 100},
+    "act": {"chunk_size": 16, "n_action_steps": 8, **FAST},
+    "act-slow": {"chunk_size": 16, "n_action_steps": 8},
+    "act-100": {"chunk_size": 100, "n_action_steps": 100, **FAST},
 }  # options of LeRobot's policies that are not its defaults
-OFFLINE = (
-    "--policy.type=act --batch_size=8 --policy.push_to_hub=false --policy.device=cpu --wandb.enable=false "
-    "--policy.pretrained_backbone_weights=null --num_workers=0 --log_freq=100000"
-)
+SAMPLE_STEPS = {"train_regression": (1,), "train_two_step": (2, 1)} | dict.fromkeys(LEROBOT, (1,))
+OFFLINE = "--batch_size=8 --policy.push_to_hub=false --wandb.enable=false --num_workers=0 --log_freq=100000"
 
 
 class Job(NamedTuple):
@@ -82,7 +85,7 @@ def plan() -> list[Job]:
     main = ("train_naive_fm", "train_vfp_moe", "act", "train_cfg_vqvae", "train_regression")
     jobs = [Job(task, method, 0) for task in ("pick-place", "push") for method in main]
     jobs += [Job(task, method, 0) for task in list(TASKS)[2:] for method in main[:3]]
-    others = ("train_vfp", "train_two_step", "train_mean_flow", "act-100")
+    others = ("train_vfp", "train_two_step", "train_mean_flow", "act-slow", "act-100")
     jobs += [Job("pick-place", method, 0) for method in others]
     return jobs + [Job(task, m, seed) for seed in (1, 2) for task in ("pick-place", "push") for m in main]
 
@@ -98,7 +101,7 @@ class Config:
     report: bool = False
     """Only write the report, from existing results."""
     measure: bool = False
-    """Measure again the cost of each method's step; existing results keep their figures."""
+    """Measure again the cost of each method's step. Results with other numbers of steps no longer count."""
     runs: Path = ROOT / "runs" / "simulators"
     """Folder of demonstrations and runs."""
 
@@ -108,16 +111,31 @@ def main(config: Config) -> None:
     jobs = list(dict.fromkeys(jobs))
     if not jobs:
         raise UserError(f"--only {' '.join(config.only)} names no run of the plan, such as {plan()[0].name}.")
-    if not config.report:
-        for task in dict.fromkeys(job.task for job in jobs):
-            record(task, config.runs)
-        missing = [kind for kind in dict.fromkeys(map(kind_of, jobs)) if kind not in read()["seconds"]]
-        if missing or config.measure:
-            measure(missing or list(dict.fromkeys(map(kind_of, jobs))), config.runs)
-        with ThreadPoolExecutor(config.jobs) as pool:
-            for done in [pool.submit(make, job, config.runs) for job in jobs]:
-                done.result()
-    write_report(read(), plan(), ROOT / "docs")
+    if config.report:
+        return report(config.runs)
+    for task in dict.fromkeys(job.task for job in jobs):
+        record(task, config.runs)
+    measure(list(dict.fromkeys(map(kind_of, jobs))), config.runs, again=config.measure)
+    pool = ThreadPoolExecutor(config.jobs)
+    waiting = [pool.submit(make, job, config.runs) for job in jobs]
+    try:
+        for done in as_completed(waiting):
+            done.result()
+    finally:  # after an error or Ctrl-C, what has begun ends, and nothing else begins
+        pool.shutdown(cancel_futures=True)
+        report(config.runs)
+
+
+def report(runs: Path) -> None:
+    """Write the report from the results that were made with the present settings."""
+    results, current = read(), {}
+    for name, found in results["runs"].items():
+        job = next((job for job in plan() if job.name == name), None)
+        if job is not None and found["made_with"] == settings(job, runs, found["made_with"]):
+            current[name] = found
+    if outdated := sorted(results["runs"].keys() - current.keys()):
+        print(f"left out, made with other settings: {', '.join(outdated)}", flush=True)
+    write_report(results | {"runs": current}, plan(), ROOT / "docs")
 
 
 def is_part(prefix: str, job: Job) -> bool:
@@ -153,23 +171,41 @@ def changing() -> Iterator[dict]:
 
 def record(task: str, runs: Path) -> None:
     """Record the demonstrations of a task; they depend only on the seed."""
-    folder = runs / "data" / task
-    if not (folder / "meta" / "info.json").is_file():
-        call([sys.executable, "-m", "common.envs.record", TASKS[task], folder, "--episodes", DEMONSTRATIONS])
+    folder = data_of(task, runs)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with held(runs / "data" / f"{task}.lock"):
+        if not (folder / "meta" / "info.json").is_file():
+            own = [TASKS[task], folder, "--episodes", DEMONSTRATIONS]
+            call([sys.executable, "-m", "common.envs.record", *own])
+
+
+def data_of(task: str, runs: Path) -> Path:
+    return runs / "data" / f"{task}-{RECORDING}"
+
+
+@contextmanager
+def held(path: Path, wait: bool = True) -> Iterator[int]:
+    """Keep other processes from holding the same file; gives its descriptor, for children that hold it, too.
+
+    Raises BlockingIOError without `wait`, if another process holds it.
+    """
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield lock.fileno()
 
 
 def train_command(job: Job, runs: Path, folder: Path, steps: int) -> list:
-    data = runs / "data" / job.task
+    data = data_of(job.task, runs)
     if job.method in LEROBOT:
         return [
             Path(sys.executable).parent / "lerobot-train",
+            f"--policy.path={folder.with_name(f'{folder.name}-begun')}",
             f"--dataset.repo_id=local/{job.task}",
             f"--dataset.root={data}",
             f"--output_dir={folder}",
             f"--steps={steps}",
             f"--save_freq={steps}",
             f"--seed={job.seed}",
-            *(f"--policy.{name}={value}" for name, value in LEROBOT[job.method].items()),
             *OFFLINE.split(),
         ]
     place = "examples/" if job.method in FORKS else ""
@@ -182,35 +218,48 @@ def train_command(job: Job, runs: Path, folder: Path, steps: int) -> list:
     ]
 
 
-def measure(kinds: list[str], runs: Path) -> None:
-    """Processor seconds of a training step of each kind, taking turns."""
-    loops = {}
-    for kind in kinds:
-        simulator, method = kind.split(":")
-        task = next(task for task, env in TASKS.items() if env.startswith(simulator))
-        record(task, runs)
-        data = runs / "data" / task
-        if method in LEROBOT:
-            loops[kind] = lerobot_acts.training_steps(data, LEROBOT[method])
-        else:
-            loops[kind] = training_steps(f"{method}:simulators", "--dataset", str(data))
+def measure(kinds: list[str], runs: Path, again: bool = False) -> None:
+    """Processor seconds of a training step of each kind, taking turns; of all kinds, if some are missing."""
     with changing() as results:
-        results["seconds"] |= measure_steps(loops)
-    print(f"seconds a step: {read()['seconds']}", flush=True)
+        known = results["seconds"]
+        kinds = list(dict.fromkeys([*kinds, *known]))
+        if again or set(kinds) - known.keys():
+            loops = {}
+            for kind in kinds:
+                simulator, method = kind.split(":")
+                task = next(task for task, env in TASKS.items() if env.startswith(simulator))
+                record(task, runs)
+                data = data_of(task, runs)
+                if method in LEROBOT:
+                    loops[kind] = lerobot_acts.training_steps(data, LEROBOT[method])
+                else:
+                    loops[kind] = training_steps(f"{method}:simulators", "--dataset", str(data))
+            known |= measure_steps(loops)
+            print(f"seconds a step: {known}", flush=True)
 
 
-def settings(job: Job, runs: Path) -> dict:
-    """All that a result depends on, but the code and the machine."""
+def settings(job: Job, runs: Path, known: dict | None = None) -> dict:
+    """All that a result depends on, but the code and the machine.
+
+    Where the demonstrations are not on this machine, they are those of the `known` settings.
+    """
     ours = ROOT / "configs" / job.method / "simulators.json"
     config = LEROBOT[job.method] if job.method in LEROBOT else json.loads(ours.read_text())
-    return {
+    data = data_of(job.task, runs)
+    seconds = read()["seconds"].get(kind_of(job))
+    frames = (known or {}).get("demonstrations", [0])[0]
+    if data.exists():
+        frames = read_json(data / "meta" / "info.json")["total_frames"]
+    found = {
         "config": config,
         "env": TASKS[job.task],
-        "demonstrations": read_json(runs / "data" / job.task / "meta" / "info.json")["total_frames"],
-        "seconds_of_training": BUDGET,
+        "demonstrations": [frames, RECORDING],
+        "steps": seconds and int(BUDGET / seconds),
         "episodes": [EPISODES, BLIND],
+        "first_episode": FIRST_SEED + 1000 * job.seed,
         "max_steps": MAX_STEPS.get(TASKS[job.task].partition(":")[0]),
     }
+    return json.loads(json.dumps(found))
 
 
 def make(job: Job, runs: Path) -> None:
@@ -218,54 +267,58 @@ def make(job: Job, runs: Path) -> None:
 
     If interrupted, our runs resume; LeRobot's start again.
     """
-    made_with = json.loads(json.dumps(settings(job, runs)))
-    with open(runs / f"{job.name.replace(':', '-')}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{job.name}: another process makes it", flush=True)
-            return
-        if read()["runs"].get(job.name, {}).get("made_with") != made_with:
-            make_alone(job, runs, made_with)
+    made_with = settings(job, runs)
+    number = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:8]
+    folder = runs / f"{job.name.replace(':', '-')}-{number}"  # what other settings made is never taken up
+    try:
+        with held(folder.with_suffix(".lock"), wait=False) as lock:
+            if read()["runs"].get(job.name, {}).get("made_with") != made_with:
+                make_alone(job, runs, folder, made_with, lock)
+    except BlockingIOError:
+        print(f"{job.name}: another process makes it", flush=True)
 
 
-def make_alone(job: Job, runs: Path, made_with: dict) -> None:
-    """Train and evaluate a run."""
-    seconds = read()["seconds"][kind_of(job)]
-    steps, folder, started = int(BUDGET / seconds), runs / job.name.replace(":", "-"), time.time()
+def make_alone(job: Job, runs: Path, folder: Path, made_with: dict, lock: int) -> None:
+    """Train and evaluate a run; its processes hold the `lock` as long as they live."""
+    steps, data, started = made_with["steps"], data_of(job.task, runs), time.time()
     command = train_command(job, runs, folder, steps)
     if job.method in LEROBOT:
+        ours = [sys.executable, __file__.replace("simulators.py", "lerobot_acts.py")]
         last = folder / "checkpoints" / "last"
         if not (last.exists() and int(last.resolve().name) == steps):
             shutil.rmtree(folder, ignore_errors=True)  # saves only at its end, refuses an existing folder
-            call(command)
-        command = [sys.executable, __file__.replace("simulators.py", "lerobot_acts.py")]
-        command += [folder, "--dataset", runs / "data" / job.task]
+            begun = folder.with_name(f"{folder.name}-begun")
+            shutil.rmtree(begun, ignore_errors=True)
+            lerobot_acts.begin(data, LEROBOT[job.method], job.seed, begun)
+            call(command, lock)
+        command = [*ours, folder, "--dataset", data]
     else:
-        call([*command, "--resume", "auto"])
+        call([*command, "--resume", "auto"], lock)
         command = [sys.executable, "evaluate.py", folder]
     sample_steps = SAMPLE_STEPS.get(job.method, (10, 2, 1))
     flags = ["--env", TASKS[job.task], "--episodes", EPISODES, "--blind-episodes", BLIND]
+    flags += ["--seed", made_with["first_episode"]]
     if most := made_with["max_steps"]:
         flags += ["--max-steps", most]
-    call([*command, *flags, "--sample-steps", *sample_steps])
+    call([*command, *flags, "--sample-steps", *sample_steps], lock)
     found = json.loads((folder / "evaluation" / "results.json").read_text())
     parameters = found["parameters"] if job.method in LEROBOT else count_parameters(find(folder) / "policy")
     with changing() as results:
         results["runs"][job.name] = {
             "made_with": made_with,
             "steps": steps,
-            "seconds_a_step": seconds,
+            "seconds_a_step": results["seconds"][kind_of(job)],
             "parameters": parameters,
             "closed_loop": found["closed_loop"],
         }
     print(f"{job.name}: {steps} steps, {(time.time() - started) / 60:.0f} min", flush=True)
 
 
-def call(command: list) -> None:
-    """Run a command on one core."""
+def call(command: list, lock: int | None = None) -> None:
+    """Run a command on one core, which holds a lock, too."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    options = {"cwd": ROOT, "env": environment, "pass_fds": () if lock is None else (lock,)}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
     if done.returncode:
         raise UserError(f"{' '.join(map(str, command[1:4]))} failed: {done.stderr.strip()[-1500:]}")
 

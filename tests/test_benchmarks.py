@@ -156,7 +156,7 @@ def outcomes(runs):
 
 def test_every_run_of_the_plan_can_be_made():
     jobs = simulators.plan()
-    assert len(jobs) == len(set(jobs)) == 49
+    assert len(jobs) == len(set(jobs)) == 50
     for job in jobs:
         command = list(map(str, simulators.train_command(job, Path("runs"), Path("run"), 10)))
         if job.method in simulators.LEROBOT:
@@ -170,23 +170,29 @@ def test_every_run_of_the_plan_can_be_made():
 
 def test_a_report_of_some_of_the_runs(tmp_path, capsys):
     good, bad, grey = "1" * 45 + "0" * 5, "1" * 10 + "0" * 40, "0" * 50
+    blind = {"grey": grey, "mismatched": grey}
     results = {
-        "pick-place:train_vfp_moe:0": outcomes({"10": good, "2": good, "1": good, "grey": grey}),
-        "pick-place:train_vfp_moe:1": outcomes({"10": bad, "2": bad, "1": bad, "grey": grey}),
-        "pick-place:act:0": outcomes({"1": bad, "grey": grey}),
+        "pick-place:train_vfp_moe:0": outcomes({"10": good, "2": good, "1": good, **blind}),
+        "pick-place:train_vfp_moe:1": outcomes({"10": bad, "2": bad, "1": bad, **blind}),
+        "pick-place:act:0": outcomes({"1": bad, **blind}),
+        "push:train_vfp_moe:0": outcomes({"10": good, "grey": bad, "mismatched": grey}),
+        "push:act:0": outcomes({"1": bad, **blind}),
     }
     (tmp_path / "benchmarks.md").write_text("# Mine\n")
     simulators_report.write_report({"runs": results}, simulators.plan(), tmp_path)
     text = (tmp_path / "benchmarks.md").read_text()
     assert text.startswith("# Mine\n")
-    assert "3 of 49 planned runs" in text
+    assert "5 of 50 planned runs" in text
     # 55 of 100 episodes of both seeds, with the interval of Clopper and Pearson
     assert "| pick-place | `train_vfp_moe.py` | 55.0 [45, 65] (90, 20) |" in text
     assert (
-        "| pick-place | LeRobot ACT, chunk 16 |  |  | 20.0 [10, 34] | 0 | 1 | 2.5 M | 5000 | 0.24 |" in text
+        "| pick-place | LeRobot ACT, chunk 16 |  |  | 20.0 [10, 34] | 0 | 0 | 1 | 2.5 M | 5000 | 0.24 |"
+        in text
     )
     # only seed 0 is in both: 35 more successes, none fewer
     assert "| +70.0 | 5.8e-11 | distinguishable |" in text
+    assert "push does not count: a policy that sees nothing succeeds in more than 10 %." in text
+    assert "| push | `train_vfp_moe.py`, 10 | LeRobot" not in text
     assert Image.open(tmp_path / "benchmarks.png").width > 300
 
 

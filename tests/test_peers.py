@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import train_naive_fm
-from benchmarks import latency, matched, methods, peers
+from benchmarks import latency, lerobot_acts, matched, methods, peers
 from common.config import parse
+from common.data.recording import Demonstration, write_dataset
 from common.errors import UserError
 
 
@@ -56,6 +57,61 @@ def test_clip_sees_squares_of_whole_patches_with_as_many_pixels():
     assert matched.seen("multi_task_dit", (96, 128)) == (112, 112)
     assert matched.seen("multi_task_dit", (224, 224)) == (224, 224)
     assert matched.seen("act", (96, 128)) == (96, 128)
+
+
+@pytest.fixture
+def act_of_lerobot(tmp_path):
+    """A small ACT, as `benchmarks/simulators.py` begins one, and its dataset of two cameras."""
+    pytest.importorskip("lerobot.policies")
+    rng, demonstrations = np.random.default_rng(0), []
+    for steps in (14, 11):
+        states, actions = rng.normal(5, 2, (steps, 3)), rng.normal(-1, 3, (steps, 2))
+        images = {name: rng.integers(0, 256, (steps, 32, 48, 3), np.uint8) for name in ("front", "wrist")}
+        vectors = states.astype(np.float32), actions.astype(np.float32)
+        demonstrations.append(Demonstration(*vectors, images, "fold"))
+    names = {"state_names": ("x", "y", "z"), "action_names": ("dx", "dy")}
+    data = write_dataset(tmp_path / "data", demonstrations, fps=10, **names)
+    options = {"chunk_size": 4, "n_action_steps": 2, "dim_model": 32, "n_heads": 2, "dim_feedforward": 32}
+    place = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
+    lerobot_acts.begin(data, options, 0, place, pictures=25)
+    return data, tmp_path / "run", options
+
+
+def test_norms_that_do_not_learn_have_statistics_of_the_demonstrations(act_of_lerobot):
+    from lerobot.policies.act.modeling_act import ACTPolicy
+
+    data, run, options = act_of_lerobot
+    policy = ACTPolicy.from_pretrained(run / "checkpoints/last/pretrained_model")
+    dataset, _, before, _ = lerobot_acts.make(data, options)
+    batch = before(next(iter(torch.utils.data.DataLoader(dataset, batch_size=25))))
+    seen = []
+    norms = [m for m in policy.modules() if type(m).__name__ == "FrozenBatchNorm2d"]
+    for norm in norms:
+        norm.register_forward_hook(lambda _, __, out: seen.append(torch.std_mean(out, dim=(0, 2, 3))))
+    policy.model.backbone(torch.cat([batch[key] for key in policy.config.image_features]))
+    assert len(seen) == len(norms) == 20
+    for std, mean in seen:
+        torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-3, rtol=0)
+        assert ((std - 1).abs() < 0.05).float().mean() > 0.9  # the others hardly vary
+
+
+def test_lerobots_policy_sees_and_does_in_our_loop_what_it_would_in_its_own(act_of_lerobot):
+    data, run, options = act_of_lerobot
+    ours = lerobot_acts.LeRobotPolicy(run, (str(data),))
+    assert (ours.horizon, ours.execute_steps) == (4, 2)
+    dataset, _, before, after = lerobot_acts.make(data, options)
+    item = dataset[16]
+    own = after(ours.model.predict_action_chunk(before({key: item[key] for key in item})))
+    images = {
+        key: (item[key].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        for key in ours.spec.camera_keys
+    }
+    seen = {"images": images, "state": item["observation.state"].numpy()[None]}
+    chunks = ours.act_batch([seen, seen])
+    assert chunks.shape == (2, 4, 2)
+    torch.testing.assert_close(torch.from_numpy(chunks[0]), own[0], atol=1e-4, rtol=1e-4)
+    low, high = (dataset.meta.stats["action"][name] for name in ("min", "max"))
+    assert (np.abs(chunks - (low + high) / 2) < 3 * (high - low)).all()  # in recorded units
 
 
 def test_what_lerobot_logs_is_read():

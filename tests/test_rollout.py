@@ -19,7 +19,7 @@ from common.config import parse
 from common.data.demo import Simulator
 from common.envs import EnvConfig, make_environment, record
 from common.envs.demo import DemoEnvironment
-from common.envs.gym import GymEnvironment
+from common.envs.gym import GymEnvironment, factory
 from common.errors import UserError
 from common.rollout import rates, roll_out
 
@@ -302,6 +302,14 @@ class Silent(Arm):
         return (*super().step(action)[:4], {})
 
 
+class Late(Arm):
+    """Says only at an episode's end whether it was a success."""
+
+    def step(self, action):
+        *rest, info = super().step(action)
+        return *rest, info if info["is_success"] else {}
+
+
 class Vague(Silent):
     """Reports success for several things at once."""
 
@@ -345,6 +353,7 @@ def test_observations_are_mapped():
         ({"env_map": ("head",)}, "--env-map head: write NAME=KEY"),
         ({"max_steps": None}, "give --max-steps"),
         ({"make": Silent}, "does not report success .*--success-reward"),
+        ({"make": Silent, "max_steps": 2}, "does not report success .*--success-reward"),
         ({"make": Vague}, r"reports is_success as .*, not as true or false: .*--success-reward"),
     ],
 )
@@ -353,10 +362,24 @@ def test_mappings_and_environments_that_cannot_be_used(options, sentence):
         environment = gym(**options)
         environment.reset(0, 0)
         environment.images()
-        environment.step(np.zeros(2, np.float32))
+        for _ in range(environment.max_steps):
+            environment.step(np.zeros(2, np.float32))
 
     with pytest.raises(UserError, match=sentence):
         use()
+
+
+def test_success_may_be_told_at_the_end():
+    environment = gym(make=Late)
+    environment.reset(0, 0)
+    assert [environment.step(np.zeros(2, np.float32)) for _ in range(3)] == [False, False, True]
+    assert environment.success()
+
+
+def test_gymnasiums_own_limit_of_steps_is_raised():
+    make = factory("gymnasium:CartPole-v1", (32, 32), 700)
+    assert make().spec.max_episode_steps == 700
+    assert factory("gymnasium:CartPole-v1", (32, 32))().spec.max_episode_steps == 500
 
 
 def test_success_can_be_read_from_the_reward():

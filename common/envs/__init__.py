@@ -127,7 +127,7 @@ def make_environment(config: EnvConfig, image_size: tuple[int, int]) -> Environm
         else:  # maps its observations itself
             from common.envs.gym import GymEnvironment, factory
 
-            return GymEnvironment(config, factory(config.env, image_size))
+            return GymEnvironment(config, factory(config.env, image_size, config.max_steps))
     except ModuleNotFoundError as error:
         way = "install it"
         if error.name and error.name.partition(".")[0] in SIM_PACKAGES:

@@ -18,24 +18,30 @@ STATES = ("state", "agent_pos", "observation.state", "qpos", "proprio")
 SUCCESS = ("is_success", "success")
 
 
-def factory(name: str, image_size: tuple[int, int]) -> Callable[[], gymnasium.Env]:
-    """The function that makes the environment `pusht`, `gymnasium:ID` or `module:factory`."""
+def factory(
+    name: str, image_size: tuple[int, int], max_steps: int | None = None
+) -> Callable[[], gymnasium.Env]:
+    """The function that makes the environment `pusht`, `gymnasium:ID` or `module:factory`.
+
+    gymnasium's own limit of steps becomes `max_steps`, if given: it would end an episode before.
+    """
     kind, _, rest = name.partition(":")
+    limit = {} if max_steps is None else {"max_episode_steps": max_steps}
     if name == "pusht":
         importlib.import_module("gym_pusht")
         height, width = image_size
-        size = {"observation_height": height, "observation_width": width}
+        size = {"observation_height": height, "observation_width": width, **limit}
         return lambda: gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos", **size)
     if kind != "gymnasium":
         return import_factory(name)
     if ":" in rest:  # module:ID: gymnasium imports the module
-        return lambda: gymnasium.make(rest, render_mode="rgb_array")
+        return lambda: gymnasium.make(rest, render_mode="rgb_array", **limit)
     if rest not in gymnasium.registry:
         raise UserError(
             f"gymnasium knows no environment {rest or 'without a name'}{closest(rest, gymnasium.registry)}: "
             f"give `gymnasium:module:ID` for one that a package registers on import."
         )
-    return lambda: gymnasium.make(rest, render_mode="rgb_array")
+    return lambda: gymnasium.make(rest, render_mode="rgb_array", **limit)
 
 
 class GymEnvironment:
@@ -63,7 +69,8 @@ class GymEnvironment:
     def reset(self, seed: int, episode: int) -> None:
         observation, _ = self._env.reset(seed=seed + episode)
         self._seen = dict(_flat(observation))
-        self._won = False
+        self._won = self._told = False
+        self._steps = 0
 
     def step(self, action: np.ndarray) -> bool:
         space = self._env.action_space
@@ -80,15 +87,20 @@ class GymEnvironment:
             self._won |= float(reward) >= self._reward
         else:
             self._won |= self._reported(info)
+            self._steps += 1
+            if (terminated or truncated or self._steps == self.max_steps) and not self._told:
+                raise UserError(
+                    f"--env {self.name} does not report success (info has {', '.join(info) or 'nothing'}): "
+                    f"give --success-reward, the reward at which an episode counts as a success."
+                )
         return self._won or terminated or truncated
 
     def _reported(self, info: dict[str, Any]) -> bool:
+        """Whether a step was a success; some environments say it only at an episode's end."""
         key = next((key for key in SUCCESS if key in info), None)
         if key is None:
-            raise UserError(
-                f"--env {self.name} does not report success (info has {', '.join(info) or 'nothing'}): give "
-                f"--success-reward, the reward at which an episode counts as a success."
-            )
+            return False
+        self._told = True
         value = np.asarray(info[key])
         if value.size != 1 or value.dtype.kind not in "biuf" or value.item() not in (0, 1):
             raise UserError(

@@ -23,6 +23,7 @@ from common.envs import EnvConfig, Environment, make_environment
 from common.errors import UserError
 from common.rollout import answering
 
+RECORDING = 2  # raise it when the same seed gives other episodes or pictures than before
 MOST_FAILURES = 3  # per wanted episode: an expert that fails more often is useless
 
 
