@@ -310,7 +310,9 @@ def test_a_lerobot_dataset_may_grow_by_itself(folder, growing, base, tmp_path):
     assert torch.equal(again.take(found).__getitems__([40, 60]).images, grown.__getitems__([40, 60]).images)
 
 
-def test_a_bad_episode_of_a_dataset_that_grows_does_not_keep_others_out(folder, growing, monkeypatch, capsys):
+def test_a_bad_episode_of_a_dataset_that_grows_does_not_keep_others_out(
+    folder, growing, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr("common.data.growth.PATIENCE_SECONDS", -1.0)
     folder.rmdir()
     shape = {"video": False, "dims": (3, 3), "names": None}
@@ -320,14 +322,41 @@ def test_a_bad_episode_of_a_dataset_that_grows_does_not_keep_others_out(folder, 
     edit_column(file, "action", lambda rows: [*rows[:8], nan, *rows[9:]])
     for _ in range(12):
         growing.look()
-    assert [e.episodes for e in growing.ready] == ["0-0", "2-2", "3-3"]
+    assert [e.episodes for e in growing.ready] == ["0-3"]
     said = capsys.readouterr().out
-    assert said.count("is left out") == 1
-    assert f"episode 1 of {folder} is left out: " in said
+    assert said.count("left out") == 1
+    assert f"episodes 1 of {folder / '.'} are left out: " in said
+    first = growing.due(1, 0, 1, lambda x: x)
+    assert growing.take(first).store.num_episodes == 4 + 3
+    again = Growth(growing.config, growing.base, tmp_path / LOG, writes=False)
+    assert again.take(again.due(1, 0, 0, None)).store.num_episodes == 4 + 3
+    for _ in range(4):
+        growing.look()
+    assert len(growing.ready) == 1  # it is not tried again as long as nothing changes
     shutil.rmtree(folder)
     make_dataset(folder, (8, 9, 7, 6, 5, 4), CAMERAS, **shape)
-    look(growing)
-    assert [e.episodes for e in growing.ready][3:] == ["4-5"]
+    for _ in range(6):
+        growing.look()
+    assert [e.episodes for e in growing.ready][1:] == ["4-5", "1-1"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_dataset_into_which_a_session_records_is_waited_for(folder, growing, monkeypatch, capsys):
+    monkeypatch.setattr("common.data.growth.PATIENCE_SECONDS", -1.0)
+    folder.rmdir()
+    shape = {"video": False, "dims": (3, 3), "names": None}
+    make_dataset(folder, (8, 9), CAMERAS, **shape)
+    (rows,) = folder.glob("meta/episodes/*/*.parquet")
+    whole = rows.read_bytes()
+    rows.write_bytes(whole[:-50])  # as LeRobot leaves it until finalize()
+    for _ in range(6):
+        growing.look()
+    assert not growing.ready
+    assert capsys.readouterr().out.count("is left out as it is now") == 1
+    rows.write_bytes(whole)
+    for _ in range(3):
+        growing.look()
+    assert [e.episodes for e in growing.ready] == ["0-1"]
 
 
 def test_a_dataset_that_is_being_extended_is_read_again(folder, growing, base, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 LOG = "growth.json"
 POLL_SECONDS = 0.1
 PATIENCE_SECONDS = 10.0  # an entry that cannot be used, and has not changed for as long, is left out
+RECORDING_SECONDS = 600.0  # without a change in a dataset that cannot be read, until it is an error
 LEAVE_SECONDS = 10.0  # at the end of a run, for an entry that is being decoded
 UNFINISHED = (".part", ".tmp", ".lock")  # endings of names of what is still being written
 
@@ -100,7 +101,7 @@ class Growth:
         known = [Entry(**entry) for time in self.times for entry in time["entries"]]
         self._known = {entry.name for entry in known}
         self._episodes = _after(known)
-        self._alone = False  # of a dataset that grows, one of several episodes is bad: try them one by one
+        self._bad: dict[int, list] = {}  # episodes of a dataset that grows, and what its files were like then
         self._seen: dict[str, list] = {}  # of each entry not yet decoded, what its files were like
         self._failed: dict[str, tuple[float, str]] = {}  # when and why it could not be used; 0: it was said
         self._opening = threading.Lock()  # decoding processes are shared
@@ -131,7 +132,7 @@ class Growth:
 
     def look(self) -> None:
         """Decode what is new and has not changed since the last look. An entry that cannot be used is tried
-        again when it changes.
+        again when it changes; of a dataset that grows, good episodes are taken without the bad ones.
         """
         for entry in self._new():
             if self._stopping.is_set():
@@ -142,36 +143,41 @@ class Growth:
                 self._seen[entry.name] = files
                 self._failed.pop(entry.name, None)
                 continue
+            partly = False
             if entry.name in self._failed:
                 since, why = self._failed[entry.name]
-                if 0 < since < time.monotonic() - PATIENCE_SECONDS:
-                    self._leave_out(entry, why)
-                continue
+                if not 0 < since < time.monotonic() - PATIENCE_SECONDS:
+                    continue
+                self._failed[entry.name] = (0.0, why)
+                partly = bool(entry.episodes)
+                if not partly:
+                    say(f"warning: {path} is left out: {why}")
+                    continue
+            numbers = _numbers(entry)
             try:
-                store = self.open(entry)
+                store = self.open(entry, partly)
                 self.refuse_unfit(store)
             except Exception as error:  # files of others can be anything, and training must go on
                 why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                self._failed[entry.name] = (time.monotonic(), why)
+                if numbers and numbers[0] in self._bad:
+                    self._bad[numbers[0]] = files
+                elif partly:
+                    say(f"warning: {path} is left out as it is now: {why}")
+                else:
+                    self._failed[entry.name] = (time.monotonic(), why)
                 continue
+            bad = sorted(set(numbers) - set(store.episode_indices.tolist()))
+            if bad:
+                say(f"warning: episodes {', '.join(map(str, bad))} of {path} are left out: {why}")
+            self._failed.pop(entry.name, None)
+            for number in numbers:
+                self._bad.pop(number, None)
+            self._bad |= dict.fromkeys(bad, files)
             self._known.add(entry.name)
             entry = replace(entry, fingerprint=_fingerprint(store))
             self._episodes = max(self._episodes, _after([entry]))
             self._opened[entry] = store
             self.ready.append(entry)
-
-    def _leave_out(self, entry: Entry, why: str) -> None:
-        """Say why an entry is not used. Several episodes of one dataset are tried one by one first."""
-        first, _, last = entry.episodes.partition("-")
-        if not entry.episodes:
-            self._failed[entry.name] = (0.0, why)
-            say(f"warning: {self.folder / entry.name} is left out: {why}")
-            return
-        del self._failed[entry.name]  # the next episodes have the same name
-        self._alone = True
-        if first == last:
-            self._episodes += 1
-            say(f"warning: episode {first} of {self.folder} is left out: {why}")
 
     def _new(self) -> list[Entry]:
         """What is there and has not been decoded, by name."""
@@ -179,10 +185,11 @@ class Growth:
             total = 0
             with suppress(OSError, ValueError, TypeError, KeyError):  # it is being written
                 total = int(read_json(self.folder / "meta" / "info.json")["total_episodes"])
-            if total <= self._episodes:
-                self._alone = False
-                return []
-            return [Entry(".", f"{self._episodes}-{self._episodes if self._alone else total - 1}")]
+            if total > self._episodes:
+                return [Entry(".", f"{self._episodes}-{total - 1}")]
+            files = _files(self.folder) if self._bad else []
+            mended = [Entry(".", f"{number}-{number}") for number, had in self._bad.items() if had != files]
+            return mended[:1]
         names = []
         with suppress(OSError):  # it does not exist yet, or a network's disk does not answer
             names = sorted(os.listdir(self.folder))
@@ -194,26 +201,35 @@ class Growth:
 
     # All processes
 
-    def open(self, entry: Entry) -> EpisodeStore:
-        """The entry's episodes, decoded if no process has done it before."""
+    def open(self, entry: Entry, partly: bool = False) -> EpisodeStore:
+        """The entry's episodes, decoded if no process has done it before; `partly`: without bad ones.
+
+        What has been read before is waited for: a dataset cannot be read while more is recorded into it.
+        """
         from common.data import open_dataset  # which imports this module
 
         if entry in self._opened:
             return self._opened.pop(entry)
         path, storage = self.folder / entry.name, self.base.store.storage
-        patience = time.monotonic() + PATIENCE_SECONDS * bool(entry.fingerprint and entry.episodes)
+        before = bool(entry.fingerprint and entry.episodes)
+        tried, files, said = time.monotonic(), [], False
         chosen = {"dataset": (str(path),), "episodes": (entry.episodes,) if entry.episodes else ()}
         chosen |= {"weights": (), "task": (), "task_weights": (), "task_balance": 0.0, "episodes_file": None}
         while True:
             try:
                 with self._opening, quiet():
                     store = open_dataset(
-                        replace(self.config, **chosen, store=storage, skip_bad_episodes=False)
+                        replace(self.config, **chosen, store=storage, skip_bad_episodes=partly or before)
                     )
                 break
-            except Exception:  # it was read before: more is being written to it at this moment
-                if time.monotonic() >= patience:
+            except Exception as error:
+                if not before or time.monotonic() - tried > RECORDING_SECONDS:
                     raise
+                if files != (now := _files(path)):
+                    tried, files = time.monotonic(), now
+                if not said:
+                    say(f"waiting until {path}, from which the run has learned, can be read again: {error}")
+                    said = True
                 time.sleep(POLL_SECONDS)
         if entry.fingerprint and entry.fingerprint != _fingerprint(store):
             raise UserError(
@@ -279,9 +295,15 @@ def _fingerprint(store: EpisodeStore) -> str:
     return sha.hexdigest()
 
 
+def _numbers(entry: Entry) -> range:
+    """The numbers of an entry's episodes, if it is some of a LeRobot dataset that grows; else none."""
+    first, _, last = entry.episodes.partition("-")
+    return range(int(first), int(last) + 1) if last else range(0)
+
+
 def _after(entries: Sequence[Entry]) -> int:
     """The number after that of the last episode of a LeRobot dataset that grows."""
-    return max((int(entry.episodes.partition("-")[2]) + 1 for entry in entries if entry.episodes), default=0)
+    return max((_numbers(entry).stop for entry in entries), default=0)
 
 
 def _files(path: Path) -> list:
