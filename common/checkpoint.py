@@ -4,7 +4,7 @@
         policy/         what inference needs: <component>.safetensors (averaged weights), policy.json,
                         stats.safetensors
         state/          what resuming also needs: Accelerate's state (weights, optimizer, random
-                        generators), trainer.json, metrics that are not logged yet
+                        generators), trainer.json, metrics that are not logged yet, growth.json
         checksums.json  size and CRC-32 of every file
     checkpoints/last -> the newest complete checkpoint
 
@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -45,9 +46,19 @@ from common.config import to_dict
 from common.console import say
 from common.data import ChunkDataset
 from common.data.cameras import known_name
+from common.data.growth import LOG as GROWTH_LOG
 from common.data.rotation import Rotations
 from common.errors import UserError
-from common.files import CHECKSUMS, checksum, completed_checkpoints, read_json, sync, sync_one, write_json
+from common.files import (
+    CHECKSUMS,
+    checksum,
+    completed_checkpoints,
+    read_json,
+    sync,
+    sync_one,
+    write_json,
+    write_whole,
+)
 from common.instructions import Instructions
 from common.optim import AveragedPolicy
 from common.vision import Backbone
@@ -208,6 +219,8 @@ def _write_small(run: Run, folder: Path) -> None:
     trainer = {"step": run.step, "samples": run.samples, "updates": run.average.updates}
     trainer |= {"processes": run.world, "optimizer": type(run.average.optimizer).__name__}
     write_json(state / "trainer.json", trainer)
+    if (log := run.folder / GROWTH_LOG).exists():
+        shutil.copy(log, state / GROWTH_LOG)
 
 
 def _large(run: Run) -> dict[str, dict]:
@@ -379,6 +392,8 @@ def restore(accelerator: Accelerator, run_dir: Path, average: AveragedPolicy) ->
         UserError: if there is no undamaged checkpoint, or it is of another policy or optimizer.
     """
     path = newest_undamaged(run_dir, tell=True) if accelerator.is_main_process else None
+    if path is not None:
+        _restore_growth(path / "state" / GROWTH_LOG, run_dir / GROWTH_LOG)
     path = broadcast_object_list([path])[0]  # the first process looks, for all
     try:
         trainer = read_json(path / "state" / "trainer.json")
@@ -412,6 +427,16 @@ def restore(accelerator: Accelerator, run_dir: Path, average: AveragedPolicy) ->
             f"checkpoint before it."
         ) from None
     return trainer["step"], trainer["samples"]
+
+
+def _restore_growth(saved: Path, log: Path) -> None:
+    """Put the run folder's log of new episodes back, if it is lost or knows less than the checkpoint."""
+    known: list = []
+    with suppress(OSError, ValueError):
+        known = read_json(log)
+    if saved.exists() and len(read_json(saved)) > len(known):
+        say(f"{log} is missing or too short: it is written again, from {saved.parents[1].name}")
+        write_whole(log, saved.read_bytes())
 
 
 def _refuse_other_optimizer(path: Path, trainer: dict, optimizer: torch.optim.Optimizer) -> None:
