@@ -42,7 +42,8 @@ class Config:
     run: Annotated[UserPath, tyro.conf.Positional]
     """Run folder; it may still be training."""
     out: Annotated[UserPath, tyro.conf.Positional]
-    """Folder for the new dataset, which is named after run, step and seed: that of --grow-from."""
+    """Folder for the new dataset, which is named after run, step and seed: that of --grow-from. Corrections
+    by a person become a dataset each."""
     keep: Literal["corrections", "successes", "all"] = "corrections"
     """What to record: how an expert would have gone on where the policy failed; episodes in which the policy
     succeeded; or all of its episodes."""
@@ -84,8 +85,8 @@ def main(config: Config) -> None:
     collect(policy, config, granted)
 
 
-def collect(policy: RobotPolicy, config: Config, granted: Callable[[int], bool]) -> Path | None:
-    """Let the policy act, and record what `--keep` asks for; returns the new dataset, if there is any.
+def collect(policy: RobotPolicy, config: Config, granted: Callable[[int], bool]) -> None:
+    """Let the policy act, and record what `--keep` asks for.
 
     Args:
         granted: whether a demonstration of this many steps may be recorded; if not, it is the end.
@@ -95,48 +96,69 @@ def collect(policy: RobotPolicy, config: Config, granted: Callable[[int], bool])
         raise UserError("--env is missing: name the environment to act in, such as aloha:transfer-cube.")
     if config.by != "expert" and config.keep != "corrections":
         raise UserError(f"--by {config.by} records corrections: leave out --keep {config.keep}.")
-    path = config.out / f"{config.run.resolve().name}-{policy.checkpoint.name}-seed-{config.seed}"
-    if path.exists():
-        raise UserError(f"{path} already exists: give each round its own --seed.")
+    name = f"{config.run.resolve().name}-{policy.checkpoint.name}-seed-"
+    seeds = range(config.seed, config.seed + (1 if config.by == "expert" else config.episodes))
+    paths = {seed: config.out / f"{name}{seed}" for seed in seeds}
+    if there := [path for path in paths.values() if path.exists()]:
+        raise UserError(f"{there[0]} already exists: give each round its own --seed.")
     at_once = min(config.parallel, config.episodes) if config.by == "expert" else 1
     environments = make_environments(simulator, policy.spec.image_size, at_once)
+    refuse_other_rate(environments[0], policy.spec)
     if config.by != "expert":
         operator = make_operator(config.by, environments[0])
-        found = taken_over(operator, environments[0], policy, config, granted)
-    else:
-        with tqdm(total=config.episodes, desc="episodes", unit="episode", disable=is_quiet()) as bar:
-            progress = lambda done: bar.update(done - bar.n)  # noqa: E731
-            numbers, steps = range(config.episodes), config.sample_steps
-            episodes = roll_out(policy, environments, numbers, config.seed, steps, progress=progress)
-        successes = sum(episode.success for episode in episodes)
-        say(f"{policy.checkpoint.name}: {successes} of {len(episodes)} episodes succeeded")
-        found = demonstrations(environments[0], episodes, config, granted)
-    if write(path, policy.spec, found):
-        say(f"recorded: {path}")
-        return path
-    say(f"nothing to record with --keep {config.keep}")
-    return None
+        for number, found in taken_over(operator, environments[0], policy, config, granted):
+            try:  # at once: whatever fails later, this is kept
+                write(paths[config.seed + number], policy.spec, iter([found]))
+            except KeyboardInterrupt:
+                write(paths[config.seed + number], policy.spec, iter([found]))
+                break
+        return
+    with tqdm(total=config.episodes, desc="episodes", unit="episode", disable=is_quiet()) as bar:
+        progress = lambda done: bar.update(done - bar.n)  # noqa: E731
+        numbers, steps = range(config.episodes), config.sample_steps
+        episodes = roll_out(policy, environments, numbers, config.seed, steps, progress=progress)
+    successes = sum(episode.success for episode in episodes)
+    say(f"{policy.checkpoint.name}: {successes} of {len(episodes)} episodes succeeded")
+    write(paths[config.seed], policy.spec, demonstrations(environments[0], episodes, config, granted))
 
 
-def write(path: Path, spec: PolicySpec, found: Iterator[Demonstration]) -> bool:
-    """Write demonstrations as a dataset, which appears when it is complete; False if there are none."""
+def refuse_other_rate(environment: Environment, spec: PolicySpec) -> None:
+    """Refuse to record steps of another length than those that the policy was trained on."""
+    if spec.fps != round(spec.fps):
+        raise UserError(f"Datasets of LeRobot have whole rates, and the policy's is {spec.fps:g} Hz.")
+    if abs(environment.fps / spec.fps - 1) > 0.01:
+        raise UserError(
+            f"{environment.name} runs at {environment.fps:g} Hz, the policy learned from {spec.fps:g} Hz: "
+            f"what it does there does not belong to its demonstrations."
+        )
+
+
+def write(path: Path, spec: PolicySpec, found: Iterator[Demonstration]) -> None:
+    """Write demonstrations, if there are any, as a dataset, which appears when it is complete."""
     first = next(found, None)
     if first is None:
-        return False
+        return say("nothing to record")
     unfinished = path.with_name(f".{path.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     state, action = spec.recorded_names  # the dataset's, whatever the environment calls them
     names = {"state_names": state, "action_names": action}
     try:
-        write_dataset(unfinished, chain([first], found), fps=round(spec.fps), **names)
+        seen = (as_seen(demonstration, spec) for demonstration in chain([first], found))
+        write_dataset(unfinished, seen, fps=round(spec.fps), **names)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     sync(unfinished)
     unfinished.rename(path)
     sync_one(path.parent)
-    return True
+    say(f"recorded: {path}")
+
+
+def as_seen(demonstration: Demonstration, spec: PolicySpec) -> Demonstration:
+    """A demonstration with the policy's cameras only, as its dataset has them."""
+    seen = {name: x for name, x in demonstration.images.items() if spec.camera(name) in spec.cameras}
+    return demonstration._replace(images=seen)
 
 
 def taken_over(
@@ -145,8 +167,8 @@ def taken_over(
     policy: RobotPolicy,
     config: Config,
     granted: Callable[[int], bool],
-) -> Iterator[Demonstration]:
-    """What a person does who watches the policy and takes over, where it leads to success."""
+) -> Iterator[tuple[int, Demonstration]]:
+    """What a person does who watches the policy and takes over, where it leads to success; by episode."""
     watched, count, steps = Watched(environment, operator), 0, 0
     with suppress(KeyboardInterrupt):  # what is finished is recorded
         for number in range(config.episodes):
@@ -159,7 +181,7 @@ def taken_over(
                         say("the last correction is left out: it exceeds --budget")
                         break
                     count, steps = count + 1, steps + len(found.state)
-                    yield found
+                    yield number, found
             if operator.finished:
                 break
     say(f"{count} corrections, {steps} steps")
@@ -178,6 +200,8 @@ def demonstrations(
             replay(environment, episode, 0, config.seed)
             actions = iter(episode.actions)
             found = perform(environment, lambda given=actions: next(given), episode.steps)
+            same = len(found.state) == episode.steps and environment.success() == episode.success
+            refuse_other(environment, same and np.allclose(found.state, episode.states[:-1], atol=1e-4))
         else:
             found = None
         if found is not None:
@@ -217,7 +241,12 @@ def replay(environment: Environment, episode: Episode, steps: int, seed: int) ->
         environment.reset(seed, episode.number)
         for action in episode.actions[:steps]:
             environment.step(action)
-    if not np.allclose(environment.state(), episode.states[steps], atol=1e-4):
+    refuse_other(environment, np.allclose(environment.state(), episode.states[steps], atol=1e-4))
+
+
+def refuse_other(environment: Environment, same: bool) -> None:
+    """Refuse an environment in which an episode is not the same when it is repeated."""
+    if not same:
         raise UserError(
             f"{environment.name} does not repeat an episode from its seed and actions: what happened in it "
             f"cannot be recorded."

@@ -37,7 +37,7 @@ from common.data.growth import LOG
 from common.errors import EXIT_STOPPED, UserError
 from common.files import CHECKSUMS, completed_checkpoints, read_json
 from common.inference import load_policy
-from launch_ray import LOG_SECONDS, RunFolder, connect, ray
+from launch_ray import LOG_SECONDS, NOTICE_SECONDS, RunFolder, connect, ray
 
 ROOT = Path(__file__).resolve().parent
 POLL_SECONDS = 0.5
@@ -84,10 +84,16 @@ def main(config: Config) -> None:
     connect(config.address)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     name = {"name": f"{config.run} {config.out}", "namespace": "collect"}
-    try:
-        board = ray.remote(Board).options(num_cpus=0, label_selector=here, **name, **RESTARTED).remote(config)
-    except ValueError:
-        raise UserError(f"Collectors for {config.run} and {config.out} are at work already.") from None
+    board, end = None, time.monotonic() + NOTICE_SECONDS  # an earlier launcher's machine may be lost
+    while board is None:
+        made = ray.remote(Board).options(num_cpus=0, label_selector=here, **name, **RESTARTED)
+        try:
+            board = made.remote(config)
+        except ValueError:
+            if time.monotonic() > end:
+                sentence = f"Collectors for {config.run} and {config.out} are at work already."
+                raise UserError(sentence) from None
+            time.sleep(POLL_SECONDS)
     finished = False
     with marked(config.out) as mark, suppress(KeyboardInterrupt):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -211,6 +217,12 @@ class Board:
 
     def why_wait(self) -> str:
         """See `Status`."""
+        try:
+            return self._why_wait()
+        except (OSError, ValueError) as error:  # a network's disk does not answer, or not whole
+            return f"waiting until {self.config.run} can be read ({error})"
+
+    def _why_wait(self) -> str:
         if self.full or self.left() <= 0:
             return DONE
         if not completed_checkpoints(self.config.run):
@@ -241,6 +253,7 @@ class Board:
     def begin(self, number: int) -> int:
         """A collector starts; returns how many times it was lost since it last finished a round."""
         self.granted.pop(number, None)
+        self.scan()  # it may have been lost just after its dataset was complete
         self.losses[number] = self.losses.get(number, -1) + 1
         return self.losses[number]
 

@@ -106,7 +106,7 @@ def main(config: Config, flags: Sequence[str]) -> None:
     refuse_senseless(config, flags)
     most = batch_size(config, flags) if config.global_batch else 0
     config.run_dir.parent.mkdir(parents=True, exist_ok=True)
-    held = hold(config.run_dir.with_name(f".{config.run_dir.name}.ray.lock"))
+    held = hold(config.run_dir.with_name(f".{config.run_dir.name}.ray.lock"), config.run_dir)
     connect(config.address)
     stopped: list[float] = []
 

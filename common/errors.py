@@ -23,10 +23,14 @@ class UserError(Exception):
         super().__init__("".join(char if char.isprintable() else "?" for char in sentence))
 
 
+class Busy(UserError):
+    """Another process uses what this one needs; exits with code 70, since a later start may succeed."""
+
+
 def explain(error: Exception) -> tuple[str, int] | None:
     """Message for the user and exit code for an error caused by the machine; None for any other error."""
     if isinstance(error, UserError):
-        return str(error), 1
+        return str(error), EXIT_HUNG if isinstance(error, Busy) else 1
     text = " ".join(str(error).split())
     runtime = isinstance(error, RuntimeError)
     if isinstance(error, MemoryError) or (runtime and re.search(OUT_OF_MEMORY, text)):

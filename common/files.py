@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.console import say
-from common.errors import UserError
+from common.errors import Busy, UserError
 
 CHECKSUMS = "checksums.json"  # of a checkpoint: written after all its other files
 WAIT_SILENTLY = 2.0  # seconds
@@ -119,14 +119,17 @@ def _kept(path: Path, key: str) -> Any:
     return None
 
 
-def hold(lock: Path, patience: float = LEFT_SECONDS) -> IO[str]:
-    """Keep other processes from holding the same, until the returned file is closed or this process ends.
+def hold(lock: Path, folder: Path, patience: float = LEFT_SECONDS) -> IO[str]:
+    """Keep other processes from using a folder, until the returned file is closed or this process ends.
 
     Waits up to `patience` seconds for a process that is ending, or a machine that was lost. Does nothing
     where the file system has no locks.
 
+    Args:
+        lock: the file to lock.
+
     Raises:
-        UserError: if another process still holds it.
+        Busy: if another process still uses it.
     """
     file, end, said = lock.open("a+"), time.monotonic() + patience, False
     while True:
@@ -140,9 +143,9 @@ def hold(lock: Path, patience: float = LEFT_SECONDS) -> IO[str]:
         holder = file.read() or "another process"
         if time.monotonic() >= end:
             file.close()
-            raise UserError(f"{lock.parent} is in use by {holder}: stop that one, or choose another folder.")
+            raise Busy(f"{folder} is in use by {holder}: stop that one, or choose another folder.")
         if not said:
-            say(f"waiting for {holder}, which uses {lock.parent}")
+            say(f"waiting for {holder}, which uses {folder}")
             said = True
         time.sleep(0.2)
     file.truncate(0)

@@ -153,11 +153,7 @@ class CodebookLatent(nn.Module):
 
     def draw(self, prior: Tensor, noise: Tensor) -> Tensor:
         """Latents (B, latent_dim) from the prior; `noise` (B, latent_dim), standard normal, picks them."""
-        # Sums by a triangular matrix: `cumsum` of floats on CUDA is not deterministic.
-        probabilities = prior.softmax(dim=1)
-        upto = torch.ones(prior.shape[1], prior.shape[1], device=prior.device, dtype=probabilities.dtype)
-        below = probabilities @ upto.triu() <= torch.special.ndtr(noise[:, :1])
-        return self.vectors[below.sum(dim=1).clamp(max=prior.shape[1] - 1)]
+        return self.vectors[_pick(prior.softmax(dim=1), torch.special.ndtr(noise[:, :1]))]
 
     def count(self, counted: Tensor) -> None:
         """Record a batch's use of the codes: `Inferred.counted`, summed over processes."""
@@ -184,7 +180,9 @@ class CodebookLatent(nn.Module):
         unused = (usage < 0.1 / num_codes) & (total > 0)
         generator = torch.Generator(usage.device).manual_seed(seed)
         popular = torch.where(unused, 0.0, usage.clamp(min=1e-9))
-        source = torch.multinomial(popular, num_codes, replacement=True, generator=generator)
+        source = _pick(
+            popular / popular.sum(), torch.rand(num_codes, 1, generator=generator, device=usage.device)
+        )
         spread = self.error.nan_to_num(0.0, 0.0).sqrt()  # a batch with bad numbers must not reach the codes
         noise = torch.randn(self.vectors.shape, generator=generator, device=spread.device)
         metrics = self.diagnostics()
@@ -206,6 +204,16 @@ class CodebookLatent(nn.Module):
             "codes/nearest_distance": others.amin(dim=1).mean(),
             "codes/farthest_distance": distances.amax(dim=1).mean(),
         }
+
+
+def _pick(probabilities: Tensor, places: Tensor) -> Tensor:
+    """Where `places` (N, 1), uniform in [0, 1), fall among K `probabilities`, (K,) or (N, K); (N,).
+
+    As `torch.multinomial`, and sums by a triangular matrix, because both are not deterministic on CUDA.
+    """
+    num = probabilities.shape[-1]
+    upto = torch.ones(num, num, device=probabilities.device, dtype=probabilities.dtype).triu()
+    return (probabilities @ upto <= places).sum(dim=-1).clamp(max=num - 1)
 
 
 @torch.no_grad()

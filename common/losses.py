@@ -3,7 +3,9 @@
 Padded steps never count, and a mean divides by the number of real elements.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
@@ -110,7 +112,8 @@ def sinkhorn_divergence(
         x, y = torch.where(real, x, 0.0), torch.where(real, y, 0.0)  # points without mass may be anything
         with torch.no_grad():
             costs = torch.stack([_squared_distances(*pair) for pair in ((x, y), (x, x), (y, y))])
-            solve = _as_one_operation if torch.compiler.is_compiling() else _potentials
+            compiled = torch.compiler.is_compiling() or _compiled_iterations.get()
+            solve = _as_one_operation if compiled else _potentials
             f, g = solve(costs, log_weight, blur, iterations)
             epsilon = blur**2
             log_plan = log_weight[:, None] + log_weight + (f[0, :, None] + g[0] - costs[0]) / epsilon
@@ -121,6 +124,19 @@ def sinkhorn_divergence(
         # OT = sum_i w_i f_i + sum_j w_j g_j
         divergence = (weight * (f_xy + g[0] - (f_xx + g[1]) / 2 - (f_yy + g[2]) / 2)).sum()
     return Transport(torch.where(total > 0, divergence, 0.0), torch.where(total > 0, error, 0.0))
+
+
+_compiled_iterations = ContextVar("compiled_iterations", default=False)
+
+
+@contextmanager
+def compiled_iterations() -> Iterator[None]:
+    """In this block, Sinkhorn's iterations are compiled, also where the loss is not."""
+    token = _compiled_iterations.set(True)
+    try:
+        yield
+    finally:
+        _compiled_iterations.reset(token)
 
 
 def _potentials(

@@ -40,7 +40,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from common import checkpoint, exported, flow, optim
+from common import checkpoint, exported, flow, losses, optim
 from common.accelerator import make_accelerator
 from common.checkpoint import PolicySpec
 from common.config import to_dict
@@ -59,7 +59,7 @@ from common.data.growth import LOG as GROWTH_LOG
 from common.data.growth import POLL_SECONDS, Growth
 from common.data.samples import Ahead
 from common.data.tasks import listed
-from common.errors import EXIT_STOPPED, UserError
+from common.errors import EXIT_STOPPED, Busy, UserError
 from common.files import completed_checkpoints, hold, read_json, write_json, write_whole
 from common.instructions import Instructions, TaskConfig
 from common.normalize import Normalization, Normalizer
@@ -139,21 +139,24 @@ class Run:
         self.resuming = config.run.resume is not None
         self.global_batch = config.optim.batch_size * config.optim.grad_accumulation * self.world
         self.step = self.samples = self.total_steps = 0
-        self._held = None
-        if self.resuming and self.is_main:
-            self._held = hold(config.run.run_dir / ".lock")
         self.stopping = False
         self.progress_mark = 0, PREPARING
         self._watch = HangWatch(self, self.rank, self.world, config.run.hang_timeout)
+        self._held = None
+        if self.resuming and self.is_main:
+            folder = config.run.run_dir
+            self._held = hold(folder / ".lock", folder)
         set_seed(config.run.seed)  # all processes initialise the same weights
 
     @property
     def progress(self) -> Tensor:
         """Share of the training that was completed before the current step, in [0, 1); float64, on the CPU.
 
-        A tensor, because torch.compile would compile again for every new number.
+        A tensor, because torch.compile would compile again for every new number; on a GPU one there, since
+        CUDA graphs hand on what the backward pass needs as tensors of the GPU.
         """
-        return torch.tensor((self.step - 1) / self.total_steps, dtype=torch.float64)
+        device = self.device if self.device.type == "cuda" else None
+        return torch.full((), (self.step - 1) / self.total_steps, dtype=torch.float64, device=device)
 
     # Data
 
@@ -367,9 +370,10 @@ class Run:
         if self.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             if not self.resuming:
-                self._held = hold(folder / ".lock")
+                self._at(PREPARING)  # which may take long
+                self._held = hold(folder / ".lock", folder)
                 if completed_checkpoints(folder):
-                    raise UserError(f"{folder} was trained in meanwhile: continue with --resume {folder}.")
+                    raise Busy(f"{folder} was trained in meanwhile: continue with --resume {folder}.")
                 (folder / GROWTH_LOG).unlink(missing_ok=True)  # of a start that ended too early
             self._write_config(folder, store)
             batches = self.config.optim.grad_accumulation
@@ -437,12 +441,20 @@ class Run:
     def compiled(self, compute_loss: Callable) -> Callable:
         """A script's loss function, compiled as `--compile` says.
 
-        With several processes, DDP stands between the loss and the policy: only the policy is compiled.
+        With several processes, DDP stands between the loss and the policy: these are compiled by themselves,
+        and so are Sinkhorn's iterations.
         """
         mode = self.config.run.compile
-        return (
-            compute_loss if mode == "no" or self.world > 1 else torch.compile(compute_loss, **COMPILE[mode])
-        )
+        if mode == "no":
+            return compute_loss
+        if self.world == 1:
+            return torch.compile(compute_loss, **COMPILE[mode])
+
+        def objective(*given, **named):
+            with losses.compiled_iterations():
+                return compute_loss(*given, **named)
+
+        return objective
 
     def backward(self, loss: Tensor) -> None:
         """Add a batch's gradient to the step's, which is the mean over its batches; log the loss."""

@@ -88,7 +88,7 @@ def test_all_episodes_are_recorded_as_they_were(run, tmp_path, cache_dir, capsys
     states = np.concatenate([episode.states[:-1] for episode in acted])
     np.testing.assert_allclose(store.state, states, atol=1e-6)
     assert collected(run, tmp_path / "none", "--keep", "successes") == []
-    assert "nothing to record with --keep successes" in capsys.readouterr().out
+    assert "nothing to record" in capsys.readouterr().out
 
 
 def test_the_budget_holds_in_whole_episodes(run, tmp_path, cache_dir):
@@ -148,9 +148,33 @@ def test_what_cannot_be_repeated_or_corrected_is_said(tmp_path, monkeypatch):
         without.setattr(DemoEnvironment, "expert", lambda self: None)
         with pytest.raises(UserError, match="demo has no expert to correct the policy"):
             collect.correct(environment, episode, config(tmp_path))
+    for given in ({"keep": "all"}, {"keep": "successes"}):
+        episode.success = True  # as it was when the policy acted
+        with pytest.raises(UserError, match="demo does not repeat an episode"):
+            list(collect.demonstrations(environment, [episode], config(tmp_path, **given), lambda _: True))
+    episode.success = False
+    whole = config(tmp_path, keep="all")
+    assert len(list(collect.demonstrations(environment, [episode], whole, lambda _: True))) == 1
     episode.states[10] = episode.states[10] + 0.1
     with pytest.raises(UserError, match="demo does not repeat an episode"):
+        list(collect.demonstrations(environment, [episode], whole, lambda _: True))
+    with pytest.raises(UserError, match="demo does not repeat an episode"):
         collect.correct(environment, episode, config(tmp_path))
+
+
+def test_steps_of_another_length_are_not_recorded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(DemoEnvironment, "fps", 20.0)
+    with pytest.raises(UserError, match="demo runs at 20 Hz, the policy learned from 10 Hz"):
+        collected(run, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_cameras_that_the_policy_does_not_see_are_not_recorded(run, tmp_path, cache_dir, monkeypatch):
+    images = DemoEnvironment.images
+    more = {"cam_back": np.zeros((5, 6, 3), np.uint8)}
+    monkeypatch.setattr(DemoEnvironment, "images", lambda self: images(self) | more)
+    (path,) = collected(run, tmp_path / "new")
+    assert opened(path, cache_dir).cameras == ("head", "left", "right")
 
 
 class Scripted:
@@ -195,18 +219,21 @@ def person(monkeypatch):
 def test_a_person_takes_over_where_they_like(run, tmp_path, cache_dir, capsys, person, monkeypatch):
     made, acted, roll_out = person({0: 4, 2: 1}), [], collect.roll_out
     monkeypatch.setattr(collect, "roll_out", lambda *given: acted.extend(roll_out(*given)) or acted[-1:])
-    (path,) = collected(run, tmp_path / "new", "--by", "keyboard")
-    store = opened(path, cache_dir)
-    assert store.num_episodes == 2  # nobody corrects the other two
+    paths = collected(run, tmp_path / "new", "--by", "keyboard")
+    stores = [opened(path, cache_dir) for path in paths]
+    assert [store.num_episodes for store in stores] == [1, 1]  # nobody corrects the other two
+    assert [path.name.rpartition("-")[2] for path in paths] == ["3000000", "3000002"]
     assert made[0].episode == 3
-    assert f"2 corrections, {store.num_steps} steps\nrecorded: {path}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"2 corrections, {sum(store.num_steps for store in stores)} steps" in said
+    assert all(f"recorded: {path}\n" in said for path in paths)
     assert [acted[number].steps for number in (0, 2)] == [4, 2]  # one step is too short for an episode
-    for number, start, end in zip((0, 2), store.episode_starts, store.episode_starts[1:], strict=False):
+    for number, store in zip((0, 2), stores, strict=True):
         environment = DemoEnvironment()
         environment.reset(3_000_000, number)
         for action in acted[number].actions:
             environment.step(action)
-        for state, action in zip(store.state[start:end], store.action[start:end], strict=True):
+        for state, action in zip(store.state, store.action, strict=True):
             np.testing.assert_allclose(state, environment.state(), atol=1e-6)
             environment.step(action)
         assert environment.success()
@@ -236,10 +263,36 @@ def test_a_person_who_stops_keeps_what_they_did(run, tmp_path, cache_dir, person
     assert [store.num_episodes for store in stores] == [1, 1]
 
 
+def test_what_is_finished_is_kept_whatever_happens_then(run, tmp_path, cache_dir, person, monkeypatch):
+    person({0: 5, 1: 5})
+    action, write = Scripted.action, collect.write_dataset
+
+    def unplugged(self, state):
+        if self.episode == 1:
+            raise OSError("the leader arm does not answer")
+        return action(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scripted, "action", unplugged)
+        with pytest.raises(OSError, match="does not answer"):
+            collected(run, tmp_path / "new", "--by", "keyboard")
+    (path,) = (tmp_path / "new").glob("[!.]*")
+    assert opened(path, cache_dir).num_episodes == 1
+
+    def interrupted(*given, **named):
+        monkeypatch.setattr(collect, "write_dataset", write)
+        raise KeyboardInterrupt
+
+    person({0: 5, 1: 5})
+    monkeypatch.setattr(collect, "write_dataset", interrupted)
+    (path,) = collected(run, tmp_path / "saved", "--by", "keyboard")
+    assert opened(path, cache_dir).num_episodes == 1
+
+
 def test_a_persons_corrections_keep_to_the_budget(run, tmp_path, cache_dir, capsys, person):
     person({0: 4, 1: 4, 2: 4})
-    (path,) = collected(run, tmp_path / "new", "--by", "keyboard")
-    first = opened(path, cache_dir).episode_starts[1]
+    path, *_ = collected(run, tmp_path / "new", "--by", "keyboard")
+    first = opened(path, cache_dir).num_steps
     person({0: 4, 1: 4, 2: 4})
     flags = ("--by", "keyboard", "--budget", first + 1)
     (path,) = collected(run, tmp_path / "part", *flags)

@@ -397,7 +397,7 @@ def test_one_process_at_a_time_writes_a_run_folder(tiny, tmp_path, monkeypatch, 
     train(train_naive_fm, tiny, run, "--steps", 1)
     new.mkdir()
     code = "import sys, time; from pathlib import Path; from common.files import hold\n"
-    code += "held = [hold(Path(folder, '.lock')) for folder in sys.argv[1:]]\n"
+    code += "held = [hold(Path(folder, '.lock'), folder) for folder in sys.argv[1:]]\n"
     code += "print(flush=True); time.sleep(99)"
     other = start(sys.executable, "-c", code, run, new)
     assert other.stdout.readline() == "\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import train
+from running import lines, train
 from test_inference import awake, observation
 from torch.profiler import ProfilerActivity, profile
 
@@ -127,3 +127,21 @@ def test_a_step_waits_for_nothing_and_its_batches_are_gathered_ahead(
         torch.cuda.set_sync_debug_mode("default")
     assert len({tuple(row.tolist()) for row in rows}) == 6
     assert json.loads((run / "config.json").read_text())["device"] == torch.cuda.get_device_name()
+
+
+@pytest.mark.parametrize("script", [train_vfp_moe, train_cfg_vqvae], ids=named)
+def test_a_step_recorded_as_a_graph_learns_as_a_compiled_one(script, tiny, tmp_path, accelerate_reset):
+    found = []
+    for mode in ("default", "graphs"):
+        torch._dynamo.reset()
+        run = train(script, tiny, tmp_path / mode, "--steps", 8, "--log-every", 1, "--compile", mode)
+        found.append([row["loss"] for row in lines(run)])
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(*found, rtol=1e-3)  # the same random numbers
+
+
+def test_codes_are_replaced_deterministically(tiny, tmp_path, accelerate_reset):
+    flags = ("--steps", 5, "--code-window", 2, "--num-codes", 8, "--log-every", 1, "--deterministic")
+    runs = [train(train_cfg_vqvae, tiny, tmp_path / name, *flags) for name in ("one", "other")]
+    assert lines(runs[0]) == lines(runs[1])
+    assert any(row.get("codes/replaced") for row in lines(runs[0]))

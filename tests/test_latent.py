@@ -5,7 +5,7 @@ from torch import nn
 
 from common import checkpoint
 from common.errors import UserError
-from common.latent import CodebookLatent, NormalLatent
+from common.latent import CodebookLatent, NormalLatent, _pick
 from common.optim import AveragedPolicy, OptimConfig, build_optimizer
 
 
@@ -210,3 +210,11 @@ def test_a_normal_latent_has_nothing_to_count_or_replace():
     assert inferred.commitment == 0
     assert inferred.metrics["latent/active_dims"] == 0  # posterior and prior are the same
     assert not latent.state_dict()
+
+
+@pytest.mark.parametrize("shape", [(4,), (1000, 4)])
+def test_what_is_picked_is_picked_as_often_as_it_is_probable(shape):
+    probabilities = torch.tensor([0.2, 0.0, 0.5, 0.3])
+    places = (torch.arange(1000) + 0.5)[:, None] / 1000
+    picked = _pick(probabilities.expand(shape), places)
+    assert picked.bincount(minlength=4).tolist() == [200, 0, 500, 300]

@@ -345,6 +345,20 @@ def test_sinkhorn_in_a_compiled_loss_is_the_same_to_the_bit(monkeypatch):
     torch._dynamo.reset()
 
 
+def test_where_only_the_policy_is_compiled_so_are_the_iterations(monkeypatch):
+    ran = []
+    monkeypatch.setattr(losses, "_compiled_steps", lambda: ran.append(1) or losses.sinkhorn_steps)
+    x, y = torch.randn(6, 5), torch.randn(6, 5)
+    eager = losses.sinkhorn_divergence(x, y, iterations=19)
+    assert not ran
+    with losses.compiled_iterations():
+        found = losses.sinkhorn_divergence(x, y, iterations=19)
+    assert ran
+    assert torch.equal(found.divergence, eager.divergence)
+    assert losses.sinkhorn_divergence(x, y, iterations=19) is not None
+    assert len(ran) == 1
+
+
 @pytest.mark.slow
 def test_machine_code_of_sinkhorn_computes_the_same():
     torch._dynamo.reset()

@@ -243,9 +243,11 @@ class Growth:
         first.refuse_unlike(store)
         if first.instructions:
             others = sorted({str(task) for task in store.episode_tasks} - set(first.instructions))
-            if others and (self.base.told or others != ["None"]):
-                known = listed(first.instructions)
+            known = listed(first.instructions)
+            if others and self.base.told:
                 raise UserError(f'its instruction "{others[0]}" is none of those in --dataset: {known}.')
+            if others and others != ["None"]:
+                say(f'warning: the task of {store.source} is "{others[0]}", that of --dataset {known}')
 
     def due(self, step: int, samples: int, ready: int, share: Callable[[Any], Any]) -> dict | None:
         """What is to be taken in before this step, as in the log; the same in all processes.
