@@ -4,6 +4,7 @@ A policy's *components* are its direct children (`head_backbone`, `info_embedder
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Iterable
 from contextlib import suppress
@@ -74,8 +75,26 @@ def resolve_steps(
     return total
 
 
+class AdamW(torch.optim.AdamW):
+    """PyTorch's own, whose step does not import the compiler: see `leave_compiler_out`."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+def leave_compiler_out() -> None:
+    """Let optimizers work without PyTorch's compiler, which takes five seconds to import.
+
+    They import it only to tell it that it must not compile them, which nothing here asks for. PyTorch keeps
+    what to call instead of such a method in an attribute of it.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        if plain := getattr(method, "__wrapped__", None):
+            plain.__dynamo_disable = plain
+
+
 def build_optimizer(policy: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW, or schedule-free RAdam (Defazio et al. 2024), over `parameter_groups`."""
+    leave_compiler_out()
     groups, betas = parameter_groups(policy, config), (0.9, config.beta2)
     if config.schedule == "schedule-free":
         from schedulefree import RAdamScheduleFree
@@ -83,7 +102,7 @@ def build_optimizer(policy: nn.Module, config: OptimConfig) -> torch.optim.Optim
         optimizer = RAdamScheduleFree(groups, betas=betas)
         optimizer.train()
         return optimizer
-    return torch.optim.AdamW(groups, betas=betas, fused=True)  # `GradientClipper` can tell this one to skip
+    return AdamW(groups, betas=betas, fused=True)  # `GradientClipper` can tell this one to skip
 
 
 def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:

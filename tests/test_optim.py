@@ -1,6 +1,9 @@
 import copy
 import math
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,8 @@ from common.optim import (
     parameter_groups,
     resolve_steps,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 class TinyPolicy(nn.Module):
@@ -251,6 +256,55 @@ def test_undoing_a_step_does_not_need_to_look_at_the_device(policy, monkeypatch)
         optimizer.zero_grad()
         after = everything(policy, optimizer)
         assert all(torch.equal(before[key], after[key]) for key in policy.state_dict()) == bad
+
+
+STARTS = """
+import sys
+import torch
+from torch import nn
+from common.optim import GradientClipper, OptimConfig, build_optimizer
+policy = nn.Module()
+policy.decoder = nn.Linear(3, 2)
+for schedule in ("cosine", "schedule-free"):
+    optimizer = build_optimizer(policy, OptimConfig(schedule=schedule))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    clip = GradientClipper(policy, optimizer, 1.0)
+    for _ in range(2):
+        clip.begin_step()
+        policy.decoder(torch.randn(4, 3)).sum().backward()
+        clip()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_a_run_starts_without_importing_the_compiler():
+    done = subprocess.run([sys.executable, "-c", STARTS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_adamw_is_pytorchs():
+    torch.manual_seed(0)
+    ours = nn.Module()
+    ours.decoder = nn.Linear(3, 2)
+    theirs = copy.deepcopy(ours)
+    optimizer = build_optimizer(ours, OptimConfig(weight_decay=0.1))
+    betas = optimizer.defaults["betas"]
+    matrices = [
+        {"params": [theirs.decoder.weight], "weight_decay": 0.1},
+        {"params": [theirs.decoder.bias], "weight_decay": 0.0},
+    ]
+    other = torch.optim.AdamW(matrices, lr=1e-3, betas=betas, fused=True)
+    for _ in range(4):
+        x = torch.randn(5, 3)
+        for policy, each in ((ours, optimizer), (theirs, other)):
+            policy.decoder(x).square().sum().backward()
+            each.step()
+            each.zero_grad()
+    assert torch.equal(ours.decoder.weight, theirs.decoder.weight)
+    assert torch.equal(ours.decoder.bias, theirs.decoder.bias)
 
 
 class Unseen(torch.Tensor):
