@@ -11,7 +11,7 @@ equally many steps:
   records corrections in its `--grow-from` folder, until they have as many steps as the other half.
 
 Each is evaluated in the same fresh episodes. Finished runs are not repeated and interrupted ones resume. The
-table is printed. A resumed run takes new corrections in after some seconds, so it cannot be repeated exactly.
+table is printed. A run learns from new corrections from the step on at which it continues: all is repeatable.
 """
 
 import json

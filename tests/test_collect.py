@@ -4,15 +4,18 @@ import time
 
 import numpy as np
 import pytest
-from running import lines, train
+import torch
+from running import lines, train, weights
 
 import collect
 import train_naive_fm
 from common.config import parse
 from common.data import DataConfig, open_dataset
 from common.data.demo import EXPERT_SPEED, demonstrate, record
+from common.data.growth import LOG
 from common.envs.demo import DemoEnvironment
 from common.errors import UserError
+from common.files import read_json
 from common.person import Keyboard, make_operator
 from common.rollout import Episode
 
@@ -89,6 +92,25 @@ def test_all_episodes_are_recorded_as_they_were(run, tmp_path, cache_dir, capsys
     np.testing.assert_allclose(store.state, states, atol=1e-6)
     assert collected(run, tmp_path / "none", "--keep", "successes") == []
     assert "nothing to record" in capsys.readouterr().out
+
+
+def test_rounds_of_training_and_collecting_can_be_repeated(
+    demos, cache_dir, tiny, tmp_path, accelerate_reset
+):
+    ends = []
+    for place in (tmp_path / "one", tmp_path / "other"):
+        new = place / "new"
+        new.mkdir(parents=True)
+        flags = ("--dataset", demos, "--grow-from", new, "--save-every", 1, "--keep", 9)
+        run = train(train_naive_fm, tiny, place / "run", *flags, "--steps", 1)
+        for step in (2, 3):
+            (path, *_) = collected(run, new, "--seed", step, "--episodes", 2)[step - 2 :]
+            train(train_naive_fm, tiny, None, "--resume", run, "--steps", step + 1)
+        names = [entry["name"] for time in read_json(run / LOG) for entry in time["entries"]]
+        assert names == [path.name for path in sorted(new.glob("[!.]*"))]
+        ends.append((names, lines(run), weights(run, 4)))
+    assert ends[0][:2] == ends[1][:2]
+    assert all(torch.equal(value, ends[1][2][key]) for key, value in ends[0][2].items())
 
 
 def test_the_budget_holds_in_whole_episodes(run, tmp_path, cache_dir):

@@ -24,9 +24,9 @@ from common.run import Run
 CAMERAS = {f"observation.images.cam_{name}": (32, 32) for name in ("head", "left", "right")}
 
 
-def entry(folder, name, *lengths, sizes=CAMERAS, dims=(3, 3)):
+def entry(folder, name, *lengths, sizes=CAMERAS, dims=(3, 3), **more):
     """A dataset that appears whole, as by a rename."""
-    hidden = make_dataset(folder / f".{name}", lengths, sizes, video=False, dims=dims, names=None)
+    hidden = make_dataset(folder / f".{name}", lengths, sizes, video=False, dims=dims, names=None, **more)
     return hidden.rename(folder / name)
 
 
@@ -196,6 +196,9 @@ def test_what_does_not_fit_is_left_out_with_the_reason(folder, growing, capsys, 
     monkeypatch.setattr("common.data.growth.PATIENCE_SECONDS", -1.0)
     entry(folder, "cameras", 8, sizes={"observation.images.cam_top": (32, 32)})
     entry(folder, "dimensions", 8, dims=(4, 4))
+    fast = entry(folder, "rate", 8, changes={"fps": 2 * growing.base.store.fps})
+    (file,) = fast.glob("data/*/*.parquet")
+    edit_column(file, "timestamp", lambda times: [time / 2 for time in times])
     (folder / "notes.txt").write_text("good ones: all")
     broken = entry(folder, "nan", 8)
     (file,) = broken.glob("data/*/*.parquet")
@@ -208,6 +211,8 @@ def test_what_does_not_fit_is_left_out_with_the_reason(folder, growing, capsys, 
     assert "different cameras" in said
     assert f"{folder / 'dimensions'} is left out" in said
     assert "different dimensions of the state" in said
+    assert f"{folder / 'rate'} is left out" in said
+    assert "Hz" in said
     assert f"{folder / 'notes.txt'} is left out" in said
     assert "unknown format" in said
     assert f"{folder / 'nan'} is left out" in said
