@@ -170,6 +170,7 @@ def test_what_cannot_be_repeated_or_corrected_is_said(tmp_path, monkeypatch):
         without.setattr(DemoEnvironment, "expert", lambda self: None)
         with pytest.raises(UserError, match="demo has no expert to correct the policy"):
             collect.correct(environment, episode, config(tmp_path))
+    environment, episode = failing(steps=6)
     for given in ({"keep": "all"}, {"keep": "successes"}):
         episode.success = True  # as it was when the policy acted
         with pytest.raises(UserError, match="demo does not repeat an episode"):
@@ -177,11 +178,11 @@ def test_what_cannot_be_repeated_or_corrected_is_said(tmp_path, monkeypatch):
     episode.success = False
     whole = config(tmp_path, keep="all")
     assert len(list(collect.demonstrations(environment, [episode], whole, lambda _: True))) == 1
-    episode.states[10] = episode.states[10] + 0.1
+    episode.states[4] = episode.states[4] + 0.1
     with pytest.raises(UserError, match="demo does not repeat an episode"):
         list(collect.demonstrations(environment, [episode], whole, lambda _: True))
     with pytest.raises(UserError, match="demo does not repeat an episode"):
-        collect.correct(environment, episode, config(tmp_path))
+        collect.correct(environment, episode, config(tmp_path, rewind=2))
 
 
 def test_steps_of_another_length_are_not_recorded(run, tmp_path, monkeypatch):

@@ -467,15 +467,21 @@ def test_depth_is_computed_in_each_step_where_data_grow(tiny, folder, tmp_path, 
     assert len(json.loads((run / LOG).read_text())) == 1
 
 
-def test_a_policy_that_is_told_its_task_knows_those_of_new_episodes(base, folder, growing, monkeypatch):
+def test_a_policy_that_is_told_its_task_knows_those_of_new_episodes(
+    base, folder, growing, monkeypatch, capsys
+):
     def stores(*tasks):
-        return SimpleNamespace(episode_tasks=tasks)
+        return SimpleNamespace(episode_tasks=tasks, source="new/a")
 
     monkeypatch.setattr(type(growing.base.store), "refuse_unlike", lambda self, other: None)
     growing.base.store.__dict__["instructions"] = ("fold", "hang")
     growing.refuse_unfit(stores("hang", None))
+    capsys.readouterr()
+    growing.refuse_unfit(stores("iron"))
+    said = capsys.readouterr().out
+    assert said == 'warning: the task of new/a is "iron", that of --dataset "fold", "hang"\n'
+    growing.base.told = True
     with pytest.raises(UserError, match='its instruction "iron" is none of those in --dataset: "fold"'):
         growing.refuse_unfit(stores("iron"))
-    growing.base.told = True
     with pytest.raises(UserError, match='its instruction "None"'):
         growing.refuse_unfit(stores("hang", None))
