@@ -152,7 +152,7 @@ def evaluate_heldout(policy: RobotPolicy, config: Config, folder: Path) -> dict 
         ),
         **trivial_predictions(store, train_set, rows, policy),
     }
-    if policy.spec.tasks is not None:
+    if policy.spec.tasks is not None and len(policy.spec.tasks.sentences) > 1:
         predictions["misled"] = sample_chunks(policy, val_set, chosen, config, misled=True)
     episodes = np.unique(store.episode_of(val_set.rows))
     results = {"steps": len(chosen), "episodes": len(episodes), "sample_steps": config.sample_steps[0]}
@@ -314,7 +314,8 @@ def evaluate_closed_loop(policy: RobotPolicy, config: Config, folder: Path) -> d
     for name, eyes in {"grey": "grey", "mismatched": "other"}.items():
         if eyes == "grey" or blind.episodes > 1:
             results[name] = rates(act(policy, blind, config.sample_steps[0], eyes))
-    if policy.spec.tasks is not None and config.task is None:
+    tasks = policy.spec.tasks
+    if tasks is not None and len(tasks.sentences) > 1 and config.task is None:
         results["misled"] = rates(act(policy, blind, config.sample_steps[0], misled=True))
     return results
 

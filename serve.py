@@ -25,7 +25,6 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
@@ -84,6 +83,8 @@ class Config:
     """Compile the policy with torch.compile: start-up takes minutes longer, chunks are faster."""
     precision: Literal["no", "bf16"] = "no"
     """`bf16` computes in half precision."""
+    text_encoder: str | None = None
+    """Where the text encoder of the instructions is, if it has moved; it is loaded for new sentences only."""
     seed: NonNegativeInt | None = None
     """Make sampled actions repeatable: each client's first episode has the same noise, and so on. Default:
     new noise every time."""
@@ -92,8 +93,8 @@ class Config:
 def main(config: Config) -> None:
     key = read_key(config)
     listener = open_socket(config, key)  # before the policy is loaded: the port may be in use
-    fast = {"compile": config.compile, "precision": config.precision}
-    policy = load_policy(config.run, config.checkpoint, seed=config.seed, **fast)
+    options = {"compile": config.compile, "precision": config.precision, "text_encoder": config.text_encoder}
+    policy = load_policy(config.run, config.checkpoint, seed=config.seed, **options)
     asyncio.run(serve(Server(policy, config, key), listener))
 
 
@@ -218,7 +219,7 @@ class Server:
     def metadata(self) -> dict[str, Any]:
         """The message to a client that connects."""
         state, actions = self.policy.spec.recorded_names
-        spec = asdict(self.policy.spec) | {"state_names": state, "action_names": actions}
+        spec = self.policy.spec.to_json() | {"state_names": state, "action_names": actions}
         del spec["backbone_config"]
         about = {"script": self.policy.script.__name__, "step": self.policy.trained_steps}
         return {**about, "horizon": self.policy.horizon, "spec": spec}
@@ -291,7 +292,7 @@ class Server:
             answer = self.infer(message, episode)
             timing = {"infer_ms": time.perf_counter() - start, "wait_ms": start - arrived}
             return wire.pack(answer | {"server_timing": {name: 1000 * s for name, s in timing.items()}})
-        except ValueError as error:
+        except (ValueError, UserError) as error:
             return f"{error}"
         except Exception as error:  # our fault, or the machine's: other clients must not suffer
             traceback.print_exc()

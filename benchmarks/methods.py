@@ -12,6 +12,7 @@ should run then. The table and the figure are written to `docs/`; text around th
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -218,15 +219,20 @@ def collect(folder: Path) -> dict:
     }
 
 
+GIVEN = r"_average\.|instruction\.(names|centre|scale)$"  # weights that are not trained
+
+
 def count_parameters(policy: Path) -> int:
     """Trained parameters of an exported policy; averages of other parameters are not counted."""
     from safetensors import safe_open
 
     total = 0
     for file in policy.glob("*.safetensors"):
-        if file.stem not in ("stats", "instructions"):
+        if file.stem != "stats":
             with safe_open(file, "pt") as tensors:
-                names = [name for name in tensors.keys() if "_average." not in name]  # noqa: SIM118 (no dict)
+                names = [name for name in tensors.keys() if not re.search(GIVEN, name)]  # noqa: SIM118 (no dict)
+                if "instruction.project.weight" in names:  # then the table is a text encoder's
+                    names.remove("instruction.table")
                 total += sum(np.prod(tensors.get_slice(name).get_shape(), dtype=int) for name in names)
     return int(total)
 

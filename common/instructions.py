@@ -130,6 +130,8 @@ class InstructionEmbedder(nn.Module):
     its others. What a text encoder gives stays in the coordinates that the projection was trained with.
     """
 
+    constant = True  # training changes no buffer
+
     def __init__(self, known: Instructions, d_model: int):
         super().__init__()
         names = [json.dumps(known.identity), *known.sentences]
@@ -139,15 +141,26 @@ class InstructionEmbedder(nn.Module):
             self.table = nn.Parameter(torch.randn(len(known.sentences), 1, d_model))
             self.none, self.project = nn.Parameter(torch.randn(1, d_model)), nn.Identity()
             return
+        if not known.shape:
+            raise UserError(
+                "The policy was trained by an earlier version, which kept its sentences' vectors elsewhere: "
+                "train it again."
+            )
         table = torch.zeros(len(known.sentences), *known.shape) if known.table is None else known.table
-        # Most of a text encoder's output is the same for all sentences, and tells nothing apart.
-        tokens, whole = table[:, :-1], table[:, -1:]
-        centre = [tokens.mean(dim=(0, 1), keepdim=True).expand_as(tokens[:1]), whole.mean(0)[None]]
         self.register_buffer("table", table)
-        self.register_buffer("centre", torch.cat(centre, dim=1))
-        self.register_buffer("scale", (table - self.centre).square().mean().sqrt().clamp(min=1e-6))
-        self.none = nn.Parameter(torch.randn(known.shape))
+        # Most of a text encoder's output is the same for all sentences, and tells nothing apart.
+        whole = table[:, -1].mean(dim=0)
+        token = table[:, :-1].mean(dim=(0, 1)) if table.shape[1] > 1 else whole
+        self.register_buffer("centre", torch.stack([token, whole]))  # (2, D_text): of a token, of a sentence
+        spread, size = (x.square().mean().sqrt() for x in (table - self._rows(self.centre, table), table))
+        self.register_buffer("scale", torch.where(spread > 1e-5 * size, spread, size).clamp(min=1e-6))
+        self.none = nn.Parameter(torch.randn(2, known.shape[1]))
         self.project = nn.Linear(known.shape[1], d_model)
+
+    @staticmethod
+    def _rows(two: Tensor, vectors: Tensor) -> Tensor:
+        """What there is for a token and for a sentence, (2, D), for L vectors (..., L, D): (L, D)."""
+        return torch.cat([two[:1].expand(vectors.shape[-2] - 1, -1), two[1:]])
 
     def forward(self, task: Tensor) -> Tensor:
         """(B, L, D), the last for the whole sentence.
@@ -160,9 +173,10 @@ class InstructionEmbedder(nn.Module):
             vectors, lost = task, task.isnan()
         else:
             vectors, lost = self.table[task.clamp(min=0)], (task < 0)[:, None, None]
-        if isinstance(self.project, nn.Linear):
-            vectors = (vectors - self.centre) / self.scale
-        return self.project(torch.where(lost, self.none, vectors))
+        if isinstance(self.project, nn.Identity):
+            return torch.where(lost, self.none, vectors)
+        vectors = (vectors - self._rows(self.centre, vectors)) / self.scale
+        return self.project(torch.where(lost, self._rows(self.none, vectors), vectors))
 
 
 def _number(name: str) -> int:
@@ -181,7 +195,7 @@ def _match(embedder: InstructionEmbedder, state: dict, prefix: str, *others: Any
         others[-1].append("its instructions were read by another text encoder")
         return
     made = embedder.table.detach().clone()
-    if isinstance(embedder.table, nn.Parameter):  # else all are given
+    if isinstance(embedder.project, nn.Identity):  # else all are given
         places = {name: place for place, name in enumerate(theirs[1:].tolist())}
         for row, name in enumerate(own[1:].tolist()):
             if name in places:

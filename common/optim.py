@@ -218,8 +218,7 @@ class GradientClipper:
     def __init__(self, policy: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float):
         self.policy, self.optimizer, self.max_norm = policy, optimizer, max_norm
         self.bad = torch.zeros((), dtype=torch.bool)
-        saved = policy.state_dict().keys()  # buffers that are not saved are constants
-        self._saved = [buffer for name, buffer in policy.named_buffers() if name in saved]
+        self._saved = changing_buffers(policy)
         self._fused = isinstance(optimizer, torch.optim.AdamW)  # its kernel can be told to skip a step
         if not self._fused:
             optimizer.register_step_pre_hook(lambda *_: self._before_step())
@@ -264,6 +263,19 @@ class GradientClipper:
                 torch._foreach_mul_(group, (~self.bad).to(group[0].dtype))
         self._buffers.restore_where(self.bad)
         return {"grad_norm": total, **norms}
+
+
+def changing_buffers(policy: nn.Module) -> list[Tensor]:
+    """The buffers that training may change: they are saved, and their module does not say `constant`."""
+    saved = policy.state_dict().keys()
+    constant = {
+        id(buffer)
+        for part in policy.modules()
+        if getattr(part, "constant", False)
+        for buffer in part.buffers()
+    }
+    named = policy.named_buffers()
+    return [buffer for name, buffer in named if name in saved and id(buffer) not in constant]
 
 
 def _as_integers(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -327,6 +339,7 @@ class AveragedPolicy:
         pairs = zip(policy.parameters(), self._average.parameters(), strict=True)
         # Without tensors that never change, which the copies share.
         self._average_of = {p: average for p, average in pairs if average is not p}
+        self._buffers, self._average_buffers = map(changing_buffers, (policy, self._average))
 
     @torch.no_grad()
     def update(self) -> None:
@@ -334,9 +347,8 @@ class AveragedPolicy:
         self.updates += 1
         if self.decay:
             move_average(self._average_of.values(), self._average_of, self.updates, self.decay)
-            buffers = list(self.policy.buffers())
-            if buffers:
-                torch._foreach_copy_(list(self._average.buffers()), buffers)
+            if self._buffers:
+                torch._foreach_copy_(self._average_buffers, self._buffers)
 
     @property
     @torch.no_grad()

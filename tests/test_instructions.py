@@ -70,16 +70,23 @@ def test_learned_embeddings():
 
 def test_vectors_of_a_text_encoder_are_centred_and_mapped():
     table = torch.randn(5, 3, 7) * 0.1 + 100 * torch.randn(7)
+    one = InstructionEmbedder(Instructions(("a",), "some/model", shape=(1, 7), table=table[:1, :1]), 4)
+    assert 10 < one.scale < 1000  # there is no spread, which could be the scale
     known = Instructions(tuple("abcde"), "some/model", shape=(3, 7), table=table)
     module = InstructionEmbedder(known, 4)
-    mapped = (module.table - module.centre) / module.scale
+    mapped = (module.table - module._rows(module.centre, module.table)) / module.scale
     torch.testing.assert_close(mapped[:, -1].mean(0), torch.zeros(7), atol=1e-3, rtol=0)
     torch.testing.assert_close(mapped[:, :-1].mean((0, 1)), torch.zeros(7), atol=1e-3, rtol=0)
     assert mapped.square().mean().item() == pytest.approx(1, rel=1e-3)
     # a task's number and its vector give the same; NaN means no instruction
     rows = torch.stack([table[3], torch.full_like(table[0], torch.nan)])
     torch.testing.assert_close(module(torch.tensor([3, -1])), module(rows))
-    assert torch.equal(module(torch.tensor([-1]))[0], module.project(module.none))
+    torch.testing.assert_close(module(torch.tensor([-1]))[0], module.project(module.none)[[0, 0, 1]])
+    longer = torch.randn(2, 6, 7)
+    other = InstructionEmbedder(replace(known, sentences=("x", "y"), shape=(6, 7), table=longer), 4)
+    other.load_state_dict(module.state_dict())  # with --init-from, sentences may be longer
+    assert torch.equal(other.table, longer)
+    assert torch.equal(other(rows), module(rows))
 
 
 def test_a_share_of_samples_loses_its_instruction():
@@ -370,6 +377,9 @@ def test_training_further_on_one_of_several_tasks(told, tiny, tmp_path):
     flags = ("--steps", 1, "--lr", 0, "--ema-decay", 0, "--task", TASKS[1], "--init-from", several)
     one = train(train_naive_fm, told, tmp_path / "one", *flags, "--task-encoder", "index")
     assert load_policy(one, device="cpu").spec.tasks.sentences == TASKS[1:]
+    argv = [one, "--heldout-samples", 4, "--sample-steps", 1]
+    evaluate.main(parse(evaluate.Config, [*map(str, argv)], "evaluate.py"))
+    assert "misled" not in json.loads((one / "evaluation/results.json").read_text())["heldout"]
     table = "info_embedder.safetensors:instruction.table"
     assert torch.equal(weights(one, 1)[table], weights(several, 1)[table][1:])
     with pytest.raises(UserError, match="does not fit the component info_embedder"):

@@ -18,6 +18,7 @@ from common.optim import (
     OptimConfig,
     build_optimizer,
     build_scheduler,
+    changing_buffers,
     lr_factor,
     or_nan,
     parameter_groups,
@@ -314,6 +315,21 @@ class Unseen(torch.Tensor):
 
     def __bool__(self):
         raise AssertionError("read a value from the device")
+
+
+def test_buffers_that_never_change_are_not_copied_in_every_step():
+    policy, part = TinyPolicy(), nn.Module()
+    part.constant = True
+    part.register_buffer("table", torch.zeros(3))
+    policy.told = nn.Module()
+    policy.told.part = part
+    policy.told.register_buffer("counts", torch.zeros(2))
+    policy.told.register_buffer("grid", torch.zeros(1), persistent=False)
+    assert [buffer.shape for buffer in changing_buffers(policy)] == [(2,)]
+    average = AveragedPolicy(policy, build_optimizer(policy, OptimConfig()), 0.9)
+    policy.told.counts += 1
+    average.update()
+    assert average.model.told.counts.tolist() == [1, 1]
 
 
 def test_a_bad_step_leaves_buffers_as_they_were():

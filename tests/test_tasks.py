@@ -108,6 +108,16 @@ def test_each_instruction_keeps_an_episode_for_training(open_, tmp_path):
     assert len(split_episodes(open_(few), 0.5, 0)[1]) == 3  # where they do not suffice
 
 
+def test_a_task_that_only_the_steps_know(changing, open_):
+    def name(rows):
+        for row in rows:
+            row["tasks"] = ["pick"]
+
+    edit_rows(changing, name)
+    with pytest.raises(UserError, match='has the task "place" at step 3, but meta/episodes says "pick"'):
+        open_(changing)
+
+
 def test_steps_whose_task_nobody_knows(changing, open_):
     (changing / "meta/tasks.parquet").unlink()
     with pytest.raises(UserError, match=r"^Episode 1 has 2 tasks, but neither task_index nor meta/tasks"):
@@ -168,6 +178,12 @@ def test_texts_of_the_same_files_are_not_taken_for_each_other(tmp_path, open_):
     said = {None: "pick the cup", "task": "kitchen", "a/text": "first", "b/text": "second"}
     for key, text in [*said.items(), *said.items()]:  # the second time from what is cached
         assert open_(root, task_key=key).episode_tasks == (text, text)
+    mixed = make_hdf5(tmp_path / "mixed", (4, 3), layout="robomimic")
+    with h5py.File(mixed / "demos.hdf5", "a") as file:
+        file["data/demo_0"].attrs.update({"language_instruction": "pick", "lang": "pick the cup"})
+        file["data/demo_1"].attrs["lang"] = "pour"
+    assert open_(mixed).episode_tasks == ("pick", "pour")
+    assert open_(mixed, task_key="lang").episode_tasks == ("pick the cup", "pour")
 
 
 def test_instructions_of_lerobot_have_single_spaces(tmp_path, open_):
@@ -195,6 +211,10 @@ def test_datasets_without_instructions_go_by_their_names(tmp_path, open_, capsys
         file.attrs["task"] = "fold it"
     assert open_(*roots[:2]).episode_tasks == ("fold it", None, "cups", "cups")
     assert open_(roots[1], roots[1]).instructions == ("cups",)
+    chosen = open_(roots[0], roots[1], task=("fold it", "cups"), task_weights=(1, 3))
+    assert (chosen.episode_tasks, chosen.task_weights) == (("fold it", "cups", "cups"), (3, 1))
+    with pytest.raises(UserError, match='"cups", one of the datasets, is not among --task'):
+        open_(roots[0], roots[1], task=("fold it",))
 
 
 def test_tasks_of_several_datasets_are_chosen(tmp_path, open_):

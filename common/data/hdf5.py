@@ -132,7 +132,9 @@ class Hdf5Source:
                 f"{', '.join(text.strip('/') for text in texts) or 'none'}."
             )
         wanted = wanted_tasks(tasks_of(places.values()), self.config, self.name)
-        return {number: p for number, p in places.items() if not self.config.task or p.task in wanted}
+        silent = all(place.task is None for place in found)  # it goes by its name, if it is one of several
+        every = not self.config.task or silent
+        return {number: p for number, p in places.items() if every or p.task in wanted}
 
     @cached_property
     def layout(self) -> Layout:
@@ -181,7 +183,7 @@ class Hdf5Source:
         if by:  # there may be stores without these instructions
             chosen["task_by"] = sorted(by)
         key = (self.config.task_key or "").strip("/")
-        if key in TASK_ATTRIBUTES or "/" in key:  # what states it does not tell it from others
+        if key:
             chosen["task_key"] = key
         return layout.info(self.name, hashlib.sha256(content.encode()).hexdigest(), fps, **chosen)
 

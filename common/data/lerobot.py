@@ -282,12 +282,14 @@ class LeRobotSource:
             raise UserError(said)
         wanted = wanted_tasks(self.task_names, self.config, self.name)
         known = set(wanted)
-        return wanted, [row for row in self.rows if not self.config.task or known.intersection(row.tasks)]
+        every = not self.config.task or not self.task_names  # it goes by its name, if it is one of several
+        return wanted, [row for row in self.rows if every or known.intersection(row.tasks)]
 
     def _task(self, row: EpisodeRow, run: Run) -> str | tuple[tuple[int, str], ...] | None:
         """An episode's instruction, see `Episode.task`; raises BadEpisode."""
         name = f"Episode {row.index}"
-        if len(self.task_names) < 2 or self.tasks is None or "task_index" not in run.columns:
+        several = max(len(self.task_names), len(self.tasks or ())) > 1
+        if not several or self.tasks is None or "task_index" not in run.columns:
             wanted = [task for task in row.tasks if task in (self.config.task or row.tasks)]
             if len(wanted) > 1:
                 lacking = "neither task_index nor meta/tasks.parquet assigns them to steps"

@@ -32,10 +32,12 @@ def listed(tasks: Iterable[str], most: int = 8) -> str:
 def wanted_tasks(there: Sequence[str], config: DataConfig, source: str) -> list[str]:
     """The dataset's tasks that `--task` names, in its order; all if it names none.
 
+    One of several datasets that states none may be named by its folder: see `name_tasks` and `weigh_tasks`.
+
     Raises:
         UserError: if one does not exist or, with several datasets, if this one has none of them.
     """
-    if not config.task:
+    if not config.task or (not there and len(config.dataset) > 1):
         return list(there)
     unknown = [task for task in config.task if task not in there]
     if unknown and (len(config.dataset) == 1 or len(unknown) == len(config.task)):
