@@ -278,7 +278,9 @@ class Run:
         if config.run.compile != "no":
             policy.compile(**COMPILE[config.run.compile])
         self._at("joining the processes' policies")
-        self.model, optimizer = accelerator.prepare(policy, raw_optimizer)
+        # The policy is on its device: to find out, Accelerate would import what takes seconds.
+        placed = [False, True]
+        self.model, optimizer = accelerator.prepare(policy, raw_optimizer, device_placement=placed)
         self.model.train()
         for name in config.run.freeze:
             getattr(policy, name).eval()

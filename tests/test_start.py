@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import runpy
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -326,3 +328,21 @@ def test_threads_wait_passively_unless_a_user_says_otherwise(monkeypatch, before
         monkeypatch.delenv("OMP_WAIT_POLICY")
     runpy.run_path(str(ROOT / "common" / "__init__.py"))
     assert os.environ["OMP_WAIT_POLICY"] == after
+
+
+STARTS = """
+import sys
+import {script} as script
+from common.config import cli
+cli(script.main, script.Config)
+slow = {{"sympy", "torch._dynamo"}} & sys.modules.keys()
+assert not slow, slow
+"""
+
+
+@pytest.mark.parametrize("script", ["train_naive_fm", "train_vfp"])  # with schedule-free and AdamW
+def test_a_run_imports_nothing_of_pytorch_that_takes_seconds(script, tiny, tmp_path):
+    command = [sys.executable, "-c", STARTS.format(script=script), *tiny, "--run-dir", tmp_path / "run"]
+    command += ["--steps", "1"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
