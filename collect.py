@@ -107,10 +107,12 @@ def collect(policy: RobotPolicy, config: Config, granted: Callable[[int], bool])
     if config.by != "expert":
         operator = make_operator(config.by, environments[0])
         for number, found in taken_over(operator, environments[0], policy, config, granted):
+            path = paths[config.seed + number]
             try:  # at once: whatever fails later, this is kept
-                write(paths[config.seed + number], policy.spec, iter([found]))
-            except KeyboardInterrupt:
-                write(paths[config.seed + number], policy.spec, iter([found]))
+                write(path, policy.spec, iter([found]))
+            except KeyboardInterrupt:  # it is finished, too
+                if not path.exists():
+                    write(path, policy.spec, iter([found]))
                 break
         return
     with tqdm(total=config.episodes, desc="episodes", unit="episode", disable=is_quiet()) as bar:

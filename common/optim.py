@@ -82,7 +82,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def leave_compiler_out() -> None:
-    """Let optimizers work without PyTorch's compiler, which takes five seconds to import.
+    """Let optimizers work without PyTorch's compiler, which takes seconds to import.
 
     They import it only to tell it that it must not compile them, which nothing here asks for. PyTorch keeps
     what to call instead of such a method in an attribute of it.

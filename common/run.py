@@ -150,7 +150,7 @@ class Run:
 
     @property
     def progress(self) -> Tensor:
-        """Share of the training that was completed before the current step, in [0, 1); float64, on the CPU.
+        """Share of the training that was completed before the current step, in [0, 1); float64.
 
         A tensor, because torch.compile would compile again for every new number; on a GPU one there, since
         CUDA graphs hand on what the backward pass needs as tensors of the GPU.

@@ -143,7 +143,7 @@ class Growth:
                 self._seen[entry.name] = files
                 self._failed.pop(entry.name, None)
                 continue
-            partly = False
+            partly, why = False, "no task in them lasts for two steps"
             if entry.name in self._failed:
                 since, why = self._failed[entry.name]
                 if not 0 < since < time.monotonic() - PATIENCE_SECONDS:
