@@ -1,37 +1,42 @@
-"""The effect of OMP_WAIT_POLICY=passive on training speed on a CPU, idle and busy.
+"""The effect of how OpenMP's threads wait on training speed on a CPU, idle and busy.
 
     python benchmarks/waiting.py
-    python benchmarks/waiting.py --busy 0 2 4
+    python benchmarks/waiting.py --busy 0 1 2 4
 
-Two processes train the same policy, one with threads that wait passively and one with PyTorch's default. They
-take turns, so that other work on the machine slows both equally; the result is the median over turns of the
-ratio of their speeds. Meanwhile, `--busy` other processes compute.
+Three processes train the same policy: with threads that spin briefly and then sleep, as the scripts set
+them, with threads that sleep at once, and with PyTorch's default. They take turns, so that other work on the
+machine slows all equally; the results are medians over turns of the ratio of their speeds to the default's.
+Meanwhile, `--busy` other processes compute.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-POLICIES = {"passive": {"OMP_WAIT_POLICY": "passive"}, "default": {}}
+POLICIES = {
+    "brief": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "3000"},
+    "passive": {"OMP_WAIT_POLICY": "passive"},
+    "default": {},
+}
 
 
 @dataclass(frozen=True)
 class Options:
     """Compare ways for threads to wait."""
 
-    busy: tuple[int, ...] = (0, 2)
+    busy: tuple[int, ...] = (0, 1, 2)
     """Numbers of other processes that compute meanwhile; each is measured."""
-    rounds: int = 12
+    rounds: int = 8
     """Turns of each."""
     turn_steps: int = 10
     """Steps per turn."""
@@ -43,7 +48,7 @@ class Options:
 
 def train(options: Options) -> None:
     """Train `turn_steps` steps for every line on stdin; answer with samples per second."""
-    import torch  # before this project's modules, which would set OMP_WAIT_POLICY
+    import torch  # before this project's modules, which set how its threads wait
 
     import train_vfp
     from benchmarks.step import bare_loop
@@ -72,7 +77,7 @@ def main(options: Options) -> None:
     if options.child:
         train(options)
         return
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     environment["OMP_NUM_THREADS"] = str(options.threads)
     command = [sys.executable, *sys.argv, "--child"]
     trained = {
@@ -81,19 +86,19 @@ def main(options: Options) -> None:
         )
         for name, policy in POLICIES.items()
     }
-    print(f"samples/s of {options.threads} threads with batches of {options.batch_size}, medians of turns")
+    print(f"samples/s of {options.threads} threads, batches of {options.batch_size} (and / the default's)")
     for count in options.busy:
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
         try:
-            turns = [{name: turn(one) for name, one in trained.items()} for _ in range(options.rounds + 1)][
-                1:
-            ]
+            turns = [[turn(one) for one in trained.values()] for _ in range(options.rounds + 1)]
         finally:
             for process in busy:
                 process.kill()
-        speeds = ", ".join(f"{name} {statistics.median(t[name] for t in turns):.1f}" for name in trained)
-        ratio = statistics.median(t["passive"] / t["default"] for t in turns)
-        print(f"{count} other processes: {speeds}, ratio {ratio:.3f}", flush=True)
+        speeds = np.array(turns[1:])
+        shares = np.median(speeds / speeds[:, [-1]], axis=0)
+        found = zip(trained, np.median(speeds, axis=0), shares, strict=True)
+        listed = ", ".join(f"{name} {speed:.1f} ({share:.2f})" for name, speed, share in found)
+        print(f"{count} other processes: {listed}", flush=True)
     for process in trained.values():
         process.stdin.close()
         process.wait()

@@ -321,13 +321,18 @@ def test_scripts_say_how_threads_wait_before_they_import_torch(script):
     assert ast.unparse(first) == "import common"
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, "passive"), ("active", "active")])
-def test_threads_wait_passively_unless_a_user_says_otherwise(monkeypatch, before, after):
-    monkeypatch.setenv("OMP_WAIT_POLICY", before or "")
-    if before is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "3000"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+        ({"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5"}),
+    ],
+)
+def test_threads_spin_briefly_before_they_sleep_unless_a_user_says_otherwise(monkeypatch, before, after):
+    monkeypatch.setattr(os, "environ", dict(before))
     runpy.run_path(str(ROOT / "common" / "__init__.py"))
-    assert os.environ["OMP_WAIT_POLICY"] == after
+    assert os.environ == after
 
 
 STARTS = """
