@@ -52,6 +52,7 @@ except ImportError as error:
 SEND_SECONDS = 10.0  # for a client to receive an answer
 PING_SECONDS = 20.0  # between pings, and for each reply
 CLOSE_SECONDS = 5.0
+KEPT_EPISODES = 100
 GOING_AWAY, TRY_LATER = 1001, 1013  # codes for closing a connection (RFC 6455)
 LONGEST_TASK = 10_000  # characters
 STATE_NAMES = ("state", "observation/state", "observation.state")
@@ -162,6 +163,7 @@ class Server:
     def __init__(self, policy: RobotPolicy, config: Config, key: str | None = None):
         self.policy, self.config, self.key = policy, config, key
         self.clients = self.requests = 0
+        self.episodes: dict[str, RobotPolicy] = {}  # of clients that may connect again
         self.latency = math.nan  # milliseconds for a chunk
         self.stopping = asyncio.Event()
         # One thread for all computation: compiled code and OpenMP keep state per thread.
@@ -172,14 +174,13 @@ class Server:
 
         def act() -> list[float]:
             policy = self.policy.fork()
-            observation, prefixes = policy.blank_observation(), [None]
-            if policy.spec.max_delay:  # what most requests have; other code may be compiled for it
-                prefixes.append(np.zeros((1, policy.action_dim), np.float32))
-            for prefix in prefixes:
+            observation, chunk = policy.blank_observation(), None
+            # Most requests have a prefix if any can; other code may be compiled for it.
+            for has_prefix in (False, True) if policy.spec.max_delay else (False,):
                 times = []
                 for _ in range(8):
-                    start = time.perf_counter()
-                    policy.act(observation, self.config.sample_steps, prefix=prefix)
+                    start, prefix = time.perf_counter(), chunk[:1] if has_prefix else None
+                    chunk = policy.act(observation, self.config.sample_steps, prefix=prefix)
                     times.append(1000 * (time.perf_counter() - start))
             return times
 
@@ -255,7 +256,7 @@ class Server:
         self.clients += 1
         stopping = asyncio.create_task(self.stopping.wait())
         try:
-            episode = self.policy.fork()
+            episode = self.episode_of(connection)
             await connection.send(wire.pack(self.metadata()))
             while await self.answer_next(connection, episode, stopping):
                 pass
@@ -267,6 +268,17 @@ class Server:
         finally:
             stopping.cancel()
             self.clients -= 1
+
+    def episode_of(self, connection: ServerConnection) -> RobotPolicy:
+        """A new episode, or that of the same client whose connection was lost."""
+        named = connection.request.headers.get_all(wire.EPISODE)
+        if not named:
+            return self.policy.fork()
+        episode = self.episodes.pop(named[0], None) or self.policy.fork()
+        self.episodes[named[0]] = episode
+        if len(self.episodes) > KEPT_EPISODES:
+            self.episodes.pop(next(iter(self.episodes)))  # of the client that connected longest ago
+        return episode
 
     async def answer_next(
         self, connection: ServerConnection, episode: RobotPolicy, stopping: asyncio.Task

@@ -5,6 +5,7 @@ chunk = policy.act({"images": {"head": rgb, "left": rgb, "right": rgb}, "state":
 """
 
 import os
+import secrets
 import socket
 import struct
 import warnings
@@ -48,16 +49,12 @@ class RemotePolicy:
         """
         self.url = f"ws://{f'[{host}]' if ':' in host else host}:{port}"
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else {}
+        self._headers[wire.EPISODE] = secrets.token_hex(16)  # a new connection continues it
         self._timeout, self.last_timing = timeout, {}
         self._connection: ClientConnection | None = None
         self._leaving = ExitStack()  # closes the connection
-        about = self._connect()
-        if not isinstance(about, dict) or not {"horizon", "spec"} <= about.keys():
-            self.close()
-            raise UserError(
-                f"{self.url} does not say what its policy needs, as serve.py does: use its client."
-            )
-        self.horizon, spec = about["horizon"], about["spec"]
+        self._about = self._connect()
+        self.horizon, spec = self._about["horizon"], dict(self._about["spec"])
         for name in ("state_rotations", "action_rotations"):
             spec[name] = _rotations(spec.get(name))
         self.spec = SimpleNamespace(**spec)
@@ -89,6 +86,7 @@ class RemotePolicy:
         self._leaving.close()
 
     def _connect(self) -> dict[str, Any]:
+        """Connect; returns what the server says of its policy's inputs and outputs."""
         try:
             connection = connect(
                 self.url,
@@ -105,7 +103,10 @@ class RemotePolicy:
                 limit = struct.pack("ll", int(self._timeout), int(self._timeout % 1 * 1e6))
                 with suppress(OSError):  # the server may have hung up already: its last words say why
                     connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-            return wire.unpack(self._connection.recv(self._timeout))
+            about = wire.unpack(self._connection.recv(self._timeout))
+        except KeyboardInterrupt:  # what the server says of itself must not be taken for an answer
+            self.close()
+            raise
         except InvalidStatus as error:
             said = (error.response.body or b"").decode("utf-8", "replace").strip()
             raise UserError(f"{self.url} refused the connection: {said or error}") from None
@@ -114,17 +115,26 @@ class RemotePolicy:
             raise ServerGone(
                 f"{self.url} does not answer as a policy server ({error}): is serve.py running there?"
             ) from None
+        if not isinstance(about, dict) or not {"horizon", "spec"} <= about.keys():
+            self.close()
+            raise UserError(
+                f"{self.url} does not say what its policy needs, as serve.py does: use its client."
+            )
+        return {name: about[name] for name in ("horizon", "spec")}
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self._connection is None:
-            self._connect()
+        if self._connection is None and self._connect() != self._about:
+            self.close()
+            raise UserError(f"{self.url} serves another policy than before: make a new client.")
         try:
             self._connection.send(wire.pack(request))
             answer = self._connection.recv(self._timeout)
-        except (OSError, ConnectionClosed) as error:  # a TimeoutError is an OSError
+        except BaseException as error:  # a TimeoutError is an OSError
             # Its answer may still come: a new connection keeps the next request from getting it.
             self._connection.socket.close()
             self.close()
+            if not isinstance(error, OSError | ConnectionClosed):  # Ctrl-C
+                raise
             if isinstance(error, TimeoutError | BlockingIOError):
                 error = f"no answer in {self._timeout:g} s"
             elif isinstance(error, ConnectionClosed) and error.rcvd and error.rcvd.code == TOO_BIG:

@@ -41,7 +41,11 @@ class Robot(Protocol):
     """
 
     def observe(self) -> dict:
-        """Return the observation for `RobotPolicy.act`: `images` and `state`."""
+        """Return the observation for `RobotPolicy.act`: `images` and `state`.
+
+        A chunk begins at the time of the call, so return at once: have cameras read in a thread of their
+        own, and take their newest frames.
+        """
 
     def send(self, action: np.ndarray) -> None:
         """Move to an action (A,), in recorded units, within the next cycle."""
@@ -116,6 +120,7 @@ class _Episode:
         self.watchdog, self.report = Watchdog(loop.patience), Report(loop.rate)
         self.retry = self.sent = 0.0  # time of the next retry and of the last command
         self.lacks = False  # too slow for prefixes
+        self.asked, self.lags = math.inf, False  # time of the last request; whether robots see too late
 
     def act(self, seconds: float) -> "Report":
         self.limit = self._begin()
@@ -171,6 +176,7 @@ class _Episode:
             self.watchdog.trouble(answer.error)
         if self.plan.due and now >= self.retry:
             self.worker.requests.put(self.plan.ask())
+            self.asked = time.perf_counter()
             self.watchdog.ask(now)
             self._say_if_slow()
         elif self.plan.watches:
@@ -191,6 +197,15 @@ class _Episode:
         self.plan.join(answer.chunk)
         self.report.observe.append(answer.observe)
         self.report.infer.append(answer.infer)
+        late = answer.seen - self.asked  # of a robot that does not wait for its chunks
+        moves = self.plan.max_delay > 0 or self.loop.ensemble is not None
+        if moves and not self.lags and late * self.loop.policy.spec.fps > 1:
+            self.lags = True
+            _say(
+                f"a chunk's observation came {1000 * late:.0f} ms after it was asked for, and the robot has "
+                f"moved by {late * self.loop.policy.spec.fps:.1f} actions: have robot.observe() return the "
+                f"newest frames at once"
+            )
 
     def _say_if_slow(self) -> None:
         plan = self.plan
@@ -364,7 +379,7 @@ def will_be_wanted(history: int, stride: int, ahead: float, period: float, withi
 
 
 def blend(actions: Sequence[np.ndarray], weights: Sequence[float], rotations: Any = None) -> np.ndarray:
-    """The weighted mean (A,) of some actions; of rotations, that of their first two columns.
+    """The weighted mean (..., A) of some actions (..., A); of rotations, that of their first two columns.
 
     Args:
         rotations: if there are any, see `common/data/rotation.py`.
@@ -376,7 +391,8 @@ def blend(actions: Sequence[np.ndarray], weights: Sequence[float], rotations: An
     turned = rotations.decode(np.tensordot(shares, rotations.encode(np.stack(actions)), 1))
     if rotations.kind.startswith("quaternion"):  # take the sign of the first action
         for part in (slice(start, start + 4) for start in rotations.starts):
-            turned[part] *= 1 if turned[part] @ actions[0][part] >= 0 else -1
+            agrees = (turned[..., part] * actions[0][..., part]).sum(axis=-1, keepdims=True) >= 0
+            turned[..., part] *= np.where(agrees, 1, -1)
     return turned
 
 
@@ -448,7 +464,7 @@ class RateLimit:
 class Answer:
     """The result of a request: the chunk (T, A) and the state it was computed for, or an error.
 
-    `observe` and `infer` are durations in seconds.
+    `observe` and `infer` are durations in seconds, `seen` is when the observation was complete.
     """
 
     chunk: np.ndarray | None = None
@@ -456,6 +472,7 @@ class Answer:
     error: str | None = None
     observe: float = 0.0
     infer: float = 0.0
+    seen: float = -math.inf
 
 
 STOP, WATCH = object(), object()
@@ -516,7 +533,7 @@ class Worker(threading.Thread):
             raise ValueError(f"it gave {chunk.shape} numbers that are no chunk")
         self._shape = chunk.shape
         state = np.asarray(observation["state"], np.float32)
-        return Answer(chunk, state.reshape(-1, state.shape[-1])[-1], None, seen - start, done - seen)
+        return Answer(chunk, state.reshape(-1, state.shape[-1])[-1], None, seen - start, done - seen, seen)
 
 
 class Watchdog:

@@ -26,7 +26,7 @@ from common import exported, flow, vision
 from common.checkpoint import PolicySpec, find, load_components, read_settings, refuse_damaged
 from common.config import from_dict
 from common.console import say
-from common.control import will_be_wanted
+from common.control import blend, will_be_wanted
 from common.data.cameras import closest
 from common.data.frames import resize_rgb
 from common.data.source import spaced
@@ -739,7 +739,7 @@ class Controller:
         actions = due[-1]
         if self.ensemble is not None:
             weights = np.exp(-self.ensemble * np.arange(len(due)))
-            actions = np.einsum("i,ira->ra", weights / weights.sum(), np.stack(due))
+            actions = blend(due, weights, self.policy.spec.action_rotations)
         self.step += 1
         actions = actions.astype(np.float32)
         self.last = np.zeros((self.num, actions.shape[1]), np.float32)

@@ -260,6 +260,13 @@ def _fitting_cameras(policy: RobotPolicy, environment: Environment) -> list[str]
             f"--env {environment.name} takes the actions {', '.join(there)}, and the policy gives "
             f"{', '.join(actions)}: it was trained for another robot."
         )
+    named = {"state": environment.state_names, "actions": there}
+    for (what, those), ours in zip(named.items(), spec.recorded_names, strict=True):
+        if sorted(those) == sorted(ours) and list(those) != list(ours):
+            raise UserError(
+                f"--env {environment.name} has the {what} {', '.join(those)}, and the policy was trained on "
+                f"{', '.join(ours)}: record or train in the order of the environment."
+            )
     for name in (names[camera] for camera in spec.cameras):
         image = images[name]
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

@@ -11,6 +11,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+EPISODE = "Policy-Episode"  # header of a client that continues its episode if it has to connect again
 NUMBERS = "biuf"  # allowed kinds of dtypes
 MOST_VALUES = 100_000  # in a message's lists and maps: each takes far more memory than its bytes
 TOO_MANY = f"the message has more than {MOST_VALUES:,} values: send arrays"

@@ -195,6 +195,10 @@ def test_rotations_are_blended_as_rotations():
     first, second = np.array([0, 0, -0.6, -0.8], np.float32), np.array([0, 0, -0.8, -0.6], np.float32)
     between = blend([first, second], [0.5, 0.5], turn)
     np.testing.assert_allclose(between, [0, 0, -np.sqrt(0.5), -np.sqrt(0.5)], atol=1e-5)  # with the same sign
+    several = blend(
+        [np.stack([first, second, -first]), np.stack([second, -second, -first])], [0.5, 0.5], turn
+    )
+    np.testing.assert_allclose(several, [between, second, -first], atol=1e-5)
 
 
 # Bounds
@@ -284,6 +288,14 @@ class Line:
         self.prefixes.append(0 if prefix is None else len(prefix))
         first = observation["state"] if prefix is None else prefix[0]
         return first + self.slope * np.arange(self.horizon, dtype=np.float32)[:, None]
+
+
+@pytest.mark.parametrize(("seconds", "max_delay", "said"), [(0.1, 6, 1), (0.1, 0, 0), (0.0, 6, 0)])
+def test_a_robot_that_observes_late_while_it_moves_is_said_once(capsys, seconds, max_delay, said):
+    arm = Arm()
+    arm.observe = lambda: time.sleep(seconds) or Arm.observe(arm)
+    ControlLoop(Line(0.01, max_delay), arm, rate=50).run(1.5)
+    assert capsys.readouterr().out.count("have robot.observe() return the newest frames at once") == said
 
 
 def test_the_robot_moves_without_a_stop_at_its_rate(capsys):

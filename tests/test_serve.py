@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import secrets
 import signal
 import socket
 import subprocess
@@ -486,6 +487,51 @@ def test_a_remote_policy_finds_its_server_again(run_dir):
         policy.close()
 
 
+def test_an_episode_goes_on_after_a_lost_connection(run_dir):
+    local = load_policy(run_dir, device="cpu", seed=0).fork()
+    with served(run_dir) as (server, port), closing(RemotePolicy("127.0.0.1", port)) as policy:
+        for _ in range(3):
+            np.testing.assert_allclose(policy.act(observation()), local.act(observation()), rtol=1e-5)
+            policy._connection.socket.close()
+            policy.close()
+        with closing(RemotePolicy("127.0.0.1", port)) as other:  # has an episode of its own
+            assert not np.allclose(other.act(observation()), local.act(observation()))
+        for _ in range(serve.KEPT_EPISODES):
+            with client(port, additional_headers={wire.EPISODE: secrets.token_hex(4)}):
+                pass
+        assert len(server.episodes) == serve.KEPT_EPISODES
+
+
+@pytest.mark.parametrize("where", ["act", "connect"])
+def test_an_interrupted_request_does_not_answer_the_next(run_dir, monkeypatch, where):
+    def interrupted(self, timeout=None):
+        time.sleep(0.5)  # meanwhile, the answer comes
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    local = load_policy(run_dir, device="cpu", seed=0).fork()
+    with served(run_dir) as (_, port), closing(RemotePolicy("127.0.0.1", port)) as policy:
+        if where == "connect":
+            policy.close()
+        monkeypatch.setattr("websockets.sync.client.ClientConnection.recv", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            policy.act(observation(seed=1))
+        if where == "act":
+            local.act(observation(seed=1))  # the server has answered it, and nobody heard
+        np.testing.assert_allclose(policy.act(observation()), local.act(observation()), rtol=1e-5)
+
+
+def test_a_server_that_comes_back_with_another_policy_is_refused(run_dir, delayed):
+    with served(run_dir) as (_, port):
+        policy = RemotePolicy("127.0.0.1", port)
+        policy.close()
+    with served(delayed) as (_, port):
+        policy.url = f"ws://127.0.0.1:{port}"
+        for _ in range(2):
+            with pytest.raises(UserError, match="serves another policy than before: make a new client"):
+                policy.act(observation())
+
+
 def test_a_server_that_does_not_read_is_gone():
     """A request that does not fit into the buffers of the network must not wait forever."""
     listener = socket.create_server(("127.0.0.1", 0))
@@ -587,6 +633,7 @@ def test_a_prefix_reaches_the_policy(delayed):
     assert not np.allclose(chunk, local.fork().act(observation()))
     with served(delayed, change=note):
         assert [prefix is None for prefix in warmed] == [True] * 8 + [False] * 8  # as robots ask
+        assert np.abs(warmed[-1]).min() > 0  # zeros would be no quaternion
 
 
 def test_a_loop_holds_while_its_server_is_gone_and_moves_when_it_is_back(delayed, capsys):
