@@ -333,14 +333,14 @@ def curves(runs: list[Run]) -> dict[str, Any]:
     every = 1
     for i, run in enumerate(runs):
         for split, lines in (("train", run.train), ("val", run.val)):
-            stride = max(-(-len(lines) // MOST_POINTS), 1)
-            every, lines = max(every, stride), lines[::-stride][::-1]  # keeps the newest
             for name in sorted({name for line in lines for name in line} - {"step", "split"}):
                 known = [
                     (line["step"], float(f"{line[name]:.6g}")) for line in lines if is_number(line.get(name))
                 ]
                 if known:
-                    x, y = zip(*known, strict=True)
+                    stride = -(-len(known) // MOST_POINTS)
+                    every = max(every, stride)
+                    x, y = zip(*known[::-stride][::-1], strict=True)  # keeps the newest
                     panels.setdefault(name, []).append({"run": i, "split": split, "x": x, "y": y})
     first = {
         name for name, found in panels.items() if name == "loss" or any(s["split"] == "val" for s in found)

@@ -286,7 +286,7 @@ def evaluate(
 
 def draw_depth(policy: Policy, dataset: ChunkDataset, path: Path, num: int = 6) -> None:
     """Draw the depth features at some steps next to what the camera saw."""
-    rows = torch.linspace(0, len(dataset) - 1, num).long().tolist()
+    rows = torch.linspace(0, len(dataset) - 1, num, dtype=torch.float64).long().tolist()
     batch = with_depth(dataset.__getitems__(rows).to(policy.depth_backbone.mean.device), policy)
     features = batch.extras["depth"][:, 0].float().cpu().numpy()
     images = batch.images[:, policy.depth_cameras[0]].cpu().numpy()

@@ -15,6 +15,7 @@ weights are safetensors, settings JSON, and Accelerate's own state is read with 
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections.abc import Callable
@@ -248,12 +249,26 @@ def _complete(large: dict[str, dict], unfinished: Path, final: Path) -> None:
     if final.exists():  # the run was resumed from an older checkpoint and has reached this step again
         shutil.rmtree(final)
     unfinished.rename(final)
-    # Replaced in one step: `last` never dangles, whenever the process is killed.
-    link = final.parent / ".last.new"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    link.replace(final.parent / "last")
+    _point(final.parent / "last", final.name)
     sync_one(final.parent)
+
+
+def _point(link: Path, name: str) -> None:
+    """Make a symbolic link, in one step: it never dangles, whenever the process is killed.
+
+    Where there are no links, there is none: then the newest checkpoint is the last.
+    """
+    if link.is_dir() and not link.is_symlink():  # made by a copy that followed links
+        shutil.rmtree(link)
+    made = link.with_name(f".{link.name}.new")
+    made.unlink(missing_ok=True)
+    try:
+        made.symlink_to(name)
+        made.replace(link)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        link.unlink(missing_ok=True)
 
 
 def seal(checkpoint: Path) -> None:

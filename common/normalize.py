@@ -38,6 +38,14 @@ def fit_statistics(values: np.ndarray) -> dict[str, Tensor]:
     return {name: torch.from_numpy(x.astype(np.float32)) for name, x in zip(STATISTICS, found, strict=True)}
 
 
+def moves_enough(statistics: dict[str, Tensor]) -> Tensor:
+    """Whether a dimension moves in so many steps that its quantiles say how far, (D,) bool."""
+    apart = statistics["q99"] - statistics["q01"]
+    if "spread" not in statistics:  # of an earlier version
+        return apart > 1e-3 * (statistics["max"] - statistics["min"])
+    return apart > 1e-2 * statistics["spread"]
+
+
 def scale_offset(statistics: dict[str, Tensor], mode: Normalization) -> tuple[Tensor, Tensor]:
     """Scale and offset with normalized = (x - offset) / scale, each (D,).
 
@@ -55,7 +63,7 @@ def scale_offset(statistics: dict[str, Tensor], mode: Normalization) -> tuple[Te
         scale, offset = statistics["std"], statistics["mean"]
     else:
         if mode == "quantile":
-            moves = statistics["q99"] - statistics["q01"] > 1e-3 * (high - low)
+            moves = moves_enough(statistics)
             low = torch.where(moves, statistics["q01"], low)
             high = torch.where(moves, statistics["q99"], high)
         scale, offset = (high - low) / 2, (high + low) / 2
@@ -107,7 +115,8 @@ def in_frame(poses: Tensor, frame: Tensor, invert: bool = False) -> Tensor:
     """Poses (B, T, 9) as seen from a frame (B, 9), itself a pose: T_frame^-1 T; inverted, T_frame T.
 
     A pose is a position and the first two columns of a rotation matrix, so the matrix product reduces to
-    rotating three vectors. They need not be unit vectors, since a network predicts them.
+    rotating three vectors. They need not be unit vectors, since a network predicts them. Products are written
+    out, since those of matrices have half or TF32 precision in mixed precision and on GPUs.
     """
     position, first, second = frame.unflatten(-1, (3, 3)).unbind(-2)
     columns = torch.stack([first, second, torch.linalg.cross(first, second)], dim=-1)  # (B, 3, 3)
@@ -115,8 +124,13 @@ def in_frame(poses: Tensor, frame: Tensor, invert: bool = False) -> Tensor:
     origin = torch.zeros_like(vectors)
     origin[..., 0, :] = position.unsqueeze(1)
     if invert:
-        return (vectors @ columns.mT.unsqueeze(1) + origin).flatten(-2)
-    return ((vectors - origin) @ columns.unsqueeze(1)).flatten(-2)
+        return (rotated(vectors, columns.mT) + origin).flatten(-2)
+    return rotated(vectors - origin, columns).flatten(-2)
+
+
+def rotated(vectors: Tensor, columns: Tensor) -> Tensor:
+    """Rows (B, T, 3, 3) times matrices (B, 3, 3)."""
+    return (vectors.unsqueeze(-1) * columns[:, None, None]).sum(dim=-2)
 
 
 def shared_dimensions(state_names: Sequence[str], action_names: Sequence[str]) -> np.ndarray:
@@ -284,13 +298,17 @@ class Normalizer(nn.Module):
             idle = motion[part].idle
             floor = idle_floor * usual_spread(spread[part])
             statistics[part]["floor"] = torch.where(torch.from_numpy(idle), floor, 0.0)
+            statistics[part]["spread"] = torch.from_numpy(spread[part].astype(np.float32))
             if floor and idle.any():
                 found = ", ".join(names[i] for i in np.flatnonzero(idle))
                 say(f"{part}: nothing but noise in {found}; scaled by at least {floor:.2g} (--idle-floor)")
             std = statistics[part]["std"].numpy()
-            if mode != "quantile" and (far := (std > 5 * spread[part]) & (spread[part] > 0)).any():
+            far = (std > 5 * spread[part]) & (spread[part] > 0)
+            if mode == "quantile":
+                far &= ~moves_enough(statistics[part]).numpy()
+            if far.any():
                 found = ", ".join(names[i] for i in np.flatnonzero(far))
-                way = "leave their episodes out, or give --normalization quantile"
+                way = "leave their episodes out" + ", or give --normalization quantile" * (mode != "quantile")
                 say(f"{part}: a few extreme steps set the scale of {found}: {way}")
         return cls(*statistics.values(), action_range, mode, pairs, poses)
 
@@ -364,6 +382,8 @@ class Normalizer(nn.Module):
         parts = [{key: tensors[f"{n}.{key}"] for key in STATISTICS} for n in ("state", "action")]
         for name, part in zip(("state", "action"), parts, strict=True):
             part["floor"] = tensors.get(f"{name}.floor", torch.zeros_like(part["std"]))
+            if f"{name}.spread" in tensors:
+                part["spread"] = tensors[f"{name}.spread"]
         poses = tensors["poses"].tolist() if "poses" in tensors else ()
         relative_to, poses = tensors.get("relative_to"), [tuple(pose) for pose in poses]
         return cls(*parts, tensors["action_range"], mode, relative_to, poses)

@@ -97,6 +97,11 @@ def build_optimizer(policy: nn.Module, config: OptimConfig) -> torch.optim.Optim
     leave_compiler_out()
     groups, betas = parameter_groups(policy, config), (0.9, config.beta2)
     if config.schedule == "schedule-free":
+        if config.beta2 <= 0.6:
+            raise UserError(
+                f"--beta2 {config.beta2:g}: with 0.6 or less, RAdam of --schedule schedule-free never begins "
+                f"to train: give more, such as 0.99."
+            )
         from schedulefree import RAdamScheduleFree
 
         optimizer = RAdamScheduleFree(groups, betas=betas)
@@ -110,6 +115,11 @@ def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
     groups, components = [], dict(policy.named_children())
     rates = _per_component(config.component_lr, components, "--component-lr")
     decays = _per_component(config.component_weight_decay, components, "--component-weight-decay")
+    if config.backbone_lr is not None and not any(name.endswith("backbone") for name in components):
+        raise UserError(
+            f"--backbone-lr: the backbone is no component of its own here: give --component-lr for one of "
+            f"{', '.join(components)}."
+        )
     for name, component in components.items():
         is_backbone = name.endswith("backbone") and config.backbone_lr is not None
         lr = rates.get(name, config.backbone_lr if is_backbone else config.lr)

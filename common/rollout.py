@@ -164,9 +164,15 @@ def success_rate(
     script = SimpleNamespace(sample_actions=sample_actions)
     policy = RobotPolicy(model, data.normalizer, config, data.spec, script, run.device)
     environments = make_environments(options.simulator, data.spec.image_size, min(len(numbers), AT_ONCE))
+    mark, phase = run.progress_mark
+
+    def progress(finished: int) -> None:
+        run.progress_mark = mark + finished, "rollouts"
+
     with run.autocast():
         film = FILMED * run.world if run.is_main else 0  # every run.world-th episode is this process's
-        episodes = roll_out(policy, environments, numbers, ROLLOUT_SEED, film=film)
+        episodes = roll_out(policy, environments, numbers, ROLLOUT_SEED, film=film, progress=progress)
+    run.progress_mark = mark + options.rollout_episodes, phase  # the same in all processes
     if run.is_main:
         films, outcomes = zip(*[(e.frames, e.success) for e in episodes if e.frames], strict=True)
         write_gif(run.folder / "rollouts.gif", side_by_side(films, outcomes), episodes[0].film_fps)

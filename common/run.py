@@ -405,6 +405,8 @@ class Run:
         write_json(folder / "config.json", values)
         if changes:
             write_whole(folder / "changes.patch", changes.encode(errors="replace"))
+        elif commit:  # committed since the run began
+            (folder / "changes.patch").unlink(missing_ok=True)
 
     def _resume(self) -> dict[str, Any]:
         """The step that this run resumes from, the step that it had reached before, and the time."""

@@ -1,3 +1,4 @@
+import errno
 import os
 import random
 import shutil
@@ -53,6 +54,25 @@ def test_last_is_relative_so_that_a_run_can_be_moved(run_dir, tmp_path):
     moved = shutil.move(run_dir, tmp_path / "elsewhere")
     assert not os.path.isabs(os.readlink(Path(moved) / "checkpoints" / "last"))
     assert checkpoint.find(Path(moved)).name == "step_0000003"
+
+
+def test_a_copy_in_which_last_is_a_folder_goes_on(run_dir, tmp_path, capsys):
+    copy = shutil.copytree(run_dir, tmp_path / "copy")  # follows links, as scp does
+    assert not (copy / "checkpoints" / "last").is_symlink()
+    resume(copy, "--steps", "5", "--keep", "2")
+    assert steps(copy) == ["last", "step_0000004", "step_0000005"]
+    assert os.readlink(copy / "checkpoints" / "last") == "step_0000005"
+    assert "not saved" not in capsys.readouterr().out
+
+
+def test_a_disk_without_links_has_no_last(run_dir, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    resume(run_dir, "--steps", "4")
+    assert "last" not in steps(run_dir)
+    assert checkpoint.find(run_dir).name == "step_0000004"
 
 
 def test_deleting_newer_steps_goes_back_to_an_earlier_one(run_dir):

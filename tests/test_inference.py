@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import train_vfp_moe
 from common import flow, vision
 from common.checkpoint import PolicySpec, seal
 from common.config import parse
+from common.data.rotation import Rotations
 from common.errors import UserError
 from common.inference import load_policy, load_script
 
@@ -177,6 +179,21 @@ def test_temporal_ensembling_averages_what_chunks_say_about_now(policy):
     expected = sum(w * c[2 - i] for i, (w, c) in enumerate(zip(weights, chunks, strict=True))) / weights.sum()
     np.testing.assert_allclose(actions[0], chunks[0][0], rtol=1e-6)
     np.testing.assert_allclose(actions[2], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ensembles_average_rotations_as_rotations(policy, monkeypatch):
+    angles = iter((3.1, -3.1))  # nearly the same half turn
+
+    def act_batch(observations, *_):
+        yaw = next(angles)
+        return np.repeat(np.array([[[0, 0, yaw]]], np.float32), policy.horizon, axis=1)
+
+    monkeypatch.setattr(policy, "act_batch", act_batch)
+    rotations = Rotations("euler", (0,), ("roll", "pitch", "yaw"))
+    monkeypatch.setattr(policy, "spec", replace(policy.spec, action_rotations=rotations))
+    given = [policy.next_action(observation(policy), ensemble=0.0) for _ in range(2)]
+    assert abs(given[1][2]) == pytest.approx(np.pi, abs=1e-4)
+    policy.reset()
 
 
 def test_the_number_of_sampling_steps_can_be_chosen(policy):

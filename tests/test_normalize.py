@@ -1,7 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from lerobot_factory import make_dataset
 
+from common.data import ChunkDataset, DataConfig, open_dataset
 from common.errors import UserError
 from common.normalize import Normalizer, fit_statistics
 
@@ -34,6 +38,24 @@ def test_statistics_are_those_of_the_data(values):
         place = share * (len(ordered) - 1)
         low, high = ordered[int(place)], ordered[int(place) + 1]
         np.testing.assert_allclose(statistics[name], low + (place - int(place)) * (high - low), rtol=1e-6)
+
+
+def test_a_spike_does_not_set_the_scale_of_quantiles(tmp_path, capsys):
+    root = make_dataset(tmp_path / "d", (200, 200), ["head"], video=False, dims=(3, 3))
+    store = open_dataset(DataConfig((str(root),), cache_dir=tmp_path))
+    steps = np.arange(400, dtype=np.float32)
+    state = np.stack([np.sin(steps), np.where(steps == 50, 1, 0), np.sin(steps)], axis=1)
+    state[:, 2] = np.where(np.isin(steps, (60, 61)), 1, 0)  # hardly ever moves
+    state[30, 0] = state[40, 2] = 1e4
+    store = replace(store, state=state.astype(np.float32))
+    fitted = Normalizer.fit(ChunkDataset(store, [0, 1], 4), "quantile")
+    assert fitted.state_scale[0] == pytest.approx(1, rel=0.1)
+    assert fitted.state_scale[1] == pytest.approx(0.5, rel=1e-3)  # moves once: its whole range
+    again = Normalizer.of_tensors(fitted.tensors(), "quantile")
+    assert torch.equal(again.state_scale, fitted.state_scale)
+    said = capsys.readouterr().out
+    assert "a few extreme steps" in said
+    assert "--normalization quantile" not in said
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -119,6 +119,21 @@ def test_groups_follow_components_and_decay_only_matrices(policy):
     assert {g["component"] for g in parameter_groups(policy, config)} == {"action_decoder"}
 
 
+def test_rates_that_would_do_nothing_are_refused(policy):
+    with pytest.raises(UserError, match=r"--beta2 0\.6: with 0\.6 or less, .* never begins to train"):
+        build_optimizer(policy, OptimConfig(schedule="schedule-free", beta2=0.6))
+    optimizer = build_optimizer(policy, OptimConfig(schedule="schedule-free", beta2=0.61, lr=0.1))
+    before = [parameter.clone() for parameter in policy.parameters()]
+    for _ in range(200):
+        for parameter in policy.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert not torch.equal(before[0], next(policy.parameters()))
+    encoder = nn.ModuleDict({"state_encoder": policy})
+    with pytest.raises(UserError, match=r"--backbone-lr: the backbone is no component .* of state_encoder"):
+        parameter_groups(encoder, OptimConfig(backbone_lr=0.1))
+
+
 def test_what_is_added_or_looked_up_does_not_decay():
     class Component(nn.Module):
         def __init__(self):

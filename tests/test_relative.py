@@ -69,6 +69,8 @@ def test_poses_in_a_frame_are_products_of_matrices_and_come_back():
     rng = np.random.default_rng(0)
     poses, frame = random_poses(rng, 6, 5), random_poses(rng, 6)
     seen = in_frame(torch.from_numpy(poses), torch.from_numpy(frame))
+    with torch.autocast("cpu", torch.bfloat16):  # as in validation
+        assert torch.equal(in_frame(torch.from_numpy(poses), torch.from_numpy(frame)), seen)
     expected = np.linalg.inv(matrices(frame))[:, None] @ matrices(poses)
     np.testing.assert_allclose(matrices(seen.numpy()), expected, atol=1e-12)
     back = in_frame(seen, torch.from_numpy(frame), invert=True)

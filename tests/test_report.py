@@ -198,6 +198,16 @@ def test_long_curves_are_thinned_and_keep_their_end(tmp_path, monkeypatch):
     assert "one line in 3 is drawn" in page
 
 
+def test_a_metric_on_every_other_line_is_not_thinned_away(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "a")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | ({"codes": 1.0} if line["step"] % 2 else {}) for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(report, "MOST_POINTS", 20)
+    panels = {panel["name"]: panel for panel in Reader(write(tmp_path, run)).curves["panels"]}
+    assert panels["codes"]["series"][0]["x"] == list(range(1, 41, 2))
+
+
 @pytest.mark.usefixtures("accelerate_reset")
 def test_a_run_that_still_trains_is_reported(tiny, tmp_path):
     run = running.train(train_naive_fm, tiny, tmp_path / "run", "--steps", 3, "--eval-every", 2)

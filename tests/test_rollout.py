@@ -213,6 +213,13 @@ def test_actions_and_pictures_that_do_not_fit_are_said(monkeypatch):
     policy.spec = replace(policy.spec, action_names=("dx", "dy"))
     with pytest.raises(UserError, match="takes the actions dx, and the policy gives dx, dy"):
         roll_out(policy, [Counter()], range(1), seed=0)
+    policy.spec = replace(policy.spec, action_names=("dx", "dy"))
+    monkeypatch.setattr(Counter, "action_names", ("dy", "dx"))
+    with pytest.raises(
+        UserError, match="has the actions dy, dx, and the policy was trained on dx, dy: record"
+    ):
+        roll_out(policy, [Counter()], range(1), seed=0)
+    monkeypatch.undo()
     first = {"top": np.zeros((3, 4, 4), np.uint8)}
     monkeypatch.setattr(Counter, "images", lambda self: first)
     with pytest.raises(
@@ -461,6 +468,25 @@ def test_rollouts_while_training_are_logged_and_change_nothing(script, tiny, tmp
     one, other = weights(plain, 4), weights(acting, 4)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.usefixtures("accelerate_reset")
+def test_rollouts_show_that_the_run_is_alive(tiny, tmp_path, monkeypatch):
+    marks = []
+
+    def roll_out(*given, progress, **more):
+        run = sys._getframe(1).f_locals["run"]
+        marks.append(run.progress_mark)
+        return real(*given, progress=lambda n: (progress(n), marks.append(run.progress_mark)), **more)
+
+    real = rollout.roll_out
+    monkeypatch.setattr(rollout, "roll_out", roll_out)
+    monkeypatch.setattr(rollout, "AT_ONCE", 2)
+    flags = ("--rollout-every", "1", "--rollout-episodes", "3", "--env", "arm_env:make", "--max-steps", "8")
+    train(train_naive_fm, tiny, tmp_path / "run", "--steps", "1", *flags)
+    counts, phases = zip(*marks, strict=True)
+    assert np.diff(counts).tolist() == [2, 1]
+    assert phases[1:] == ("rollouts", "rollouts")
 
 
 @pytest.mark.usefixtures("accelerate_reset")

@@ -158,6 +158,46 @@ def test_a_dataset_is_re_expressed_and_its_store_shared(tmp_path):
         open_(rotation="quaternion->6d")
 
 
+@pytest.mark.parametrize(
+    ("kind", "names", "said"),
+    [
+        ("quaternion", "qw qx qy qz", "qw, qx, qy, qz are not in the order x y z w"),
+        ("quaternion-wxyz", "rot_x rot_y rot_z rot_w", "are not in the order w x y z"),
+        ("euler", "shoulder_pitch shoulder_roll shoulder_yaw", "are not in the order roll pitch yaw"),
+        ("quaternion", "qx qy qz qw", None),
+        ("quaternion", "quat.0 quat.1 quat.2 quat.3", None),
+        ("euler", "base_roll base_pitch base_yaw", None),
+        ("axis-angle", "rot.z rot.y rot.x", None),
+    ],
+)
+def test_names_that_say_another_order_are_refused(kind, names, said):
+    if said is None:
+        assert Rotations.find(names.split(), kind, None).listed() == names.replace(" ", ", ")
+    else:
+        with pytest.raises(UserError, match=said):
+            Rotations.find(names.split(), kind, None)
+
+
+def test_joints_with_the_names_of_angles_are_no_rotations(tmp_path, capsys):
+    root = make_hdf5(tmp_path / "d", (6, 5), layout="robomimic", dims=(3, 3))
+    with h5py.File(root / "demos.hdf5", "a") as file:
+        for demo, steps in (("demo_0", 6), ("demo_1", 5)):
+            file[f"data/{demo}/obs/wrist_rpy"] = np.full((steps, 3), 1.9)
+
+    def open_(rotation):
+        keys = ("obs/wrist_rpy",)
+        return open_dataset(
+            DataConfig((str(root),), (), cache_dir=tmp_path, rotation=rotation, state_keys=keys)
+        )
+
+    with pytest.raises(UserError, match=r"episode 0 of .* has a pitch of more than pi / 2.*wrist_rpy"):
+        open_("euler->6d")
+    store = open_("wrist_rpy:euler->6d")  # whoever names them means it
+    assert store.state.shape == (11, 6)
+    said = "state: wrist_rpy.0, wrist_rpy.1, wrist_rpy.2 are rotations, by --rotation wrist_rpy:euler->6d"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("largest", [180.0, 2.5 * np.pi])
 def test_angles_in_degrees_or_with_turns_are_no_rotations(tmp_path, largest):
     root = make_hdf5(tmp_path / "d", (6, 5))

@@ -343,6 +343,17 @@ def test_split_without_a_held_out_part():
     assert len({tuple(split_episodes(of_episodes(20), 0.1, seed)[1]) for seed in range(8)}) > 1
 
 
+def test_the_last_of_very_many_samples_is_inside():
+    class Many(list):
+        __len__ = lambda self: 17_000_004  # noqa: E731
+
+        def __getitems__(self, rows):
+            return rows
+
+    ((_, rows),) = evenly_spaced(Many(), 3, 8)
+    assert rows == [0, 8_500_001, 17_000_003]
+
+
 @pytest.mark.parametrize("world", [1, 3, 9])
 def test_evaluation_sees_evenly_spaced_samples_once_whatever_the_processes(store, world):
     dataset = ChunkDataset(store, range(4), 3)
@@ -592,6 +603,15 @@ def test_bad_episodes_are_left_out_on_request(tmp_path, capsys):
     with pytest.raises(UserError, match="no usable episode"):
         build(tmp_path / "other", Drawn(bad=(0, 1, 2, 3)), skip_bad=True)
     assert files(tmp_path / "other") == []
+
+
+def test_other_episodes_left_out_are_other_data(tmp_path):
+    """An episode that only this machine cannot decode must not pass for one that others could."""
+    stores = [build(tmp_path / str(bad), Drawn(bad=bad), skip_bad=True) for bad in ((), (1,), (2,), (2,))]
+    found = [store.fingerprint for store in stores]
+    assert len(set(found)) == 3
+    assert found[2] == found[3]
+    assert len({store.source_fingerprint for store in stores}) == 1
 
 
 @pytest.mark.parametrize("wrong", [-1, 1])

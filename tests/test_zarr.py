@@ -1,7 +1,9 @@
 import json
 import os
+import re
 import shutil
 import sys
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -138,6 +140,18 @@ def test_a_buffer_that_changed_gives_another_store(tmp_path, open_):
     assert read(second.images(np.array([3]))[0, 0].numpy())[0] == 77
 
 
+def test_a_number_in_the_middle_of_a_large_file_counts(tmp_path, open_):
+    lengths, noise = (300, 300), np.random.default_rng(0).random((600, 200))
+    root = make_zarr(tmp_path / "d.zarr", lengths, state=noise)
+    whole = {"chunks": noise.shape, "compressors": None}  # the size stays the same; so it does with noise
+    array = zarr.open_group(root)["data"].create_array("action", data=noise, **whole)
+    first = open_(root)
+    array[290:310, 7] = noise[:20, 0]
+    second = open_(root)
+    assert second.fingerprint != first.fingerprint
+    np.testing.assert_allclose(second.action[290:310, 7], noise[:20, 0], rtol=1e-6)
+
+
 def test_a_buffer_that_grew_decodes_its_new_episodes_only(tmp_path, open_):
     first = open_(make_zarr(tmp_path / "d.zarr", (12, 9)))
     inode = first.frame_files[0].stat().st_ino
@@ -269,6 +283,22 @@ def test_chunks_that_are_not_there_are_named(tmp_path, open_, capsys):
     store = open_(root)
     assert "data/img: 1 of 8 chunks are missing and read as 0: copy the buffer" in capsys.readouterr().out
     assert store.images(np.arange(10, 15)).max() == 0
+
+
+@pytest.mark.parametrize("missing", [None, "data/pose/0.0", "data/pose_vel/0.0"])
+def test_keys_that_begin_alike_are_told_apart_in_a_zip(tmp_path, open_, capsys, missing):
+    steps = np.arange(sum(LENGTHS))
+    names = {"pose": state_of(steps, 3), "pose_vel": action_of(steps, 3)}
+    root = make_zarr(tmp_path / "d.zarr", **names)
+    if missing:
+        (root / missing).unlink()
+    shutil.make_archive(str(tmp_path / "e.zarr"), "zip", root)
+    keys = {"state_keys": ("pose",), "action_keys": ("pose_vel",)}
+    for buffer in (root, tmp_path / "e.zarr.zip"):
+        with suppress(UserError):  # an action that never changes
+            open_(buffer, **keys)
+        said = capsys.readouterr().out
+        assert re.findall(r"(\S+): 1 of 1 chunks are missing", said) == ([missing[:-4]] if missing else [])
 
 
 def test_a_zip_of_the_folder_instead_of_its_content_is_named(tmp_path, open_):

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from common.data import DataConfig
 
 READ_BYTES = 2**24  # images are read in blocks of about this size
+MOST_COMPRESSED = 2**18  # bytes of a compressed image, assumed to read a few at once
 GROUPS = re.compile(r"^(observations?|obs|actions?)[/.]")  # prefixes left out of dimension names
 
 FUTURE, OUTCOME, NO_COLOUR = "the future", "no observation", "no 8-bit colour image"
@@ -316,8 +317,9 @@ def _is_picture(array: Array) -> bool:
 def rows_of(array: Any, first: int, last: int) -> Iterator[Any]:
     """Rows `first:last` of an HDF5 or zarr array, in blocks of whole chunks, so that none is read twice."""
     chunk = array.chunks or (1, *array.shape[1:])
-    size = max(1, array.dtype.itemsize * math.prod(chunk))  # bytes
-    step = chunk[0] * max(1, READ_BYTES // size)
+    # Of compressed images, only pointers have a known size.
+    row = MOST_COMPRESSED if array.dtype.kind == "O" else array.dtype.itemsize
+    step = chunk[0] * max(1, READ_BYTES // max(1, row * math.prod(chunk)))
     while first < last:
         end = min(last, first - first % step + step)
         yield from array[first:end]

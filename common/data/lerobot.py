@@ -49,13 +49,13 @@ from common.data.source import (
     Info,
     existing,
     hash_ends,
+    hash_once,
     reason,
     refuse_unusable,
 )
 from common.data.tasks import listed, wanted_tasks
 from common.data.video_clock import TOLERANCE, Segment, clock_faults
 from common.errors import UserError
-from common.files import computed_once, unchanged_while
 
 if TYPE_CHECKING:
     from common.data import DataConfig
@@ -341,16 +341,9 @@ def fingerprint(root: Path, meta: Meta, others: set[str], kept: Path) -> str:
     Hashes of parquet files, which can hold all pictures, are kept in the folder `kept` while those files
     stay unchanged.
     """
-
-    def hash_whole(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     tables = [file for part in ("meta", "data") for file in files_below(root / part)]
-    files = [*tables, *(root / name for name in sorted(others))]
-    with ThreadPoolExecutor(8) as pool:  # hashing and reading release the GIL
-        file = kept / f"{hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]}.json"
-        whole = computed_once(file, unchanged_while(tables), lambda: list(pool.map(hash_whole, tables)))
-        parts = [*whole, *pool.map(hash_ends, files[len(tables) :])]
+    with ThreadPoolExecutor(8) as pool:  # reading releases the GIL
+        ends = pool.map(hash_ends, (root / name for name in sorted(others)))
+        parts = [*hash_once(root, tables, kept), *ends]
     names = [file.relative_to(root).as_posix() for file in tables] + sorted(others)
     return hashlib.sha256(json.dumps([meta.model_dump(), names, parts], sort_keys=True).encode()).hexdigest()

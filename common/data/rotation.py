@@ -18,6 +18,7 @@ TARGET, TARGET_DIM = "6d", 6
 SOURCES = {"quaternion": 4, "quaternion-wxyz": 4, "axis-angle": 3, "euler": 3}
 """Kinds that can be re-expressed, and their sizes. A `quaternion` is (x, y, z, w), `euler` roll, pitch, yaw
 about the fixed axes x, y, z; angles are in radians."""
+LARGEST_PITCH = np.pi / 2 + 1e-3
 LARGEST_ANGLE = 2 * np.pi + 1e-3  # with recorders' rounding
 QUATERNION_NAMES = r"(quat|rot|orn|orientation)|(^|[_./])q[xyzw]$"
 USUAL_NAMES = {
@@ -50,7 +51,14 @@ class Rotations:
                     f"{size}: name the right ones, such as --rotation eef_quat:{kind}->{TARGET}."
                 )
             starts += run[::size] if matches else []
+        for start in starts:
+            _refuse_order(names[start : start + size], kind)
         return cls(kind, tuple(starts), tuple(names))
+
+    def listed(self) -> str:
+        """The names of all dimensions that are rotations."""
+        size = SOURCES[self.kind]
+        return ", ".join(name for start in self.starts for name in self.recorded[start : start + size])
 
     def names(self) -> tuple[str, ...]:
         """Names of the re-expressed dimensions."""
@@ -76,6 +84,13 @@ class Rotations:
         columns = [start + i for start in self.starts for i in range(SOURCES[self.kind])]
         return np.flatnonzero((np.abs(values[:, columns]) > LARGEST_ANGLE).any(1))
 
+    def bent(self, values: np.ndarray) -> np.ndarray:
+        """Rows of recorded vectors (S, D) with a pitch above a quarter turn, restored as other angles."""
+        if self.kind != "euler":
+            return np.empty(0, np.int64)
+        pitch = values[:, [start + 1 for start in self.starts]]
+        return np.flatnonzero((np.abs(pitch) > LARGEST_PITCH).any(1))
+
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Convert recorded vectors (..., D) to re-expressed ones (..., D'), float32."""
 
@@ -97,6 +112,20 @@ class Rotations:
         """Convert re-expressed vectors (..., D') back to recorded ones (..., D), float32."""
         starts = self.encoded_starts()
         return _replaced(values, starts, TARGET_DIM, lambda six: from_matrix(gram_schmidt(six), self.kind))
+
+
+def _refuse_order(names: Sequence[str], kind: str) -> None:
+    """A UserError if the names say that a rotation's numbers are in another order than the kind's."""
+    wanted = {"quaternion": "x y z w", "quaternion-wxyz": "w x y z", "euler": "roll pitch yaw"}.get(kind, "")
+    ends = [re.search(r"(roll|pitch|yaw|[wxyz])$", name, re.IGNORECASE) for name in names]
+    found = [end[1].lower() for end in ends if end]
+    if sorted(found) == sorted(wanted.split()) and found != wanted.split():
+        ways = (
+            "choose others with --rotation NAME:KIND->6d, or order them with --state-keys and --action-keys"
+        )
+        raise UserError(
+            f"--rotation {kind}->{TARGET}: {', '.join(names)} are not in the order {wanted}: {ways}."
+        )
 
 
 def _replaced(values: np.ndarray, starts: Sequence[int], size: int, convert: Callable) -> np.ndarray:

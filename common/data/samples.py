@@ -294,7 +294,7 @@ def evenly_spaced(
     Each process gets its share of the samples, which may be empty. Yields which of the `num` samples these
     are, (B,), at most `batch_size` at once, and their batch.
     """
-    chosen = torch.linspace(0, len(dataset) - 1, num).long()
+    chosen = torch.linspace(0, len(dataset) - 1, num, dtype=torch.float64).long()
     mine = torch.arange(num)[rank::world]
     for rows in mine.split(batch_size) if len(mine) else ():
         yield rows, dataset.__getitems__(chosen[rows].tolist())

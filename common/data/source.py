@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from common.errors import UserError
+from common.files import computed_once, unchanged_while
 
 POINTER = "is a git-lfs pointer, not the file itself (`git lfs pull` fetches it)"
 
@@ -129,6 +131,18 @@ def hash_ends(path: Path, count: int = 64 * 1024) -> str:
             return hashlib.sha256(size.to_bytes(8, "little") + head + file.read(count)).hexdigest()
     except OSError:
         return "unreadable"  # ingest reports which episode lacks it
+
+
+def hash_once(root: Path, files: Sequence[Path], kept: Path) -> list[str]:
+    """Hashes of files below `root`, kept in the folder `kept` while all of them stay unchanged."""
+
+    def hash_whole(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    file = kept / f"{hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]}.json"
+    with ThreadPoolExecutor(8) as pool:  # hashing and reading release the GIL
+        return computed_once(file, unchanged_while(files), lambda: list(pool.map(hash_whole, files)))
 
 
 def is_pointer(path: Path | str) -> bool:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.console import say
 from common.data.rotation import Rotations, parse
 from common.data.rows import ROWS, RawRows, Storage
 from common.errors import UserError
@@ -146,12 +147,17 @@ class EpisodeStore:
             raise UserError(f"The episode store {path} cannot be read ({problem}): delete it to rebuild it.")
         arrays = {name: tensor.numpy() for name, tensor in load_file(file).items()}
         names = ("image_size", "state_names", "action_names", "episode_tasks", "skipped")
+        content = meta["fingerprint"]
+        if meta["skipped"]:  # another machine may be able to read these
+            kept = json.dumps([content, arrays["episode_indices"].tolist()])
+            content = hashlib.sha256(kept.encode()).hexdigest()
         return cls(
             path=path,
             source_fingerprint=meta["fingerprint"],
             cameras=tuple(short for _, short, _ in meta["cameras"]),
             camera_keys=tuple(key for key, _, _ in meta["cameras"]),
-            **{name: meta[name] for name in ("source", "fingerprint", "fps", "storage")},
+            fingerprint=content,
+            **{name: meta[name] for name in ("source", "fps", "storage")},
             **{name: tuple(meta[name]) for name in names},
             **arrays,
             frame_files=(path / FRAMES,),
@@ -247,6 +253,17 @@ class EpisodeStore:
                 f"{self.source} holds angles of more than 2 pi: convert what is in degrees, or counts turns, "
                 f"to radians from -pi to pi."
             )
+        bent = np.concatenate([state.bent(self.state), action.bent(self.action)])
+        if len(bent) and pattern is None:
+            raise UserError(
+                f"--rotation {option}: episode {self.episode_indices[self.episode_of(bent[0])]} of "
+                f"{self.source} has a pitch of more than pi / 2, which would be returned as other angles "
+                f"({state.listed() or action.listed()}): name the rotations, such as --rotation "
+                f"eef_rpy:{option}."
+            )
+        for part, found in (("state", state), ("action", action)):
+            if found.starts:
+                say(f"{part}: {found.listed()} are rotations, by --rotation {option}")
         return replace(
             self,
             state=state.encode(self.state),

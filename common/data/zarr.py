@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,7 +28,7 @@ import numpy as np
 from common.console import say
 from common.data.frames import as_rgb, pixel_frame
 from common.data.layout import Known, Layout, choose_layout, describe, exact_pixels, rows_of
-from common.data.source import BadEpisode, Episode, Info, existing, hash_ends, reason, refuse_unusable
+from common.data.source import BadEpisode, Episode, Info, existing, hash_once, reason, refuse_unusable
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,9 +73,9 @@ class ZarrSource:
         if fps is None:
             raise UserError(f"{self.name} does not state its control rate: give --fps.")
         layout.say(f"{self.name}: zarr, {layout.name} layout, {fps:g} Hz")
-        for line in absent_chunks(open_group(self.path, self.name), layout.arrays):
+        for line in absent_chunks(self.path, open_group(self.path, self.name), layout.arrays):
             say(f"  {line}")
-        return layout.info(self.name, fingerprint(self.path), fps)
+        return layout.info(self.name, fingerprint(self.path, self.config.cache_dir / "hashes"), fps)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
         group, layout, episodes, bad = open_group(self.path, self.name), self.layout, [], []
@@ -98,7 +100,8 @@ class ZarrSource:
     def frames(self, episode: Episode, camera: int) -> Iterator[np.ndarray]:
         key, _, recorded = self.layout.cameras[camera]
         try:
-            for cell in rows_of(open_group(self.path, self.name)[f"data/{key}"], *episode.origin):
+            group = _opened(self.path, self.name, self.path.stat().st_mtime_ns, os.getpid())
+            for cell in rows_of(group[f"data/{key}"], *episode.origin):
                 frame = pixel_frame(exact_pixels(cell), recorded, self.layout.size)
                 yield as_rgb(frame, self.layout.color_order)
         except Exception as error:  # each codec raises its own
@@ -129,6 +132,12 @@ def open_group(path: Path, name: str) -> Any:
     return group
 
 
+@lru_cache(maxsize=1)
+def _opened(path: Path, name: str, mtime: int, process: int) -> Any:
+    """`open_group`, once a process: a zip file can list hundreds of thousands of files."""
+    return open_group(path, name)
+
+
 def _folder_inside(path: Path) -> str | None:
     """The one folder of a zip file that contains everything else, if any."""
     with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as file:
@@ -137,16 +146,25 @@ def _folder_inside(path: Path) -> str | None:
     return None
 
 
-def absent_chunks(group: Any, keys: Iterable[str]) -> Iterator[str]:
+def absent_chunks(path: Path, group: Any, keys: Collection[str]) -> Iterator[str]:
     """Lines about arrays with missing chunks, which zarr reads as the fill value.
 
-    This may be no error: a chunk that holds only that value need not be written.
+    This may be no error: a chunk that holds only that value need not be written. zarr could count them, too,
+    but takes minutes for the hundred thousands of files of some buffers.
     """
+    if path.is_file():
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
+    else:
+        names = [file.relative_to(path).as_posix() for file in files_of(path)]
+    chunks = [name for name in names if not name.endswith((".zarray", ".zattrs", "zarr.json", "/"))]
     for key in keys:
-        array = group[f"data/{key}"]
-        absent = array.nchunks - array.nchunks_initialized
+        array, below = group[f"data/{key}"], f"data/{key}/"
+        shapes = zip(array.shape, array.shards or array.chunks, strict=True)
+        count = math.prod(math.ceil(size / part) for size, part in shapes)
+        absent = count - sum(name.startswith(below) for name in chunks)
         if absent:
-            share = f"{absent} of {array.nchunks} chunks are missing and read as {array.fill_value:g}"
+            share = f"{absent} of {count} chunks are missing and read as {array.fill_value:g}"
             yield f"data/{key}: {share}: copy the buffer again unless this value was recorded"
 
 
@@ -156,13 +174,20 @@ def arrays_below(group: Any) -> list[tuple[str, Any]]:
         return sorted((key, item) for key, item in group.members(max_depth=None) if hasattr(item, "shape"))
 
 
-def fingerprint(path: Path) -> str:
-    """Hash of the content: a zip file's checksums, or the size, head and tail of each file in a folder."""
+def files_of(path: Path) -> list[Path]:
+    """A buffer's files in a folder, in order."""
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return sorted(file for file in files if not FOREIGN.search(file.relative_to(path).as_posix()))
+
+
+def fingerprint(path: Path, kept: Path) -> str:
+    """Hash of the content: a zip file's checksums, or those of all files in a folder (see `hash_once`)."""
     if path.is_file():
         with zipfile.ZipFile(path) as file:
             found = [(entry.filename, entry.file_size, entry.CRC) for entry in file.infolist()]
+        content = sorted(entry for entry in found if not FOREIGN.search(entry[0]))
     else:
-        files = [file for file in path.rglob("*") if file.is_file()]
-        found = [(file.relative_to(path).as_posix(), hash_ends(file)) for file in files]
-    content = sorted(entry for entry in found if not FOREIGN.search(entry[0]))
+        files = files_of(path)
+        names = [file.relative_to(path).as_posix() for file in files]
+        content = [*zip(names, hash_once(path, files, kept), strict=True)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
