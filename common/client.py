@@ -126,14 +126,15 @@ class RemotePolicy:
         if self._connection is None and self._connect() != self._about:
             self.close()
             raise UserError(f"{self.url} serves another policy than before: make a new client.")
+        message = wire.pack(request)
         try:
-            self._connection.send(wire.pack(request))
+            self._connection.send(message)
             answer = self._connection.recv(self._timeout)
-        except BaseException as error:  # a TimeoutError is an OSError
+        except BaseException as error:  # Ctrl-C, too; a TimeoutError is an OSError
             # Its answer may still come: a new connection keeps the next request from getting it.
             self._connection.socket.close()
             self.close()
-            if not isinstance(error, OSError | ConnectionClosed):  # Ctrl-C
+            if not isinstance(error, OSError | ConnectionClosed):
                 raise
             if isinstance(error, TimeoutError | BlockingIOError):
                 error = f"no answer in {self._timeout:g} s"

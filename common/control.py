@@ -25,6 +25,7 @@ from common.errors import UserError
 
 SAID_AFTER = 0.5  # seconds of holding
 RETRY_SECONDS = 0.2
+MANY_LATE = 3  # observations, after which it is said; one may be chance
 LAST_SECONDS = 5.0  # that the last observation and inference may take
 HIGH = 0.95  # quantile of earlier delays, expected as the next one
 KEPT_DELAYS = 100
@@ -120,7 +121,7 @@ class _Episode:
         self.watchdog, self.report = Watchdog(loop.patience), Report(loop.rate)
         self.retry = self.sent = 0.0  # time of the next retry and of the last command
         self.lacks = False  # too slow for prefixes
-        self.asked, self.lags = math.inf, False  # time of the last request; whether robots see too late
+        self.asked, self.lags = math.inf, 0  # time of the last request; chunks whose observation came late
 
     def act(self, seconds: float) -> "Report":
         self.limit = self._begin()
@@ -199,8 +200,9 @@ class _Episode:
         self.report.infer.append(answer.infer)
         late = answer.seen - self.asked  # of a robot that does not wait for its chunks
         moves = self.plan.max_delay > 0 or self.loop.ensemble is not None
-        if moves and not self.lags and late * self.loop.policy.spec.fps > 1:
-            self.lags = True
+        self.lags += moves and late * self.loop.policy.spec.fps > 1
+        if self.lags == MANY_LATE:
+            self.lags = math.inf
             _say(
                 f"a chunk's observation came {1000 * late:.0f} ms after it was asked for, and the robot has "
                 f"moved by {late * self.loop.policy.spec.fps:.1f} actions: have robot.observe() return the "

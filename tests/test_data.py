@@ -19,6 +19,7 @@ from common.data import (
     open_dataset,
     split_episodes,
 )
+from common.data.layout import READ_BYTES, rows_of
 from common.data.store import EpisodeStore
 from common.errors import UserError
 from common.normalize import Normalizer, fit_statistics, shared_dimensions
@@ -370,3 +371,16 @@ def test_auto_takes_raw_where_it_fits_and_says_so(root, open_, monkeypatch, caps
     assert open_(root, store="auto").storage == "jpeg"  # uses the existing store
     assert open_(root, store="auto", image_size=(16, 24)).storage == "raw"
     assert "store: raw" in capsys.readouterr().out
+
+
+def test_images_of_unknown_size_are_read_a_few_at_once():
+    class Compressed(list):
+        dtype, chunks, shape, largest = np.dtype(object), None, (6000,), 0
+
+        def __getitem__(self, rows):
+            self.largest = max(self.largest, rows.stop - rows.start)
+            return super().__getitem__(rows)
+
+    array = Compressed(range(6000))
+    assert list(rows_of(array, 5, 6000)) == list(range(5, 6000))
+    assert 1 < array.largest <= READ_BYTES / 2**18  # of a quarter of a megabyte each

@@ -707,6 +707,19 @@ def test_uncommitted_code_is_kept_as_a_patch(tmp_path, monkeypatch):
     assert (copy / "train_mine.py").read_text() == "idea = 3\n"
 
 
+@pytest.mark.usefixtures("accelerate_reset")
+def test_changes_that_were_committed_since_are_no_changes(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "_git", lambda: ({"git_commit": "a", "git_dirty": True}, "a change"))
+    run = train(train_naive_fm, tiny, tmp_path / "run", "--steps", 1)
+    assert (run / "changes.patch").read_text() == "a change"
+    monkeypatch.setattr(run_module, "_git", lambda: ({}, ""))  # without git, nothing is known
+    train(train_naive_fm, tiny, run, "--steps", 2, "--resume", "auto")
+    assert (run / "changes.patch").is_file()
+    monkeypatch.setattr(run_module, "_git", lambda: ({"git_commit": "b", "git_dirty": False}, ""))
+    train(train_naive_fm, tiny, run, "--steps", 3, "--resume", "auto")
+    assert not (run / "changes.patch").exists()
+
+
 def test_deterministic_runs_use_only_such_algorithms(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     try:
