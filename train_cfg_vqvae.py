@@ -245,16 +245,15 @@ def compute_loss(
     velocity_loss = losses.masked_mse(velocity_pred[:, 1:].flatten(0, 1), velocity, real, count)
     one_step = start + velocity_pred[:, 0].float()  # (B, T, A)
     transport = losses.chunk_transport(one_step, chunks, proprio[:, -1], batch.is_pad, config.transport_blur)
-    divergence = latent.divergence.mean(dim=0)  # of each dimension
     loss = (
         velocity_loss
-        + divergence.sum()
+        + latent.prior_loss
         + config.commitment_weight * latent.commitment
         + config.transport_weight * transport.divergence
     )
     return loss, {
         "loss/velocity": velocity_loss,
-        "loss/kl": divergence.sum(),
+        "loss/kl": latent.prior_loss,
         "loss/transport": transport.divergence,
         "transport/marginal_error": transport.marginal_error,
         **latent.metrics,

@@ -123,11 +123,13 @@ class Config:
     balance_weight: NonNegativeFloat = 1e-2
     """Weight of the load-balancing loss."""
     kl_weight: NonNegativeFloat = 0.03
-    """beta: weight of the KL divergence, or, for a codebook, of the prior's cross-entropy."""
+    """beta: weight of the KL divergence that keeps the posterior near the prior."""
     kl_warmup: Share = 0.2
     """Share of training over which --kl-weight rises from 0."""
     free_bits: NonNegativeFloat = 0.0
-    """Nats of KL divergence (for a codebook, of cross-entropy) that cost nothing in each dimension."""
+    """Nats of KL divergence that cost the posterior nothing in each dimension."""
+    prior_weight: NonNegativeFloat = 0.1
+    """Weight of the loss by which the prior, and with it the encoder, learns what the posterior infers."""
 
     latent: Literal["gaussian", "vq"] = "gaussian"
     """Kind of latent: normal, or a vector of a codebook. The options from --num-codes on apply to vq."""
@@ -296,7 +298,7 @@ class Policy(nn.Module):
         # follow a moving latent is slow to learn what the task needs.
         seen = (proprio, head_tokens.detach(), actions, is_pad)
         prefix = flow.prefix_in_training(actions, t)  # the robot is on its way: not all ways fit
-        posterior, prior = self.posterior(*seen), self.prior(observation.detach(), prefix)
+        posterior, prior = self.posterior(*seen), self.prior(observation, prefix)
         latent = self.latent.infer(posterior, prior, seen, flow_samples, train)
         context = self.action_decoder.context(observation)
         is_pad = is_pad.repeat_interleave(flow_samples, dim=0)
@@ -354,13 +356,14 @@ def compute_loss(
     loss = (
         velocity_loss
         + beta * divergence.clamp(min=config.free_bits).sum()
+        + config.prior_weight * latent.prior_loss
         + config.commitment_weight * latent.commitment
         + config.transport_weight * transport.divergence
         + gate_loss
     )
     return loss, {
         "loss/velocity": velocity_loss,
-        "loss/kl": divergence.sum(),
+        "loss/kl": latent.prior_loss,
         "loss/transport": transport.divergence,
         "transport/marginal_error": transport.marginal_error,
         **latent.metrics,

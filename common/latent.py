@@ -26,7 +26,11 @@ class Inferred(NamedTuple):
     z: Tensor
     """(B * M, latent_dim)."""
     divergence: Tensor
-    """KL divergence of posterior from prior, nats: (B, latent_dim); for codes, -log p(code | s), (B, 1)."""
+    """What a chunk's latent tells beyond the prior, for the posterior alone to learn from: the KL divergence
+    KL(q || sg(p)), nats, (B, latent_dim). A code may tell as much as it can: zeros, (B, 1)."""
+    prior_loss: Tensor
+    """What the prior, and whatever feeds it, learns from, nats, a scalar: the mean of KL(sg(q) || p), summed
+    over dimensions; for codes, of -log p(code | s)."""
     commitment: Tensor
     """Mean squared distance of the posterior's outputs from their codes, a scalar; 0 without codes."""
     counted: Tensor
@@ -68,14 +72,16 @@ class NormalLatent(nn.Module):
 
     def infer(self, posterior, prior, seen, flow_samples, train) -> Inferred:
         mean, log_var = self.parameters_of(posterior)
-        divergence = losses.gaussian_kl(mean, log_var, *self.parameters_of(prior))
+        prior_mean, prior_log_var = self.parameters_of(prior)
+        divergence = losses.gaussian_kl(mean, log_var, prior_mean.detach(), prior_log_var.detach())
+        prior_loss = losses.gaussian_kl(mean.detach(), log_var.detach(), prior_mean, prior_log_var)
         z = mean.repeat_interleave(flow_samples, dim=0)
         if train:
             deviation = (0.5 * log_var).exp().repeat_interleave(flow_samples, dim=0)
             z = z + deviation * torch.randn_like(z)
         none = torch.zeros(1, device=z.device)
         metrics = {"latent/active_dims": (divergence.mean(dim=0) > 0.05).sum()}
-        return Inferred(z, divergence, commitment=none[0], counted=none, metrics=metrics)
+        return Inferred(z, divergence, prior_loss.sum(dim=1).mean(), none[0], none, metrics)
 
     def most_probable(self, posterior: Tensor) -> Tensor:
         return self.parameters_of(posterior)[0]
@@ -131,7 +137,7 @@ class CodebookLatent(nn.Module):
         quantized = self.vectors[code]
         with torch.no_grad():
             _, target = self.assign(self.posterior_average(*seen))
-        divergence = F.cross_entropy(prior, target, reduction="none").unsqueeze(1)
+        prior_loss = F.cross_entropy(prior, target)
         z = quantized.repeat_interleave(flow_samples, dim=0)
         if train:
             repeated = point.repeat_interleave(flow_samples, dim=0)
@@ -145,7 +151,8 @@ class CodebookLatent(nn.Module):
             "prior/accuracy": (probabilities.argmax(dim=1) == target).float().mean(),
             "prior/entropy": torch.special.entr(probabilities).sum(dim=1).mean(),
         }
-        return Inferred(z, divergence, commitment, torch.cat([samples, error]), metrics)
+        divergence = torch.zeros(len(prior), 1, device=prior.device)
+        return Inferred(z, divergence, prior_loss, commitment, torch.cat([samples, error]), metrics)
 
     def most_probable(self, posterior: Tensor) -> Tensor:
         """Latents (B, latent_dim) that the posterior finds most probable."""

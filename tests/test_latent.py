@@ -65,8 +65,9 @@ def test_the_prior_learns_the_codes_of_the_averaged_posterior(policy):
     _, target = policy.latent.assign(policy.latent.posterior_average(x))
     assert not torch.equal(target, policy.latent.assign(policy.posterior(x))[1])
     logits = policy.prior(torch.zeros(50, 16))
-    torch.testing.assert_close(inferred.divergence[:, 0], -logits.log_softmax(dim=1)[range(50), target])
-    (inferred.divergence.sum() + inferred.commitment + inferred.z.sum()).backward()
+    torch.testing.assert_close(inferred.prior_loss, -logits.log_softmax(dim=1)[range(50), target].mean())
+    assert not inferred.divergence.any()
+    (inferred.prior_loss + inferred.commitment + inferred.z.sum()).backward()
     assert all(p.grad is None for p in policy.latent.posterior_average.parameters())
     assert all(p.grad.abs().sum() > 0 for p in (policy.latent.vectors, *policy.posterior.parameters()))
 
@@ -188,7 +189,9 @@ def test_a_normal_latent_is_drawn_and_diverges_as_torchs_normals_do(unit):
 
     q, p = normal(posterior), normal(prior)
     inferred = latent.infer(posterior, prior, (), 20_000, train=True)
-    torch.testing.assert_close(inferred.divergence, torch.distributions.kl_divergence(q, p))
+    expected = torch.distributions.kl_divergence(q, p)
+    torch.testing.assert_close(inferred.divergence, expected)
+    torch.testing.assert_close(inferred.prior_loss, expected.sum(dim=1).mean())
     draws = inferred.z.unflatten(0, (5, -1))
     torch.testing.assert_close(draws.mean(dim=1), q.mean, atol=0.05, rtol=0.05)
     torch.testing.assert_close(draws.std(dim=1), q.stddev, atol=0.05, rtol=0.05)
@@ -199,6 +202,17 @@ def test_a_normal_latent_is_drawn_and_diverges_as_torchs_normals_do(unit):
     torch.testing.assert_close(latent.draw(prior, noise), p.mean + p.stddev * noise)
     if unit:
         torch.testing.assert_close(inferred.divergence, (posterior - prior).square() / 2)
+
+
+def test_posterior_and_prior_learn_from_losses_of_their_own():
+    latent, outputs = NormalLatent(), torch.randn(2, 5, 6, requires_grad=True).unbind()
+    inferred = latent.infer(*outputs, (), 1, train=True)
+    for loss, learns, does_not in (
+        (inferred.divergence.sum(), *outputs),
+        (inferred.prior_loss, *reversed(outputs)),
+    ):
+        assert (torch.autograd.grad(loss, learns, retain_graph=True)[0] != 0).all()
+        assert torch.autograd.grad(loss, does_not, allow_unused=True)[0] is None
 
 
 def test_a_normal_latent_has_nothing_to_count_or_replace():

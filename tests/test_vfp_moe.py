@@ -1,6 +1,7 @@
 """Parts specific to `train_vfp_moe.py`: normal latent, gate, experts."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -118,11 +119,35 @@ def test_the_latent_reaches_gate_and_chunk(tiny):
     assert not torch.allclose(*chunks)
 
 
-def test_posterior_and_prior_do_not_train_the_encoder(tiny):
-    config, policy, batch, normalizer = prepare(tiny, "--transport-weight", "0")
-    _, metrics = train_vfp_moe.compute_loss(policy, batch, normalizer, config, train=True)
-    grads = torch.autograd.grad(metrics["loss/kl"], list(policy.backbone.parameters()), allow_unused=True)
-    assert all(grad is None for grad in grads)
+@pytest.mark.parametrize("latent", ["gaussian", "vq"])
+def test_the_prior_trains_the_encoder_and_the_posterior_does_not(tiny, latent):
+    config, policy, batch, normalizer = prepare(tiny, "--latent", latent)
+    proprio, chunks = normalizer.proprio(batch.proprio), normalizer.actions(batch.actions, batch.proprio)
+    x_t, t = torch.randn(4, 4, 3), torch.rand(4)
+    _, _, found = policy(x_t, t, batch.images / 255, proprio, chunks, batch.is_pad, train=True)
+    backbone = list(policy.backbone.parameters())
+    posteriors = found.z.square().sum() + found.divergence.sum() + found.commitment
+    assert not any_gradient(posteriors, backbone)
+    assert any_gradient(posteriors, policy.posterior.parameters())
+    assert any_gradient(found.prior_loss, backbone)
+    assert not any_gradient(found.prior_loss, policy.posterior.parameters())
+
+
+def any_gradient(loss, parameters):
+    """Whether any of the parameters learns from the loss."""
+    grads = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+    return any(grad is not None and grad.any() for grad in grads)
+
+
+def test_the_priors_loss_has_a_weight(tiny):
+    config, policy, batch, normalizer = prepare(tiny)
+    policy.eval()
+    noise, found = {"x_0": torch.randn(4, 4, 3), "t": torch.rand(4)}, []
+    for weight in (0, 2):
+        config = replace(config, prior_weight=weight)
+        found.append(train_vfp_moe.compute_loss(policy, batch, normalizer, config, train=False, **noise))
+    (without, _), (weighted, metrics) = found
+    torch.testing.assert_close(weighted - without, 2 * metrics["loss/kl"])
 
 
 def test_the_divergence_is_warmed_up_and_free_within_its_bits(tiny):
