@@ -5,20 +5,24 @@ noise, it points at their average. Here a latent z names the way. In training, a
 the recorded chunk x_1; a prior predicts it from the observation s alone. With x_t, t and u = x_1 - x_0 as
 in plain flow matching, and a gate g that chooses by z among E decoders v_e (VFP, Zhai et al. 2025),
 
-    L = sum_e w_e mean (v_e(x_t, t, s, z) - u)^2                       z ~ q(z | sg(s), x_1)
+    L = sum_e w_e mean (v_e(x_t, t, s, z) - u)^2                       z ~ q = q(z | sg(s), x_1)
         + 0.2 S(x_0 + sum_e w_e v_e(x_0, 0, s, z), x_1)                K-OT: Sinkhorn divergence of clouds
-        + beta KL(q(z | sg(s), x_1) || p(z | sg(s)))                   diagonal normals; beta is warmed up
+        + beta KL(q || sg(p)) + 0.1 KL(sg(q) || p)                     diagonal normals; p = p(z | s)
         + 1e-3 (log sum_e exp l_e)^2 + 1e-2 E sum_e f_e mean g_e       l: noisy logits, g = softmax(l)
 
 where sg stops the gradient and the clouds are the chunks of a process's micro-batch, each with its state.
 w moves from 1 / E to g over the gate's warm-up, and f_e is the share of samples for which g_e is the largest.
 
+The two divergences are one number with two gradients (KL balancing, Hafner et al. 2021). The first, whose
+weight beta is warmed up, keeps q near p. The second teaches p and the encoder what q infers. Without it z
+may tell the decoder what s need not show then, such as where an object is, and p never finds out.
+
 The last line keeps logits small (Zoph et al. 2022) and experts in use (Fedus et al. 2021). To act, we draw z
 from the prior and integrate dx/dt = v_e of the expert with the largest l_e: E experts cost as much as one.
 
-Differs from `train_cfg_vqvae.py` in: a normal latent, whose KL divergence (with `--latent vq`, the prior's
-cross-entropy) has a weight, warm-up and free bits; experts, a gate and its losses in place of null token and
-guidance; a warning about idle experts; pictures of experts and latents.
+Differs from `train_cfg_vqvae.py` in: a normal latent (or codes, `--latent vq`), whose divergence from the
+prior has a weight, warm-up and free bits; experts, a gate and its losses in place of null token and guidance;
+a warning about idle experts; pictures of experts and latents.
 
     accelerate launch train_vfp_moe.py --lr 2e-3 --schedule schedule-free
     accelerate launch train_vfp_moe.py --dataset me/fold_towel --image-size 224 --num-experts 8
@@ -123,7 +127,7 @@ class Config:
     balance_weight: NonNegativeFloat = 1e-2
     """Weight of the load-balancing loss."""
     kl_weight: NonNegativeFloat = 0.03
-    """beta: weight of the KL divergence that keeps the posterior near the prior."""
+    """beta: weight of the KL divergence that keeps the posterior near the prior. Codes have none."""
     kl_warmup: Share = 0.2
     """Share of training over which --kl-weight rises from 0."""
     free_bits: NonNegativeFloat = 0.0
@@ -294,8 +298,8 @@ class Policy(nn.Module):
         """
         flow_samples = len(x_t) // len(images)  # including the draw of `flow.prepend_start`
         head_tokens, observation = self.encode(images, proprio, task)
-        # Posterior and prior read the encoder's features but do not train it: an encoder that also has to
-        # follow a moving latent is slow to learn what the task needs.
+        # The posterior reads the encoder's features but does not train them: they must not serve a network
+        # that is absent when acting.
         seen = (proprio, head_tokens.detach(), actions, is_pad)
         prefix = flow.prefix_in_training(actions, t)  # the robot is on its way: not all ways fit
         posterior, prior = self.posterior(*seen), self.prior(observation, prefix)

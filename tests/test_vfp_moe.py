@@ -121,7 +121,7 @@ def test_the_latent_reaches_gate_and_chunk(tiny):
 
 @pytest.mark.parametrize("latent", ["gaussian", "vq"])
 def test_the_prior_trains_the_encoder_and_the_posterior_does_not(tiny, latent):
-    config, policy, batch, normalizer = prepare(tiny, "--latent", latent)
+    _, policy, batch, normalizer = prepare(tiny, "--latent", latent)
     proprio, chunks = normalizer.proprio(batch.proprio), normalizer.actions(batch.actions, batch.proprio)
     x_t, t = torch.randn(4, 4, 3), torch.rand(4)
     _, _, found = policy(x_t, t, batch.images / 255, proprio, chunks, batch.is_pad, train=True)
