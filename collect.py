@@ -26,13 +26,13 @@ from common.checkpoint import PolicySpec
 from common.config import Flat, UserPath, cli, options
 from common.console import is_quiet, say
 from common.data.recording import Demonstration, write_dataset
-from common.envs import EnvConfig, Environment
+from common.envs import EnvConfig, Environment, answering
 from common.envs.record import perform
 from common.errors import UserError
 from common.files import sync, sync_one
 from common.inference import RobotPolicy, load_policy
 from common.person import Operator, Watched, make_operator
-from common.rollout import Episode, answering, make_environments, roll_out
+from common.rollout import Episode, make_environments, roll_out
 
 
 @options
@@ -228,7 +228,7 @@ def correct(environment: Environment, episode: Episode, config: Config) -> Demon
             raise UserError(
                 f"{environment.name} has no expert to correct the policy: give --keep successes or all."
             )
-        with answering(environment, f"the expert's correction of episode {episode.number}"):
+        with answering(environment.name, f"the expert's correction of episode {episode.number}"):
             found = perform(environment, act, environment.max_steps - begin, config.hold)
         if environment.success():
             return found
@@ -239,7 +239,7 @@ def correct(environment: Environment, episode: Episode, config: Config) -> Demon
 
 def replay(environment: Environment, episode: Episode, steps: int, seed: int) -> None:
     """Bring the environment to where it was after some steps of an episode."""
-    with answering(environment, f"repeating episode {episode.number}"):
+    with answering(environment.name, f"repeating episode {episode.number}"):
         environment.reset(seed, episode.number)
         for action in episode.actions[:steps]:
             environment.step(action)

@@ -73,7 +73,8 @@ class Config:
     """Actions of a chunk to execute before the next is sampled (default: half the chunk, minus --delay)."""
     seed: NonNegativeInt = 1_000_000
     """Seed of episodes and noise. The same seed gives every policy the same episodes, far from those that
-    `common/envs/record.py` records."""
+    `common/envs/record.py` records. Episode n has the seed plus n: other episodes need
+    a seed that is further away than --episodes."""
     heldout_samples: PositiveInt = 2000
     """Evaluate on at most this many held-out steps, evenly spaced."""
     batch_size: PositiveInt = 64
@@ -91,6 +92,10 @@ def main(config: Config) -> None:
     config = replace(config, simulator=config.simulator.in_place_of_demo(policy.config.data.dataset))
     if config.delay and not config.simulator.env:
         raise UserError("--delay needs --env, the environment to act in.")
+    if config.join and not config.delay:
+        raise UserError("--join needs --delay, the delays at which to compare how chunks join.")
+    if config.task and policy.spec.tasks is None:
+        raise UserError("--task: the policy was not told instructions in training, so it takes none.")
     delays = possible_delays(policy, config)
     moved = {"dataset": config.dataset or None, "cache_dir": config.cache_dir}
     data = replace(policy.config.data, **{name: value for name, value in moved.items() if value is not None})

@@ -43,7 +43,14 @@ from common.console import say
 from common.data import Batch, ChunkDataset, DataConfig, EpisodeStore, evenly_spaced, open_dataset
 from common.errors import UserError
 from common.files import read_json, write_json, write_whole
-from common.mutual_information import episode_means, infonce, ksg, require_episodes, within_tasks
+from common.mutual_information import (
+    episode_means,
+    infonce,
+    ksg,
+    require_episodes,
+    within_tasks,
+    without_outliers,
+)
 from common.normalize import Normalization, Normalizer
 from common.optim import OptimConfig
 from common.plots import draw_reconstructions, draw_scores
@@ -319,7 +326,7 @@ def estimate(
     """Estimate the mutual information of all episodes and write each one's contribution.
 
     Writes `mutual_information.json`; `episode_scores.csv`, the mean contribution of each episode's steps,
-    clipped at the 1st and 99th percentile; `episode_scores.png`; and for each of `--best` the
+    clipped at the 1st and 99th percentile of its task; `episode_scores.png`; and for each of `--best` the
     `episodes_topNN.json` that every script takes as `--episodes-file`.
     """
     history, offset = config.data.proprio_history, config.data.action_offset
@@ -334,8 +341,7 @@ def estimate(
     tasks = torch.from_numpy(store.episode_task_numbers)
     result = within_tasks(estimator, x, y, episodes, tasks[episodes])
     low, high = result.interval(episodes, seed=config.run.seed)
-    known = result.pointwise[~result.pointwise.isnan()]
-    clipped = result.pointwise.clamp(*known.quantile(torch.tensor([0.01, 0.99], dtype=known.dtype)).tolist())
+    clipped = without_outliers(result.pointwise, tasks[episodes])
     numbers, scores = (x.numpy() for x in episode_means(clipped, episodes))
     order = np.argsort(-scores, kind="stable")
 

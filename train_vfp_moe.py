@@ -127,11 +127,11 @@ class Config:
     balance_weight: NonNegativeFloat = 1e-2
     """Weight of the load-balancing loss."""
     kl_weight: NonNegativeFloat = 0.03
-    """beta: weight of the KL divergence that keeps the posterior near the prior. Codes have none."""
+    """beta: weight of the KL divergence that keeps a normal posterior near the prior; codes have none."""
     kl_warmup: Share = 0.2
     """Share of training over which --kl-weight rises from 0."""
     free_bits: NonNegativeFloat = 0.0
-    """Nats of KL divergence that cost the posterior nothing in each dimension."""
+    """Nats of that divergence that cost nothing in each dimension."""
     prior_weight: NonNegativeFloat = 0.1
     """Weight of the loss by which the prior, and with it the encoder, learns what the posterior infers."""
 

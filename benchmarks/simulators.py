@@ -219,11 +219,17 @@ def train_command(job: Job, runs: Path, folder: Path, steps: int) -> list:
 
 
 def measure(kinds: list[str], runs: Path, again: bool = False) -> None:
-    """Processor seconds of a training step of each kind, taking turns; of all kinds, if some are missing."""
+    """Processor seconds of a training step of each kind that is missing, or, `again`, of all known ones, too.
+
+    The kinds take turns. Missing ones are measured beside a known one and scaled by what that one costs now:
+    what is known stays, since runs were made with it.
+    """
     with changing() as results:
         known = results["seconds"]
-        kinds = list(dict.fromkeys([*kinds, *known]))
-        if again or set(kinds) - known.keys():
+        missing = [kind for kind in kinds if kind not in known]
+        beside = next(iter(known), None)
+        kinds = list(dict.fromkeys([*kinds, *known])) if again else [*missing, *([beside] if beside else [])]
+        if again or missing:
             loops = {}
             for kind in kinds:
                 simulator, method = kind.split(":")
@@ -234,7 +240,9 @@ def measure(kinds: list[str], runs: Path, again: bool = False) -> None:
                     loops[kind] = lerobot_acts.training_steps(data, LEROBOT[method])
                 else:
                     loops[kind] = training_steps(f"{method}:simulators", "--dataset", str(data))
-            known |= measure_steps(loops)
+            found = measure_steps(loops)
+            scale = 1 if again or not beside else known[beside] / found[beside]
+            known |= {kind: scale * seconds for kind, seconds in found.items()}
             print(f"seconds a step: {known}", flush=True)
 
 

@@ -445,7 +445,8 @@ class RobotPolicy:
     def told(self, sentences: Sequence) -> Tensor | None:
         """Instructions in the form that `sample` takes; None for a policy that is not told any.
 
-        Each is a sentence, None for any task, or ... if none was given. Raises the same errors as `act`.
+        Each is a sentence, None for any task, or ... if none was given: a policy that knows one needs none.
+        Raises the same errors as `act`.
         """
         known = self.spec.tasks
         if known is None:
@@ -472,6 +473,8 @@ class RobotPolicy:
         """An instruction with single spaces, or None for any task; raises ValueError."""
         known = self.spec.tasks
         there = f"it was trained on {listed(known.sentences)}"
+        if given is ... and len(known.sentences) == 1:
+            return known.sentences[0]
         if given is ... or (given is None and not known.droppable):
             raise ValueError(f"the policy needs a task: {there}")
         if given is None:

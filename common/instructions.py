@@ -80,6 +80,11 @@ class Instructions:
                 learn, or the text encoder cannot be loaded.
         """
         sentences = store.instructions
+        if config.task_encoder not in (None, "none") and not sentences:
+            raise UserError(
+                f"--task-encoder {config.task_encoder}: {store.source} states no instruction: say where it is "
+                f"with --task-key, or leave --task-encoder out."
+            )
         if config.task_encoder == "none" or not sentences:
             return None
         silent = np.flatnonzero(store.episode_task_numbers < 0)

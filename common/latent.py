@@ -27,7 +27,7 @@ class Inferred(NamedTuple):
     """(B * M, latent_dim)."""
     divergence: Tensor
     """What a chunk's latent tells beyond the prior, for the posterior alone to learn from: the KL divergence
-    KL(q || sg(p)), nats, (B, latent_dim). A code may tell as much as it can: zeros, (B, 1)."""
+    KL(q || sg(p)), nats, (B, latent_dim). A code may tell as much as it can: (B, 0)."""
     prior_loss: Tensor
     """What the prior, and whatever feeds it, learns from, nats, a scalar: the mean of KL(sg(q) || p), summed
     over dimensions; for codes, of -log p(code | s)."""
@@ -139,7 +139,7 @@ class CodebookLatent(nn.Module):
             _, target = self.assign(self.posterior_average(*seen))
         prior_loss = F.cross_entropy(prior, target)
         z = quantized.repeat_interleave(flow_samples, dim=0)
-        if train:
+        if train and len(self.vectors) > 1:  # one code tells nothing, and its noise must not, either
             repeated = point.repeat_interleave(flow_samples, dim=0)
             z = losses.noise_substitution(repeated, z, torch.randn_like(z))
         commitment = (point - quantized.detach()).square().mean()
@@ -151,8 +151,8 @@ class CodebookLatent(nn.Module):
             "prior/accuracy": (probabilities.argmax(dim=1) == target).float().mean(),
             "prior/entropy": torch.special.entr(probabilities).sum(dim=1).mean(),
         }
-        divergence = torch.zeros(len(prior), 1, device=prior.device)
-        return Inferred(z, divergence, prior_loss, commitment, torch.cat([samples, error]), metrics)
+        none = torch.zeros(len(prior), 0, device=prior.device)
+        return Inferred(z, none, prior_loss, commitment, torch.cat([samples, error]), metrics)
 
     def most_probable(self, posterior: Tensor) -> Tensor:
         """Latents (B, latent_dim) that the posterior finds most probable."""
@@ -219,8 +219,10 @@ def _pick(probabilities: Tensor, places: Tensor) -> Tensor:
     As `torch.multinomial`, and sums by a triangular matrix, because both are not deterministic on CUDA.
     """
     num = probabilities.shape[-1]
-    upto = torch.ones(num, num, device=probabilities.device, dtype=probabilities.dtype).triu()
-    return (probabilities @ upto <= places).sum(dim=-1).clamp(max=num - 1)
+    with torch.autocast(probabilities.device.type, enabled=False):  # in bf16, rare codes would be lost
+        upto = torch.ones(num, num, device=probabilities.device).triu()
+        sums = probabilities.float() @ upto
+    return (sums <= places).sum(dim=-1).clamp(max=num - 1)
 
 
 @torch.no_grad()

@@ -97,6 +97,19 @@ def within_tasks(
     return Estimate(episode_means(pointwise, episodes)[1].nanmean().item(), pointwise)
 
 
+def without_outliers(pointwise: Tensor, tasks: Tensor, share: float = 0.01) -> Tensor:
+    """Contributions (N,), those of each task clipped at its quantiles `share` and 1 - `share`.
+
+    The quantiles of all tasks together would flatten a task whose contributions are smaller than theirs.
+    """
+    clipped = pointwise.clone()
+    for number in tasks.unique().tolist():
+        own = pointwise[tasks == number]
+        ends = own[~own.isnan()].quantile(torch.tensor([share, 1 - share], dtype=own.dtype))
+        clipped[tasks == number] = own.clamp(*ends.tolist())
+    return clipped
+
+
 def standardise(x: Tensor) -> Tensor:
     """The variables of (N, D) that vary, standardised in float64, returned as float32."""
     if not torch.isfinite(x).all():

@@ -1,12 +1,7 @@
 """Acting in closed loop: several episodes at once, with one forward pass for all."""
 
-import faulthandler
 import math
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
@@ -20,16 +15,14 @@ from torch import nn
 from common.config import Flat, MayChange, options
 from common.console import say
 from common.data.rotation import Rotations
-from common.data.source import reason
-from common.envs import EnvConfig, Environment, make_environment
-from common.errors import EXIT_HUNG, UserError
+from common.envs import EnvConfig, Environment, answering, make_environment
+from common.errors import UserError
 from common.film import side_by_side, write_gif
 from common.inference import Controller, Join, RobotPolicy
 
 if TYPE_CHECKING:
     from common.run import Data, Run
 
-HANG_SECONDS = 120.0
 FILM_FPS = 20  # pictures a second of a film, at most
 AT_ONCE = 10  # episodes that act together while training
 FILMED = 4  # of these, those that the main process films
@@ -195,7 +188,7 @@ def _roll_out_together(
     seeds = [seed + episode.number for episode in group]
     controller = Controller(policy, seeds, **acting)
     for environment, episode in zip(environments, group, strict=False):
-        with answering(first, f"the reset of episode {episode.number}"):
+        with answering(first.name, f"the reset of episode {episode.number}"):
             environment.reset(seed, episode.number)
         episode.states.append(_state(environment, episode))
         episode.task = environment.task
@@ -205,11 +198,11 @@ def _roll_out_together(
             policy.told(said)
         except ValueError as error:
             raise UserError(f"--env {first.name}: {error}; give another as evaluate.py --task.") from None
-    with answering(first, "drawing"):
+    with answering(first.name, "drawing"):
         running, cameras = np.arange(len(group)), _fitting_cameras(policy, first)
 
     def look(which: np.ndarray) -> list[dict[str, np.ndarray]]:
-        with answering(first, "drawing"):
+        with answering(first.name, "drawing"):
             shown = (which + 1) % len(group) if eyes == "other" else which
             views = [environments[e].images() for e in shown]
         views = [{camera: view[camera] for camera in cameras} for view in views]
@@ -223,7 +216,7 @@ def _roll_out_together(
         over = np.zeros(len(running), bool)
         for i, e in enumerate(running):
             environment, episode = environments[e], group[e]
-            with answering(first, f"step {step} of episode {episode.number}"):
+            with answering(first.name, f"step {step} of episode {episode.number}"):
                 over[i] = environment.step(actions[i])
                 if episode.number < film and step % _film_stride(environment) == 0:
                     episode.frames.append(environment.picture())
@@ -246,7 +239,14 @@ def _film_stride(environment: Environment) -> int:
 def _fitting_cameras(policy: RobotPolicy, environment: Environment) -> list[str]:
     """The environment's cameras that the policy sees; a UserError if images, state or action do not fit."""
     spec, images, state = policy.spec, environment.images(), environment.state()
-    names = {spec.camera(name): name for name in images}
+    names: dict[str, str] = {}
+    for name in sorted(images, key=lambda name: name not in spec.cameras):  # a name that is the same wins
+        camera = spec.camera(name)
+        if camera in spec.cameras and names.setdefault(camera, name) not in (name, camera):
+            raise UserError(
+                f"--env {environment.name} has two cameras that can be the policy's {camera}, "
+                f"{names[camera]} and {name}: choose with --env-map {camera}={name}."
+            )
     if not set(spec.cameras) <= names.keys():
         raise UserError(
             f"--env {environment.name} has the cameras {', '.join(images)}, and the policy sees "
@@ -291,28 +291,6 @@ def _state(environment: Environment, episode: Episode) -> np.ndarray:
             f"{episode.number}: its simulation has become unstable."
         )
     return state
-
-
-@contextmanager
-def answering(environment: Environment, what: str) -> Iterator[None]:
-    """If the environment raises inside, raise a UserError; if it hangs, end the program with code 70."""
-
-    def give_up() -> None:
-        os.write(2, f"error: --env {environment.name} hangs in {what}, for {HANG_SECONDS:g} s.\n".encode())
-        faulthandler.dump_traceback(sys.__stderr__.fileno())
-        os._exit(EXIT_HUNG)
-
-    timer = threading.Timer(HANG_SECONDS, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # an environment can raise anything
-        raise UserError(f"--env {environment.name} failed in {what} ({reason(error)}).") from error
-    finally:
-        timer.cancel()
 
 
 def rates(episodes: Sequence[Episode]) -> dict[str, Any]:

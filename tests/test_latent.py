@@ -57,6 +57,13 @@ def test_noise_takes_the_place_of_a_code_in_training_alone(policy):
     torch.testing.assert_close(drawn.commitment, (vectors - point).square().mean())
 
 
+def test_one_code_tells_nothing_in_training_either():
+    posterior = nn.Linear(6, 4)
+    latent, x = CodebookLatent(1, 4, posterior), torch.randn(8, 6)
+    inferred = latent.infer(posterior(x), torch.zeros(8, 1), (x,), 3, train=True)
+    assert torch.equal(inferred.z, latent.vectors.expand(24, 4))
+
+
 def test_the_prior_learns_the_codes_of_the_averaged_posterior(policy):
     x = torch.randn(50, 6)
     with torch.no_grad():
@@ -66,7 +73,7 @@ def test_the_prior_learns_the_codes_of_the_averaged_posterior(policy):
     assert not torch.equal(target, policy.latent.assign(policy.posterior(x))[1])
     logits = policy.prior(torch.zeros(50, 16))
     torch.testing.assert_close(inferred.prior_loss, -logits.log_softmax(dim=1)[range(50), target].mean())
-    assert not inferred.divergence.any()
+    assert inferred.divergence.shape == (50, 0)
     (inferred.prior_loss + inferred.commitment + inferred.z.sum()).backward()
     assert all(p.grad is None for p in policy.latent.posterior_average.parameters())
     assert all(p.grad.abs().sum() > 0 for p in (policy.latent.vectors, *policy.posterior.parameters()))
@@ -169,6 +176,8 @@ def test_codes_are_drawn_as_the_prior_says(policy):
     assert torch.equal(z[:2], policy.latent.vectors[[0, 3]])
     counts = torch.cdist(z[2:], policy.latent.vectors).argmin(1).bincount(minlength=4)
     assert counts.tolist() == pytest.approx([100, 600, 0, 300], abs=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(policy.latent.draw(logits.expand(len(noise), 4), noise), z)
     assert torch.isfinite(policy.latent.draw(logits.expand(2, 4), torch.full((2, 4), 99.0))).all()
 
 

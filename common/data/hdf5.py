@@ -134,7 +134,8 @@ class Hdf5Source:
         wanted = wanted_tasks(tasks_of(places.values()), self.config, self.name)
         silent = all(place.task is None for place in found)  # it goes by its name, if it is one of several
         every = not self.config.task or silent
-        return {number: p for number, p in places.items() if every or p.task in wanted}
+        # What cannot be read may be of any task: it is reported, as without --task.
+        return {number: p for number, p in places.items() if every or p.problem or p.task in wanted}
 
     @cached_property
     def layout(self) -> Layout:

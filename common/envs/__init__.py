@@ -1,9 +1,14 @@
 """Closed-loop tasks: the built-in one, public simulators, and any gymnasium environment."""
 
+import faulthandler
 import importlib
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,7 +17,14 @@ from pydantic import PositiveInt
 
 from common.config import MayChange, options
 from common.data.cameras import closest
-from common.errors import UserError
+from common.data.source import reason
+from common.errors import EXIT_HUNG, UserError
+
+HANG_SECONDS = 120.0
+IMPORT_SECONDS = 600.0  # from a network's disk, a simulator takes minutes
+NO_DISPLAY = "set MUJOCO_GL=egl or MUJOCO_GL=osmesa, and install libegl1 or libosmesa6"
+# Files in the traceback of an error that comes from a missing display.
+DRAWING = r"OpenGL|mujoco.(rendering|gl_context|egl|osmesa|glfw)|dm_control._render"
 
 # MuJoCo looks at this when it is imported, and crashes later if it finds no display.
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
@@ -100,12 +112,42 @@ class EnvConfig:
         return replace(self, env=dataset[0]) if ours else self
 
 
+@contextmanager
+def answering(name: str, what: str, seconds: float | None = None) -> Iterator[None]:
+    """If environment `name` raises inside, raise a UserError; if it hangs, end the program with code 70."""
+    seconds = seconds or HANG_SECONDS
+
+    def give_up() -> None:
+        os.write(2, f"error: --env {name} hangs in {what}, for {seconds:g} s.\n".encode())
+        faulthandler.dump_traceback(sys.__stderr__.fileno())
+        os._exit(EXIT_HUNG)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # an environment can raise anything
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        way = f": {NO_DISPLAY}" if any(re.search(DRAWING, file) for file in files) else ""
+        raise UserError(f"--env {name} failed in {what} ({reason(error)}){way}.") from error
+    finally:
+        timer.cancel()
+
+
 def make_environment(config: EnvConfig, image_size: tuple[int, int]) -> Environment:
     """Make the environment; `image_size` (H, W) is for simulators that can render any size.
 
     Raises:
         UserError: if it does not exist, is not installed, or cannot be made.
     """
+    with answering(config.env, "being made", IMPORT_SECONDS):
+        return _make_environment(config, image_size)
+
+
+def _make_environment(config: EnvConfig, image_size: tuple[int, int]) -> Environment:
     kind, _, task = config.env.partition(":")
     try:
         if config.env == "demo":

@@ -20,6 +20,7 @@ from common.data.demo import (
 )
 from common.data.demo_tasks import TASKS, TasksSimulator
 from common.envs import one_of
+from common.errors import UserError
 
 SIDES = {-1: "left", 1: "right"}
 
@@ -31,10 +32,14 @@ class DemoEnvironment:
     kind: type[Simulator] = Simulator
 
     def __init__(self, max_steps: int | None = None):
-        self.max_steps = min(max_steps or MAX_STEPS, MAX_STEPS)
+        self.max_steps = max_steps or MAX_STEPS
+        if self.max_steps > MAX_STEPS:
+            raise UserError(
+                f"--max-steps {max_steps}: an episode of {self.name} ends after {MAX_STEPS} steps."
+            )
 
     def reset(self, seed: int, episode: int) -> None:
-        self.simulator = self.kind(1, seed, first=episode)
+        self.simulator, self._success = self.kind(1, seed, first=episode), False
         self._random = np.random.default_rng((seed, episode, 3))
 
     def state(self) -> np.ndarray:
@@ -48,10 +53,13 @@ class DemoEnvironment:
 
     def step(self, action: np.ndarray) -> bool:
         self.simulator.step(action[None])
-        return bool(self.simulator.done[0])
+        over = self._success or bool(self.simulator.done[0])
+        self._success |= bool(self.simulator.success[0])
+        self.simulator.success[:] = False  # a demonstration goes on, to the target's centre
+        return over
 
     def success(self) -> bool:
-        return bool(self.simulator.success[0])
+        return self._success
 
     def facts(self) -> dict[str, bool | str]:
         collided = bool(self.simulator.collided[0])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import gymnasium
 import numpy as np
 
 from common.data.cameras import closest
-from common.data.source import reason
 from common.envs import EnvConfig, import_factory
 from common.errors import UserError
 
@@ -53,24 +53,25 @@ class GymEnvironment:
     def __init__(self, config: EnvConfig, make: Callable[[], gymnasium.Env]):
         self.name, self._reward = config.env, config.success_reward
         self._map = config.mapping()
-        try:
-            self._env = make()
-        except (ModuleNotFoundError, UserError):
-            raise
-        except Exception as error:
-            raise UserError(f"--env {self.name} cannot be made ({reason(error)}).") from error
-        self.fps = float(self._env.metadata.get("render_fps") or 30)
+        self._env = make()
+        if not isinstance(self._env, gymnasium.Env):
+            raise UserError(f"--env {self.name} makes a {type(self._env).__name__}, not a gymnasium.Env.")
+        self.fps = float((self._env.metadata or {}).get("render_fps") or 30)
         limit = getattr(self._env.spec, "max_episode_steps", None)
         if not (limit or config.max_steps):
             raise UserError(f"--env {self.name} sets no limit of steps: give --max-steps.")
         self.max_steps = config.max_steps or limit
-        self.task = getattr(self._env.unwrapped, "task_description", None) or self.name  # LIBERO has it
+        self._read_task()
 
     def reset(self, seed: int, episode: int) -> None:
         observation, _ = self._env.reset(seed=seed + episode)
+        self._read_task()
         self._seen = dict(_flat(observation))
         self._won = self._told = False
         self._steps = 0
+
+    def _read_task(self) -> None:
+        self.task = getattr(self._env.unwrapped, "task_description", None) or self.name  # as LIBERO has it
 
     def step(self, action: np.ndarray) -> bool:
         space = self._env.action_space
@@ -132,8 +133,13 @@ class GymEnvironment:
         }
 
     def picture(self) -> np.ndarray:
-        drawn = self._env.render()
-        return next(iter(self.images().values())) if drawn is None else drawn
+        drawn = None
+        with suppress(NotImplementedError):
+            drawn = self._env.render()
+        drawn = np.asarray(drawn)
+        if drawn.dtype == np.uint8 and drawn.ndim == 3 and drawn.shape[2] in (3, 4):
+            return drawn[..., :3]
+        return next(iter(self.images().values()))  # it draws nothing, or something else
 
     def _get(self, key: str) -> np.ndarray:
         if key not in self._seen:

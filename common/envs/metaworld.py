@@ -39,6 +39,7 @@ class MetaworldEnvironment:
         self._env = tasks.train_classes[self._task]()
         self._env.set_task(tasks.train_tasks[0])
         self._env.reset()
+        self._env.max_path_length = self.max_steps  # it would end an episode after 500
         self._env._freeze_rand_vec = False  # every episode has its own object and goal,
         self._env.seeded_rand_vec = True  # set by its seed
         self._env.model.camera("corner2").pos[:] = (0.75, 0.075, 0.7)

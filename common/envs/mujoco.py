@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from common.envs import NO_DISPLAY
 from common.errors import UserError
 
 _open: weakref.WeakSet = weakref.WeakSet()
@@ -42,8 +43,7 @@ class Renderer:
             self.renderer = mujoco.Renderer(model, *size)
         except Exception as error:  # whatever the platform's library raises
             raise UserError(
-                f"MuJoCo cannot render here ({' '.join(str(error).split())[:200]}): set MUJOCO_GL=egl or "
-                f"MUJOCO_GL=osmesa, and install libegl1 or libosmesa6."
+                f"MuJoCo cannot render here ({' '.join(str(error).split())[:200]}): {NO_DISPLAY}."
             ) from error
         if not _open:  # registered after MuJoCo closes the display itself, so called before that
             atexit.register(_close)

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from common.config import UserPath, cli, options
 from common.console import say
 from common.data.recording import Demonstration, write_dataset
-from common.envs import EnvConfig, Environment, make_environment
+from common.envs import EnvConfig, Environment, answering, make_environment
 from common.errors import UserError
-from common.rollout import answering
 
 RECORDING = 2  # raise it when the same seed gives other episodes or pictures than before
+EPISODES_A_SEED = 10_000  # each seed has its own
 MOST_FAILURES = 3  # per wanted episode: an expert that fails more often is useless
 
 
@@ -37,25 +37,27 @@ class Config:
     """Folder of the new dataset."""
     episodes: PositiveInt = 50
     """Successful episodes to record."""
-    seed: NonNegativeInt = 0
-    """Seed of the episodes; `evaluate.py` uses those from 1,000,000 on."""
+    seed: Annotated[int, Field(ge=0, lt=100)] = 0
+    """Seed of the episodes: n has those from 10,000 n on. `evaluate.py` uses those from 1,000,000 on."""
     hold: NonNegativeInt = 20
     """Steps that the expert continues after success, if success ends an episode: a policy that never saw
     these does not stay at the goal, and one that just misses it drifts away."""
-    image_size: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)] = (96,)
-    """Size of the pictures in pixels: one number for a square, or height and width."""
+    image_size: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)] | None = None
+    """Size of the pictures in pixels: one number for a square, or height and width (default: 96)."""
 
 
 def main(config: Config) -> None:
     if config.out.exists():
         raise UserError(f"{config.out} already exists: give the new dataset another folder.")
-    size = (config.image_size[0], config.image_size[-1])
-    environment = make_environment(EnvConfig(env=config.env), size)
+    if config.image_size and config.env.startswith("demo"):
+        raise UserError(f"--image-size: the pictures of {config.env} have a fixed size.")
+    size = config.image_size or (96,)
+    environment = make_environment(EnvConfig(env=config.env), (size[0], size[-1]))
     unfinished = config.out.with_name(f"{config.out.name}.recording")
     shutil.rmtree(unfinished, ignore_errors=True)
     write_dataset(
         unfinished,
-        demonstrate(environment, config.episodes, config.seed, config.hold),
+        demonstrate(environment, config.episodes, EPISODES_A_SEED * config.seed, config.hold),
         fps=round(environment.fps),
         state_names=environment.state_names,
         action_names=environment.action_names,
@@ -64,13 +66,15 @@ def main(config: Config) -> None:
     say(f"recorded: {config.out}")
 
 
-def demonstrate(environment: Environment, episodes: int, seed: int, hold: int = 0) -> Iterator[Demonstration]:
-    """Successful episodes of an environment's expert; prints how many failed."""
+def demonstrate(
+    environment: Environment, episodes: int, first: int = 0, hold: int = 0
+) -> Iterator[Demonstration]:
+    """Successful episodes of an environment's expert, from number `first` on; prints how many failed."""
     number = found = 0
     with tqdm(total=episodes, desc=f"expert of {environment.name}", unit="episode") as bar:
         while found < episodes:
-            with answering(environment, f"episode {number} of its expert"):
-                demonstration = attempt(environment, seed, number, hold)
+            with answering(environment.name, f"episode {number} of its expert"):
+                demonstration = attempt(environment, 0, first + number, hold)
             number += 1
             if demonstration is not None:
                 yield demonstration
