@@ -82,8 +82,8 @@ class Instructions:
         sentences = store.instructions
         if config.task_encoder not in (None, "none") and not sentences:
             raise UserError(
-                f"--task-encoder {config.task_encoder}: {store.source} states no instruction: say where it is "
-                f"with --task-key, or leave --task-encoder out."
+                f"--task-encoder {config.task_encoder}: {store.source} states no instruction: say where with "
+                f"--task-key, or leave --task-encoder out."
             )
         if config.task_encoder == "none" or not sentences:
             return None

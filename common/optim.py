@@ -181,7 +181,7 @@ def lr_factor(step: int, total_steps: int, schedule: str, warmup_steps: int | No
 
 
 def ramp(progress: float | Tensor, over: float) -> Tensor:
-    """Rises from 0 to 1 over the first share `over` of training, 1 if that is 0; a float64 scalar on the CPU."""
+    """Rises from 0 to 1 over the first share `over` of training, or is 1 if that is 0; a float64 scalar."""
     done = torch.as_tensor(progress, dtype=torch.float64)
     return (done / over).clamp(max=1.0) if over else torch.ones_like(done)
 

@@ -221,6 +221,8 @@ class Growth:
                     store = open_dataset(
                         replace(self.config, **chosen, store=storage, skip_bad_episodes=partly or before)
                     )
+                    if (partly or before) and (self.base.told or self.config.task):
+                        store = self._without(store, self._others(store))
                 break
             except Exception as error:
                 if not before or time.monotonic() - tried > RECORDING_SECONDS:
@@ -237,17 +239,27 @@ class Growth:
             )
         return store
 
+    @staticmethod
+    def _without(store: EpisodeStore, tasks: set[str | None]) -> EpisodeStore:
+        """The store without the episodes of these tasks, unless they are all it has."""
+        kept = np.flatnonzero([task not in tasks for task in store.episode_tasks])
+        if len(kept) in (0, store.num_episodes):
+            return store
+        return store.cut(kept, store.episode_starts[kept], store.episode_starts[kept + 1])
+
+    def _others(self, store: EpisodeStore) -> set[str | None]:
+        """What the episodes are told that those of the dataset are not."""
+        known = self.base.store.instructions
+        return set(store.episode_tasks) - {*known, *(() if self.base.told else [None])} if known else set()
+
     def refuse_unfit(self, store: EpisodeStore) -> None:
         """Raise a UserError for episodes that do not fit the dataset."""
-        first = self.base.store
-        first.refuse_unlike(store)
-        if first.instructions:
-            others = sorted({str(task) for task in store.episode_tasks} - set(first.instructions))
-            known = listed(first.instructions)
-            if others and self.base.told:
-                raise UserError(f'its instruction "{others[0]}" is none of those in --dataset: {known}.')
-            if others and others != ["None"]:
-                say(f'warning: the task of {store.source} is "{others[0]}", that of --dataset {known}')
+        self.base.store.refuse_unlike(store)
+        known = listed(self.base.store.instructions)
+        for other in sorted(map(str, self._others(store)))[:1]:
+            if self.base.told or self.config.task:
+                raise UserError(f'its instruction "{other}" is none of those in --dataset: {known}.')
+            say(f'warning: the task of {store.source} is "{other}", that of --dataset {known}')
 
     def due(self, step: int, samples: int, ready: int, share: Callable[[Any], Any]) -> dict | None:
         """What is to be taken in before this step, as in the log; the same in all processes.

@@ -123,8 +123,9 @@ class LeRobotSource:
 
     @cached_property
     def task_names(self) -> list[str]:
-        """The instructions in `meta/episodes`, in order of appearance."""
-        return list(dict.fromkeys(task for row in self.rows for task in row.tasks))
+        """The instructions in `meta/episodes`, in order of appearance; if it lists none, those of the table."""
+        named = dict.fromkeys(task for row in self.rows for task in row.tasks)
+        return list(named or dict.fromkeys((self.tasks or {}).values()))
 
     @cached_property
     def layout(self) -> Layout:
@@ -283,13 +284,13 @@ class LeRobotSource:
         wanted = wanted_tasks(self.task_names, self.config, self.name)
         known = set(wanted)
         every = not self.config.task or not self.task_names  # it goes by its name, if it is one of several
-        return wanted, [row for row in self.rows if every or known.intersection(row.tasks)]
+        # An episode that lists no task may have any: its steps say which.
+        return wanted, [row for row in self.rows if every or not row.tasks or known.intersection(row.tasks)]
 
     def _task(self, row: EpisodeRow, run: Run) -> str | tuple[tuple[int, str], ...] | None:
         """An episode's instruction, see `Episode.task`; raises BadEpisode."""
         name = f"Episode {row.index}"
-        several = max(len(self.task_names), len(self.tasks or ())) > 1
-        if not several or self.tasks is None or "task_index" not in run.columns:
+        if self.tasks is None or "task_index" not in run.columns:
             wanted = [task for task in row.tasks if task in (self.config.task or row.tasks)]
             if len(wanted) > 1:
                 lacking = "neither task_index nor meta/tasks.parquet assigns them to steps"
@@ -305,7 +306,8 @@ class LeRobotSource:
                 said = f'"{self.tasks[numbers[step]]}" at step {step}'
                 raise BadEpisode(f"{name} has the task {said}, but meta/episodes says {listed(row.tasks)}")
         spans = tuple((step, self.tasks[numbers[step]]) for step in first)
-        return spans if len(spans) > 1 else spans[0][1]
+        unlisted = self.config.task and not row.tasks  # `cut_at_tasks` then leaves out what is not wanted
+        return spans if len(spans) > 1 or unlisted else spans[0][1]
 
     def _episode(self, row: EpisodeRow, runs: list[Run]) -> Episode:
         """An episode from its row in `meta/episodes` and its rows in the data files; raises BadEpisode."""

@@ -193,9 +193,10 @@ def read_tasks(root: Path) -> dict[int, str] | None:
     names = [name for name in table.column_names if name != "task_index"]
     texts = table[names[0]].to_pylist() if names else []
     numbers = table["task_index"].to_pylist()
-    if len(texts) != len(numbers) or not all(isinstance(text, str) for text in texts) or None in numbers:
+    fits = len(texts) == len(numbers) and all(isinstance(text, str) for text in texts)
+    if not fits or not all(isinstance(number, int) for number in numbers):
         raise UserError(f"{file} does not list instructions as texts with their task_index: record it again.")
-    return dict(zip(map(int, numbers), map(spaced, texts), strict=True))
+    return dict(zip(numbers, map(spaced, texts), strict=True))
 
 
 def files_below(folder: Path) -> list[Path]:
