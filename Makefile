@@ -17,7 +17,8 @@ PYTHON = $(shell for p in python3 /usr/bin/python3 python $(HOME)/.pyenv/version
 
 setup: .venv/.installed
 
-.venv/.installed: requirements.txt tools/setup.py
+# An installation that was interrupted leaves .unfinished, and is finished first.
+.venv/.installed: requirements.txt tools/setup.py $(wildcard .venv/.unfinished)
 	@$(or $(PYTHON),$(error no Python 3 starts here: install one)) tools/setup.py
 	@touch $@
 

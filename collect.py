@@ -10,6 +10,7 @@ appears there complete. The same policy, seed and device give the same episodes.
 
 import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import field
@@ -29,7 +30,7 @@ from common.data.recording import Demonstration, write_dataset
 from common.envs import EnvConfig, Environment, answering
 from common.envs.record import perform
 from common.errors import UserError
-from common.files import sync, sync_one
+from common.files import sync, sync_one, writing_below
 from common.inference import RobotPolicy, load_policy
 from common.person import Operator, Watched, make_operator
 from common.rollout import Episode, make_environments, roll_out
@@ -104,6 +105,9 @@ def collect(policy: RobotPolicy, config: Config, granted: Callable[[int], bool])
     at_once = min(config.parallel, config.episodes) if config.by == "expert" else 1
     environments = make_environments(simulator, policy.spec.image_size, at_once)
     refuse_other_rate(environments[0], policy.spec)
+    with writing_below(config.out, elsewhere="another folder"):  # before minutes of acting
+        config.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.out).close()
     if config.by != "expert":
         operator = make_operator(config.by, environments[0])
         for number, found in taken_over(operator, environments[0], policy, config, granted):
@@ -142,7 +146,6 @@ def write(path: Path, spec: PolicySpec, found: Iterator[Demonstration]) -> None:
         return say("nothing to record")
     unfinished = path.with_name(f".{path.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state, action = spec.recorded_names  # the dataset's, whatever the environment calls them
     names = {"state_names": state, "action_names": action}
     try:

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from common.config import AbsolutePath, cli, options, parse
 from common.console import say
 from common.errors import EXIT_HUNG, EXIT_OUT_OF_MEMORY, EXIT_STOPPED, UserError
-from common.files import completed_checkpoints, hold
+from common.files import completed_checkpoints, hold, writing_below
 
 # Read when Ray starts. A group may import for minutes and is checked every second (Ray's defaults: one
 # minute, 2 s); Ray runs workers at nice 15 by default; metrics for a dashboard are a part of ray[default].
@@ -105,7 +106,8 @@ def main(config: Config, flags: Sequence[str]) -> None:
     """Train until the run is done, stopped, or fails for good; `flags` are the script's."""
     refuse_senseless(config, flags)
     most = batch_size(config, flags) if config.global_batch else 0
-    config.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with writing_below(config.run_dir.parent, elsewhere="another --run-dir"):
+        config.run_dir.parent.mkdir(parents=True, exist_ok=True)
     held = hold(config.run_dir.with_name(f".{config.run_dir.name}.ray.lock"), config.run_dir)
     connect(config.address)
     stopped: list[float] = []
@@ -133,6 +135,14 @@ def main(config: Config, flags: Sequence[str]) -> None:
 
 def connect(address: str | None) -> None:
     """Connect to a cluster, or start one."""
+    if (
+        address is None
+        and "RAY_ADDRESS" not in os.environ
+        and (stale := last_cluster())
+        and not answers(stale)
+    ):
+        say(f"the last cluster here, {stale}, does not answer: starting a new one")
+        address = "local"
     try:
         ray.init(address, logging_level="WARNING")
     except Exception as error:
@@ -140,6 +150,23 @@ def connect(address: str | None) -> None:
             f"Ray cannot be reached or started ({brief(error)}): check --address, and that "
             f"~/.ray/auth_token is that of the cluster."
         ) from None
+
+
+def last_cluster() -> str | None:
+    """The address of the cluster that was started last on this machine, which Ray would wait for."""
+    from ray._private.utils import read_ray_address
+
+    return read_ray_address()
+
+
+def answers(address: str) -> bool:
+    """Whether something listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=3):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def refuse_senseless(config: Config, flags: Sequence[str]) -> None:
@@ -159,9 +186,17 @@ def refuse_senseless(config: Config, flags: Sequence[str]) -> None:
     for name in ("run-dir", "resume", *(["grad-accumulation"] if config.global_batch else [])):
         if flag(flags, name) is not None:
             raise UserError(f"--{name} after the -- is set by launch_ray.py itself: leave it out there.")
+    beside = of_ray(config)
+    if any((beside / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints")):
+        raise UserError(f"{beside}, where Ray would keep its files, is a run: choose another --run-dir.")
     for name in config.env:
         if name not in os.environ:
             raise UserError(f"--env {name}: there is no such variable here: set it, or leave it out.")
+
+
+def of_ray(config: Config) -> Path:
+    """Ray's own folder, next to the run folder, which must be empty for a new run."""
+    return config.run_dir.with_name(f"{config.run_dir.name}.ray")
 
 
 def workers(config: Config) -> tuple[int, int]:
@@ -255,10 +290,9 @@ def trainer(config: Config, job: dict) -> Trainer:
         resources_per_worker=need,
         elastic_resize_monitor_interval_s=config.resize_every,
     )
-    name = f"{config.run_dir.name}.ray"  # next to the run folder, which must be empty for a new run
-    shutil.rmtree(config.run_dir.with_name(name), ignore_errors=True)  # Ray cannot read what it half wrote
+    shutil.rmtree(of_ray(config), ignore_errors=True)  # Ray cannot read what it half wrote
     run = ray.train.RunConfig(
-        name=name,
+        name=of_ray(config).name,
         storage_path=str(config.run_dir.parent),
         storage_filesystem=pyarrow.fs.LocalFileSystem(),
         checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),

@@ -502,7 +502,8 @@ def data_url(run: Run, path: Path) -> str:
             Image.open(io.BytesIO(content)).verify()
         elif content[4:8] != b"ftyp":
             raise ValueError("it is not a film")
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises a SyntaxError for a damaged PNG
+    # Pillow raises a SyntaxError for a damaged PNG, and takes a damaged size for a bomb.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "it is not a picture" if isinstance(error, UnidentifiedImageError) else why(error)
         run.trouble.append(f"{path} is left out ({reason}).")
         return ""

@@ -416,9 +416,13 @@ def estimate_again(config: Config) -> None:
     trained = replace(trained, **chosen)
     moved = {} if config.data.cache_dir == DataConfig().cache_dir else {"cache_dir": config.data.cache_dir}
     store = open_dataset(replace(trained.data, **moved))
-    saved = read_json(path.parents[1] / "config.json")["fingerprint"]
-    if saved != store.fingerprint:
-        raise UserError(f"{config.estimate_only} was trained on data that have changed since: train again.")
+    checkpoint.refuse_damaged(path, "policy/")
+    about = path.parents[1] / "config.json"
+    if not about.is_file() or read_json(about).get("fingerprint") != store.fingerprint:
+        raise UserError(
+            f"{config.estimate_only} has lost its config.json, or was trained on data that have changed "
+            f"since: train again."
+        )
     model = Autoencoders(trained, PolicySpec.from_json(settings["spec"]), pretrained=False)
     checkpoint.load_components(model, path / "policy")
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")

@@ -300,7 +300,7 @@ def draw_histograms(store: EpisodeStore, path: Path) -> None:
         drawn += [(f"{what}: {name}", values[:, d], color) for d, name in enumerate(names)]
     figure, axes = grid(len(drawn), min(7, len(drawn)), (2.2, 1.6))
     for axis, (title, values, color) in zip(axes.flat, drawn, strict=False):
-        axis.hist(values, bins=50, color=color)
+        axis.hist(values.astype(np.float64), bins=50, color=color)  # float32 can have fewer values than bins
         axis.set_title(title, fontsize=7)
         axis.set_yticks([])
     save_figure(figure, path)

@@ -15,6 +15,8 @@ from torch import nn
 from common.config import Flat, MayChange, options
 from common.console import say
 from common.data.rotation import Rotations
+from common.data.source import spaced
+from common.data.tasks import listed
 from common.envs import EnvConfig, Environment, answering, make_environment
 from common.errors import UserError
 from common.film import side_by_side, write_gif
@@ -41,6 +43,8 @@ class RolloutConfig:
     differ from those of `evaluate.py`."""
     rollout_episodes: MayChange[PositiveInt] = 20
     """Episodes of a rollout, divided among the processes."""
+    rollout_task: MayChange[str | None] = None
+    """Instruction in rollouts, for a policy of several tasks. Default: the environment's."""
     simulator: MayChange[Flat[EnvConfig]] = field(default_factory=EnvConfig)
 
     def __post_init__(self):
@@ -137,6 +141,32 @@ def make_environments(config: EnvConfig, image_size: tuple[int, int], num: int) 
     return [make_environment(config, image_size) for _ in range(num)]
 
 
+def require_environments(config: Any, data: "Data", run: "Run") -> None:
+    """Make this process's environments for `--rollout-every`: what is missing is known before training.
+
+    Raises:
+        UserError: if they cannot be made, or give an instruction that the policy does not know.
+    """
+    options, known = config.rollout, data.spec.tasks
+    if options.rollout_every is None or not (environments := _own(config, data, run)[1]):
+        return
+    with answering(environments[0].name, "its first reset"):
+        environments[0].reset(ROLLOUT_SEED, run.rank)
+    told = options.rollout_task or environments[0].task
+    if known is not None and known.encoder == "index" and spaced(told) not in known.sentences:
+        raise UserError(
+            f'--rollout-every: the policy will not know "{told}", the instruction of --env '
+            f"{environments[0].name}: choose one of {listed(known.sentences)} with --rollout-task."
+        )
+
+
+def _own(config: Any, data: "Data", run: "Run") -> tuple[range, list[Environment]]:
+    """The numbers of a process's episodes in a rollout, and its environments."""
+    numbers = range(config.rollout.rollout_episodes)[run.rank :: run.world]
+    most = min(len(numbers), AT_ONCE)
+    return numbers, make_environments(config.rollout.simulator, data.spec.image_size, most)
+
+
 def success_rate(
     model: nn.Module, sample_actions: Callable, data: "Data", config: Any, run: "Run"
 ) -> dict[str, float]:
@@ -153,10 +183,9 @@ def success_rate(
         config: the script's, with the groups `rollout` and `data`.
     """
     options = config.rollout
-    numbers = range(options.rollout_episodes)[run.rank :: run.world]
+    numbers, environments = _own(config, data, run)
     script = SimpleNamespace(sample_actions=sample_actions)
     policy = RobotPolicy(model, data.normalizer, config, data.spec, script, run.device)
-    environments = make_environments(options.simulator, data.spec.image_size, min(len(numbers), AT_ONCE))
     mark, phase = run.progress_mark
 
     def progress(finished: int) -> None:
@@ -164,7 +193,9 @@ def success_rate(
 
     with run.autocast():
         film = FILMED * run.world if run.is_main else 0  # every run.world-th episode is this process's
-        episodes = roll_out(policy, environments, numbers, ROLLOUT_SEED, film=film, progress=progress)
+        say_task = lambda episode: options.rollout_task or episode.task  # noqa: E731
+        given = {"film": film, "progress": progress, "say_task": say_task}
+        episodes = roll_out(policy, environments, numbers, ROLLOUT_SEED, **given)
     run.progress_mark = mark + options.rollout_episodes, phase  # the same in all processes
     if run.is_main:
         films, outcomes = zip(*[(e.frames, e.success) for e in episodes if e.frames], strict=True)
@@ -197,7 +228,9 @@ def _roll_out_together(
         try:
             policy.told(said)
         except ValueError as error:
-            raise UserError(f"--env {first.name}: {error}; give another as evaluate.py --task.") from None
+            raise UserError(
+                f"--env {first.name}: {error}; give another as --task or --rollout-task."
+            ) from None
     with answering(first.name, "drawing"):
         running, cameras = np.arange(len(group)), _fitting_cameras(policy, first)
 

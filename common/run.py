@@ -60,10 +60,11 @@ from common.data.growth import POLL_SECONDS, Growth
 from common.data.samples import Ahead
 from common.data.tasks import listed
 from common.errors import EXIT_STOPPED, Busy, UserError
-from common.files import completed_checkpoints, hold, read_json, write_json, write_whole
+from common.files import completed_checkpoints, hold, read_json, write_json, write_whole, writing_below
 from common.instructions import Instructions, TaskConfig
 from common.normalize import Normalization, Normalizer
 from common.plots import read_lines
+from common.rollout import require_environments
 from common.tracking import Tracker
 from common.vision import Backbone
 from common.watch import PREPARING, HangWatch, StopRequests, meeting
@@ -260,6 +261,8 @@ class Run:
             Optimizer, scheduler, and the weights to evaluate and export.
         """
         config, accelerator = self.config, self.accelerator
+        if hasattr(config, "rollout"):
+            require_environments(config, data, self)
         self._at("setting up the policy")
         if not self.resuming:
             self.load_weights(policy)
@@ -370,7 +373,8 @@ class Run:
             folder = _new_folder(Path("runs") / f"{method}-{datetime.now():%Y%m%d-%H%M%S}")
         folder = Path(broadcast_object_list([str(folder)])[0])
         if self.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
+            with writing_below(folder, elsewhere="another --run-dir"):
+                folder.mkdir(parents=True, exist_ok=True)
             if not self.resuming:
                 self._at(PREPARING)  # which may take long
                 self._held = hold(folder / ".lock", folder)

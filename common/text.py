@@ -15,12 +15,18 @@ import torch
 from torch import Tensor
 
 from common.console import say
-from common.data.source import hash_ends
+from common.data import default_cache_dir
+from common.data.source import hash_once
 from common.data.store import EpisodeStore
 from common.errors import UserError
 from common.files import read_json, write_whole, writing_below
 from common.vision import brief, model_source, silence
 
+# Files that determine the output, beside the weights.
+BESIDE_WEIGHTS = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "special_tokens_map.json"),
+)
 LONGEST = 256  # most tokens per sentence, if the encoder allows it
 
 
@@ -62,7 +68,7 @@ class TextEncoder:
 
         self.name, self._network = name, None
         self._source, self._where, self._far = model_source(name)
-        with _explained(name, self._far):
+        with _explained(name, "loaded", self._far):
             if self._where["local_files_only"] and not self._far and not Path(self._source).exists():
                 raise OSError("there is no such folder")
             self._config = AutoConfig.from_pretrained(self._source, **self._where)
@@ -72,8 +78,12 @@ class TextEncoder:
             if not find(weights[0]) and (index := find("model.safetensors.index.json")):
                 weights = sorted(set(read_json(index)["weight_map"].values()))
             files = [find(file) for file in weights]
-        # A model is the same on the hub and in any folder. Without such files, only its name is known.
-        self.identity = tuple(hash_ends(Path(file)) for file in files) if all(files) else (name,)
+            # A model is the same on the hub and in any folder. Without such files, only its name is known.
+            self.identity = (name,)
+            if all(files):
+                files += [found for file in BESIDE_WEIGHTS if (found := find(file))]
+                root = Path(files[0]).parent
+                self.identity = tuple(hash_once(root, list(map(Path, files)), default_cache_dir() / "hashes"))
 
     @torch.no_grad()
     def __call__(self, sentences: Sequence[str], tokens: int | None = 0) -> Tensor:
@@ -83,7 +93,8 @@ class TextEncoder:
         """
         if self._network is None:
             self._load()
-        parts = [self._encode(list(part)) for part in batched(sentences, 32)]
+        with _explained(self.name, "used"):
+            parts = [self._encode(list(part)) for part in batched(sentences, 32)]
         if tokens is None:
             tokens = max(int(seen.sum(1).max()) for _, seen, _ in parts)
         return torch.cat([_in_front(*part, tokens) for part in parts])
@@ -118,7 +129,7 @@ class TextEncoder:
             auto = transformers.SiglipTextModel
         elif kind in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:  # T5: only its encoder
             auto = transformers.AutoModelForTextEncoding
-        with _explained(self.name, self._far), silence():
+        with _explained(self.name, "loaded", self._far), silence():
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._source, **self._where)
             network, report = auto.from_pretrained(
                 self._source, use_safetensors=True, output_loading_info=True, **self._where
@@ -136,14 +147,14 @@ class TextEncoder:
 
 
 @contextmanager
-def _explained(name: str, far: bool) -> Iterator[None]:
-    """In this block, any error in loading a text encoder becomes one sentence."""
+def _explained(name: str, what: str, far: bool = False) -> Iterator[None]:
+    """In this block, any error of a text encoder becomes one sentence, which says what it cannot be."""
     try:
         yield
     except Exception as error:  # transformers and its tokenizers raise dozens of classes
         reason = "it is not in the hub's cache here, and there is no connection: " * far + brief(error)
         raise UserError(
-            f"--task-encoder {name} cannot be loaded ({type(error).__name__}: {reason}): give the folder of "
+            f"--task-encoder {name} cannot be {what} ({type(error).__name__}: {reason}): give the folder of "
             f"a downloaded text encoder, or --task-encoder index."
         ) from None
 

@@ -107,6 +107,7 @@ class Policy(nn.Module):
         views = vision.look([self.backbone], images, self.info_embedder.film(task))  # all cameras at once
         return self.action_decoder.context(self.info_embedder(views, proprio, task=task))
 
+    @torch.compiler.disable  # it does not know forward-mode derivatives
     def forward(
         self,
         x_t: Tensor,
@@ -128,9 +129,7 @@ class Policy(nn.Module):
             return torch.func.jvp(average, (x_t, t), (velocity, torch.ones_like(t)))
 
 
-def sample_times(
-    num: int, device: torch.device | str, config: Config, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def sample_times(num: int, device, config: Config, generator=None) -> tuple[Tensor, Tensor]:
     """Flow times t <= r, (num,) each."""
     draw = (num, device, config.time_distribution, config.time_beta, generator)
     t, r = flow.sample_time(*draw), flow.sample_time(*draw)

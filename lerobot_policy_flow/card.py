@@ -2,10 +2,12 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
-from common.config import flat_options, shown, to_dict
+from common.config import flat_options, to_dict
 from common.exported import HUB_NAME
 from common.files import read_json
 from common.inference import RobotPolicy
@@ -24,7 +26,22 @@ PICTURES = (
 # Options about where and how a run was done, not about what was learned.
 ABOUT_THE_PLACE = {
     *("run_dir", "resume", "config", "cache_dir", "num_workers", "ingest_workers", "max_time"),
-    *("tracker", "project", "push_to_hub", "keep", "keep_every", "log_every", "save_every", "hang_timeout"),
+    *(
+        "background_saving",
+        "tracker",
+        "project",
+        "push_to_hub",
+        "keep",
+        "keep_every",
+        "log_every",
+        "save_every",
+        "hang_timeout",
+    ),
+}
+
+# Options that can be a local path.
+PLACES = {
+    *("dataset", "episodes_file", "grow_from", "init_from", "task_encoder", "backbone", "depth_weights"),
 }
 
 BLIND = {"grey": "grey pictures", "mismatched": "pictures of another episode", "misled": "told another task"}
@@ -61,6 +78,23 @@ def write_card(folder: Path, policy: RobotPolicy, run: Path, config: FlowConfig,
 def public(name: str) -> str:
     """A dataset's or model's name for others: its name on the hub, or the last part of a local folder."""
     return Path(name).name if name.startswith(("/", "~", ".")) or Path(name).exists() else name
+
+
+def without_folders(config: dict[str, Any]) -> dict[str, Any]:
+    """Options in which local paths are replaced by their last part."""
+
+    def shortened(value: Any) -> Any:
+        if isinstance(value, list):
+            return [shortened(part) for part in value]
+        component, equals, place = value.rpartition("=")  # as --init-from takes it
+        return component + equals + public(place)
+
+    return {
+        name: without_folders(value)
+        if isinstance(value, dict)
+        else (shortened(value) if name in PLACES and value is not None else value)
+        for name, value in config.items()
+    }
 
 
 def _read(path: Path) -> dict:
@@ -156,13 +190,10 @@ chunk = policy.act({{"images": {{{images}}}, "state": state{told}}})  # {shape}
 
 def _how_it_was_trained(policy: RobotPolicy, about: dict) -> str:
     """The command line, with every option that differs from its default."""
-    given = flat_options(to_dict(policy.config))
-    given["dataset"] = [public(name) for name in given["dataset"]]
-    if encoder := given.get("task_encoder"):
-        given["task_encoder"] = public(encoder)
+    given = flat_options(without_folders(to_dict(policy.config)))
     usual = flat_options(to_dict(type(policy.config)()))
     flags = [
-        f"--{option.replace('_', '-')}" + ("" if value is True else f" {shown(value)}")
+        _flag(option.replace("_", "-"), value)
         for option, value in given.items()
         if value != usual[option] and option not in ABOUT_THE_PLACE
     ]
@@ -172,3 +203,11 @@ def _how_it_was_trained(policy: RobotPolicy, about: dict) -> str:
     changed = ", with changes" if about.get("git_dirty") else ""
     where = f"\n\nCommit `{commit}`{changed}, {about.get('processes', 1)} process(es)." if commit else ""
     return f"## How it was trained\n\n```bash\n{command}\n```{where}"
+
+
+def _flag(name: str, value: Any) -> str:
+    """An option as it is written on the command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    words = value if isinstance(value, list) else [value]
+    return " ".join([f"--{name}", *(shlex.quote(str(word)) for word in words)])

@@ -26,10 +26,10 @@ from common.config import UserPath, cli, options, to_dict
 from common.console import say
 from common.errors import UserError
 from common.exported import require_carried, require_hub_name
-from common.files import completed_checkpoints
+from common.files import completed_checkpoints, writing_below
 from common.inference import RobotPolicy, load_policy
 from common.vision import brief
-from lerobot_policy_flow.card import public, write_card
+from lerobot_policy_flow.card import public, without_folders, write_card
 from lerobot_policy_flow.configuration_flow import FlowConfig
 from lerobot_policy_flow.modeling_flow import FlowPolicy
 from lerobot_policy_flow.processor_flow import make_flow_pre_post_processors
@@ -81,8 +81,9 @@ def export(
     policy = load_policy(run, checkpoint, device="cpu")
     require_carried(policy.script)
     config = flow_config(policy, picture_keys(policy.spec, images))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".unfinished", dir=out.parent))
+    with writing_below(out.parent, elsewhere="another folder"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".unfinished", dir=out.parent))
     try:
         FlowPolicy.of(policy, config).save_pretrained(unfinished)
         processors = make_flow_pre_post_processors(config)
@@ -149,10 +150,7 @@ def without_places(config: dict) -> dict:
         group: {name: value for name, value in config[group].items() if name not in names}
         for group, names in places.items()
     }
-    kept["data"]["dataset"] = [public(name) for name in kept["data"]["dataset"]]
-    if encoder := config.get("tasks", {}).get("task_encoder"):
-        kept["tasks"] = config["tasks"] | {"task_encoder": public(encoder)}
-    return config | kept
+    return without_folders(config | kept)
 
 
 def push_run(run: Path, name: str) -> str:

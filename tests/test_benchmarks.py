@@ -287,3 +287,19 @@ def test_launches_are_counted_by_phase(tiny, tmp_path, accelerate_reset):
         assert (phases[1] > 40 * 20) == ("moe" in name)  # Sinkhorn
         assert (ten - one) % 9 == 0  # from nine more steps
     assert train_vfp_moe.compute_loss is original  # patches are undone
+
+
+def test_the_cost_of_a_new_method_is_measured_beside_a_known_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(simulators, "RESULTS", tmp_path / "results.json")
+    (tmp_path / "results.json").write_text(
+        json.dumps({"seconds": {"aloha:act": 2.0, "aloha:x": 4.0}, "runs": {}})
+    )
+    monkeypatch.setattr(simulators, "record", lambda *given: None)
+    monkeypatch.setattr(simulators, "training_steps", lambda method, *flags: method)
+    monkeypatch.setattr(simulators.lerobot_acts, "training_steps", lambda *given: "act")
+    found = {"aloha:act": 3.0, "aloha:train_vfp": 6.0, "aloha:x": 3.0}
+    monkeypatch.setattr(simulators, "measure_steps", lambda loops: {kind: found[kind] for kind in loops})
+    simulators.measure(["aloha:act", "aloha:train_vfp"], tmp_path)  # this machine is slower than that one
+    assert simulators.read()["seconds"] == {"aloha:act": 2.0, "aloha:x": 4.0, "aloha:train_vfp": 4.0}
+    simulators.measure(["aloha:act"], tmp_path, again=True)
+    assert simulators.read()["seconds"] == found

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import fitting
+from running import fitting, lines, train
 
 from common.checkpoint import PolicySpec
 from common.config import parse
@@ -59,3 +59,9 @@ def test_two_step_regression_answers_twice(tiny):
     torch.testing.assert_close(first, policy.action_decoder(zeros, torch.zeros(2), context))
     torch.testing.assert_close(second, policy.action_decoder(first, torch.full((2,), 0.9), context))
     assert not torch.allclose(first, second)
+
+
+@pytest.mark.usefixtures("accelerate_reset")
+def test_mean_flow_trains_with_compile(tiny, tmp_path):
+    run = train(train_mean_flow, tiny, tmp_path / "run", "--steps", 1, "--compile")
+    assert [row["step"] for row in lines(run)] == [1]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from hdf5_factory import make_hdf5
-from lerobot_factory import edit_column, make_dataset
+from lerobot_factory import edit_column, edit_rows, make_dataset
 from running import interrupt_after, lines, train, weights
 
 import train_naive_fm
 import train_vfp_depth
-from common.data import DataConfig, SampleStream, open_dataset, split_episodes
+from common.data import DataConfig, SampleStream, growth, open_dataset, split_episodes
 from common.data.growth import LOG, GrownDataset, Growth
 from common.data.samples import ChunkDataset
 from common.errors import UserError
@@ -485,3 +485,24 @@ def test_a_policy_that_is_told_its_task_knows_those_of_new_episodes(
         growing.refuse_unfit(stores("iron"))
     with pytest.raises(UserError, match='its instruction "None"'):
         growing.refuse_unfit(stores("hang", None))
+    growing.base.told, growing.config = False, replace(growing.config, task=("hang",))
+    with pytest.raises(UserError, match='its instruction "iron" is none of those in --dataset'):
+        growing.refuse_unfit(stores("iron"))
+
+
+def test_an_unknown_instruction_costs_its_own_episode(folder, growing, monkeypatch, capsys):
+    monkeypatch.setattr(growth, "PATIENCE_SECONDS", 0.0)
+    growing.base.told = True
+    growing.base.store.__dict__["instructions"] = ("fold",)
+    folder.rmdir()
+    make_dataset(folder, (5, 6, 7), CAMERAS, video=False, dims=(3, 3), names=None)
+    said = [["fold"], ["fodl"], ["fold"]]
+    edit_rows(folder, lambda rows: [{**row, "tasks": own} for row, own in zip(rows, said, strict=True)])
+    (folder / "meta/tasks.parquet").unlink(missing_ok=True)
+    for _ in range(4):
+        growing.look()
+    (found,) = growing.ready
+    assert growing.open(found).episode_indices.tolist() == [0, 2]
+    assert "episodes 1 of" in capsys.readouterr().out
+    again = Growth(growing.config, growing.base, folder.parent / "other", writes=True)
+    assert again.open(found).episode_indices.tolist() == [0, 2]  # as in a resumed run

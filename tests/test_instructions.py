@@ -323,6 +323,23 @@ def test_a_policy_that_reads(told, bert, tmp_path, tokens, monkeypatch, capsys):
         policy.act(seen(task="fold the box"))
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_an_encoder_is_another_one_if_any_of_its_files_differs(bert, tmp_path, file):
+    copy = shutil.copytree(bert, tmp_path / "copy")
+    assert TextEncoder(str(copy)).identity == TextEncoder(str(bert)).identity
+    content = bytearray((copy / file).read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= 1 if file == "model.safetensors" else 0
+    (copy / file).write_bytes(content if file == "model.safetensors" else content + b"\n")
+    assert TextEncoder(str(copy)).identity != TextEncoder(str(bert)).identity
+
+
+def test_an_encoder_that_loads_but_cannot_run_is_said(bert, monkeypatch):
+    monkeypatch.setattr(TextEncoder, "_encode", lambda self, sentences: [][0])
+    with pytest.raises(UserError, match=r"cannot be used .IndexError"):
+        TextEncoder(str(bert))(["fold the towel"])
+
+
 def test_the_spec_survives_its_file(two, bert, tmp_path):
     store = open_dataset(DataConfig((str(two),), cache_dir=tmp_path / "cache"))
     known = Instructions.of(store, TaskConfig(task_encoder=str(bert)))
@@ -384,6 +401,18 @@ def test_training_further_on_one_of_several_tasks(told, tiny, tmp_path):
     assert torch.equal(weights(one, 1)[table], weights(several, 1)[table][1:])
     with pytest.raises(UserError, match="does not fit the component info_embedder"):
         train(train_naive_fm, told, tmp_path / "not", *flags)
+    policy = load_policy(one, device="cpu", seed=0)
+    alone, said = policy.act(seen()), load_policy(one, device="cpu", seed=0).act(seen(task=TASKS[1]))
+    assert np.array_equal(alone, said)  # it knows one task: it need not be said
+
+
+def test_the_instruction_of_rollouts_is_checked_before_training(told, tmp_path):
+    flags = ("--steps", 1, "--rollout-every", 1, "--rollout-episodes", 1, "--env", "arm_env:make")
+    with pytest.raises(UserError, match=r'the policy will not know "arm_env:make".*--rollout-task'):
+        train(train_naive_fm, told, tmp_path / "run", *flags, "--max-steps", 4)
+    assert not (tmp_path / "run").exists()
+    train(train_naive_fm, told, tmp_path / "run", *flags, "--max-steps", 4, "--rollout-task", TASKS[1])
+    assert [row["step"] for row in lines(tmp_path / "run", "val") if "rollout/success" in row] == [1]
 
 
 def test_an_instruction_whose_episodes_are_all_held_out(told, tmp_path):
@@ -409,6 +438,8 @@ def test_what_cannot_be_told(tmp_path, monkeypatch):
         return Instructions.of(open_dataset(DataConfig((str(root),), **options)), TaskConfig(encoder))
 
     assert known() is None
+    with pytest.raises(UserError, match=r"--task-encoder index: .* states no instruction.*--task-key"):
+        known("index")
     state(0, "fold")
     with pytest.raises(UserError, match=r"has 2 episodes without an instruction.*first is 1, which has none"):
         known()
@@ -489,7 +520,7 @@ def test_a_dataset_of_lerobot_goes_through_to_evaluation(tiny, tmp_path, capsys)
     assert f"of 1: {sorted(each)[0]}" in said
     assert "success, another task:" in said
     argv[2] = "demo"
-    with pytest.raises(UserError, match=r"--env demo: the policy knows no task .*as evaluate.py --task"):
+    with pytest.raises(UserError, match=r"--env demo: the policy knows no task .*as --task or --rollout"):
         evaluate.main(parse(evaluate.Config, [*map(str, argv)], "evaluate.py"))
 
 

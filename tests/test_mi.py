@@ -13,7 +13,7 @@ from running import interrupt_after, weights
 
 import evaluate
 import train_mi
-from common.checkpoint import PolicySpec
+from common.checkpoint import PolicySpec, find
 from common.config import parse
 from common.data import ChunkDataset, DataConfig, open_dataset
 from common.errors import UserError
@@ -130,6 +130,24 @@ def test_estimation_alone_repeats_what_training_found_or_uses_another_estimator(
     assert scores_of(run) != before
     train([], None, *again, "--estimator", "infonce", "--repeats", 1)
     assert json.loads((run / "mutual_information.json").read_text())["estimator"] == "infonce"
+
+
+def test_damaged_weights_estimate_nothing(small, tmp_path, cache_dir):
+    run = train(small, tmp_path / "run", "--steps", 1)
+    scores = (run / "episode_scores.csv").read_bytes()
+    weights = find(run) / "policy/state_encoder.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 64
+    weights.write_bytes(content)
+    again = ["--estimate-only", run, "--cache-dir", cache_dir]
+    with pytest.raises(UserError, match="is damaged"):
+        train_mi.main(parse(train_mi.Config, list(map(str, again)), "train_mi.py"))
+    content[-3] ^= 64
+    weights.write_bytes(content)
+    (run / "config.json").unlink()
+    with pytest.raises(UserError, match=r"has lost its config\.json"):
+        train_mi.main(parse(train_mi.Config, list(map(str, again)), "train_mi.py"))
+    assert (run / "episode_scores.csv").read_bytes() == scores
 
 
 def test_embeddings_stand_out_from_their_noise(prepared):

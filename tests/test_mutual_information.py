@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.mutual_information import episode_means, episode_sets, infonce, ksg, standardise
+from common.mutual_information import (
+    episode_means,
+    episode_sets,
+    infonce,
+    ksg,
+    standardise,
+    without_outliers,
+)
 
 
 def gaussians(num, dim, rho, seed=0):
@@ -164,3 +171,14 @@ def test_a_constant_variable_among_others_is_left_out():
     with_constant = torch.cat([x, torch.full((300, 1), 5.0)], dim=1)
     assert standardise(with_constant).shape == (300, 2)
     assert ksg(with_constant, y).value == pytest.approx(ksg(x, y).value)
+
+
+def test_outliers_are_those_of_a_task():
+    torch.manual_seed(0)
+    large, small = torch.randn(1000) * 100, torch.randn(60) * 0.01
+    small[0] = torch.nan
+    clipped = without_outliers(torch.cat([large, small]), torch.tensor([0] * 1000 + [1] * 60))
+    low, high = large.quantile(torch.tensor([0.01, 0.99])).tolist()
+    torch.testing.assert_close(clipped[:1000], large.clamp(low, high))
+    assert clipped[1000].isnan()
+    assert (clipped[1001:] != small[1:]).sum() == 2  # its own lowest and highest of 59

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,3 +119,11 @@ def test_a_full_disk_costs_the_picture_and_leaves_the_one_before(tmp_path, monke
     write_gif(tmp_path / "a.gif", np.zeros((2, 8, 8, 3), np.uint8), fps=10)
     assert "a.gif was not drawn (No space left on device)" in capsys.readouterr().out
     assert not (tmp_path / "a.gif").exists()
+
+
+def test_a_joint_at_rest_has_a_histogram(tmp_path):
+    jitter = np.resize(np.array([1e6, 1e6 + 0.0625], np.float32), (40, 1))
+    store = SimpleNamespace(episode_starts=np.array([0, 20, 40]), state_names=["x"], action_names=["x"])
+    store.state = store.action = jitter
+    plots.draw_histograms(store, tmp_path / "a.png")
+    assert_drawn(tmp_path / "a.png")

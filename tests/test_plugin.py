@@ -32,7 +32,7 @@ from common.exported import require_carried
 from common.inference import Controller, RobotPolicy, load_policy
 from common.instructions import Instructions
 from examples import train_regression
-from lerobot_policy_flow import export
+from lerobot_policy_flow import card, export
 
 NAMES = ("x", "y", "quat_x", "quat_y", "quat_z", "quat_w")
 CAMERAS = ("front", "wrist")
@@ -408,6 +408,20 @@ def test_an_export_says_nothing_of_folders_here_and_names_what_was_learned(expor
         assert recorded.name in text
     for words in ("fold the towel", "quat_w", "28x28", "train_vfp.py", "--horizon 8", "Not evaluated"):
         assert words in card
+
+
+def test_places_of_every_kind_stay_here_and_flags_can_be_given_again():
+    options = {
+        "run": {"init_from": ["backbone=/home/me/runs/a", "/home/me/b.pt"], "keep": 3},
+        "data": {"state_keys": ["/observations/qpos"], "grow_from": "/home/me/new", "episodes_file": None},
+    }
+    assert card.without_folders(options) == {
+        "run": {"init_from": ["backbone=a", "b.pt"], "keep": 3},
+        "data": {"state_keys": ["/observations/qpos"], "grow_from": "new", "episodes_file": None},
+    }
+    flags = [("task", ["fold the towel"]), ("trim-idle", True), ("background-saving", False), ("lr", 0.1)]
+    said = " ".join(card._flag(name, value) for name, value in flags)
+    assert said == "--task 'fold the towel' --trim-idle --no-background-saving --lr 0.1"
 
 
 def test_the_card_has_results_with_intervals_and_pictures(exported, tmp_path):

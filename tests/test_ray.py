@@ -6,6 +6,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -93,6 +94,28 @@ def test_the_most_that_a_process_takes_is_the_scripts_own_batch_size(tmp_path):
     assert launch_ray.batch_size(config, []) == train_vfp.Config().optim.batch_size
     assert launch_ray.batch_size(config, ["--config", str(file)]) == 12
     assert launch_ray.batch_size(config, ["--config", str(file), "--batch-size", "3"]) == 3
+
+
+def test_a_run_in_the_place_of_rays_own_folder_is_kept(tmp_path):
+    config = configuration(ROOT / "train_vfp.py", "--run-dir", tmp_path / "towel")
+    launch_ray.refuse_senseless(config, [])
+    (tmp_path / "towel.ray/checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"towel\.ray, where Ray would keep its files, is a run"):
+        launch_ray.refuse_senseless(config, [])
+
+
+def test_a_cluster_that_has_gone_is_not_waited_for(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(launch_ray.ray, "init", lambda address, **options: asked.append(address))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(launch_ray, "last_cluster", lambda: here)
+        launch_ray.connect(None)
+    launch_ray.connect(None)
+    assert f"the last cluster here, {here}, does not answer" in capsys.readouterr().out
+    launch_ray.connect("auto")
+    assert asked == [None, "local", "auto"]
 
 
 def test_a_script_that_is_not_there_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The report: its numbers are those of the files, whatever they contain; and it works in a browser."""
 
 import base64
+import io
 import json
 import os
 import re
@@ -244,6 +245,25 @@ def test_runs_of_train_mi_show_their_scores(tmp_path):
     assert page.texts["Mutual information", "nats", 2] == ["2.831", "95 %: 2.8 2.9"]
     shown = {int(row): x for (title, row, _), [x, *_] in page.values.items() if title == "scores of mi"}
     assert shown == {n: round(3 - n / 7, 6) for n in (*range(10), *range(20, 30))}
+
+
+def test_scores_that_are_the_same_belong_to_their_runs(tmp_path):
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for run in runs:
+        (run / "episode_scores.csv").write_text("episode,steps,score_nats\n0,9,0.5\n")
+        found = {"nats": 2.8, "interval_95": [2.7, 2.9], "estimator": "ksg", "neighbours": [5]}
+        (run / "mutual_information.json").write_text(json.dumps(found))
+    page = write(tmp_path, *runs)
+    assert [page.count(f"{name}, episodes by score") for name in "ab"] == [1, 1]
+
+
+def test_a_film_of_a_damaged_size_costs_its_part(tmp_path):
+    run, film = make_run(tmp_path / "a"), io.BytesIO()
+    Image.new("L", (60, 40)).save(film, "gif")
+    content = bytearray(film.getvalue())
+    content[6:10] = b"\xff\xff\xff\xff"  # 65,535 x 65,535
+    (run / "rollouts.gif").write_bytes(content)
+    assert "rollouts.gif is left out" in write(tmp_path, run)
 
 
 def test_resumes_and_rollouts_of_a_run_are_reported(tmp_path):

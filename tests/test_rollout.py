@@ -13,7 +13,7 @@ from PIL import Image
 from running import lines, train, weights
 
 import train_naive_fm
-from common import rollout
+from common import envs, rollout
 from common.checkpoint import PolicySpec
 from common.config import parse
 from common.data.demo import Simulator
@@ -180,16 +180,16 @@ def test_environments_that_misbehave_are_named(what, sentence):
 
 
 def test_an_environment_that_hangs_ends_the_program(monkeypatch, capfd):
-    monkeypatch.setattr(rollout, "HANG_SECONDS", 0.2)
+    monkeypatch.setattr(envs, "HANG_SECONDS", 0.2)
     codes = []
 
     def leave(code):
         codes.append(code)
         raise SystemExit
 
-    monkeypatch.setattr(rollout.os, "_exit", leave)
+    monkeypatch.setattr(envs.os, "_exit", leave)
     monkeypatch.setattr(time, "sleep", lambda seconds, wait=time.sleep: wait(min(seconds, 0.6)))
-    monkeypatch.setattr(rollout.threading, "excepthook", lambda args: None)
+    monkeypatch.setattr(envs.threading, "excepthook", lambda args: None)
     roll_out(Policy(), [failing("hangs")], range(1), seed=0)
     assert codes[0] == 70
     assert "--env counter hangs in step 0 of episode 0" in capfd.readouterr().err
@@ -374,6 +374,100 @@ def test_mappings_and_environments_that_cannot_be_used(options, sentence):
 
     with pytest.raises(UserError, match=sentence):
         use()
+
+
+class Several(Arm):
+    """Has another instruction in each episode, and pictures that no film can be made of."""
+
+    def reset(self, seed=None, options=None):
+        self.task_description = f"reach {seed}"
+        return super().reset(seed=seed, options=options)
+
+    def render(self):
+        return np.zeros((5, 5), np.float32)
+
+
+def test_each_episode_has_the_instruction_that_the_environment_gives_it():
+    environment = gym(make=Several)
+    for episode in (4, 5):
+        environment.reset(0, episode)
+        assert environment.task == f"reach {episode}"
+
+
+@pytest.mark.parametrize("render", [Several.render, lambda self: self.undrawn()])
+def test_without_a_picture_for_people_the_film_shows_a_camera(render, monkeypatch):
+    monkeypatch.setattr(Several, "render", render)
+    monkeypatch.setattr(Several, "undrawn", gymnasium.Env.render, raising=False)
+    environment = gym(make=Several)
+    environment.reset(0, 0)
+    np.testing.assert_array_equal(environment.picture(), environment.images()["pixels/top"])
+
+
+def test_cameras_of_one_name_are_told_apart():
+    class Goal(Counter):
+        def images(self):
+            views = super().images()
+            return {"goal/top": views["unused"], "observation/top": views["top"]}
+
+    with pytest.raises(UserError, match=r"two cameras that can be the policy's top, .*--env-map top="):
+        roll_out(Policy(), [Goal()], range(1), seed=0)
+
+    class Named(Goal):
+        def images(self):
+            return super().images() | {"top": np.full((4, 4, 3), 9, np.uint8)}
+
+    policy = Policy()
+    roll_out(policy, [Named()], range(1), seed=0)
+    assert policy.shown[0] == [9]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("nothing = undefined", "--env odd_env:make failed in being made .*undefined"),
+        ("def make(): raise RuntimeError('no licence')", "failed in being made .no licence"),
+        ("def make(): return 3", "--env odd_env:make makes a int, not a gymnasium.Env"),
+        ("def make(): import OpenGL", r"failed in being made \(no libOSMesa\): set MUJOCO_GL=egl"),
+    ],
+)
+def test_environments_that_cannot_be_made(content, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "odd_env", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "OpenGL"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "odd_env.py").write_text(content)
+    if "OpenGL" in content:
+        (tmp_path / "OpenGL").mkdir()
+        (tmp_path / "OpenGL/__init__.py").write_text("raise AttributeError('no libOSMesa')")
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        make_environment(EnvConfig(env="odd_env:make", max_steps=3), (8, 8))
+
+
+def test_limits_of_steps_beyond_a_simulators_own():
+    with pytest.raises(UserError, match=r"--max-steps 81: .*demo ends .*after 80 steps"):
+        DemoEnvironment(81)
+    pytest.importorskip("metaworld")
+    environment = make_environment(EnvConfig(env="metaworld:push-v3", max_steps=510), (8, 8))
+    environment.reset(0, 0)
+    ends = [environment.step(np.zeros(4)) for _ in range(509)]
+    assert not any(ends)
+
+
+def test_a_demonstration_goes_on_after_success():
+    environment = DemoEnvironment()
+    found = record.attempt(environment, 0, 3, hold=8)
+    assert np.abs(found.state[-8] - found.state[-9]).max() > 0
+    assert np.linalg.norm(environment.simulator.hands - environment.simulator.targets, axis=-1).max() < 0.02
+    assert environment.success()
+
+
+def test_seeds_of_recordings_share_no_episode():
+    starts = []
+    for first in (0, record.EPISODES_A_SEED):
+        made = record.demonstrate(DemoEnvironment(), 5, first)
+        starts.append([next(made).state[0].tolist() for _ in range(5)])
+    assert not {tuple(start) for start in starts[0]} & {tuple(start) for start in starts[1]}
 
 
 def test_success_may_be_told_at_the_end():

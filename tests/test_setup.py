@@ -170,21 +170,26 @@ def machine(setup, tmp_path, monkeypatch):
     return setup
 
 
-def test_a_cut_off_install_is_begun_anew_and_a_finished_one_brought_up_to_date(machine, monkeypatch):
+def test_a_cut_off_install_is_repeated_and_a_finished_one_brought_up_to_date(machine, monkeypatch):
     monkeypatch.setenv("FAIL", "1")
     with pytest.raises(subprocess.CalledProcessError):
-        machine.main()
+        machine.main(["requirements-sim.txt"])
     assert [call.split()[0] for call in machine.calls()] == ["venv", "pip"]
-    monkeypatch.delenv("FAIL")
-    half = Path(machine.VENV) / "half-copied"
-    half.write_text("")
-    machine.main()
-    assert [call.split()[0] for call in machine.calls()] == ["venv", "pip"]
-    assert not half.exists()
     kept = Path(machine.VENV) / "a-package-of-the-users-own"
     kept.write_text("")
+    with pytest.raises(subprocess.CalledProcessError):  # still without a connection
+        machine.main()
+    assert kept.exists()
+    machine.calls()
+    monkeypatch.delenv("FAIL")
+    machine.main()  # a package may be half copied
+    (call,) = machine.calls()
+    assert "--reinstall" in call
+    assert "requirements-sim.txt" in call
     machine.main()
-    assert [call.split()[0] for call in machine.calls()] == ["pip"]
+    (call,) = machine.calls()
+    assert call.startswith("pip")
+    assert not {"--reinstall", "requirements-sim.txt"} & {Path(word).name for word in call.split()}
     assert kept.exists()
 
 

@@ -133,6 +133,37 @@ def test_a_task_index_beyond_the_table(changing, open_):
     edit_column(changing / DATA, "task_index", lambda rows: rows[:13] + [0] * 6)
     with pytest.raises(UserError, match=r'^Episode 2 has the task "pick" at step 0, but meta/episodes'):
         open_(changing)
+    edit_rows(changing, lambda rows: [{**row, "tasks": ["pick"]} for row in rows])
+    write_tasks(changing, ["pick"])
+    edit_column(changing / DATA, "task_index", lambda rows: [0] * 13 + [1] * 6)
+    with pytest.raises(UserError, match=r"^Episode 2 has task_index 1 at step 0, but .* lists 1 tasks"):
+        open_(changing)
+    write_tasks(changing, ["pick"], ["b"])
+    with pytest.raises(UserError, match="does not list instructions as texts with their task_index"):
+        open_(changing)
+
+
+@pytest.mark.parametrize("unlisted", [(0, 1, 2), (2,)])
+def test_tasks_that_episodes_do_not_list_are_read_from_their_steps(changing, open_, unlisted):
+    edit_rows(changing, lambda rows: [{**r, "tasks": []} if i in unlisted else r for i, r in enumerate(rows)])
+    assert open_(changing).episode_tasks == ("pick", "pick", "place", "place")
+    store = open_(changing, task=("pick",))
+    assert store.episode_tasks == ("pick", "pick")
+    assert np.diff(store.episode_starts).tolist() == [4, 3]
+
+
+def test_files_that_cannot_be_read_are_reported_whatever_the_task(tmp_path, open_):
+    root = make_hdf5(tmp_path / "d", (4, 3, 5))
+    files = sorted(root.rglob("*.hdf5"))
+    for file in files:
+        with h5py.File(file, "a") as content:
+            content.attrs["task"] = "fold"
+    files[-1].write_bytes(files[-1].read_bytes()[:9000])
+    with pytest.raises(UserError, match=r"is unusable|cannot be read"):
+        open_(root, task=("fold",))
+    store = open_(root, task=("fold",), skip_bad_episodes=True)
+    assert store.num_episodes == 2
+    assert len(store.skipped) == 1
 
 
 def test_texts_that_are_not_utf_8(changing, open_):

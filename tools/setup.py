@@ -198,6 +198,14 @@ def cpu_build(uv, python, environment):
     return [*found, *backend] if found else []
 
 
+def read(path):
+    """A file's text; empty if there is none."""
+    if not os.path.exists(path):
+        return ""
+    with open(path) as file:
+        return file.read()
+
+
 def main(more=()):
     """Set up, or bring an existing .venv up to date.
 
@@ -207,7 +215,8 @@ def main(more=()):
     uv = find_uv(python)
     environment = uv_environment(python)
     installed, unfinished = os.path.join(VENV, "bin", "python"), os.path.join(VENV, ".unfinished")
-    if os.path.exists(unfinished) or not works(installed, USABLE.format(list(VERSIONS))):
+    again = read(unfinished).split()
+    if not works(installed, USABLE.format(list(VERSIONS))):
         if os.path.lexists(VENV):
             print("making .venv again", flush=True)
             shutil.rmtree(VENV)
@@ -216,9 +225,12 @@ def main(more=()):
             print("no Python {} on this machine: uv downloads one".format(" or ".join(VERSIONS)), flush=True)
         # With pip: in an active .venv without one, `pip install` would install into another Python.
         subprocess.check_call([uv, "venv", "--quiet", "--seed", *choice, VENV], env=environment)
-    # A package whose copy was interrupted can look installed: only a finished .venv is kept.
-    open(unfinished, "w").close()
-    files, size, build = ["requirements.txt", *more], "6 GB with CUDA libraries", []
+    # A package whose copy was interrupted can look installed: what has not been finished is installed again.
+    files = ["requirements.txt", *more]
+    files += [name for name in again if name not in files]
+    with open(unfinished, "w") as file:
+        file.write("\n".join(files))
+    size, build = "6 GB with CUDA libraries", []
     if sys.platform != "linux":
         size = "2 GB"
     elif not wants_cuda() and not works(installed, NOT_CPU):  # what is there already stays
@@ -227,8 +239,8 @@ def main(more=()):
     there = works(installed, "import importlib.util as u; assert u.find_spec('torch')")
     cost = "" if there else f" (about {size}), which takes some minutes"
     print("installing {} into .venv{}".format(", ".join(files), cost), flush=True)
-    quiet = [] if sys.stderr.isatty() else ["--quiet"]
-    command = [uv, "pip", "install", *quiet, *build, "--python", installed]
+    flags = ([] if sys.stderr.isatty() else ["--quiet"]) + (["--reinstall"] if again else [])
+    command = [uv, "pip", "install", *flags, *build, "--python", installed]
     for name in files:
         command += ["-r", os.path.join(ROOT, name)]
     subprocess.check_call(command, env=environment)

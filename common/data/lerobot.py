@@ -123,7 +123,7 @@ class LeRobotSource:
 
     @cached_property
     def task_names(self) -> list[str]:
-        """The instructions in `meta/episodes`, in order of appearance; if it lists none, those of the table."""
+        """The instructions in `meta/episodes`, in order of appearance; if it has none, those of the table."""
         named = dict.fromkeys(task for row in self.rows for task in row.tasks)
         return list(named or dict.fromkeys((self.tasks or {}).values()))
 
