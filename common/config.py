@@ -35,6 +35,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass as validated_dataclass
 
+from common.console import say
 from common.errors import UserError, explain
 from common.files import completed_checkpoints, read_json
 
@@ -199,6 +200,7 @@ def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
         base = from_file(resumed / "config.json")
         config = from_flags(base)
         _refuse_changes(base, config, resumed)
+        _tell_of_new_options(config, resumed)
         return _with_run(config, run_dir=resumed, resume=str(resumed))
     if run.config is not None:
         config = from_flags(from_file(run.config))
@@ -275,6 +277,14 @@ def _refuse_changes(before: Any, now: Any, resumed: Path) -> None:
                 f"--{name.replace('_', '-')} was {shown(old[name])} when {resumed} began and cannot become "
                 f"{shown(new[name])}: leave it out, or start a new run with --init-from {resumed}."
             )
+
+
+def _tell_of_new_options(config: Any, resumed: Path) -> None:
+    """Warn if the run is of an earlier version, which did not know some of the options that define it."""
+    had, now = flat_options(read_json(resumed / "config.json")["config"]), flat_options(config)
+    if new := [name for name in _fixed_options(type(config)) if name not in had]:
+        values = ", ".join(f"--{name.replace('_', '-')} {shown(now[name])}" for name in new)
+        say(f"warning: an earlier version began {resumed}; from here on it also has {values}")
 
 
 def _fixed_options(config_type: type) -> list[str]:

@@ -133,6 +133,18 @@ def test_resuming_restores_everything_and_flags_override(tmp_path):
         parse("--resume", str(run), "--horizon", "4")
 
 
+def test_options_that_are_newer_than_a_run_are_said_when_it_resumes(tmp_path, capsys):
+    run = write_run(tmp_path / "run", parse("--horizon", "3"))
+    parse("--resume", str(run))
+    assert "warning" not in capsys.readouterr().out
+    about = json.loads((run / "config.json").read_text())
+    del about["config"]["horizon"]
+    (run / "config.json").write_text(json.dumps(about))
+    config = parse("--resume", str(run))
+    said = f"warning: an earlier version began {run}; from here on it also has --horizon {config.horizon}\n"
+    assert capsys.readouterr().out == said
+
+
 def test_resuming_needs_a_run_with_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         parse("--resume", str(tmp_path / "absent"))
