@@ -216,12 +216,11 @@ class CodebookLatent(nn.Module):
 def _pick(probabilities: Tensor, places: Tensor) -> Tensor:
     """Where `places` (N, 1), uniform in [0, 1), fall among K `probabilities`, (K,) or (N, K); (N,).
 
-    As `torch.multinomial`, and sums by a triangular matrix, because both are not deterministic on CUDA.
+    As `torch.multinomial`, and sums under a triangular mask, because both are not deterministic on CUDA.
     """
     num = probabilities.shape[-1]
-    with torch.autocast(probabilities.device.type, enabled=False):  # in bf16, rare codes would be lost
-        upto = torch.ones(num, num, device=probabilities.device).triu()
-        sums = probabilities.float() @ upto
+    upto = torch.ones(num, num, device=probabilities.device).tril()
+    sums = (probabilities.float().unsqueeze(-2) * upto).sum(dim=-1)  # a product in bf16 would lose rare codes
     return (sums <= places).sum(dim=-1).clamp(max=num - 1)
 
 
