@@ -8,16 +8,14 @@ in plain flow matching, z_e the posterior's output, q the nearest of K code vect
     z = z_e + |z_e - q| n / |n|                                        (NSVQ, Vali & Backstrom 2022)
     L = mean (v(x_t, t, s, z) - u)^2                                   z sometimes replaced by a null token
         + 0.2 S(x_0 + v(x_0, 0, s, z), x_1)                            K-OT: Sinkhorn divergence of clouds
-        - 0.1 log p(k | s) + 0.25 |z_e - sg(q)|^2 / d_z                prior; commitment
+        - log p(k | sg(s)) + 0.25 |z_e - sg(q)|^2 / d_z                prior; commitment
 
 where sg stops the gradient and the clouds are the chunks of a process's micro-batch, each with its state.
 The prior learns the code k that a slowly moving average of the posterior assigns. It is a distribution over
-codes because regressing the latent would average the very modes that the codebook separates. It trains the
-encoder, too, and the posterior does not: otherwise z may tell the decoder what s need not show then, such as
-where an object is, and the prior never finds out. The commitment is a mean over the d_z dimensions, so that
-its weight means the same for every width. To act, we draw a code from the prior and integrate
-dx/dt = v_null + w (v_z - v_null) (Ho & Salimans 2022). Early in training, perturbed copies of popular codes
-replace codes that are hardly used.
+codes because regressing the latent would average the very modes that the codebook separates. The commitment
+is a mean over the d_z dimensions, so that its weight means the same for every width. To act, we draw a code
+from the prior and integrate dx/dt = v_null + w (v_z - v_null) (Ho & Salimans 2022). Early in training,
+perturbed copies of popular codes replace codes that are hardly used.
 
 Differs from `train_naive_fm.py` in: posterior, prior, codebook and their losses; the decoder takes a latent,
 which is sometimes dropped; optimal transport of one-step predictions; guidance; AdamW by default.
@@ -110,8 +108,6 @@ class Config:
     guidance: MayChange[float] = 1.0
     """Guidance scale w when sampling actions; unless 1, the decoder runs with and without the latent."""
 
-    prior_weight: NonNegativeFloat = 0.1
-    """Weight of the loss by which the prior, and with it the encoder, learns what the posterior infers."""
     latent_dim: PositiveInt = 16
     """Width of the latent."""
     num_codes: PositiveInt = 16
@@ -189,11 +185,11 @@ class Policy(nn.Module):
         """
         flow_samples = len(x_t) // len(images)  # including the draw of `flow.prepend_start`
         head_tokens, observation = self.encode(images, proprio, task)
-        # The posterior reads the encoder's features but does not train them: they must not serve a network
-        # that is absent when acting.
+        # Posterior and prior read the encoder's features but do not train it: an encoder that also has to
+        # follow a moving latent is slow to learn what the task needs.
         seen = (proprio, head_tokens.detach(), actions, is_pad)
         prefix = flow.prefix_in_training(actions, t)  # the robot is on its way: not all ways fit
-        posterior, prior = self.posterior(*seen), self.prior(observation, prefix)
+        posterior, prior = self.posterior(*seen), self.prior(observation.detach(), prefix)
         latent = self.latent.infer(posterior, prior, seen, flow_samples, train)
         if dropped is not None:
             latent = latent._replace(z=torch.where(dropped[:, None], self.latent.null, latent.z))
@@ -251,7 +247,7 @@ def compute_loss(
     transport = losses.chunk_transport(one_step, chunks, proprio[:, -1], batch.is_pad, config.transport_blur)
     loss = (
         velocity_loss
-        + config.prior_weight * latent.prior_loss
+        + latent.prior_loss
         + config.commitment_weight * latent.commitment
         + config.transport_weight * transport.divergence
     )

@@ -21,8 +21,8 @@ The last line keeps logits small (Zoph et al. 2022) and experts in use (Fedus et
 from the prior and integrate dx/dt = v_e of the expert with the largest l_e: E experts cost as much as one.
 
 Differs from `train_cfg_vqvae.py` in: a normal latent (or codes, `--latent vq`), whose divergence from the
-prior has a weight, warm-up and free bits; experts, a gate and its losses in place of null token and guidance;
-a warning about idle experts; pictures of experts and latents.
+prior has a weight, warm-up and free bits; a prior that trains the encoder; experts, a gate and its losses in
+place of null token and guidance; a warning about idle experts; pictures of experts and latents.
 
     accelerate launch train_vfp_moe.py --lr 2e-3 --schedule schedule-free
     accelerate launch train_vfp_moe.py --dataset me/fold_towel --image-size 224 --num-experts 8

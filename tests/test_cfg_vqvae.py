@@ -56,17 +56,18 @@ def test_every_component_learns_and_the_averaged_posterior_does_not(tiny):
         assert sum(p.grad.abs().sum() for p in component.parameters() if p.grad is not None) > 0, name
 
 
-def test_the_prior_trains_the_encoder_and_the_codes_do_not(tiny):
+def test_codes_and_prior_do_not_train_the_encoder(tiny):
+    """Backbone and encoder get gradients only from the velocity and transport losses."""
     config, policy, batch, normalizer = prepare(tiny)
-    grads, flowing = [], ("velocity", "transport")
-    for parts in (flowing, (*flowing, "commitment"), (*flowing, "kl")):
+    grads = []
+    for parts in (("velocity", "transport"), ("velocity", "transport", "commitment", "kl")):
         torch.manual_seed(0)
         _, metrics = train_cfg_vqvae.compute_loss(policy, batch, normalizer, config, train=True)
         seeing = [*policy.backbone.parameters(), *policy.info_embedder.parameters()]
         grads.append(torch.autograd.grad(sum(metrics[f"loss/{part}"] for part in parts), seeing))
-    for alone, with_codes, with_prior in zip(*grads, strict=True):
-        torch.testing.assert_close(alone, with_codes)
-        assert not torch.equal(alone, with_prior)
+    assert any(grad.abs().sum() > 0 for grad in grads[0])
+    for alone, whole in zip(*grads, strict=True):
+        torch.testing.assert_close(alone, whole)
 
 
 def test_the_share_of_dropped_latents_follows_its_ramp(tiny):
