@@ -135,13 +135,9 @@ def main(config: Config, flags: Sequence[str]) -> None:
 
 def connect(address: str | None) -> None:
     """Connect to a cluster, or start one."""
-    if (
-        address is None
-        and "RAY_ADDRESS" not in os.environ
-        and (stale := last_cluster())
-        and not answers(stale)
-    ):
-        say(f"the last cluster here, {stale}, does not answer: starting a new one")
+    last = None if address or "RAY_ADDRESS" in os.environ else last_cluster()
+    if last and not answers(last):
+        say(f"the last cluster here, {last}, does not answer: starting a new one")
         address = "local"
     try:
         ray.init(address, logging_level="WARNING")

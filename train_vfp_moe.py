@@ -131,8 +131,8 @@ class Config:
     kl_warmup: Share = 0.2
     """Share of training over which --kl-weight rises from 0."""
     free_bits: NonNegativeFloat = 0.0
-    """Nats of that divergence that cost nothing in each dimension."""
-    prior_weight: NonNegativeFloat = 0.1
+    """Nats of the KL divergence that cost the posterior nothing in each dimension."""
+    prior_weight: PositiveFloat = 0.1
     """Weight of the loss by which the prior, and with it the encoder, learns what the posterior infers."""
 
     latent: Literal["gaussian", "vq"] = "gaussian"

@@ -81,7 +81,8 @@ class NormalLatent(nn.Module):
             z = z + deviation * torch.randn_like(z)
         none = torch.zeros(1, device=z.device)
         metrics = {"latent/active_dims": (divergence.mean(dim=0) > 0.05).sum()}
-        return Inferred(z, divergence, prior_loss.sum(dim=1).mean(), none[0], none, metrics)
+        prior_loss = prior_loss.sum(dim=1).mean()
+        return Inferred(z, divergence, prior_loss, commitment=none[0], counted=none, metrics=metrics)
 
     def most_probable(self, posterior: Tensor) -> Tensor:
         return self.parameters_of(posterior)[0]

@@ -105,8 +105,9 @@ def without_outliers(pointwise: Tensor, tasks: Tensor, share: float = 0.01) -> T
     clipped = pointwise.clone()
     for number in tasks.unique().tolist():
         own = pointwise[tasks == number]
-        ends = own[~own.isnan()].quantile(torch.tensor([share, 1 - share], dtype=own.dtype))
-        clipped[tasks == number] = own.clamp(*ends.tolist())
+        if len(known := own[~own.isnan()]):
+            ends = known.quantile(torch.tensor([share, 1 - share], dtype=own.dtype))
+            clipped[tasks == number] = own.clamp(*ends.tolist())
     return clipped
 
 

@@ -148,7 +148,9 @@ def require_environments(config: Any, data: "Data", run: "Run") -> None:
         UserError: if they cannot be made, or give an instruction that the policy does not know.
     """
     options, known = config.rollout, data.spec.tasks
-    if options.rollout_every is None or not (environments := _own(config, data, run)[1]):
+    if options.rollout_task and known is None:
+        raise UserError("--rollout-task: the policy will be told no instruction, see --task-encoder.")
+    if options.rollout_every is None or not (environments := _share(config, data, run)[1]):
         return
     with answering(environments[0].name, "its first reset"):
         environments[0].reset(ROLLOUT_SEED, run.rank)
@@ -160,7 +162,7 @@ def require_environments(config: Any, data: "Data", run: "Run") -> None:
         )
 
 
-def _own(config: Any, data: "Data", run: "Run") -> tuple[range, list[Environment]]:
+def _share(config: Any, data: "Data", run: "Run") -> tuple[range, list[Environment]]:
     """The numbers of a process's episodes in a rollout, and its environments."""
     numbers = range(config.rollout.rollout_episodes)[run.rank :: run.world]
     most = min(len(numbers), AT_ONCE)
@@ -183,7 +185,7 @@ def success_rate(
         config: the script's, with the groups `rollout` and `data`.
     """
     options = config.rollout
-    numbers, environments = _own(config, data, run)
+    numbers, environments = _share(config, data, run)
     script = SimpleNamespace(sample_actions=sample_actions)
     policy = RobotPolicy(model, data.normalizer, config, data.spec, script, run.device)
     mark, phase = run.progress_mark

@@ -26,23 +26,12 @@ PICTURES = (
 # Options about where and how a run was done, not about what was learned.
 ABOUT_THE_PLACE = {
     *("run_dir", "resume", "config", "cache_dir", "num_workers", "ingest_workers", "max_time"),
-    *(
-        "background_saving",
-        "tracker",
-        "project",
-        "push_to_hub",
-        "keep",
-        "keep_every",
-        "log_every",
-        "save_every",
-        "hang_timeout",
-    ),
+    *("tracker", "project", "push_to_hub", "keep", "keep_every", "log_every", "save_every", "hang_timeout"),
+    "background_saving",
 }
 
 # Options that can be a local path.
-PLACES = {
-    *("dataset", "episodes_file", "grow_from", "init_from", "task_encoder", "backbone", "depth_weights"),
-}
+PLACES = {"dataset", "episodes_file", "grow_from", "init_from", "task_encoder", "backbone", "depth_weights"}
 
 BLIND = {"grey": "grey pictures", "mismatched": "pictures of another episode", "misled": "told another task"}
 
@@ -83,18 +72,17 @@ def public(name: str) -> str:
 def without_folders(config: dict[str, Any]) -> dict[str, Any]:
     """Options in which local paths are replaced by their last part."""
 
-    def shortened(value: Any) -> Any:
+    def shortened(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return without_folders(value)
         if isinstance(value, list):
-            return [shortened(part) for part in value]
+            return [shortened(name, part) for part in value]
+        if name not in PLACES or not isinstance(value, str):
+            return value
         component, equals, place = value.rpartition("=")  # as --init-from takes it
         return component + equals + public(place)
 
-    return {
-        name: without_folders(value)
-        if isinstance(value, dict)
-        else (shortened(value) if name in PLACES and value is not None else value)
-        for name, value in config.items()
-    }
+    return {name: shortened(name, value) for name, value in config.items()}
 
 
 def _read(path: Path) -> dict:

@@ -408,6 +408,9 @@ def test_training_further_on_one_of_several_tasks(told, tiny, tmp_path):
 
 def test_the_instruction_of_rollouts_is_checked_before_training(told, tmp_path):
     flags = ("--steps", 1, "--rollout-every", 1, "--rollout-episodes", 1, "--env", "arm_env:make")
+    untold = (*flags, "--task-encoder", "none", "--rollout-task", TASKS[1])
+    with pytest.raises(UserError, match="--rollout-task: the policy will be told no instruction"):
+        train(train_naive_fm, told, tmp_path / "run", *untold, "--max-steps", 4)
     with pytest.raises(UserError, match=r'the policy will not know "arm_env:make".*--rollout-task'):
         train(train_naive_fm, told, tmp_path / "run", *flags, "--max-steps", 4)
     assert not (tmp_path / "run").exists()

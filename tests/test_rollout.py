@@ -424,10 +424,10 @@ def test_cameras_of_one_name_are_told_apart():
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("nothing = undefined", "--env odd_env:make failed in being made .*undefined"),
-        ("def make(): raise RuntimeError('no licence')", "failed in being made .no licence"),
+        ("nothing = undefined", "--env odd_env:make failed in its construction .*undefined"),
+        ("def make(): raise RuntimeError('no licence')", "failed in its construction .no licence"),
         ("def make(): return 3", "--env odd_env:make makes a int, not a gymnasium.Env"),
-        ("def make(): import OpenGL", r"failed in being made \(no libOSMesa\): set MUJOCO_GL=egl"),
+        ("def make(): import OpenGL", r"failed in its construction \(no libOSMesa\): set MUJOCO_GL=egl"),
     ],
 )
 def test_environments_that_cannot_be_made(content, sentence, tmp_path, monkeypatch):

@@ -172,6 +172,7 @@ def machine(setup, tmp_path, monkeypatch):
 
 def test_a_cut_off_install_is_repeated_and_a_finished_one_brought_up_to_date(machine, monkeypatch):
     monkeypatch.setenv("FAIL", "1")
+    (Path(machine.ROOT) / "requirements-sim.txt").touch()
     with pytest.raises(subprocess.CalledProcessError):
         machine.main(["requirements-sim.txt"])
     assert [call.split()[0] for call in machine.calls()] == ["venv", "pip"]
@@ -186,6 +187,10 @@ def test_a_cut_off_install_is_repeated_and_a_finished_one_brought_up_to_date(mac
     (call,) = machine.calls()
     assert "--reinstall" in call
     assert "requirements-sim.txt" in call
+    (Path(machine.VENV) / ".unfinished").write_text("")  # cut off before it was written
+    machine.main()
+    (call,) = machine.calls()
+    assert "--reinstall" in call
     machine.main()
     (call,) = machine.calls()
     assert call.startswith("pip")

@@ -143,6 +143,14 @@ def test_a_task_index_beyond_the_table(changing, open_):
         open_(changing)
 
 
+def test_one_task_in_two_spellings_is_one(changing, open_):
+    edit_rows(changing, lambda rows: [{**row, "tasks": ["pick"]} for row in rows])
+    edit_column(changing / DATA, "task_index", lambda rows: [0] * 19)
+    for table in (["Pick."], []):
+        write_tasks(changing, table)
+        assert open_(changing).episode_tasks == ("pick",) * 3
+
+
 @pytest.mark.parametrize("unlisted", [(0, 1, 2), (2,)])
 def test_tasks_that_episodes_do_not_list_are_read_from_their_steps(changing, open_, unlisted):
     edit_rows(changing, lambda rows: [{**r, "tasks": []} if i in unlisted else r for i, r in enumerate(rows)])

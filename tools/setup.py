@@ -215,7 +215,7 @@ def main(more=()):
     uv = find_uv(python)
     environment = uv_environment(python)
     installed, unfinished = os.path.join(VENV, "bin", "python"), os.path.join(VENV, ".unfinished")
-    again = read(unfinished).split()
+    again, had = os.path.exists(unfinished), read(unfinished).split()
     if not works(installed, USABLE.format(list(VERSIONS))):
         if os.path.lexists(VENV):
             print("making .venv again", flush=True)
@@ -227,7 +227,7 @@ def main(more=()):
         subprocess.check_call([uv, "venv", "--quiet", "--seed", *choice, VENV], env=environment)
     # A package whose copy was interrupted can look installed: what has not been finished is installed again.
     files = ["requirements.txt", *more]
-    files += [name for name in again if name not in files]
+    files += [name for name in had if name not in files and os.path.exists(os.path.join(ROOT, name))]
     with open(unfinished, "w") as file:
         file.write("\n".join(files))
     size, build = "6 GB with CUDA libraries", []

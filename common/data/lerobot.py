@@ -290,7 +290,8 @@ class LeRobotSource:
     def _task(self, row: EpisodeRow, run: Run) -> str | tuple[tuple[int, str], ...] | None:
         """An episode's instruction, see `Episode.task`; raises BadEpisode."""
         name = f"Episode {row.index}"
-        if self.tasks is None or "task_index" not in run.columns:
+        several = max(len(self.task_names), len(self.tasks or ())) > 1
+        if not self.tasks or "task_index" not in run.columns:
             wanted = [task for task in row.tasks if task in (self.config.task or row.tasks)]
             if len(wanted) > 1:
                 lacking = "neither task_index nor meta/tasks.parquet assigns them to steps"
@@ -302,9 +303,11 @@ class LeRobotSource:
             if numbers[step] not in self.tasks:
                 there = f"meta/tasks.parquet lists {len(self.tasks)} tasks"
                 raise BadEpisode(f"{name} has task_index {numbers[step]:g} at step {step}, but {there}")
-            if row.tasks and self.tasks[numbers[step]] not in row.tasks:
+            if several and row.tasks and self.tasks[numbers[step]] not in row.tasks:
                 said = f'"{self.tasks[numbers[step]]}" at step {step}'
                 raise BadEpisode(f"{name} has the task {said}, but meta/episodes says {listed(row.tasks)}")
+        if not several and row.tasks:  # whichever of two spellings the table has
+            return row.tasks[0]
         spans = tuple((step, self.tasks[numbers[step]]) for step in first)
         unlisted = self.config.task and not row.tasks  # `cut_at_tasks` then leaves out what is not wanted
         return spans if len(spans) > 1 or unlisted else spans[0][1]

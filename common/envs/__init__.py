@@ -143,7 +143,7 @@ def make_environment(config: EnvConfig, image_size: tuple[int, int]) -> Environm
     Raises:
         UserError: if it does not exist, is not installed, or cannot be made.
     """
-    with answering(config.env, "being made", IMPORT_SECONDS):
+    with answering(config.env, "its construction", IMPORT_SECONDS):
         return _make_environment(config, image_size)
 
 
