@@ -37,7 +37,7 @@ from benchmarks.methods import count_parameters, measure_steps, training_steps
 from benchmarks.simulators_report import write_report
 from common.checkpoint import find
 from common.config import cli, options
-from common.envs.record import RECORDING
+from common.envs.record import RECORDINGS
 from common.errors import UserError
 from common.files import read_json, write_json
 
@@ -144,7 +144,15 @@ def is_part(prefix: str, job: Job) -> bool:
 
 def kind_of(job: Job) -> str:
     """What a step's cost depends on: the method and the simulator, which sets the number of cameras."""
-    return f"{TASKS[job.task].partition(':')[0]}:{job.method}"
+    return f"{simulator_of(job.task)}:{job.method}"
+
+
+def simulator_of(task: str) -> str:
+    return TASKS[task].partition(":")[0]
+
+
+def recording(task: str) -> int:
+    return RECORDINGS[simulator_of(task)]
 
 
 # Results, shared by several processes
@@ -180,7 +188,7 @@ def record(task: str, runs: Path) -> None:
 
 
 def data_of(task: str, runs: Path) -> Path:
-    return runs / "data" / f"{task}-{RECORDING}"
+    return runs / "data" / f"{task}-{recording(task)}"
 
 
 @contextmanager
@@ -261,11 +269,11 @@ def settings(job: Job, runs: Path, known: dict | None = None) -> dict:
     found = {
         "config": config,
         "env": TASKS[job.task],
-        "demonstrations": [frames, RECORDING],
+        "demonstrations": [frames, recording(job.task)],
         "steps": seconds and int(BUDGET / seconds),
         "episodes": [EPISODES, BLIND],
         "first_episode": FIRST_SEED + 1000 * job.seed,
-        "max_steps": MAX_STEPS.get(TASKS[job.task].partition(":")[0]),
+        "max_steps": MAX_STEPS.get(simulator_of(job.task)),
     }
     return json.loads(json.dumps(found))
 

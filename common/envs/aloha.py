@@ -206,18 +206,25 @@ def both_arms(model, qpos: np.ndarray, left: Sequence[Waypoint], right: Sequence
 
 
 def follow(model, qpos: np.ndarray, side: str, way: Sequence[Waypoint], steps: int) -> np.ndarray:
-    """Joint positions, (steps, 7), that move a gripper along its waypoints, by damped least squares."""
+    """Joint positions, (steps, 7), that move a gripper along its waypoints, by damped least squares.
+
+    The gripper points away from the arm's base: if it kept one heading instead, the forearm would have to
+    roll by up to half a turn within a few steps, one way on the left of the base and the other on its right.
+    """
     import mujoco
+    from scipy.spatial.transform import Rotation
 
     data, body = mujoco.MjData(model), model.body(f"vx300s_{side}/gripper_link").id
     data.qpos[:] = qpos
     first = 8 * SIDES.index(side)
-    facing = np.diag([1.0, 1.0, 1.0]) if side == "left" else np.diag([-1.0, -1.0, 1.0])
+    base = model.body(f"vx300s_{side}").pos
     dofs, found = slice(first, first + 6), np.empty((steps, 7))
     jacobian = np.zeros((6, model.nv))
     for step in range(steps):
         tip, pitch, roll, found[step, 6] = between(way, step + 1)
-        rotation = facing @ turn(1, pitch) @ turn(0, roll)
+        x, y, _ = tip - base
+        heading = np.degrees(np.arctan2(y, x))
+        rotation = Rotation.from_euler("ZYX", (heading, pitch, roll), degrees=True).as_matrix()
         position = tip - REACH * rotation[:, 0]
         for _ in range(50):
             mujoco.mj_kinematics(model, data)
@@ -244,9 +251,3 @@ def between(way: Sequence[Waypoint], step: int) -> tuple[np.ndarray, float, floa
         np.asarray(one) + share * (np.asarray(other) - one) for one, other in zip(a[1:], b[1:], strict=True)
     ]
     return mix[0], *map(float, mix[1:])
-
-
-def turn(axis: int, degrees: float) -> np.ndarray:
-    """Rotation matrix about x (0) or y (1)."""
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    return np.array([[1, 0, 0], [0, c, -s], [0, s, c]] if axis == 0 else [[c, 0, s], [0, 1, 0], [-s, 0, c]])
