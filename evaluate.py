@@ -146,7 +146,7 @@ def evaluate_heldout(policy: RobotPolicy, config: Config, folder: Path) -> dict 
     """
     data = held_out_data(policy, config)
     if data is None:
-        print("no held-out episodes (--val-fraction 0): skipping the held-out error")
+        print("no held-out episodes (--val-fraction 0, or a single episode): skipping the held-out error")
         return None
     store, train_set, val_set, chosen = data
     rows = val_set.rows[chosen]
@@ -294,7 +294,8 @@ def draw_heldout(policy: RobotPolicy, store, episode: int, config: Config, path:
         axis.set_title(name, fontsize=9)
     axes[0, 0].legend(fontsize=7)
     figure.supxlabel("seconds", fontsize=9)
-    plots.save_figure(figure, path, f"held-out episode {episode}, {config.sample_steps[0]} sampling steps")
+    number = store.episode_indices[episode]
+    plots.save_figure(figure, path, f"held-out episode {number}, {config.sample_steps[0]} sampling steps")
 
 
 # Closed loop

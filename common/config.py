@@ -123,8 +123,8 @@ class RunConfig:
     save_every: MayChange[PositiveInt] = 1000
     """Steps between checkpoints; the last step is always saved."""
     background_saving: MayChange[bool] = True
-    """Write checkpoints while training continues, from a copy of weights, moments and averages in the memory
-    of the first process's machine (with AdamW, 16 bytes a parameter). Otherwise, training waits."""
+    """Checkpoints are written while training continues, from a copy of weights, moments and averages in the
+    memory of the first process's machine (with AdamW, 16 bytes a parameter); without, training waits."""
     keep: MayChange[PositiveInt] = 3
     """Keep this many newest checkpoints."""
     keep_every: MayChange[PositiveInt | None] = None
