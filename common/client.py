@@ -70,7 +70,7 @@ class RemotePolicy:
         self.last_timing = answer.get("server_timing", {})
         for sentence in answer.get("warnings", ()):
             warnings.warn(sentence, stacklevel=2)
-        return answer["actions"]
+        return answer["actions"].copy()  # what was received cannot be written to
 
     def watch(self, observation: Mapping) -> None:
         """Have the server remember the frames of an observation; see `RobotPolicy.watch`."""

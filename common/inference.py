@@ -715,13 +715,13 @@ class Controller:
         """
         present = np.zeros((self.num, states.shape[1]), np.float32)
         present[which] = states
+        if self.num == 1 and tasks != self.tasks:
+            self.chunks, self.states = [], []  # in training, another task begins another episode
+        self.tasks = tasks
         # An episode has no states before its first: repeat that one.
         spec = self.policy.spec
         self.states = [*(self.states or [present] * spec.proprio_history), present]
         self.states = self.states[-spec.proprio_history :]
-        if self.num == 1 and tasks != self.tasks:
-            self.chunks = []  # they follow the previous task
-        self.tasks = tasks
         period = self._every + (self.delay if self.join == "blocking" else 0)
         if not self.ahead:
             self.wait = self.delay if self.chunks and self.join == "blocking" else 0

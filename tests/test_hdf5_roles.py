@@ -240,6 +240,19 @@ def test_what_only_the_action_of_a_grouped_layout_has_belongs_to_it(tmp_path, op
         assert key in said
 
 
+def test_an_index_finger_is_no_bookkeeping(tmp_path, open_):
+    root = make_hdf5(tmp_path / "d", (5,), layout="grouped")
+    with h5py.File(root / "day_0/episode_0.hdf5", "a") as file:
+        for finger in ("thumb", "index"):
+            file[f"action/hand_joint_pos/{finger}"] = file[f"observation/hand_joint_pos/{finger}"] = np.ones(
+                (5, 2)
+            )
+        file["action/frame_index"] = file["observation/frame_index"] = np.arange(5.0)
+    names = open_(root).action_names
+    assert {"hand_joint_pos/index.0", "hand_joint_pos/thumb.1"} <= set(names)
+    assert len(names) == 7
+
+
 def test_two_cameras_never_share_a_name(one, open_):
     def change(file):
         file["observations/images/high_rgb"] = pictures(10)

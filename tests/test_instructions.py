@@ -225,6 +225,20 @@ def test_another_task_takes_effect_at_once(run_dir):
     assert said == [TASKS[0], TASKS[1], TASKS[1], TASKS[0]]  # the third was due: half a chunk is 2
 
 
+def test_another_task_begins_without_earlier_states(told, tmp_path):
+    """In training, an episode whose task changes is cut there."""
+    folder = train(train_naive_fm, told, tmp_path / "run", "--steps", 1, "--proprio-history", 3)
+    policy, states = load_policy(folder, device="cpu"), []
+    real = policy.act_batch
+    policy.act_batch = lambda observations, *more: (
+        states.append(observations[0]["state"][:, 0].tolist()) or real(observations, *more)
+    )
+    for step, task in enumerate((TASKS[0], TASKS[0], TASKS[0], TASKS[1])):
+        observation = seen(task=task)
+        policy.next_action({**observation, "state": np.full_like(observation["state"], step)})
+    assert states == [[0, 0, 0], [0, 1, 2], [3, 3, 3]]
+
+
 # Text encoders
 
 

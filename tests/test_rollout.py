@@ -587,3 +587,23 @@ def test_rollouts_show_that_the_run_is_alive(tiny, tmp_path, monkeypatch):
 def test_rollouts_need_an_environment(tiny, tmp_path):
     with pytest.raises(UserError, match="--rollout-every needs --env"):
         train(train_naive_fm, tiny, tmp_path / "run", "--steps", "1", "--rollout-every", "1")
+
+
+def test_recorded_pictures_stay_as_they_were():
+    """An environment may draw every picture into the same array."""
+    from common.envs.record import perform
+
+    picture = np.zeros((4, 4, 3), np.uint8)
+
+    class Environment:
+        task = "count"
+        success = lambda self: False  # noqa: E731
+        state = lambda self: picture[0, 0].astype(np.float32)  # noqa: E731
+        images = lambda self: {"head": picture}  # noqa: E731
+
+        def step(self, action):
+            picture[:] += 1
+            return False
+
+    recorded = perform(Environment(), lambda: np.zeros(2, np.float32), steps=3)
+    assert recorded.images["head"][:, 0, 0, 0].tolist() == [0, 1, 2]

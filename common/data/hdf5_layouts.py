@@ -19,7 +19,8 @@ from common.data.hdf5_files import natural
 from common.data.layout import GROUPS, Array, Known, numbered, role
 
 QUANTITIES = ("joint_pos", "hand_joint_pos", "gripper_pos", "gripper")
-BOOKKEEPING = re.compile(r"time|stamp|index|step|mask|valid|is_pad")  # in names of no quantity
+# In names of no quantity; `index` alone is a finger, too.
+BOOKKEEPING = re.compile(r"time|stamp|^index|(frame|episode|task|sample)_?index|step|mask|valid|is_pad")
 STATES = {  # below obs/, by layout; the first that exists is used
     "robomimic": ("robot{}_eef_pos", "robot{}_eef_quat", "robot{}_gripper_qpos"),
     "LIBERO": ("ee_states", "gripper_states"),
