@@ -89,6 +89,8 @@ def main(config: Config) -> None:
     policy = load_policy(config.run, config.checkpoint, seed=config.seed)
     if config.guidance and not hasattr(policy.config, "guidance"):
         raise UserError(f"{policy.script.__name__} trains no guidance: leave --guidance out.")
+    if set(config.guidance) - {1} and not policy.config.cfg_dropout:
+        raise UserError("--guidance: the policy was trained with --cfg-dropout 0, so never without a latent.")
     config = replace(config, simulator=config.simulator.in_place_of_demo(policy.config.data.dataset))
     if config.delay and not config.simulator.env:
         raise UserError("--delay needs --env, the environment to act in.")

@@ -38,6 +38,7 @@ from common import flow, losses, plots, vision
 from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, RunConfig, Share, cli, options
 from common.data import Batch, ChunkDataset, DataConfig
+from common.errors import UserError
 from common.instructions import TaskConfig, drop_some
 from common.latent import CodebookLatent, Inferred
 from common.normalize import Normalization, Normalizer
@@ -373,6 +374,8 @@ def draw_alternatives(
 
 
 def main(config: Config) -> None:
+    if config.guidance != 1 and not config.cfg_dropout:
+        raise UserError("--guidance needs --cfg-dropout: with 0, nothing trains the policy without a latent.")
     run = start_run(config, __file__)
     data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay)
     policy = Policy(config, data.spec, pretrained=not run.resuming)

@@ -134,7 +134,8 @@ def draw(found: dict[str, dict[str, list[dict]]], path: Path) -> None:
             rates = np.array([interval(runs[m], steps) for m in there])
             y = np.array([methods.index(m) for m in there]) - 0.22 * (n - 1)
             spread = np.abs(rates[:, :1] - rates[:, 1:]).T
-            axis.errorbar(rates[:, 0], y, xerr=spread, fmt="o", ms=4, capsize=2, label=f"{steps} steps")
+            name = "1 step" if steps == "1" else f"{steps} steps"
+            axis.errorbar(rates[:, 0], y, xerr=spread, fmt="o", ms=4, capsize=2, label=name)
         axis.set_yticks(range(len(methods)), [label(m).strip("`") for m in methods], fontsize=7)
         axis.set(xlim=(-2, 102), title=f"{task}, success in %")
         axis.grid(alpha=0.3)

@@ -183,6 +183,8 @@ class Run:
                 f"--max-delay {delay.max_delay} leaves nothing of a chunk of {horizon} actions to predict: "
                 f"choose at most {horizon - 1}, or raise --horizon."
             )
+        if delay.max_delay and not delay.prefix_share:
+            raise UserError("--max-delay without effect: with --prefix-share 0, no chunk has given actions.")
         options, seed = self.config.data, self.config.run.seed
         store, backbone_config, known = open_dataset(options), None, None
         if self.resuming:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -73,7 +73,7 @@ class Backbone(nn.Module):
         """
         self._checkpoints = True
 
-    def _stages(self, stages: nn.Sequential, x: Tensor) -> Tensor:
+    def _stages(self, stages: Iterable[nn.Module], x: Tensor) -> Tensor:
         """Run the stages in order."""
         for stage in stages:
             x = checkpoint(stage, x, use_reentrant=False) if self._checkpoints and self.training else stage(x)
@@ -162,7 +162,8 @@ class ResNetBackbone(Backbone):
 
     def forward(self, images: Tensor, film: Tensor | None = None) -> tuple[Tensor, Tensor]:
         half = len(self.network) - 2  # two stages of residual blocks before, two behind
-        features = self._stages(self.network[:half], (images - self.mean) / self.std)
+        first = self.network[:4], *self.network[4:half]  # its ReLU overwrites the input, so not a stage alone
+        features = self._stages(first, (images - self.mean) / self.std)
         features = self._stages(self.network[half:], self._modulated(features, film))
         tokens = features.flatten(2).transpose(1, 2)
         return tokens + self.position, tokens.mean(dim=1)
@@ -246,6 +247,7 @@ class HuggingFaceBackbone(Backbone):
         DistributedDataParallel would wait for the gradients of such weights (mask tokens, unused heads).
         """
         named = dict(self.network.named_parameters())
+        self.network.eval()  # in training, batch norm refuses one image of one pixel
         try:
             with torch.enable_grad():
                 tokens, summary = self(torch.zeros(1, 3, *image_size))

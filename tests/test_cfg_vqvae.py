@@ -150,6 +150,16 @@ def test_codes_are_drawn_and_guidance_is_swept(tiny, tmp_path, capsys):
     assert "guidance  2.5" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("accelerate_reset")
+def test_guidance_needs_a_decoder_that_was_trained_without_latent(tiny, tmp_path):
+    flags = ("--steps", "1", "--cfg-dropout", "0")
+    with pytest.raises(UserError, match="--guidance needs --cfg-dropout"):
+        train(train_cfg_vqvae, tiny, tmp_path / "run", *flags, "--guidance", "2")
+    run_dir = train(train_cfg_vqvae, tiny, tmp_path / "run", *flags)
+    with pytest.raises(UserError, match="--guidance: the policy was trained with --cfg-dropout 0"):
+        evaluate.main(parse(evaluate.Config, [str(run_dir), "--guidance", "1", "2"], "evaluate.py"))
+
+
 def test_a_policy_without_guidance_says_so(monkeypatch, tmp_path):
     policy = SimpleNamespace(config=train_vfp.Config(), script=train_vfp)
     monkeypatch.setattr(evaluate, "load_policy", lambda *args, **kwargs: policy)

@@ -153,6 +153,8 @@ def test_a_mean_over_processes_divides_by_what_is_predicted_on_average(tiny, tmp
 def test_a_prefix_leaves_something_to_predict(tiny, tmp_path):
     with pytest.raises(UserError, match="--max-delay 4 leaves nothing of a chunk of 4 actions"):
         train(train_vfp, tiny, tmp_path / "run", "--steps", 1, "--max-delay", 4)
+    with pytest.raises(UserError, match="--max-delay without effect: with --prefix-share 0"):
+        train(train_vfp, tiny, tmp_path / "run", "--steps", 1, *DELAYED, "--prefix-share", 0)
     assert not (tmp_path / "run").exists()
 
 

@@ -81,10 +81,10 @@ def test_experts_succeed(name):
             if environment.step(actions[-1]):
                 break
         wins += environment.success()
-        fastest = max(fastest, np.abs(np.diff(np.array(actions)[:, :6], axis=0)).max())
+        if name.startswith("aloha"):  # all joints but the grippers
+            fastest = max(fastest, np.abs(np.diff(np.delete(actions, (6, 13), axis=1), axis=0)).max())
+    assert fastest * environment.fps < 2  # rad/s: faster ones are none to imitate
     assert wins >= 4
-    if name.startswith("aloha"):  # rad: joints that a robot could not follow are none to imitate
-        assert fastest * environment.fps < 2
 
 
 @pytest.mark.slow

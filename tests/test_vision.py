@@ -136,6 +136,14 @@ def test_families_of_pretrained_models(kind, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again(images), backbone(images), strict=True))
 
 
+def test_a_network_with_batch_norm_comes_back_at_its_smallest_size(tmp_path):
+    save_model(tmp_path / "m", "resnet")
+    backbone = vision.build_backbone(str(tmp_path / "m"), (32, 32))
+    again = vision.build_backbone("gone/away", (32, 32), pretrained=False, hf_config=backbone.hf_config)
+    assert (again.num_tokens, again.token_dim) == (backbone.num_tokens, backbone.token_dim) == (1, 16)
+    again.load_state_dict(backbone.state_dict())
+
+
 def test_patch_tokens_are_the_patches_in_row_major_order(tmp_path):
     """Changing one patch of the image changes its token most."""
     save_model(tmp_path / "m", "dinov2-registers")
@@ -443,6 +451,7 @@ def test_activations_computed_again_give_the_same_gradient_in_less_memory(kind, 
     assert torch.equal(loss, again)
     assert all(torch.equal(recomputed[key], grad) for key, grad in grads.items())
     assert kept_now < 0.5 * kept
+    backbone(images)[0].sum().backward()  # without hooks, PyTorch refuses what was overwritten
 
 
 @pytest.mark.parametrize("kind", ["resnet", "convnext", "dinov3-convnext"])

@@ -19,8 +19,8 @@ from common.data.hdf5_files import natural
 from common.data.layout import GROUPS, Array, Known, numbered, role
 
 QUANTITIES = ("joint_pos", "hand_joint_pos", "gripper_pos", "gripper")
-# In names of no quantity; `index` alone is a finger, too.
-BOOKKEEPING = re.compile(r"time|stamp|^index|(frame|episode|task|sample)_?index|step|mask|valid|is_pad")
+# In names of no quantity; below one, `index` is a finger.
+BOOKKEEPING = re.compile(r"time|stamp|^index$|(frame|episode|task|sample)_?index|step|mask|valid|is_pad")
 STATES = {  # below obs/, by layout; the first that exists is used
     "robomimic": ("robot{}_eef_pos", "robot{}_eef_quat", "robot{}_gripper_qpos"),
     "LIBERO": ("ee_states", "gripper_states"),

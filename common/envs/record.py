@@ -108,7 +108,7 @@ def perform(
     beyond = 0  # steps since the end
     for _ in range(steps):
         states.append(environment.state())
-        views.append({camera: image.copy() for camera, image in environment.images().items()})
+        views.append({camera: np.array(image) for camera, image in environment.images().items()})  # copies
         actions.append(act())
         beyond += environment.step(actions[-1]) or beyond > 0
         if beyond and (beyond > hold or not environment.success()):
