@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from common import exported
-from common.config import to_dict
+from common.config import flat_options, shown, to_dict
 from common.console import say
 from common.data import ChunkDataset
 from common.data.cameras import known_name
@@ -69,6 +69,10 @@ if TYPE_CHECKING:
 
 
 STATISTICS = "stats.safetensors"  # in a policy folder, but no component
+ORDERED = {"cameras": "--cameras", "state_names": "--state-keys", "action_names": "--action-keys"}
+"""What weights take in a certain order, and the options that set it."""
+MEANING = ("fps", "action_offset", "normalization", "relative_actions", "relative_mask", "relative_poses")
+"""What else changes the meaning of the same numbers."""
 
 
 @dataclass(frozen=True)
@@ -526,17 +530,58 @@ def initialise(policy: nn.Module, sources: tuple[str, ...]) -> None:
                 ) from None
 
 
+def compare_origins(policy: nn.Module, sources: tuple[str, ...], spec: PolicySpec, config: dict) -> None:
+    """Say how the policies of `--init-from` differ from this one in what their weights take for granted.
+
+    Args:
+        spec, config: of this policy; the configuration as `to_dict` gives it.
+
+    Raises:
+        UserError: if a whole policy saw the same cameras, or moved the same dimensions, in another order.
+    """
+    components = dict(policy.named_children())
+    for source in sources:
+        name, where = _parted(source, components)
+        path = Path(where).expanduser()
+        if export := exported.find(where):
+            settings = exported.read_settings(export)
+        elif path.is_dir():
+            settings = read_settings(find(path))
+        else:
+            continue  # a file of weights says nothing about itself
+        before = PolicySpec.from_json(settings["spec"])
+        for what, flag in ORDERED.items():
+            old, new = getattr(before, what), getattr(spec, what)
+            if not name and old != new and sorted(old) == sorted(new):
+                raise UserError(
+                    f"--init-from {source}: trained with another order of {what.replace('_', ' ')}, "
+                    f"{', '.join(old)}: give it with {flag}, or name the components to take."
+                )
+        old = asdict(before) | flat_options(settings["config"])
+        new = asdict(spec) | flat_options(config)
+        for key in (*ORDERED, *MEANING):
+            if key in old and old[key] != new.get(key):
+                values = f"{shown(old[key])}, here {shown(new.get(key))}"
+                say(f"--init-from {source}: trained with {key.replace('_', ' ')} {values}")
+
+
+def _parted(source: str, components: Collection[str]) -> tuple[str, str]:
+    """The component that one `--init-from` names, or "" for all of them, and where their weights are."""
+    name, equals, where = source.partition("=")
+    if not equals or (name not in components and Path(source).expanduser().exists()):
+        return "", source  # a run, whose path may contain a "="
+    if name not in components:
+        raise UserError(
+            f"--init-from {source}: there is no component {name!r}; there are {', '.join(components)}."
+        )
+    return name, where
+
+
 def _weights_of(
     source: str, components: dict[str, nn.Module]
 ) -> dict[str, tuple[Path, Callable[[], dict[str, Tensor]]]]:
     """Weights that one `--init-from` names, by component: the file, and a function that reads it."""
-    name, equals, where = source.partition("=")
-    if not equals or (name not in components and Path(source).expanduser().exists()):
-        name, where = "", source  # a run, whose path may contain a "="
-    elif name not in components:
-        raise UserError(
-            f"--init-from {source}: there is no component {name!r}; there are {', '.join(components)}."
-        )
+    name, where = _parted(source, components)
     path = Path(where).expanduser()
     if export := exported.find(where):
         there = _by_component(exported.read(export).weights)

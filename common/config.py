@@ -109,7 +109,7 @@ class RunConfig:
     """JSON file to take the configuration from, a run's config.json or one of configs/; flags override it."""
     init_from: tuple[str, ...] = ()
     """Weights to start from: RUN, component=RUN, component=FILE.safetensors or component=FILE.pt. RUN may
-    also be an exported policy, as its folder or its name on the hub."""
+    also be an exported policy, as its folder or its name on the hub. Statistics are those of the new data."""
     freeze: tuple[str, ...] = ()
     """Components that are not trained."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

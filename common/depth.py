@@ -39,9 +39,10 @@ class DepthConfig:
     depth_model: Literal["small", "base", "large", "mono", "metric"] = "small"
     """Depth Anything 3 model. small and base, and mono and metric (as big as large), are Apache-2.0; large's
     weights may not be used commercially (CC BY-NC 4.0)."""
-    depth_weights: MayChange[str | None] = None
+    depth_weights: str | None = None
     """Its weights: a folder with the official config.json and model.safetensors, a hub name, or `random`
-    (`random:SEED`), which works but makes the features meaningless. Default: the official ones."""
+    (`random:SEED`), which works but makes the features meaningless. Default: the official ones. A run that
+    starts from another with depth (--init-from) has that run's."""
     depth_layers: tuple[int, ...] = ()
     """Blocks whose tokens become features, counted from 0, concatenated. Default: the last."""
     depth_pool: PositiveInt = 1

@@ -66,6 +66,18 @@ def find(name: str | Path) -> Path | None:
 
 def read(folder: Path) -> Exported:
     """Read an exported policy; a UserError if it comes from another project or version, or is damaged."""
+    settings = read_settings(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except Exception as error:
+        raise UserError(
+            f"{folder / WEIGHTS} cannot be read ({brief(error)}): export the run again."
+        ) from None
+    return Exported(settings, *parts(tensors))
+
+
+def read_settings(folder: Path) -> dict:
+    """The `settings` of an exported policy; a UserError if it comes from another project or version."""
     try:
         config = read_json(folder / CONFIG)
         kind, version, settings = config.get("type"), config.get("version"), config.get("run")
@@ -74,13 +86,7 @@ def read(folder: Path) -> Exported:
     if kind != TYPE:
         raise UserError(f"{folder} holds a policy of type {kind!r}: give one that this project exported.")
     require_version(version, folder)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except Exception as error:
-        raise UserError(
-            f"{folder / WEIGHTS} cannot be read ({brief(error)}): export the run again."
-        ) from None
-    return Exported(require_settings(settings, folder), *parts(tensors))
+    return require_settings(settings, folder)
 
 
 def require_version(version: object, where: object) -> None:

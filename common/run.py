@@ -218,6 +218,12 @@ class Run:
         shape += (known is not None, options.image_history, options.image_stride)
         train = ChunkDataset(store, train_episodes, *shape)
         val = ChunkDataset(store, held_out, *shape) if len(held_out) else None
+        longest = np.diff(store.episode_starts)[train_episodes].max() - options.action_offset
+        if longest < horizon:
+            say(
+                f"warning: --horizon {horizon} is longer than every training episode (at most {longest}): "
+                f"all chunks are padded, and a transport loss, which leaves these out, is 0"
+            )
         if self.resuming:  # the saved statistics, whatever this version's defaults are
             path = (
                 checkpoint.newest_undamaged(folder, "policy/stats.safetensors") / "policy/stats.safetensors"
@@ -268,6 +274,7 @@ class Run:
         self._at("setting up the policy")
         if not self.resuming:
             self.load_weights(policy)
+            checkpoint.compare_origins(policy, config.run.init_from, data.spec, to_dict(config))
         checkpoint.freeze(policy, config.run.freeze)
 
         if self.world > 1 and self.device.type == "cuda":

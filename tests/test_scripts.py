@@ -169,6 +169,18 @@ def test_components_can_be_frozen_and_taken_from_another_run(script, tiny, tmp_p
         assert not (tmp_path / "third").exists()
 
 
+def test_weights_for_another_order_are_refused_and_other_differences_told(tiny, tmp_path, capsys):
+    first = train(train_naive_fm, tiny, tmp_path / "first", "--steps", 1, "--horizon", 16)
+    assert "--horizon 16 is longer than every training episode (at most 1" in capsys.readouterr().out
+    flags = ("--init-from", first, "--steps", 1, "--horizon", 16)
+    words = "another order of cameras, head, left, right: give it with --cameras"
+    with pytest.raises(UserError, match=words):
+        train(train_naive_fm, tiny, tmp_path / "second", *flags, "--cameras", "left", "head", "right")
+    assert not (tmp_path / "second").exists()
+    train(train_naive_fm, tiny, tmp_path / "second", *flags, "--normalization", "min-max")
+    assert "first: trained with normalization mean-std, here min-max" in capsys.readouterr().out
+
+
 def test_a_state_dict_of_another_project_can_be_taken_but_not_code(tiny, tmp_path):
     first = train(train_vfp, tiny, tmp_path / "first", "--steps", 1)
     state = load_file(first / "checkpoints" / "last" / "policy" / "action_decoder.safetensors")
