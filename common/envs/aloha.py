@@ -153,11 +153,9 @@ def transfer(model, qpos: np.ndarray, steps: int) -> np.ndarray:
     beside = np.array([-0.04, 0.0, 0.0])  # meters: where the left hand waits, relative to the cube
     away = meet - 3 * beside
     right = [
-        START["right"],
-        Waypoint(80, (x, y, height + 0.10), 60, 0, 1),
-        Waypoint(120, (x, y, height), 60, 0, 1),
-        Waypoint(140, (x, y, height), 60, 0, 0),
-        Waypoint(220, meet, 0, 0, 0),
+        *approach("right", (x, y, height)),
+        Waypoint(150, (x, y, height), 60, 0, 0),
+        Waypoint(225, meet, 0, 0, 0),
         Waypoint(310, meet, 0, 0, 0),
         Waypoint(325, meet, 0, 0, 1),
         Waypoint(370, away, 0, 0, 1),
@@ -187,9 +185,7 @@ def insertion(model, qpos: np.ndarray, steps: int) -> np.ndarray:
         apart, together = np.array([0.17 * sign, 0.5, 0.25]), np.array([0.04 * sign, 0.5, 0.25])
         ways.append(
             [
-                START[side],
-                Waypoint(90, (x, y, height + 0.10), 60, 0, 1),
-                Waypoint(130, (x, y, height), 60, 0, 1),
+                *approach(side, (x, y, height)),
                 Waypoint(160, (x, y, height), 60, 0, 0),
                 Waypoint(250, apart, 60, 0, 0),
                 Waypoint(350, together, 60, 0, 0),
@@ -197,6 +193,26 @@ def insertion(model, qpos: np.ndarray, steps: int) -> np.ndarray:
             ]
         )
     return both_arms(model, qpos, *ways, steps)
+
+
+def approach(side: str, target: Sequence[float]) -> list[Waypoint]:
+    """From the start to an object on the table, by a detour that says nothing about where the object is.
+
+    Straight ways are harder to learn from: their first steps give the object's place away, so that in all
+    later ones the state says where the hand will go, and a policy learns not to look. The detour depends on
+    the target only to be the same for the same episode.
+    """
+    random = np.random.default_rng(np.array(target[:2]).view(np.uint64))
+    sign = 1 if side == "right" else -1
+    somewhere = random.uniform((0.0, 0.40, 0.18), (0.24, 0.60, 0.32)) * (sign, 1, 1)
+    above = target + random.uniform((-0.04, -0.04, 0.08), (0.04, 0.04, 0.12))
+    return [
+        START[side],
+        Waypoint(45, somewhere, 45, 0, 1),
+        Waypoint(90, above, 60, 0, 1),
+        Waypoint(115, target + np.array([0, 0, 0.04]), 60, 0, 1),
+        Waypoint(135, target, 60, 0, 1),
+    ]
 
 
 def both_arms(model, qpos: np.ndarray, left: Sequence[Waypoint], right: Sequence[Waypoint], steps: int):

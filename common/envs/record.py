@@ -22,7 +22,7 @@ from common.data.recording import Demonstration, write_dataset
 from common.envs import EnvConfig, Environment, answering, make_environment
 from common.errors import UserError
 
-RECORDINGS = {"metaworld": 2, "aloha": 3}  # raise one when the same seed gives other episodes or pictures
+RECORDINGS = {"metaworld": 2, "aloha": 4}  # raise one when the same seed gives other episodes or pictures
 EPISODES_A_SEED = 10_000  # each seed has its own
 MOST_FAILURES = 3  # per wanted episode: an expert that fails more often is useless
 
