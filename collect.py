@@ -26,6 +26,7 @@ from tqdm import tqdm
 from common.checkpoint import PolicySpec
 from common.config import Flat, UserPath, cli, options
 from common.console import is_quiet, say
+from common.data.lerobot_meta import COLLECTED
 from common.data.recording import Demonstration, write_dataset
 from common.envs import EnvConfig, Environment, answering
 from common.envs.record import perform
@@ -150,7 +151,7 @@ def write(path: Path, spec: PolicySpec, found: Iterator[Demonstration]) -> None:
     names = {"state_names": state, "action_names": action}
     try:
         seen = (as_seen(demonstration, spec) for demonstration in chain([first], found))
-        write_dataset(unfinished, seen, fps=round(spec.fps), **names)
+        write_dataset(unfinished, seen, fps=round(spec.fps), **names, camera_info=COLLECTED)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -161,9 +162,11 @@ def write(path: Path, spec: PolicySpec, found: Iterator[Demonstration]) -> None:
 
 
 def as_seen(demonstration: Demonstration, spec: PolicySpec) -> Demonstration:
-    """A demonstration with the policy's cameras only, as its dataset has them."""
-    seen = {name: x for name, x in demonstration.images.items() if spec.camera(name) in spec.cameras}
-    return demonstration._replace(images=seen)
+    """A demonstration with the policy's cameras only, under its names for them and in its order."""
+    # Of two names for a camera, the policy saw the one that is the same.
+    names = sorted(demonstration.images, key=lambda name: name in spec.cameras)
+    seen = {spec.camera(name): demonstration.images[name] for name in names}
+    return demonstration._replace(images={camera: seen[camera] for camera in spec.cameras})
 
 
 def taken_over(

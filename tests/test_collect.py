@@ -9,10 +9,12 @@ from running import lines, train, weights
 
 import collect
 import train_naive_fm
+from common.checkpoint import PolicySpec
 from common.config import parse
-from common.data import DataConfig, open_dataset
+from common.data import ChunkDataset, DataConfig, open_dataset
 from common.data.demo import EXPERT_SPEED, demonstrate, record
-from common.data.growth import LOG
+from common.data.growth import LOG, Entry, Growth
+from common.data.recording import Demonstration
 from common.envs.demo import DemoEnvironment
 from common.errors import UserError
 from common.files import read_json
@@ -198,6 +200,22 @@ def test_cameras_that_the_policy_does_not_see_are_not_recorded(run, tmp_path, ca
     monkeypatch.setattr(DemoEnvironment, "images", lambda self: images(self) | more)
     (path,) = collected(run, tmp_path / "new")
     assert opened(path, cache_dir).cameras == ("head", "left", "right")
+
+
+def test_what_is_collected_is_read_whatever_the_first_dataset_is_like(demos, tmp_path, cache_dir):
+    names = tuple(f"observation.images.cam_{name}" for name in ("right", "left"))
+    keys = {"action_keys": ("observation.state",), "camera_keys": names, "cameras": names}
+    more = {"color_order": "bgr", "cache_dir": cache_dir, "grow_from": tmp_path}
+    options = DataConfig(dataset=(str(demos),), **keys, **more)
+    growing = Growth(options, ChunkDataset(open_dataset(options), [0], 4), tmp_path / LOG, writes=True)
+    spec, ones = PolicySpec.of(growing.base), np.ones((5, 4), np.float32)
+    seen = {"pixels/cam_left": 1, "back": 2, "pixels/cam_right": 3}  # as an environment calls them
+    pictures = {name: np.full((5, 64, 64, 3), (200, 0, value), np.uint8) for name, value in seen.items()}
+    collect.write(tmp_path / "round", spec, iter([Demonstration(ones, 2 * ones, pictures, "fold")]))
+    store = growing.open(Entry("round"))
+    growing.refuse_unfit(store)
+    assert store.images(np.array([0]))[0, :, :, 0, 0].tolist() == [[200, 0, 3], [200, 0, 1]]
+    np.testing.assert_array_equal(store.action, 2 * ones)
 
 
 class Scripted:

@@ -214,6 +214,8 @@ class Growth:
         before = bool(entry.fingerprint and entry.episodes)
         tried, files, said = time.monotonic(), [], False
         chosen = {"dataset": (str(path),), "episodes": (entry.episodes,) if entry.episodes else ()}
+        if self.config.cameras:  # keys in the files of --dataset may not be this one's, but short names are
+            chosen["cameras"] = self.base.store.cameras
         chosen |= {"weights": (), "task": (), "task_weights": (), "task_balance": 0.0, "episodes_file": None}
         while True:
             try:

@@ -137,7 +137,10 @@ class LeRobotSource:
         for key, array in self.colorless.items():
             if {key, short_name(key)} & set(self.config.cameras):
                 raise UserError(f"{self.name}: {key} is {array.dtype}: choose other cameras with --cameras.")
-        layout = choose_layout(self.arrays, KNOWN, self.config, self.name, "meta/info.json", names_of)
+        config = self.config
+        if self.meta.collected:  # whatever the files are like that its policy learned from
+            config = replace(config, state_keys=(), action_keys=(), camera_keys=(), color_order="rgb")
+        layout = choose_layout(self.arrays, KNOWN, config, self.name, "meta/info.json", names_of)
         unused = [line for line in layout.unused if line.partition(":")[0] not in self.colorless]
         unused += [f"{key}: {array.dtype}" for key, array in self.colorless.items()]
         return replace(layout, unused=tuple(unused))
@@ -185,7 +188,8 @@ class LeRobotSource:
         if self.config.fps not in (None, fps):
             raise UserError(f"{self.name} was recorded at {fps:g} Hz: leave out --fps {self.config.fps:g}.")
         tasks, rows = self._chosen()
-        layout.say(f"{self.name}: LeRobot, {len(rows)} episodes, {fps:g} Hz")
+        head = "LeRobot, written by collect.py" if self.meta.collected else "LeRobot"
+        layout.say(f"{self.name}: {head}, {len(rows)} episodes, {fps:g} Hz")
         mixed = [row.index for row in rows if len(row.tasks) > 1]
         if mixed and self.tasks is None:
             many = f"{len(mixed)} episodes, {mixed[0]} for one, have"

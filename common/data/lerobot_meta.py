@@ -22,6 +22,7 @@ CONVERTER = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
 OLD_CONVERTER = "python -m lerobot.datasets.v21.convert_dataset_v20_to_v21"  # of LeRobot 0.3.3, hub only
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 COLOR = (3, 4)  # channels
+COLLECTED = {"written_by": "collect.py"}  # what each camera says about itself in such a dataset
 PLACE = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
 
 
@@ -73,6 +74,11 @@ class Meta(BaseModel):
     total_episodes: int | None = None
     features: dict[str, Feature]
     video_path: Annotated[str, Field(pattern=r"^[^./]")] | None = None  # below the folder
+
+    @property
+    def collected(self) -> bool:
+        """Whether `collect.py` wrote it: RGB, with state and action as a policy takes and returns them."""
+        return any(feature.info == COLLECTED for feature in self.features.values())
 
 
 def read_meta(root: Path, source: str) -> Meta:

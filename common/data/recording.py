@@ -30,11 +30,13 @@ def write_dataset(
     fps: int,
     state_names: Iterable[str],
     action_names: Iterable[str],
+    camera_info: Mapping[str, str] | None = None,
 ) -> Path:
     """Write at least one demonstration as a dataset at `root`, which must not exist yet.
 
     Frames are stored as PNG images: compressing small ones to video costs more time than it saves, and the
-    pixels would differ from those that a policy sees in closed loop.
+    pixels would differ from those that a policy sees in closed loop. `camera_info` is what info.json shall
+    say about each camera.
     """
     import datasets
 
@@ -54,6 +56,8 @@ def write_dataset(
             for camera, frames in demonstration.images.items():
                 axes = ["height", "width", "channels"]
                 features[keys[camera]] = {"dtype": "image", "shape": frames.shape[1:], "names": axes}
+                if camera_info:
+                    features[keys[camera]]["info"] = dict(camera_info)
             name = f"local/{root.name}"
             dataset = LeRobotDataset.create(name, fps, features, root=root, use_videos=False)
         for step, (state, action) in enumerate(zip(demonstration.state, demonstration.action, strict=True)):
