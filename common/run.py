@@ -56,7 +56,7 @@ from common.data import (
     split_episodes,
 )
 from common.data.growth import LOG as GROWTH_LOG
-from common.data.growth import POLL_SECONDS, Growth
+from common.data.growth import POLL_SECONDS, Growth, refuse_own_episodes
 from common.data.samples import Ahead
 from common.data.tasks import listed
 from common.errors import EXIT_STOPPED, Busy, UserError
@@ -186,6 +186,8 @@ class Run:
         if delay.max_delay and not delay.prefix_share:
             raise UserError("--max-delay without effect: with --prefix-share 0, no chunk has given actions.")
         options, seed = self.config.data, self.config.run.seed
+        if options.grow_from is not None:
+            refuse_own_episodes(options)
         store, backbone_config, known = open_dataset(options), None, None
         if self.resuming:
             folder = self.config.run.run_dir

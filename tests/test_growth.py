@@ -161,6 +161,13 @@ def test_statistics_and_held_out_episodes_are_those_of_the_first_dataset(
     assert lines(plain)[4]["loss"] != lines(grown)[4]["loss"]
 
 
+@pytest.mark.parametrize("place", [".", "..", "new"])
+def test_a_folder_with_the_first_dataset_in_it_is_refused(place, tiny, dataset, tmp_path, accelerate_reset):
+    with pytest.raises(UserError, match="share episodes, which would be learned from twice"):
+        train(train_naive_fm, tiny, tmp_path / "run", *FLAGS, "--grow-from", dataset / place)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("weight", [0.5, 1, 4])
 def test_added_samples_are_drawn_as_often_as_the_weight_says(folder, growing, base, weight):
     _, samples = base

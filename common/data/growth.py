@@ -80,6 +80,23 @@ class GrownDataset(ChunkDataset):
         return groups
 
 
+def refuse_own_episodes(config: DataConfig) -> None:
+    """Refuse a folder of new episodes with a dataset in it, or in one: a run would learn from each of its
+    episodes twice, and from those that it holds out.
+    """
+    from common.data import BUILT_IN  # which imports this module
+    from common.data.lerobot import recorded_here
+
+    folder = config.grow_from.resolve()
+    for name in (name for name in config.dataset if name not in BUILT_IN):
+        path = Path(name).resolve() if Path(name).exists() else recorded_here(name)
+        if path and (path.resolve().is_relative_to(folder) or folder.is_relative_to(path.resolve())):
+            raise UserError(
+                f"--grow-from {config.grow_from} and --dataset {name} share episodes, which would be learned "
+                f"from twice, held-out ones too: give new episodes a folder of their own."
+            )
+
+
 class Growth:
     """What a run takes in from `--grow-from`.
 
