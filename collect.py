@@ -28,6 +28,8 @@ from common.config import Flat, UserPath, cli, options
 from common.console import is_quiet, say
 from common.data.lerobot_meta import COLLECTED
 from common.data.recording import Demonstration, write_dataset
+from common.data.source import spaced
+from common.data.tasks import listed
 from common.envs import EnvConfig, Environment, answering
 from common.envs.record import perform
 from common.errors import UserError
@@ -106,6 +108,7 @@ def collect(policy: RobotPolicy, config: Config, granted: Callable[[int], bool])
     at_once = min(config.parallel, config.episodes) if config.by == "expert" else 1
     environments = make_environments(simulator, policy.spec.image_size, at_once)
     refuse_other_rate(environments[0], policy.spec)
+    refuse_in_vain(environments[0], policy, config)
     with writing_below(config.out, elsewhere="another folder"):  # before minutes of acting
         config.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=config.out).close()
@@ -138,6 +141,27 @@ def refuse_other_rate(environment: Environment, spec: PolicySpec) -> None:
             f"{environment.name} runs at {environment.fps:g} Hz, the policy learned from {spec.fps:g} Hz: "
             f"what it does there does not belong to its demonstrations."
         )
+
+
+def refuse_in_vain(environment: Environment, policy: RobotPolicy, config: Config) -> None:
+    """Refuse, before any episode, what could not be corrected or acted in; warn of what could not be used."""
+    with answering(environment.name, "its first reset"):
+        environment.reset(config.seed, 0)
+        helpless = config.keep == "corrections" and config.by == "expert" and environment.expert() is None
+    if helpless:
+        raise UserError(
+            f"{environment.name} has no expert to correct the policy: give --keep successes or all."
+        )
+    tasks, task = policy.spec.tasks, spaced(environment.task)
+    known = policy.config.data.task if tasks is None else tasks.sentences
+    if not known or task in known:
+        return
+    if tasks is not None and tasks.encoder == "index":
+        raise UserError(
+            f'--env {environment.name} gives the instruction "{task}", and the policy knows only '
+            f"{listed(known)}: act in an environment that gives one of these."
+        )
+    say(f'warning: {config.run} has no demonstration of "{task}", and will not learn from such episodes')
 
 
 def write(path: Path, spec: PolicySpec, found: Iterator[Demonstration]) -> None:
@@ -229,13 +253,8 @@ def correct(environment: Environment, episode: Episode, config: Config) -> Demon
     while True:
         begin = max(episode.steps - back, 0)
         replay(environment, episode, begin, config.seed)
-        act: Callable[[], np.ndarray] | None = environment.expert()
-        if act is None:
-            raise UserError(
-                f"{environment.name} has no expert to correct the policy: give --keep successes or all."
-            )
         with answering(environment.name, f"the expert's correction of episode {episode.number}"):
-            found = perform(environment, act, environment.max_steps - begin, config.hold)
+            found = perform(environment, environment.expert(), environment.max_steps - begin, config.hold)
         if environment.success():
             return found
         if not begin:

@@ -1,6 +1,8 @@
 """Recording what a policy should learn from next."""
 
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,12 +168,26 @@ def test_an_expert_that_fails_tries_from_further_back(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found.state[0], episode.states[begins[-1]])
 
 
-def test_what_cannot_be_repeated_or_corrected_is_said(tmp_path, monkeypatch):
-    environment, episode = failing()
+def test_what_would_be_in_vain_is_said_before_the_first_episode(run, tmp_path, monkeypatch, capsys):
+    policy = collect.load_policy(run)
+    monkeypatch.setattr(collect, "load_policy", lambda *_, **__: policy)
+    monkeypatch.setattr(collect, "roll_out", lambda *_, **__: [])
     with monkeypatch.context() as without:
         without.setattr(DemoEnvironment, "expert", lambda self: None)
-        with pytest.raises(UserError, match="demo has no expert to correct the policy"):
-            collect.correct(environment, episode, config(tmp_path))
+        with pytest.raises(UserError, match="demo has no expert to correct the policy: give --keep"):
+            collected(run, tmp_path / "new")
+        assert collected(run, tmp_path / "none", "--keep", "all") == []
+    known = SimpleNamespace(sentences=("fold", "hang"), encoder="index")
+    policy.spec = replace(policy.spec, tasks=known)
+    with pytest.raises(UserError, match='the policy knows only "fold", "hang": act in an environment that'):
+        collected(run, tmp_path / "new")
+    known.encoder = "text"
+    collected(run, tmp_path / "none")
+    assert 'has no demonstration of "' in capsys.readouterr().out
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_cannot_be_repeated_is_said(tmp_path):
     environment, episode = failing(steps=6)
     for given in ({"keep": "all"}, {"keep": "successes"}):
         episode.success = True  # as it was when the policy acted
