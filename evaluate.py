@@ -9,7 +9,8 @@ On held-out episodes, it measures the mean absolute error of sampled action chun
 that dimensions can be averaged) and of predictors that need no network. With `--env`, and on the built-in
 task, the policy also acts in closed loop. Everything is written to RUN/evaluation: `results.json`,
 `heldout.png`, films of the closed loop (`rollouts.mp4`, `rollouts.gif`), for the built-in task
-`rollouts.png`, for a policy with codes or experts `alternatives.png`, for a sweep `guidance.png`.
+`rollouts.png`, for a policy with codes or experts `alternatives.png`, for a sweep `guidance.png`. An earlier
+evaluation is moved to `earlier-1` there, the next one to `earlier-2`.
 """
 
 import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
@@ -17,7 +18,7 @@ import json
 import math
 import time
 from dataclasses import field, replace
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -28,7 +29,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from common import plots
+from common import exported, plots
 from common.config import Flat, UserPath, cli, options
 from common.data import ChunkDataset, EpisodeStore, open_dataset, split_episodes
 from common.data.tasks import listed
@@ -39,6 +40,8 @@ from common.film import side_by_side, write_gif, write_mp4
 from common.inference import Controller, Join, RobotPolicy, load_policy
 from common.rollout import Episode, Eyes, make_environments, rates, roll_out, velocity_changes
 
+WRITTEN = ("results.json", "heldout.png", "alternatives.png", "guidance.png")
+WRITTEN += ("rollouts.mp4", "rollouts.gif", "rollouts.png")
 FILMED = 16  # episodes to choose the films from
 UNDRAWN = ("mae", "low", "high", "steps")  # results that are not shares of episodes
 
@@ -86,6 +89,11 @@ class Config:
 
 
 def main(config: Config) -> None:
+    if exported.find(config.run):
+        raise UserError(
+            f"{config.run} is an export, which does not name its data: evaluate its run folder, or act with "
+            f"lerobot-eval."
+        )
     policy = load_policy(config.run, config.checkpoint, seed=config.seed)
     if config.guidance and not hasattr(policy.config, "guidance"):
         raise UserError(f"{policy.script.__name__} trains no guidance: leave --guidance out.")
@@ -114,6 +122,7 @@ def main(config: Config) -> None:
         results |= {"env": config.simulator.env, "max_steps": first.max_steps}
         results |= {"env_map": config.simulator.env_map, "success_reward": config.simulator.success_reward}
         results |= {"execute_steps": config.execute_steps, "task": config.task}
+    set_aside(folder)
     results["heldout"] = evaluate_heldout(policy, config, folder)
     if config.simulator.env:
         results["closed_loop"] = evaluate_closed_loop(policy, config, folder)
@@ -125,6 +134,17 @@ def main(config: Config) -> None:
         results.setdefault("delay", {}).setdefault(str(delay), {})[join] = found
     (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     report(results, folder)
+
+
+def set_aside(folder: Path) -> None:
+    """Move an earlier evaluation to a folder of its own: with other options it has other pictures."""
+    earlier = [folder / name for name in WRITTEN if (folder / name).exists()]
+    if earlier:
+        aside = next(path for n in count(1) if not (path := folder / f"earlier-{n}").exists())
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        print(f"the earlier evaluation is now in {aside}")
 
 
 # Held-out episodes

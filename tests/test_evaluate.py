@@ -34,6 +34,14 @@ def test_a_run_on_recorded_data_is_evaluated(tiny, tmp_path, capsys):
     assert "closed_loop" not in results
     assert "held-out error" in capsys.readouterr().out
 
+    (run_dir / "evaluation" / "rollouts.gif").write_bytes(b"of an evaluation in an environment")
+    evaluate.main(dataclasses.replace(config, sample_steps=(3,)))
+    folder = run_dir / "evaluation"
+    assert f"the earlier evaluation is now in {folder / 'earlier-1'}" in capsys.readouterr().out
+    assert json.loads((folder / "earlier-1" / "results.json").read_text()) == results
+    assert {path.name for path in folder.iterdir()} == {"results.json", "heldout.png", "earlier-1"}
+    assert (folder / "earlier-1" / "rollouts.gif").is_file()
+
     # compare the trivial predictors with loops over samples
     policy = evaluate.load_policy(run_dir)
     data = policy.config.data
@@ -127,6 +135,13 @@ def test_a_dataset_that_has_moved_is_named(tmp_path, tiny):
     (run_dir / "config.json").unlink()
     with pytest.raises(UserError, match="has no config"):
         evaluate.main(moved)
+
+
+def test_an_export_is_refused_before_it_is_loaded(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="is an export, which does not name its data: evaluate its run"):
+        evaluate.main(evaluate.Config(tmp_path))
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_a_missing_simulator_is_reported_before_other_work(tmp_path, monkeypatch):
