@@ -277,10 +277,22 @@ def test_times_that_contradict_the_rate_are_refused_unless_it_is_given(tmp_path,
     write_times(root, np.arange(4) * 0.1, np.arange(4) * 0.02)
     refused(
         root,
-        r"Episode 0 .* has 10 steps a second by its timestamps, but its files say 50 \(set --fps",
+        r"Episode 0 .* has 10 steps a second by its timestamps, but its files say 50 \(give the right --fps",
     )
-    assert open_(root, fps=10.0).timestamps.tolist() == pytest.approx([0, 0.1, 0.2, 0.3] * 2)
+    assert open_(root, fps=10.0, episodes=("0",)).timestamps.tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
     assert "--fps 10 overrides 50 Hz in the files" in capsys.readouterr().out
+    assert open_(root, fps=50.0).timestamps.tolist() == pytest.approx([0, 0.02, 0.04, 0.06] * 2)
+    refused(root, "Episode 1 .* has 50 steps a second by its timestamps, but --fps says 10", fps=10.0)
+
+
+def test_times_may_jitter_and_steps_be_lost_but_the_rate_must_be_right(tmp_path, open_, refused):
+    root = make_hdf5(tmp_path / "d", (40, 40), fps=None)
+    rng = np.random.default_rng(0)
+    slow, lossy = np.arange(40) / 43, np.sort(rng.choice(50, 40, replace=False)) / 50
+    write_times(root, slow + rng.uniform(0, 0.01, 40), lossy + rng.uniform(0, 0.004, 40))
+    np.testing.assert_allclose(np.diff(open_(root, fps=50.0).timestamps[40:]), np.diff(lossy), atol=0.005)
+    for wrong in (20.0, 25.0, 33.0, 60.0, 90.0):
+        refused(root, f"has .* steps a second by its timestamps, but --fps says {wrong:g} ", fps=wrong)
 
 
 def test_steps_that_were_never_written_are_no_zeros(tmp_path, open_, refused):

@@ -191,6 +191,14 @@ def test_episodes_that_are_too_short_or_absent(tmp_path, open_):
     assert open_(root, episodes=("0", "2")).num_steps == 27
 
 
+def test_times_that_contradict_the_rate_are_refused(tmp_path, open_):
+    root = make_zarr(tmp_path / "d.zarr")
+    zarr.open_group(root, mode="a")["data"].create_array("timestamp", data=1.7e9 + np.arange(36) / 10)
+    with pytest.raises(UserError, match="has 10 steps a second by its timestamps, but --fps says 19"):
+        open_(root, fps=19.0)
+    assert open_(root, fps=10.0).timestamps[:3].tolist() == pytest.approx([0, 0.1, 0.2])
+
+
 def test_buffers_that_are_none(tmp_path, open_):
     root = make_zarr(tmp_path / "d.zarr")
     shutil.copytree(root, tmp_path / "e.zarr")

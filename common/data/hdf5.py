@@ -35,7 +35,7 @@ from common.data.hdf5_files import (
 from common.data.hdf5_layouts import aloha_names, recognise, short_names
 from common.data.layout import Array, Layout, choose_layout, listing
 from common.data.numbering import Name, explain, number_names, read_name
-from common.data.source import BadEpisode, Episode, Info, existing, refuse_unusable
+from common.data.source import BadEpisode, Episode, Info, existing, refuse_unusable, step_times
 from common.data.tasks import listed, wanted_tasks
 from common.data.workers import Died, cores, guarded_map
 from common.errors import UserError
@@ -278,29 +278,14 @@ class Hdf5Source:
         if isinstance(found, Died | str):
             raise BadEpisode(f"{name}: {found}")
         state, action, recorded = found
-        times = np.arange(len(state)) / fps
-        if recorded is not None and len(recorded) == len(times) > 1:
-            measured = in_seconds(recorded)
-            pace = 0 if measured is None else 1 / np.median(np.diff(measured))
-            if 0.5 < pace / fps < 2:
-                times = measured
-            elif pace and self.config.fps is None:
-                said = f"{pace:.4g} steps a second by its timestamps, but its files say {fps:g}"
-                raise BadEpisode(f"{name} has {said} (set --fps)")
+        given = self.config.fps is not None
+        by = "--fps says" if given else "its files say"
+        sure = given and fps == self.scans[place.file]["fps"]  # --fps has chosen between the two
+        times = step_times(name, recorded, len(state), fps, by, sure)
         origin = [place.file, place.sha256, place.group]
         episode = Episode(index, state, action, times, origin, place.task)
         refuse_unusable(name, episode, self.layout.names)
         return episode
-
-
-def in_seconds(recorded: np.ndarray) -> np.ndarray | None:
-    """Recorded times (L,), in s, ms, us or ns from any origin, in s since the first; None if not times."""
-    times = (recorded - recorded[0]).astype(np.float64)
-    steps = np.diff(times)
-    if not np.isfinite(times).all() or (steps <= 0).any() or (steps == 1).all():  # a count of steps
-        return None
-    units = [unit for unit in (1, 1e3, 1e6, 1e9) if 0.5 <= unit / np.median(steps) < 500]
-    return times / units[0] if units else None
 
 
 def tasks_of(places: Iterable[Place]) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from common.data.frames import FrameError, NoColor, decode_image, rgb_pixels
 from common.data.lerobot_meta import EpisodeRow, files_below, read_parquet
-from common.data.source import BadEpisode
+from common.data.source import BadEpisode, other_pace
 from common.data.video_clock import TOLERANCE
 from common.errors import UserError
 
@@ -103,8 +103,7 @@ def check_times(name: str, run: Run, fps: float, exactly: bool) -> None:
             step = off.argmax()
             said = f"{times[step]:.6g} s and frame_index {frame[step]:g} at step {step}"
             raise BadEpisode(f"{name} has timestamp {said}, which do not fit a video of {fps:g} Hz")
-    elif len(times) > 1 and not 0.7 < np.median(np.diff(times)) * fps < 1.4:
-        pace = 1 / np.median(np.diff(times))
+    elif pace := other_pace(times, fps):
         raise BadEpisode(
             f"{name} has {pace:.4g} steps a second by its timestamps, but info.json says {fps:g}"
         )

@@ -16,6 +16,9 @@ import numpy as np
 from common.errors import UserError
 from common.files import computed_once, unchanged_while
 
+# A recorder that cannot keep up is a little slow: ALOHA's keeps episodes of 42 Hz and more as 50 Hz. Rates
+# that are mistaken for each other, such as 25 and 30 or 50 and 60 Hz, are farther apart.
+SLACK = 50 / 42
 POINTER = "is a git-lfs pointer, not the file itself (`git lfs pull` fetches it)"
 
 
@@ -118,6 +121,46 @@ def refuse_unusable(name: str, episode: Episode, names: dict[str, Sequence[str]]
             step, dim = broken[0]
             what = f"{values[step, dim]} in {part}, dimension {names[part][dim]}"
             raise BadEpisode(f"{name} has {what}, at step {step}")
+
+
+def other_pace(times: np.ndarray, fps: float) -> float | None:
+    """Steps a second by an episode's times (L,) in s, if that contradicts `fps`.
+
+    The median counts: neither jitter nor lost steps change it.
+    """
+    pace = 1 / np.median(np.diff(times)) if len(times) > 1 else fps
+    return None if fps / SLACK <= pace <= fps * SLACK else pace
+
+
+def in_seconds(recorded: np.ndarray) -> np.ndarray | None:
+    """Recorded times (L,), in s, ms, us or ns from any origin, in s since the first; None if not times."""
+    times = (recorded - recorded[0]).astype(np.float64)
+    steps = np.diff(times)
+    if not np.isfinite(times).all() or (steps <= 0).any() or (steps == 1).all():  # a count of steps
+        return None
+    units = [unit for unit in (1, 1e3, 1e6, 1e9) if 0.5 <= unit / np.median(steps) < 500]
+    return times / units[0] if units else None
+
+
+def step_times(
+    name: str,
+    recorded: np.ndarray | None,
+    steps: int,
+    fps: float,
+    by: str = "--fps says",
+    sure: bool = False,
+) -> np.ndarray:
+    """Times (L,) of an episode's steps, in s since the first: those recorded, if they are times.
+
+    Raises BadEpisode if they contradict the rate, unless that is `sure`; `by` is what says it.
+    """
+    even = np.arange(steps) / fps
+    times = in_seconds(recorded) if recorded is not None and len(recorded) == steps > 1 else None
+    pace = None if times is None else other_pace(times, fps)
+    if pace is not None and not sure:
+        said = f"{pace:.4g} steps a second by its timestamps, but {by} {fps:g}"
+        raise BadEpisode(f"{name} has {said} (give the right --fps, or delete wrong timestamps)")
+    return even if times is None or pace is not None else times
 
 
 def hash_ends(path: Path, count: int = 64 * 1024) -> str:

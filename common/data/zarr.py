@@ -28,13 +28,23 @@ import numpy as np
 from common.console import say
 from common.data.frames import as_rgb, pixel_frame
 from common.data.layout import Known, Layout, choose_layout, describe, exact_pixels, rows_of
-from common.data.source import BadEpisode, Episode, Info, existing, hash_once, reason, refuse_unusable
+from common.data.source import (
+    BadEpisode,
+    Episode,
+    Info,
+    existing,
+    hash_once,
+    reason,
+    refuse_unusable,
+    step_times,
+)
 from common.errors import UserError
 
 if TYPE_CHECKING:
     from common.data import DataConfig
 
 FOREIGN = re.compile(r"(^|/)(\.(?!z)[^/]*|Thumbs\.db|desktop\.ini|__MACOSX/.*)$")  # from file managers
+TIMES = ("timestamp", "timestamps")
 UMI = ("robot{}_eef_pos", "robot{}_eef_rot_axis_angle", "robot{}_gripper_width")
 
 
@@ -86,11 +96,14 @@ class ZarrSource:
                 raise UserError(f"{self.name} has {steps} steps in data/{key}, and episodes end at {ends}.")
         spans = list(pairwise([0, *ends]))
         state, action = layout.vectors(lambda key: group[f"data/{key}"][:])
+        times = (array for key, array in arrays_below(group["data"]) if key in TIMES)
+        recorded = next((t[:] for t in times if t.shape == (ends[-1],) and t.dtype.kind in "iuf"), None)
         for index in existing(wanted, range(len(spans)), self.name):
             first, last = spans[index]
-            times = np.arange(last - first) / self.config.fps
-            episode = Episode(index, state[first:last], action[first:last], times, [first, last])
             try:
+                own = None if recorded is None else recorded[first:last]
+                times = step_times(f"Episode {index}", own, last - first, self.config.fps)
+                episode = Episode(index, state[first:last], action[first:last], times, [first, last])
                 refuse_unusable(f"Episode {index}", episode, layout.names)
                 episodes.append(episode)
             except BadEpisode as error:
