@@ -598,11 +598,26 @@ def test_bad_episodes_are_left_out_on_request(tmp_path, capsys):
     assert (store.images(np.array([5]))[0, 1].numpy() == pixels(2, 1, 0)).all()
     with pytest.raises(UserError, match="Episode 9 is too short"):
         build(tmp_path)
-    with pytest.raises(UserError, match=r"no usable episode left \(Episode 9 is too short"):
+    with pytest.raises(UserError, match=r"no usable episode left \(Episode 1 is broken"):
         build(tmp_path, skip_bad=True, episodes=(1,))
     with pytest.raises(UserError, match="no usable episode"):
         build(tmp_path / "other", Drawn(bad=(0, 1, 2, 3)), skip_bad=True)
     assert files(tmp_path / "other") == []
+
+
+def test_an_episode_that_was_left_out_is_not_one_that_never_existed(tmp_path, capsys):
+    source = Drawn(bad=(1,), unusable=("Episode 9 is too short",))
+    build(tmp_path, source, skip_bad=True)
+    for skip_bad in (True, False):
+        with pytest.raises(UserError, match=r"has no episode 7, 12: .* lists them"):
+            build(tmp_path, source, skip_bad=skip_bad, episodes=(0, 1, 7, 12))
+    with pytest.raises(UserError, match=r"^Episode 1 is broken: repair it"):
+        build(tmp_path, source, episodes=(0, 1))
+    capsys.readouterr()
+    assert build(tmp_path, source, skip_bad=True, episodes=(0, 1)).episode_indices.tolist() == [0]
+    said = capsys.readouterr().out
+    assert "left out 1 of 2 episodes" in said
+    assert "Episode 9" not in said
 
 
 def test_other_episodes_left_out_are_other_data(tmp_path):

@@ -104,18 +104,17 @@ def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
             if defect(path) is not None:  # nobody else has built it in the meantime
                 _build(path, request)
     store = EpisodeStore.open(path)
-    if not store.skipped:
-        existing(request.episodes, store.episode_indices.tolist(), store.source)
-    wanted = len(request.episodes or ()) or store.num_episodes + len(store.skipped)
+    reasons = {int(_number(reason)): reason for reason in store.skipped}
+    wanted = existing(request.episodes, [*store.episode_indices.tolist(), *reasons], store.source)
     chosen = store if request.episodes is None else store.select(request.episodes)
-    left_out = wanted - chosen.num_episodes
+    left_out = [reason for number, reason in reasons.items() if number in wanted]
     if left_out and not request.skip_bad:
-        raise _refusal(store.skipped)
+        raise _refusal(left_out)
     if not chosen.num_episodes:
-        raise _none_left(store.source, store.skipped)
+        raise _none_left(store.source, left_out)
     if left_out:
-        say(f"left out {left_out} of {wanted} episodes, which are unusable:")
-        for reason in store.skipped:
+        say(f"left out {len(left_out)} of {len(wanted)} episodes, which are unusable:")
+        for reason in left_out:
             say(f"  {reason}")
     return chosen
 
@@ -159,10 +158,15 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _refusal(reasons: Sequence[str]) -> UserError:
-    others = [reason.split()[1].strip(",:") for reason in reasons[1:]]  # a clause begins with "Episode 3"
+    others = [_number(reason) for reason in reasons[1:]]
     some = ", ".join(others[:30]) + f" and {len(others) - 30} more" * (len(others) > 30)
     more = f" (also unusable: {some})" if others else ""
     return UserError(f"{reasons[0]}{more}: repair it, or leave it out with --skip-bad-episodes.")
+
+
+def _number(reason: str) -> str:
+    """The episode that a clause is about: it begins with "Episode 3"."""
+    return reason.split()[1].strip(",:")
 
 
 def _none_left(source: str, reasons: Sequence[str]) -> UserError:

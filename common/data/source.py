@@ -98,7 +98,8 @@ class Source(Protocol):
         """The dataset's description; raises UserError for any fault in the dataset or the options."""
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
-        """The usable episodes of those (None: of all) by number, and a clause about each unusable one.
+        """The usable episodes of those (None: of all) by number, and a clause about each unusable one, which
+        begins with "Episode 3".
 
         Raises UserError if a wanted one does not exist (`existing`).
         """
