@@ -154,6 +154,27 @@ def hold(lock: Path, folder: Path, patience: float = LEFT_SECONDS) -> IO[str]:
     return file
 
 
+def walk(
+    root: Path, on_error: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """`Path.walk` from the top, in order, which follows links to folders last.
+
+    Each folder is visited once, and no link to one that contains it: links cannot lead in circles.
+    """
+    visited, starts = set(), [root]
+    for start in starts:  # grows
+        for folder, below, names in start.walk(on_error=on_error, follow_symlinks=True):
+            real = folder.resolve()
+            if real in visited:
+                below.clear()
+                continue
+            visited.add(real)
+            yield folder, below, names
+            links = [folder / name for name in sorted(below) if (folder / name).is_symlink()]
+            starts += [link for link in links if not real.is_relative_to(link.resolve())]
+            below[:] = sorted({*below} - {link.name for link in links})
+
+
 def sync(folder: Path) -> None:
     """Wait until all files below a folder are on disk, not only in the page cache."""
     for path in [*folder.rglob("*"), folder]:

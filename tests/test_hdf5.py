@@ -584,15 +584,22 @@ def test_groups_inside_themselves_are_read_once(tmp_path, open_):
     check_aligned(open_(root))
 
 
-def test_files_outside_the_folder_are_not_read(tmp_path, open_, refused):
+def test_links_are_followed_each_folder_once(tmp_path, open_, refused):
     root = make_hdf5(tmp_path / "d", (12,))
-    secret = make_hdf5(tmp_path / "secret", (5,))
-    (root / "link.hdf5").symlink_to(secret / "day_0/episode_0.hdf5")
-    refused(root, "links to a file outside")
-    (root / "link.hdf5").unlink()
-    (root / "folder").symlink_to(secret)  # not followed
-    (root / "inside.hdf5").symlink_to(root / "day_0/episode_0.hdf5")
-    assert open_(root).num_steps == 2 * 12
+    disk = make_hdf5(tmp_path / "disk", (5, 7, 3))
+    (root / "day_1").symlink_to(disk / "day_1")
+    (root / "link.hdf5").symlink_to(disk / "day_0/episode_2.hdf5")
+    for name, target in (("a", root / "day_0"), ("b", disk / "day_1"), ("c", tmp_path), ("d", disk / "loop")):
+        (root / name).symlink_to(target)  # seen already, seen already, a parent, one that leads back
+    (disk / "loop").mkdir()
+    (disk / "loop" / "back").symlink_to(root)
+    store = open_(root)
+    assert sorted(np.diff(store.episode_starts)) == [3, 7, 12]
+    with h5py.File(disk / "day_1/episode_1.hdf5", "a") as file:
+        file["action"][0] += 1
+    assert open_(root).path != store.path
+    shutil.rmtree(disk / "day_1")
+    refused(root, r"d/(b|day_1) links to nothing: mount its disk, or remove the link")
 
 
 def test_folders_without_demonstrations(tmp_path, refused):

@@ -986,6 +986,13 @@ def test_files_that_others_leave_are_not_read(tmp_path, open_, video):
     assert check_aligned(open_(root)).tolist() == list(range(11))
 
 
+def test_linked_folders_are_read(tmp_path, open_):
+    root = make_dataset(tmp_path / "d", (6, 5))
+    for number, folder in enumerate(list(root.rglob("chunk-000"))):
+        folder.symlink_to(folder.rename(tmp_path / f"disk_{number}"))
+    check_aligned(open_(root))
+
+
 def test_suffixes_in_capitals(tmp_path, open_):
     root = make_dataset(tmp_path / "d", (6, 5))
     for file in list(root.rglob("*.parquet")):

@@ -191,6 +191,15 @@ def test_episodes_that_are_too_short_or_absent(tmp_path, open_):
     assert open_(root, episodes=("0", "2")).num_steps == 27
 
 
+def test_a_change_in_a_linked_folder_is_noticed(tmp_path, open_):
+    root = make_zarr(tmp_path / "d.zarr")
+    (root / "data/img").rename(tmp_path / "img")
+    (root / "data/img").symlink_to(tmp_path / "img")
+    store = open_(root)
+    shutil.copy(tmp_path / "img/0.0.0.0", tmp_path / "img/1.0.0.0")
+    assert open_(root).source_fingerprint != store.source_fingerprint
+
+
 def test_times_that_contradict_the_rate_are_refused(tmp_path, open_):
     root = make_zarr(tmp_path / "d.zarr")
     zarr.open_group(root, mode="a")["data"].create_array("timestamp", data=1.7e9 + np.arange(36) / 10)

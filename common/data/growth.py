@@ -27,7 +27,7 @@ from common.data.store import EpisodeStore
 from common.data.tasks import listed
 from common.data.workers import kept_pool
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import read_json, walk, write_json
 
 if TYPE_CHECKING:
     from common.data import DataConfig
@@ -342,7 +342,7 @@ def _after(entries: Sequence[Entry]) -> int:
 def _files(path: Path) -> list:
     """Names, sizes and times of a file, or of all that a folder holds."""
     found = []
-    for file in [path, *(sorted(path.rglob("*")) if path.is_dir() else ())]:
+    for file in sorted({path, *(folder / name for folder, _, names in walk(path) for name in (".", *names))}):
         with suppress(OSError):
             status = file.stat()
             found.append((str(file), status.st_size, status.st_mtime_ns))

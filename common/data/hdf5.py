@@ -39,7 +39,7 @@ from common.data.source import BadEpisode, Episode, Info, existing, refuse_unusa
 from common.data.tasks import listed, wanted_tasks
 from common.data.workers import Died, cores, guarded_map
 from common.errors import UserError
-from common.files import write_whole, writing_below
+from common.files import walk, write_whole, writing_below
 
 if TYPE_CHECKING:
     from common.data import DataConfig
@@ -103,7 +103,7 @@ class Hdf5Source:
 
     @property
     def root(self) -> Path:
-        """The folder that must contain everything."""
+        """The folder of all files and links."""
         return self.path.resolve() if self.path.is_dir() else self.path.resolve().parent
 
     @property
@@ -294,7 +294,7 @@ def tasks_of(places: Iterable[Place]) -> list[str]:
 
 
 def find_files(path: Path, source: str) -> list[Path]:
-    """The HDF5 files in a folder, in natural order."""
+    """The HDF5 files in a folder, in natural order, with those that it links to."""
     root = path.resolve()
     if root.is_file():
         return [root]
@@ -303,9 +303,11 @@ def find_files(path: Path, source: str) -> list[Path]:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.")
 
     files, hidden = [], []
-    for folder, below, names in root.walk(on_error=refuse):  # links to folders are not followed
+    for folder, below, names in walk(root, refuse):
         below[:] = [name for name in below if not name.startswith((".", "__MACOSX"))]
         for name in names:
+            if not name.startswith(".") and not (folder / name).exists():
+                raise UserError(f"{folder / name} links to nothing: mount its disk, or remove the link.")
             if name.lower().endswith(SUFFIXES):
                 (hidden if name.startswith(".") else files).append(folder / name)
     if hidden:
@@ -319,9 +321,6 @@ def find_files(path: Path, source: str) -> list[Path]:
             f"{source} holds no demonstrations: it has neither LeRobot's meta/info.json nor any "
             f"*.hdf5 or *.h5 file."
         )
-    for file in files:
-        if not file.resolve().is_relative_to(root):
-            raise UserError(f"{file} links to a file outside {source}: put a copy in its place.")
     return sorted(files, key=lambda file: natural(file.relative_to(root).as_posix()))
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from common.data.layout import Array
 from common.data.source import POINTER, is_pointer, reason, spaced
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, walk
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -207,11 +207,13 @@ def read_tasks(root: Path) -> dict[int, str] | None:
 
 def files_below(folder: Path) -> list[Path]:
     """Parquet files in a folder, sorted, without hidden ones (macOS makes some) or hidden folders' files."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() == ".parquet")
+    found = (inside / name for inside, _, names in walk(folder) for name in names)
     return sorted(
         path
         for path in found
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() == ".parquet"
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
 

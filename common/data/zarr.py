@@ -39,6 +39,7 @@ from common.data.source import (
     step_times,
 )
 from common.errors import UserError
+from common.files import walk
 
 if TYPE_CHECKING:
     from common.data import DataConfig
@@ -189,7 +190,8 @@ def arrays_below(group: Any) -> list[tuple[str, Any]]:
 
 def files_of(path: Path) -> list[Path]:
     """A buffer's files in a folder, in order."""
-    files = [file for file in path.rglob("*") if file.is_file()]
+    files = [folder / name for folder, _, names in walk(path) for name in names]
+    files = [file for file in files if file.is_file()]
     return sorted(file for file in files if not FOREIGN.search(file.relative_to(path).as_posix()))
 
 
