@@ -575,6 +575,39 @@ def test_nested_shapes_are_flattened(tmp_path, open_):
     check_aligned(open_(root))
 
 
+class Matrix(pa.ExtensionType):
+    """Such as `datasets` registers for features of two dimensions."""
+
+    def __init__(self, storage):
+        super().__init__(storage, "test.matrix")
+
+    def __arrow_ext_serialize__(self):
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage, serialized):
+        return cls(storage)
+
+
+def test_types_that_another_package_has_registered_are_read(tmp_path, open_):
+    root = with_second(tmp_path / "d", COLOR["rows of uint8"])
+    table = pq.read_table(root / DATA, partitioning=None)
+    for key in (STATE, LEFT):
+        cells = pa.array(
+            [np.reshape(cell, (3, 1)).tolist() if key == STATE else cell for cell in table[key].to_pylist()]
+        )
+        typed = pa.ExtensionArray.from_storage(Matrix(cells.type), cells)
+        table = table.set_column(table.schema.get_field_index(key), key, typed)
+    pq.write_table(table, root / DATA)
+    change_info(root, lambda info: info["features"][STATE].update(shape=[3, 1]))
+    pa.register_extension_type(Matrix(pa.null()))
+    try:
+        assert isinstance(pq.read_schema(root / DATA).field(STATE).type, Matrix)
+        check_aligned(open_(root, cameras=("left",)))
+    finally:
+        pa.unregister_extension_type("test.matrix")
+
+
 def test_an_unguarded_program_is_told_so_instead_of_hanging(tmp_path):
     """Decoding processes import the program again; if that opens a dataset, they would wait forever."""
     make_dataset(tmp_path / "data", (6, 6), video=False)

@@ -117,7 +117,7 @@ def matrix(column: pa.ChunkedArray, width: int, what: str, dtype: type) -> tuple
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    array = _stored(pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type))
     count, row = len(array), np.arange(len(array))  # row: the row of each number
     while _is_list(array):
         row, array = row[pc.list_parent_indices(array).to_numpy()], array.flatten()
@@ -134,6 +134,11 @@ def matrix(column: pa.ChunkedArray, width: int, what: str, dtype: type) -> tuple
     rows = np.full((count, width), np.nan, dtype)
     rows[counts == width] = values[counts[row] == width].reshape(-1, width)
     return rows, counts
+
+
+def _stored(array: pa.Array) -> pa.Array:
+    """An array without a type that another package has registered: `datasets` has some for matrices."""
+    return getattr(array, "storage", array)
 
 
 def _is_list(array: pa.Array) -> bool:
@@ -160,7 +165,7 @@ def read_images(root: Path, file: str, key: str, first: int, count: int) -> Iter
                 inside = batch.slice(max(0, first - row), max(0, first + count - max(first, row)))
                 row += len(batch)
                 for number in range(len(inside)):
-                    yield _picture(root, inside.column(0).slice(number, 1))
+                    yield _picture(root, _stored(inside.column(0)).slice(number, 1))
     except (pa.ArrowException, ValueError) as error:
         raise FrameError(str(error)) from error
 
