@@ -156,11 +156,22 @@ class RunConfig:
     """Push the policy to this name on the hub (owner/name) at the end of the run; see docs/lerobot.md."""
 
 
-def cli[T](main: Callable[[Any], None], config_type: type[T], argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and run a script; its last line calls this. Exit codes: see docs/running.md."""
-    script = Path(sys.modules[config_type.__module__].__file__)
+def cli[T](
+    main: Callable[[Any], None],
+    config_type: type[T],
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> None:
+    """Parse the command line and run a script; its last line calls this. Exit codes: see docs/running.md.
+
+    `prog` is what the user has typed before `argv`, unless that is the script, or `python -m` and its name.
+    """
+    module = sys.modules[config_type.__module__]
+    script = Path(module.__file__).name
+    if module.__name__ == "__main__" and module.__spec__:
+        prog = prog or f"python -m {module.__spec__.name.removesuffix('.__main__')}"
     try:
-        main(parse(config_type, list(sys.argv[1:] if argv is None else argv), script.name))
+        main(parse(config_type, list(sys.argv[1:] if argv is None else argv), script, prog))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -176,12 +187,15 @@ def cli[T](main: Callable[[Any], None], config_type: type[T], argv: Sequence[str
         sys.exit(explained[1])
 
 
-def parse[T](config_type: type[T], argv: Sequence[str], script: str) -> T:
-    """A script's configuration from its command line; the module's docstring says which value wins."""
+def parse[T](config_type: type[T], argv: Sequence[str], script: str, prog: str | None = None) -> T:
+    """A script's configuration from its command line; the module's docstring says which value wins.
+
+    Its help calls the program `prog`, by default `script`.
+    """
 
     def from_flags(default: T | None) -> T:
         markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
-        return tyro.cli(config_type, args=list(argv), default=default, prog=script, config=markers)
+        return tyro.cli(config_type, args=list(argv), default=default, prog=prog or script, config=markers)
 
     def from_file(path: Path) -> T:
         """A file's options, without those of that run alone, and without one that a flag replaces."""

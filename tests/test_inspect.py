@@ -1,5 +1,6 @@
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -218,3 +219,15 @@ def test_the_commands_run_as_they_are_documented(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "0 stores, 0.00 GB" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize(
+    "typed", ["common.data.inspect", "common.data.store inspect", "common.data.store prune", "common.envs"]
+)
+def test_help_names_the_program_as_it_was_typed(typed, monkeypatch, capsys):
+    module, *command = typed.split()
+    monkeypatch.setattr(sys, "argv", [module, *command, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out.startswith(f"usage: python -m {typed} [-h]")

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     if not argv or argv[0] not in commands:
         print(__doc__.strip())
         sys.exit(0 if argv and argv[0] in ("-h", "--help") else 2)
-    cli(*commands[argv[0]], argv[1:])
+    cli(*commands[argv[0]], argv[1:], f"python -m common.data.store {argv[0]}")
 
 
 def inspect(config: Inspect) -> None:
@@ -279,3 +279,7 @@ def delete(path: Path) -> None:
         raise UserError(f"{path} is being built by another process: wait for it, then prune again.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be deleted ({error.strerror}).") from None
+
+
+if __name__ == "__main__":
+    cli(inspect, Inspect)
