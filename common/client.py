@@ -57,6 +57,7 @@ class RemotePolicy:
         self.horizon, spec = self._about["horizon"], dict(self._about["spec"])
         for name in ("state_rotations", "action_rotations"):
             spec[name] = _rotations(spec.get(name))
+        spec["recorded_names"] = spec.get("state_names"), spec.get("action_names")  # the server says those
         self.spec = SimpleNamespace(**spec)
 
     def act(self, observation: Mapping, prefix: np.ndarray | None = None) -> np.ndarray:

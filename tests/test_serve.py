@@ -469,6 +469,9 @@ def test_a_remote_policy_finds_its_server_again(run_dir):
     with served(run_dir) as (_, port):
         policy = RemotePolicy("127.0.0.1", port, timeout=PATIENCE)
         assert (policy.horizon, tuple(policy.spec.cameras)) == (4, CAMERAS)
+        assert [tuple(names) for names in policy.spec.recorded_names] == list(
+            load_policy(run_dir, device="cpu").spec.recorded_names
+        )
         assert policy.act(observation()).shape == (4, 3)
         assert policy.last_timing["infer_ms"] > 0
         with pytest.raises(ValueError, match="needs the cameras"):
