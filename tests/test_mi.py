@@ -198,6 +198,17 @@ def test_scores_of_another_dataset_are_refused(small, tmp_path, dataset, cache_d
         open_dataset(own)
 
 
+def test_the_best_episodes_are_the_same_with_other_cameras_and_tasks(tmp_path):
+    cameras = ["observation.images.cam_high", "observation.images.cam_left"]
+    root = make_dataset(tmp_path / "d", (6, 5, 7), cameras, tasks=("fold", "lift", "fold"))
+    shared = {"dataset": (str(root),), "cache_dir": tmp_path / "cache", "ingest_workers": 1}
+    store = open_dataset(DataConfig(**shared, cameras=("high",), task=("fold",)))
+    train_mi.write_scores(store, np.arange(2), np.array([1.0, 2.0]), (0.5,), tmp_path)
+    for chosen in ({}, {"cameras": ("left",)}, {"task": ("fold",)}):
+        config = DataConfig(**shared, **chosen, episodes_file=tmp_path / "episodes_top50.json")
+        assert open_dataset(config).episode_indices.tolist() == [2]
+
+
 def test_too_few_episodes_are_refused_before_training(small, tmp_path):
     flags = [*small, "--episodes", "0-3"]
     with pytest.raises(UserError, match="4 episodes are too few for 3 nearest neighbours"):

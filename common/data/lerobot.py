@@ -203,8 +203,8 @@ class LeRobotSource:
             files |= image_files(self.root, key)
         # Cutting episodes makes a different store.
         chosen = tasks[0] if len(tasks) == 1 and not (mixed and self.tasks) else list(self.config.task)
-        found = fingerprint(self.root, self.meta, files, self.config.cache_dir / "hashes")
-        return layout.info(self.name, found, fps, task=chosen or None)
+        found, numbers = fingerprints(self.root, self.meta, files, self.config.cache_dir / "hashes")
+        return replace(layout.info(self.name, found, fps, task=chosen or None), numbers=numbers)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
         _, chosen = self._chosen()
@@ -344,15 +344,21 @@ class LeRobotSource:
         return episode
 
 
-def fingerprint(root: Path, meta: Meta, others: set[str], kept: Path) -> str:
-    """Hash of the dataset's content: features, parquet files, and size, head and tail of other files.
+def fingerprints(root: Path, meta: Meta, others: set[str], kept: Path) -> tuple[str, str]:
+    """Hashes of the dataset's content: features, parquet files, and size, head and tail of other files; and
+    of the same without the other files.
 
     Hashes of parquet files, which can hold all pictures, are kept in the folder `kept` while those files
     stay unchanged.
     """
+
+    def hashed(files: list[str], parts: list[str]) -> str:
+        content = json.dumps([meta.model_dump(), files, parts], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
     tables = [file for part in ("meta", "data") for file in files_below(root / part)]
+    names = [file.relative_to(root).as_posix() for file in tables]
     with ThreadPoolExecutor(8) as pool:  # reading releases the GIL
         ends = pool.map(hash_ends, (root / name for name in sorted(others)))
-        parts = [*hash_once(root, tables, kept), *ends]
-    names = [file.relative_to(root).as_posix() for file in tables] + sorted(others)
-    return hashlib.sha256(json.dumps([meta.model_dump(), names, parts], sort_keys=True).encode()).hexdigest()
+        parts = hash_once(root, tables, kept)
+        return hashed(names + sorted(others), [*parts, *ends]), hashed(names, parts)

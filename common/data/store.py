@@ -62,7 +62,8 @@ class EpisodeStore:
         path: folder of the (first) store.
         source: the dataset it was made from, as a path or hub name; several are joined by " + ".
         fingerprint: hash of the content of the datasets, and of the choice of their episodes.
-        source_fingerprint: hash of the content of the (first) dataset, whichever episodes are chosen.
+        source_fingerprint: hash of the content of the (first) dataset, whichever episodes, cameras and tasks
+            are chosen.
         skipped: sentences about the episodes that were left out.
         state, action: (S, P) and (S, A) float32, in recorded units.
         timestamps: (S,) float64, seconds since the episode began.
