@@ -106,7 +106,8 @@ class RunConfig:
     """Run folder to continue, with its configuration; other flags override it. `auto` continues --run-dir if
     it holds a checkpoint and starts it otherwise, so that a job can be restarted unchanged."""
     config: MayChange[UserPath | None] = None
-    """JSON file to take the configuration from, a run's config.json or one of configs/; flags override it."""
+    """JSON file to take the configuration from, a run's config.json or one of configs/; flags override it.
+    --run-dir, --resume and --push-to-hub are not taken from it."""
     init_from: tuple[str, ...] = ()
     """Weights to start from: RUN, component=RUN, component=FILE.safetensors or component=FILE.pt. RUN may
     also be an exported policy, as its folder or its name on the hub. Statistics are those of the new data."""
@@ -217,7 +218,8 @@ def parse[T](config_type: type[T], argv: Sequence[str], script: str, prog: str |
         _tell_of_new_options(config, resumed)
         return _with_run(config, run_dir=resumed, resume=str(resumed))
     if run.config is not None:
-        config = from_flags(from_file(run.config))
+        # A new run must not replace what the earlier one pushed.
+        config = from_flags(_with_run(from_file(run.config), push_to_hub=None))
     _refuse_used(run.run_dir, restart=run.resume == "auto")
     return _with_run(config, resume=None)
 

@@ -198,6 +198,14 @@ def test_a_new_run_from_the_file_of_another_does_not_go_into_its_folder(tmp_path
     assert config.run == replace(c.RunConfig(), config=run / "config.json")
 
 
+def test_a_new_run_from_the_file_of_another_does_not_push_to_its_place(tmp_path):
+    run = write_run(tmp_path / "run", parse("--push-to-hub", "me/first", "--lr", "0.3"))
+    file = str(run / "config.json")
+    assert parse("--config", file).run.push_to_hub is None
+    assert parse("--config", file, "--push-to-hub", "me/second").run.push_to_hub == "me/second"
+    assert parse("--resume", str(run)).run.push_to_hub == "me/first"
+
+
 def test_steps_and_epochs_of_file_and_flags_do_not_add_up(tmp_path):
     run = write_run(tmp_path / "run", parse("--steps", "500"))
     assert parse("--resume", str(run), "--epochs", "3").optim == Optim(steps=None, epochs=3.0)
