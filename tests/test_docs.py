@@ -69,6 +69,13 @@ def test_commands_name_scripts_and_flags_that_exist(page):
             assert re.search(rf"^ +{name}: ", options, re.MULTILINE), f"{script} {flag}"
 
 
+def test_the_list_of_benchmarks_is_complete():
+    listed = (ROOT / "docs" / "benchmarks.md").read_text().partition("## All benchmarks")[2]
+    assert {path.name for path in (ROOT / "benchmarks").glob("*.py")} == set(
+        re.findall(r"`benchmarks/(\w+\.py)`", listed)
+    )
+
+
 def test_the_checks_see_what_they_check():
     readme = PAGES[0]
     assert ("train_vfp.py", ["--run-dir", "--resume"]) in commands(readme)
