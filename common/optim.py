@@ -192,7 +192,15 @@ def build_scheduler(
     """Scheduler that continues at `step`, with the configuration's learning rates and weight decays.
 
     An optimizer restored from a checkpoint has the old ones, which flags given with --resume may change.
+
+    Raises:
+        UserError: if the warmup of a new run takes all of its steps; a resumed one may have been shortened.
     """
+    if step == 0 and config.schedule != "schedule-free" and (config.warmup_steps or 0) >= total_steps:
+        raise UserError(
+            f"--warmup-steps {config.warmup_steps} leaves none of the run's {total_steps} steps to train at "
+            f"--lr: give fewer, or train for more steps."
+        )
     for group, now in zip(optimizer.param_groups, parameter_groups(policy, config), strict=True):
         group["initial_lr"], group["weight_decay"] = now["lr"], now["weight_decay"]
 

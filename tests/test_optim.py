@@ -99,6 +99,20 @@ def test_a_scheduler_built_at_a_step_continues_as_if_it_had_run(policy, schedule
         scheduler.step()
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle", "constant", "schedule-free"])
+def test_a_warmup_as_long_as_the_run_is_refused(policy, schedule):
+    config = OptimConfig(schedule=schedule, warmup_steps=20)
+    optimizer = build_optimizer(policy, config)
+    build_scheduler(optimizer, policy, config, 21, step=0)
+    build_scheduler(optimizer, policy, config, 15, step=10)  # a run that was resumed with fewer --steps
+    build_scheduler(optimizer, policy, OptimConfig(schedule=schedule), 1, step=0)
+    if schedule == "schedule-free":  # which has no warmup
+        return
+    for total in (20, 15):
+        with pytest.raises(UserError, match=f"--warmup-steps 20 leaves none of the run's {total} steps"):
+            build_scheduler(optimizer, policy, config, total, step=0)
+
+
 def test_groups_follow_components_and_decay_only_matrices(policy):
     config = OptimConfig(
         lr=1.0,
