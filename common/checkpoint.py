@@ -509,17 +509,20 @@ def load_components(policy: nn.Module, folder: Path) -> None:
         ) from None
 
 
-def initialise(policy: nn.Module, sources: tuple[str, ...]) -> None:
+def initialise(policy: nn.Module, sources: tuple[str, ...]) -> set[str]:
     """Start from the weights of other policies (`--init-from`).
 
     Args:
         sources: each is a run folder or an exported policy (every component that both policies have), or
             `component=SOURCE`, where SOURCE may also be a `.safetensors` file or a `.pt` state dict.
 
+    Returns:
+        Names of the components that were loaded.
+
     Raises:
         UserError: if a source is missing or its shapes do not fit.
     """
-    components = dict(policy.named_children())
+    components, loaded = dict(policy.named_children()), set()
     for source in sources:
         for name, (file, read) in _weights_of(source, components).items():
             try:
@@ -528,6 +531,8 @@ def initialise(policy: nn.Module, sources: tuple[str, ...]) -> None:
                 raise UserError(
                     f"--init-from: {file} does not fit the component {name} ({_reason(error)})."
                 ) from None
+            loaded.add(name)
+    return loaded
 
 
 def compare_origins(policy: nn.Module, sources: tuple[str, ...], spec: PolicySpec, config: dict) -> None:
@@ -628,12 +633,21 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     return torch.load(file, "cpu", weights_only=True) if pickled else load_file(file)
 
 
-def freeze(policy: nn.Module, names: tuple[str, ...]) -> None:
-    """Freeze components (`--freeze`): no gradients, no weight decay."""
+def freeze(policy: nn.Module, names: tuple[str, ...], loaded: set[str] | None = None) -> None:
+    """Freeze components (`--freeze`): no gradients, no weight decay.
+
+    Warns of those that stay random: neither in `loaded` nor pretrained. None: all were loaded.
+    """
     components = dict(policy.named_children())
     for name in names:
         if name not in components:
             raise UserError(
                 f"--freeze {name}: there is no such component; there are {', '.join(components)}."
             )
-        components[name].requires_grad_(False)
+        part = components[name]
+        pretrained = getattr(part, "hf_config", None) is not None
+        # What could not learn anyway (depth, no parameters at all) is no surprise.
+        learns = any(parameter.requires_grad for parameter in part.parameters())
+        if loaded is not None and name not in loaded and learns and not pretrained:
+            say(f"warning: {name} stays random: --freeze {name} without --init-from {name}=RUN")
+        part.requires_grad_(False)

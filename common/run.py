@@ -274,10 +274,11 @@ class Run:
         if hasattr(config, "rollout"):
             require_environments(config, data, self)
         self._at("setting up the policy")
+        loaded = None
         if not self.resuming:
-            self.load_weights(policy)
+            loaded = checkpoint.initialise(policy, config.run.init_from)
             checkpoint.compare_origins(policy, config.run.init_from, data.spec, to_dict(config))
-        checkpoint.freeze(policy, config.run.freeze)
+        checkpoint.freeze(policy, config.run.freeze, loaded)
 
         if self.world > 1 and self.device.type == "cuda":
             policy = nn.SyncBatchNorm.convert_sync_batchnorm(policy)  # pretrained backbones can have it

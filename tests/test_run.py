@@ -5,6 +5,7 @@ import torch
 from running import lines, reset, train, weights
 
 import train_naive_fm
+from common import checkpoint
 from common.config import parse
 from common.run import start_run
 
@@ -77,6 +78,18 @@ def test_the_policy_trains_and_what_is_frozen_does_not(tiny, tmp_path):
     assert not policy.backbone.training
     assert run.model.training
     assert not any(parameter.requires_grad for parameter in policy.backbone.parameters())
+
+
+def test_a_frozen_component_without_weights_is_told(tiny, tmp_path, capsys):
+    flags = ("--steps", 1, "--freeze", "backbone")
+    first = train(train_naive_fm, tiny, tmp_path / "first", *flags)
+    said = "warning: backbone stays random: --freeze backbone without --init-from backbone=RUN\n"
+    assert said in capsys.readouterr().out
+    train(train_naive_fm, [], None, "--resume", first, "--steps", 2)
+    _, _, policy, _ = started(tiny, tmp_path / "run", *flags, "--init-from", f"backbone={first}")
+    policy.backbone.requires_grad_(True).hf_config = {}  # as of a pretrained model
+    checkpoint.freeze(policy, ("backbone",), set())
+    assert "stays random" not in capsys.readouterr().out
 
 
 def test_a_fork_may_change_buffers_after_its_step(tiny, tmp_path, monkeypatch):
