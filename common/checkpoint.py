@@ -514,7 +514,8 @@ def initialise(policy: nn.Module, sources: tuple[str, ...]) -> set[str]:
 
     Args:
         sources: each is a run folder or an exported policy (every component that both policies have), or
-            `component=SOURCE`, where SOURCE may also be a `.safetensors` file or a `.pt` state dict.
+            `component=SOURCE`, where SOURCE may also be a `.safetensors` file or a `.pt` state dict. A
+            backbone is also found within another component of a run.
 
     Returns:
         Names of the components that were loaded.
@@ -606,7 +607,17 @@ def _weights_of(
     last = find(path)
     refuse_damaged(last, "policy/")
     files = {file.stem: file for file in sorted(last.glob("policy/*.safetensors")) if file.name != STATISTICS}
+    if name.endswith("backbone") and name not in files:
+        for file in files.values():
+            if inner := _backbone_within(file):
+                return {name: (file, partial(dict, inner))}
     return _chosen({part: (f, partial(load_file, f)) for part, f in files.items()}, name, source, components)
+
+
+def _backbone_within(file: Path) -> dict[str, Tensor]:
+    """Weights of a backbone that is part of another component, as in `train_mi.py`."""
+    prefix = "backbone."
+    return {k.removeprefix(prefix): x for k, x in load_file(file).items() if k.startswith(prefix)}
 
 
 def _chosen[T](there: dict[str, T], name: str, source: str, components: dict[str, nn.Module]) -> dict[str, T]:

@@ -10,9 +10,11 @@ import running
 import torch
 from lerobot_factory import make_dataset
 from running import interrupt_after, weights
+from torch import nn
 
 import evaluate
 import train_mi
+from common import checkpoint
 from common.checkpoint import PolicySpec, find
 from common.config import parse
 from common.data import ChunkDataset, DataConfig, open_dataset
@@ -239,3 +241,18 @@ def test_encoders_can_be_taken_by_another_run(small, tmp_path):
     taken = [name for name in before if name.startswith("action_encoder")]
     assert taken
     assert all(torch.equal(before[name], after[name]) for name in taken)
+
+
+def test_a_policy_can_start_from_the_backbone_of_the_state_encoder(small, prepared, tmp_path):
+    run = train(small, tmp_path / "run", "--steps", 1)
+    config, data, *_ = prepared
+    policy = nn.ModuleDict(
+        {"head_backbone": train_mi.Autoencoders(config, PolicySpec.of(data)).state_encoder.backbone}
+    )
+    assert checkpoint.initialise(policy, (f"head_backbone={run}",)) == {"head_backbone"}
+    inside = {k: x for k, x in weights(run, 1).items() if k.startswith("state_encoder.safetensors:backbone.")}
+    assert len(inside) == len(policy.state_dict()) > 10
+    for name, value in policy.head_backbone.state_dict().items():
+        assert torch.equal(value, inside[f"state_encoder.safetensors:backbone.{name}"])
+    with pytest.raises(UserError, match="nothing to load; the source has the components action_decoder, "):
+        checkpoint.initialise(nn.ModuleDict({"gate": nn.Linear(2, 2)}), (f"gate={run}",))
