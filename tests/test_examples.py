@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import fitting, lines, train
+from running import fitting, lines, train, weights
+from torch._dynamo.testing import CompileCounter
 
 from common.checkpoint import PolicySpec
 from common.config import parse
@@ -62,6 +63,14 @@ def test_two_step_regression_answers_twice(tiny):
 
 
 @pytest.mark.usefixtures("accelerate_reset")
-def test_mean_flow_trains_with_compile(tiny, tmp_path):
-    run = train(train_mean_flow, tiny, tmp_path / "run", "--steps", 1, "--compile")
-    assert [row["step"] for row in lines(run)] == [1]
+def test_mean_flow_is_compiled_before_and_after_its_derivative(tiny, tmp_path, monkeypatch):
+    flags = ("--steps", 3, "--schedule", "constant", "--save-every", 500, "--eval-every", 500)
+    eager = train(train_mean_flow, tiny, tmp_path / "eager", *flags)
+    counter, compile = CompileCounter(), torch.compile  # runs the graphs uncompiled
+    monkeypatch.setattr(torch, "compile", lambda f, **given: compile(f, backend=counter, dynamic=False))
+    torch._dynamo.reset()
+    compiled = train(train_mean_flow, tiny, tmp_path / "compiled", *flags, "--compile")
+    assert 2 <= counter.frame_count <= 4  # none is compiled again
+    assert lines(compiled) == lines(eager)
+    expected = weights(eager, 3)
+    assert all(torch.equal(value, expected[key]) for key, value in weights(compiled, 3).items())
