@@ -158,6 +158,7 @@ class _Episode:
         limit = RateLimit(velocity, acceleration, loop.rate, width, rotations)
         if tuple(spec.state_names) == tuple(spec.action_names):
             limit.begin(first.state)
+            self.plan.last = first.state
         else:
             names = ", ".join([*spec.action_names[:4], *["..."] * (len(spec.action_names) > 4)])
             _say(
@@ -254,6 +255,7 @@ class Plan:
         watches: whether a later chunk needs the frames of now.
         needed: actions that must be given, judging by the delays of earlier chunks.
         source: number of the chunk that the last action came from, 0 for an average; None if the robot held.
+        last: the last action, (A,); at first None, or the robot's position.
     """
 
     def __init__(
@@ -267,6 +269,7 @@ class Plan:
         self.now = 0.0
         self.chunks: list[Chunk] = []  # oldest first
         self.source: float | None = None
+        self.last: np.ndarray | None = None
         self.asked: float | None = None  # when the pending chunk was requested
         self.given = 0  # actions that were given with it
         self.until = UNLIMITED  # no later action is executed before it arrives
@@ -343,6 +346,9 @@ class Plan:
         if self.ensemble is None:
             self.source = self._begun(self.now)[-1].source(self.now)
         self.now += self.step
+        if self.rotations is not None and self.last is not None:
+            action = self.rotations.nearest(action, self.last)
+        self.last = action
         return action
 
     @property
@@ -391,11 +397,7 @@ def blend(actions: Sequence[np.ndarray], weights: Sequence[float], rotations: An
     if rotations is None or not rotations.starts:
         return mean
     turned = rotations.decode(np.tensordot(shares, rotations.encode(np.stack(actions)), 1))
-    if rotations.kind.startswith("quaternion"):  # take the sign of the first action
-        for part in (slice(start, start + 4) for start in rotations.starts):
-            agrees = (turned[..., part] * actions[0][..., part]).sum(axis=-1, keepdims=True) >= 0
-            turned[..., part] *= np.where(agrees, 1, -1)
-    return turned
+    return rotations.nearest(turned, actions[0])
 
 
 class RateLimit:

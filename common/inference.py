@@ -233,6 +233,7 @@ class RobotPolicy:
         else:
             self._generator.manual_seed(self._seed + self._episode)
         self._controller: Controller | None = None
+        self._last: np.ndarray | None = None  # an action of the last chunk
         self._frames: list[Frames] = []  # of each observation in a batch
 
     def fork(self) -> "RobotPolicy":
@@ -312,7 +313,8 @@ class RobotPolicy:
 
         Returns:
             (T, A) float32 in recorded units, the prefix first; row i is for i / fps seconds from now. With an
-            action offset, it is for that many steps later.
+            action offset, it is for that many steps later. Rotations continue the numbers of the prefix, or
+            else of the last chunk.
 
         Raises:
             ValueError: for a missing or unknown camera, a wrong shape or dtype, a state or prefix that is not
@@ -322,7 +324,12 @@ class RobotPolicy:
 
         Warns once an episode of a state more than three standard deviations outside the recorded range.
         """
-        return self.act_batch([observation], sample_steps, clip, prefixes=[prefix])[0]
+        chunk = self.act_batch([observation], sample_steps, clip, prefixes=[prefix])[0]
+        if self.spec.action_rotations:
+            if prefix is None or not len(prefix):
+                self.spec.action_rotations.follow(chunk, self._last)
+            self._last = chunk[len(chunk) // 2].copy()  # usually, the next chunk begins near it
+        return chunk
 
     def act_batch(
         self,
@@ -356,9 +363,9 @@ class RobotPolicy:
         rotations = self.spec.action_rotations
         chunks = rotations.decode(chunks) if rotations else chunks
         for chunk, actions in zip(chunks, given, strict=True):
-            if rotations:
-                rotations.keep_signs(chunk, actions)
             chunk[: len(actions)] = actions
+            if rotations:
+                rotations.follow(chunk[max(len(actions) - 1, 0) :])
         return chunks
 
     def watch(self, observation: Mapping) -> None:
@@ -654,6 +661,7 @@ class Controller:
         self.states: list[np.ndarray] = []  # the last K, each (E, P)
         self.chunks: list[_Chunk] = []
         self.tasks: list[str | None] | None = None
+        self.last: np.ndarray | None = None  # actions, (E, A)
         self.wait = 0  # steps for which the robot repeats its last action
         self.source: int | None = None
         needed, most = delay - policy.spec.action_offset, policy.spec.max_delay
@@ -739,10 +747,12 @@ class Controller:
         self.source = here[-1].number if here else None
         due = [chunk.actions[which, self.step - chunk.sampled - offset] for chunk in here]
         due = due or [self.chunks[0].actions[which, 0]]
-        actions = due[-1]
+        actions, rotations = due[-1], spec.action_rotations
         if self.ensemble is not None:
             weights = np.exp(-self.ensemble * np.arange(len(due)))
-            actions = blend(due, weights, self.policy.spec.action_rotations)
+            actions = blend(due, weights, rotations)
+        if rotations and self.last is not None:
+            actions = rotations.nearest(actions, self.last[which])
         self.step += 1
         actions = actions.astype(np.float32)
         self.last = np.zeros((self.num, actions.shape[1]), np.float32)

@@ -201,6 +201,21 @@ def test_rotations_are_blended_as_rotations():
     np.testing.assert_allclose(several, [between, second, -first], atol=1e-5)
 
 
+def test_rotations_continue_the_numbers_of_the_last_command_and_of_the_robot():
+    turn = Rotations("euler", (0,), ("r", "p", "y"))
+    arm, line = Arm(), Line(max_delay=0)
+    arm.position, line.spec.action_rotations, rolls = np.array([3.2, 0, 0], np.float32), turn, iter(range(99))
+
+    def act(observation):  # each chunk rolls a little further; canonical angles are negative
+        return np.array([[3.2 + 0.02 * next(rolls) - 2 * np.pi, 0, 0]] * line.horizon, np.float32)
+
+    line.act = act
+    ControlLoop(line, arm, rate=50, execute_steps=2).run(0.4)
+    assert arm.sent[0] == pytest.approx(3.2, abs=1e-5)
+    assert arm.sent[-1] > 3.22
+    assert np.abs(np.diff(arm.sent)).max() < 0.1
+
+
 # Bounds
 
 

@@ -196,6 +196,26 @@ def test_ensembles_average_rotations_as_rotations(policy, monkeypatch):
     policy.reset()
 
 
+@pytest.mark.parametrize("options", [{}, {"ensemble": 0.1}, None])
+def test_rotations_continue_the_numbers_of_the_last_action(policy, monkeypatch, options):
+    rotations = Rotations("euler", (0,), ("roll", "pitch", "yaw"))
+    rolls = iter(3 + 0.02 * np.arange(30))  # goes through pi
+
+    def sample(*_):
+        return torch.from_numpy(rotations.encode(np.array([[[next(rolls), 0, 0]] * policy.horizon])))
+
+    monkeypatch.setattr(policy, "sample", sample)
+    monkeypatch.setattr(policy, "spec", replace(policy.spec, action_rotations=rotations))
+    act = policy.act if options is None else lambda seen: policy.next_action(seen, **options)[None]
+    given = np.stack([act(observation(policy))[0] for _ in range(30)])
+    assert given[-1, 0] > np.pi
+    assert np.abs(np.diff(given, axis=0)).max() < 0.1
+    policy.reset()
+    rolls = iter([3.3])
+    assert act(observation(policy))[0, 0] == pytest.approx(3.3 - 2 * np.pi, abs=1e-5)  # nothing to continue
+    policy.reset()
+
+
 def test_the_number_of_sampling_steps_can_be_chosen(policy):
     seen = observation(policy)
     chunks = []

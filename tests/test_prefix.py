@@ -228,17 +228,17 @@ def test_a_relative_prefix_is_anchored_to_the_present_state(tiny, tmp_path, monk
         np.testing.assert_allclose(asked[-1].actions[0, :2], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_quaternions_continue_with_the_sign_of_the_prefix():
-    rotations = Rotations("quaternion", (1,), ("x", "qx", "qy", "qz", "qw", "grip"))
-    half = np.array([0, 0.1, 0.2])[:, None]
-    chunk = np.concatenate([half, 0 * half, 0 * half, np.sin(half), np.cos(half), half], 1)
-    given = chunk[:2] * [1, -1, -1, -1, -1, 1]
-    expected = chunk * [1, -1, -1, -1, -1, 1]
-    for first in (chunk[:2], given):
-        turned = chunk.copy()
-        rotations.keep_signs(turned, first)
-        np.testing.assert_array_equal(turned, expected if first is given else chunk)
-    Rotations("euler", (1,), rotations.recorded[:5]).keep_signs(chunk, chunk[:0])
+def test_rotations_continue_the_numbers_of_the_prefix(policy, monkeypatch):
+    rotations = Rotations("euler", (0,), ("roll", "pitch", "yaw"))
+    roll = np.linspace(2.9, 3.3, policy.horizon)[:, None].astype(np.float32)
+    chunk = np.concatenate([roll, 0 * roll, 0 * roll], 1)
+    monkeypatch.setattr(policy, "spec", dataclasses.replace(policy.spec, action_rotations=rotations))
+    monkeypatch.setattr(policy, "_prefix", lambda given: None)
+    monkeypatch.setattr(policy, "sample", lambda *_: torch.from_numpy(rotations.encode(chunk))[None])
+    turn = np.array([2 * np.pi, 0, 0], np.float32)
+    for prefix in (chunk[:2], chunk[:2] - turn):
+        expected = chunk + (prefix[0] - chunk[0])
+        np.testing.assert_allclose(policy.act(observation(policy), prefix=prefix), expected, atol=1e-5)
 
 
 # Acting while a chunk is computed

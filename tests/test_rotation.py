@@ -4,7 +4,15 @@ import pytest
 from hdf5_factory import make_hdf5
 
 from common.data import DataConfig, open_dataset
-from common.data.rotation import SOURCES, Rotations, from_matrix, gram_schmidt, parse, to_matrix
+from common.data.rotation import (
+    LARGEST_ANGLE,
+    SOURCES,
+    Rotations,
+    from_matrix,
+    gram_schmidt,
+    parse,
+    to_matrix,
+)
 from common.errors import UserError
 
 
@@ -63,9 +71,43 @@ def test_six_numbers_are_continuous_where_quaternions_flip():
     assert np.abs(np.diff(flipped, axis=0)).max() > 1
     assert np.abs(np.diff(six, axis=0)).max() < 0.05
     np.testing.assert_allclose(six, rotations.encode(smooth), atol=1e-6)
-    back = rotations.decode(six)  # the same rotation, with one sign along the whole chunk
+    back = rotations.decode(six)
+    rotations.follow(back)  # the same rotation, with one sign along the whole chunk
     assert np.abs(np.diff(back, axis=0)).max() < 0.05
     np.testing.assert_allclose(np.abs((back * smooth).sum(-1)), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_numbers_continue_those_before_them(kind):
+    angle = np.linspace(2.5, 5.5, 40)[:, None]  # beyond a half turn
+    if kind.startswith("quaternion"):
+        recorded = np.concatenate([np.cos(angle / 2), np.sin(angle / 2) * [0.6, 0, 0.8]], 1)
+        recorded = recorded if kind.endswith("wxyz") else np.roll(recorded, -1, 1)
+    else:
+        recorded = (
+            angle * [0.6, 0, 0.8] if kind == "axis-angle" else np.concatenate([angle, 0 * angle, -angle], 1)
+        )
+    rotations = Rotations(kind, (1,), ("x", *"abcd"[: recorded.shape[1]]))
+    recorded = np.concatenate([angle, recorded], 1).astype(np.float32)
+    back = rotations.decode(rotations.encode(recorded))
+    assert np.abs(np.diff(back, axis=0)).max() > 1 or (back[-1] * recorded[-1]).sum() < 0
+    rotations.follow(back)
+    np.testing.assert_allclose(back, recorded, atol=1e-5)
+    second = rotations.decode(rotations.encode(recorded[20:]))
+    rotations.follow(second, recorded[19])
+    np.testing.assert_allclose(second, recorded[20:], atol=1e-5)
+
+
+def test_angles_that_continue_stay_within_those_of_recordings():
+    yaw = np.array([0, 0, 1]) * np.linspace(0, 20, 400)[:, None]
+    for kind in ("euler", "axis-angle"):
+        rotations = Rotations(kind, (0,), ("r", "p", "y"))
+        six = rotations.encode(yaw)
+        back = rotations.decode(six)
+        rotations.follow(back)
+        np.testing.assert_allclose(rotations.encode(back), six, atol=1e-5)
+        assert 6.2 < np.abs(back).max() <= LARGEST_ANGLE
+        assert (np.abs(np.diff(back, axis=0)).max(1) > 1).sum() == 3
 
 
 def test_gram_schmidt_makes_a_rotation_of_any_six_numbers():

@@ -99,17 +99,29 @@ class Rotations:
 
         return _replaced(values, self.starts, SOURCES[self.kind], two_columns)
 
-    def keep_signs(self, chunk: np.ndarray, given: np.ndarray) -> None:
-        """Match the quaternions' signs in a recorded chunk (T, D) to the actions it begins with, (d, D)."""
-        if not self.kind.startswith("quaternion") or not len(given):
-            return
+    def nearest(self, values: np.ndarray, previous: np.ndarray) -> np.ndarray:
+        """The same rotations in recorded vectors (..., D), as the numbers nearest to those in `previous`.
+
+        Whoever interpolates or filters the numbers would otherwise turn a robot by a full turn.
+        """
+        values = values.copy()
         for start in self.starts:
-            quaternion = slice(start, start + SOURCES[self.kind])
-            if chunk[len(given) - 1, quaternion] @ given[-1, quaternion] < 0:
-                chunk[:, quaternion] *= -1
+            part = slice(start, start + SOURCES[self.kind])
+            values[..., part] = _nearest(values[..., part], previous[..., part], self.kind)
+        return values
+
+    def follow(self, chunk: np.ndarray, previous: np.ndarray | None = None) -> None:
+        """Make each action of a recorded chunk (T, D) the `nearest` to the one before, in place.
+
+        The first one stays, or becomes the nearest to a `previous` action (D,).
+        """
+        for row in chunk:
+            if previous is not None:
+                row[:] = self.nearest(row, previous)
+            previous = row
 
     def decode(self, values: np.ndarray) -> np.ndarray:
-        """Convert re-expressed vectors (..., D') back to recorded ones (..., D), float32."""
+        """Convert re-expressed vectors (..., D') back to recorded ones (..., D), float32, each by itself."""
         starts = self.encoded_starts()
         return _replaced(values, starts, TARGET_DIM, lambda six: from_matrix(gram_schmidt(six), self.kind))
 
@@ -164,7 +176,7 @@ def to_matrix(values: np.ndarray, kind: str) -> np.ndarray:
 
 
 def from_matrix(matrix: np.ndarray, kind: str) -> np.ndarray:
-    """Convert matrices (..., 3, 3) to numbers of a kind; along a chunk quaternions keep their sign."""
+    """Convert matrices (..., 3, 3) to numbers of a kind: angles up to pi, quaternions with w >= 0."""
     from scipy.spatial.transform import Rotation
 
     rotation, shape = Rotation.from_matrix(matrix.reshape(-1, 3, 3)), matrix.shape[:-2]
@@ -174,11 +186,23 @@ def from_matrix(matrix: np.ndarray, kind: str) -> np.ndarray:
             return rotation.as_euler("xyz").reshape(*shape, 3)
     if kind == "axis-angle":
         return rotation.as_rotvec().reshape(*shape, 3)
-    values = rotation.as_quat(canonical=True).reshape(*shape, 4)
-    if values.ndim > 1:
-        turns = (values[..., 1:, :] * values[..., :-1, :]).sum(-1) < 0
-        values[..., 1:, :] *= np.where(np.cumsum(turns, axis=-1) % 2, -1, 1)[..., None]
-    return values if kind == "quaternion" else np.roll(values, 1, axis=-1)
+    return rotation.as_quat(canonical=True, scalar_first=kind == "quaternion-wxyz").reshape(*shape, 4)
+
+
+def _nearest(values: np.ndarray, previous: np.ndarray, kind: str) -> np.ndarray:
+    """Of all numbers (..., 3 or 4) for the same rotation, those nearest to `previous` ones."""
+
+    def turns(angles: np.ndarray, before: np.ndarray) -> np.ndarray:
+        more = 2 * np.pi * np.round((before - angles) / (2 * np.pi))
+        return np.where(np.abs(angles + more) > LARGEST_ANGLE, 0, more)  # no recording has larger ones
+
+    if kind == "euler":
+        return values + turns(values, previous)
+    if kind == "axis-angle":
+        angle = np.linalg.norm(values, axis=-1, keepdims=True)
+        axis = values / np.maximum(angle, 1e-9)
+        return values + axis * turns(angle, (axis * previous).sum(-1, keepdims=True))
+    return np.where((values * previous).sum(-1, keepdims=True) < 0, -values, values)
 
 
 def gram_schmidt(six: np.ndarray) -> np.ndarray:
