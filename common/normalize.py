@@ -185,11 +185,12 @@ def _relative(
     dataset: ChunkDataset,
     action: dict[str, Tensor],
     spread: np.ndarray,
+    varies: np.ndarray,
     mask: Sequence[str],
     relative_poses: bool,
     say: Callable[[str], None],
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Replace statistics and spreads (A,) of the action by those of its differences, where it is relative.
+    """Replace statistics, spreads and variation (A,) of the action by its differences', where it is relative.
 
     Returns:
         (A,), the state dimension that each action dimension is relative to, or -1; and the relative poses.
@@ -216,13 +217,19 @@ def _relative(
         for i, values in enumerate(found.T[:, :, None]):
             for name, value in fit_statistics(values).items():
                 action[name][start + i] = value[0]
-            spread[start + i] = without_extremes(values).std()
+            spread[start + i], varies[start + i] = _extent(values)
     for dim in np.flatnonzero(pairs >= 0):
         differences = relative_chunks(dataset, dim, pairs[dim])
         for name, value in fit_statistics(differences[:, None]).items():
             action[name][dim] = value[0]
-        spread[dim] = without_extremes(differences[:, None]).std()
+        spread[dim], varies[dim] = _extent(differences[:, None])
     return torch.from_numpy(pairs), poses
+
+
+def _extent(values: np.ndarray) -> tuple[float, bool]:
+    """Standard deviation of (S, 1) steps, and whether they vary, extremes apart."""
+    exact = without_extremes(values)
+    return exact.std(), exact.max() > exact.min()
 
 
 class Normalizer(nn.Module):
@@ -290,8 +297,9 @@ class Normalizer(nn.Module):
         if torch.equal(action["min"], action["max"]):
             raise UserError(f"The action of {store.source} never changes: choose another with --action-keys.")
         action_range = torch.stack([action["min"], action["max"]])
-        if relative:
-            pairs, poses = _relative(dataset, action, spread["action"], mask, relative_poses, say)
+        if relative:  # a constant command is idle if the state jitters: the difference is nothing but noise
+            extents = spread["action"], motion["action"].varies
+            pairs, poses = _relative(dataset, action, *extents, mask, relative_poses, say)
         for line in cautions(store, dataset.action_offset, relative):
             say(line)
         for part, names in (("state", store.state_names), ("action", store.action_names)):
@@ -299,8 +307,8 @@ class Normalizer(nn.Module):
             floor = idle_floor * usual_spread(spread[part])
             statistics[part]["floor"] = torch.where(torch.from_numpy(idle), floor, 0.0)
             statistics[part]["spread"] = torch.from_numpy(spread[part].astype(np.float32))
-            if floor and idle.any():
-                found = ", ".join(names[i] for i in np.flatnonzero(idle))
+            if (noise := idle & (spread[part] < floor)).any():
+                found = ", ".join(names[i] for i in np.flatnonzero(noise))
                 say(f"{part}: nothing but noise in {found}; scaled by at least {floor:.2g} (--idle-floor)")
             std = statistics[part]["std"].numpy()
             far = (std > 5 * spread[part]) & (spread[part] > 0)

@@ -113,6 +113,24 @@ def test_the_scale_of_an_idle_joint_has_a_floor_and_is_said(record, capsys, mode
         assert torch.equal(getattr(plain, part)[:2], getattr(fitted, part)[:2])
 
 
+@pytest.mark.parametrize("mode", ["mean-std", "min-max", "quantile"])
+def test_the_difference_of_a_constant_command_from_a_jittering_state_has_a_floor(record, capsys, mode):
+    rng = np.random.default_rng(3)
+    values = reach(rng)
+    values[:, 1:] = 0.3
+    state = values.copy()
+    state[:, 1] += rng.normal(0, 1e-5, STEPS)  # joint 2 does not even jitter
+    dataset = ChunkDataset(replace(record(values), state=state), [0], 4, action_offset=1)
+    capsys.readouterr()
+    fitted = Normalizer.fit(dataset, mode, relative=True)
+    assert "action: nothing but noise in joint_1; scaled by at least" in capsys.readouterr().out
+    usual = fitted.statistics["action"]["spread"][0].item()
+    assert fitted.action_scale[1:].tolist() == pytest.approx([0.1 * usual, 1])
+    plain = Normalizer.fit(dataset, mode, relative=True, idle_floor=0.0)
+    assert plain.action_scale[1] < 1e-4
+    assert plain.action_scale[0] == fitted.action_scale[0]
+
+
 def test_the_floor_is_saved_with_the_statistics(record, tmp_path):
     rng = np.random.default_rng(4)
     values = reach(rng)
