@@ -197,11 +197,20 @@ def _relative(
     """
     store = dataset.store
     pairs = shared_dimensions(store.state_names, store.action_names)
-    absolute = [i for i in masked_dimensions(store.action_names, mask) if pairs[i] >= 0]
+    masked = masked_dimensions(store.action_names, mask)
+    absolute = [i for i in masked if pairs[i] >= 0]
+    lacking = [i for i in np.flatnonzero(pairs < 0) if i not in masked]
     pairs[absolute] = -1
-    if absolute:
-        kept = ", ".join(store.action_names[i] for i in absolute)
-        say(f"--relative-actions: {kept} stay absolute (--relative-mask)")
+    if (pairs < 0).all() and not relative_poses:
+        raise UserError(
+            f"--relative-actions has no effect: of the action ({', '.join(store.action_names)}), the state "
+            f"({', '.join(store.state_names)}) has only what --relative-mask keeps absolute: choose others "
+            f"with --state-keys or --action-keys."
+        )
+    for kept, why in ((absolute, "--relative-mask"), (lacking, "the state has none of these names")):
+        if kept:
+            names = ", ".join(store.action_names[i] for i in kept)
+            say(f"--relative-actions: {names} stay absolute ({why})")
     if twice := differences_already(store, pairs):
         say(
             f"warning: the action seems to hold differences already, in "
@@ -285,7 +294,8 @@ class Normalizer(nn.Module):
             say: called with each line.
 
         Raises:
-            UserError: if the action never changes, so that there is nothing to learn.
+            UserError: if the action never changes, so that there is nothing to learn; if `relative` and no
+                action is.
         """
         store, rows = dataset.store, dataset.rows
         episodes, statistics, motion = store.episode_of(rows), {}, {}

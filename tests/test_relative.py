@@ -1,5 +1,7 @@
 """Relative actions: what stays absolute, poses in the current frame, actions that already are differences."""
 
+import dataclasses
+
 import h5py
 import numpy as np
 import pytest
@@ -161,6 +163,20 @@ def test_what_stays_absolute_is_chosen_by_name(record, capsys):
     assert fitted(without, mask=("gripper",))[0].relative_to.tolist() == list(range(7))
 
 
+def test_what_the_state_lacks_stays_absolute_and_is_said(record, capsys):
+    store = record("data", motion(np.random.default_rng(9)))
+    others = [f"target.{i}" for i in range(7)]
+    some = dataclasses.replace(store, action_names=("eef_pos.0", *others[1:], "gripper_width"))
+    assert fitted(some, mask=("gripper", "target.6"))[0].relative_to.tolist() == [0, *[-1] * 7]
+    said = capsys.readouterr().out
+    assert f"--relative-actions: {', '.join(others[1:6])} stay absolute (the state has none of" in said
+    none = dataclasses.replace(store, action_names=(*others, "gripper_width"))
+    with pytest.raises(
+        UserError, match=r"no effect: of the action \(target.0, .* the state \(eef_pos.0, .*keys"
+    ):
+        fitted(none, mask=("gripper",))
+
+
 def test_poses_that_cannot_be_relative_are_named(record):
     parts = motion(np.random.default_rng(5))
     turned = record("a", parts, keys=(KEYS[1], KEYS[0]), rotation="quaternion->6d")
@@ -177,8 +193,6 @@ def test_poses_that_cannot_be_relative_are_named(record):
 
 
 def test_actions_that_are_differences_already_are_said(record, capsys):
-    import dataclasses
-
     store = record("data", motion(np.random.default_rng(6)), motion(np.random.default_rng(7)))
     capsys.readouterr()
     fitted(store)
