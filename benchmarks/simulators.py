@@ -60,10 +60,11 @@ TASKS = {
 FORKS = ("train_regression", "train_two_step", "train_mean_flow")
 FAST = {"optimizer_lr": 1e-4, "optimizer_lr_backbone": 1e-4}  # LeRobot's 1e-5 is for 100,000 steps
 LEROBOT = {
-    "act": {"chunk_size": 16, "n_action_steps": 8, **FAST},
-    "act-slow": {"chunk_size": 16, "n_action_steps": 8},
+    "act": FAST,
+    "act-slow": {},
     "act-100": {"chunk_size": 100, "n_action_steps": 100, **FAST},
 }  # options of LeRobot's policies that are not its defaults
+CHUNKS = {"aloha": 64}  # actions in a chunk: at 50 Hz, 16 are a third of a second
 SAMPLE_STEPS = {"train_regression": (1,), "train_two_step": (2, 1)} | dict.fromkeys(LEROBOT, (1,))
 OFFLINE = "--batch_size=8 --policy.push_to_hub=false --wandb.enable=false --num_workers=0 --log_freq=100000"
 
@@ -155,6 +156,18 @@ def recording(task: str) -> int:
     return RECORDINGS[simulator_of(task)]
 
 
+def flags_of(simulator: str) -> list[str]:
+    """Flags of our scripts that a simulator needs beside configs/METHOD/simulators.json."""
+    # With fewer draws of the flow time, a step costs as much as with chunks of 16.
+    return ["--horizon", str(CHUNKS[simulator]), "--flow-samples", "2"] if simulator in CHUNKS else []
+
+
+def lerobot_options(method: str, simulator: str) -> dict:
+    """Options of one of LeRobot's policies; its chunks are as ours where it does not say otherwise."""
+    chunk = CHUNKS.get(simulator, 16)
+    return {"chunk_size": chunk, "n_action_steps": chunk // 2, **LEROBOT[method]}
+
+
 # Results, shared by several processes
 
 
@@ -221,6 +234,7 @@ def train_command(job: Job, runs: Path, folder: Path, steps: int) -> list:
         sys.executable,
         f"{place}{job.method}.py",
         *("--config", f"configs/{job.method}/simulators.json"),
+        *flags_of(simulator_of(job.task)),
         *("--dataset", data, "--run-dir", folder, "--steps", steps, "--seed", job.seed),
         *("--eval-every", steps, "--save-every", 1000),
     ]
@@ -245,9 +259,10 @@ def measure(kinds: list[str], runs: Path, again: bool = False) -> None:
                 record(task, runs)
                 data = data_of(task, runs)
                 if method in LEROBOT:
-                    loops[kind] = lerobot_acts.training_steps(data, LEROBOT[method])
+                    loops[kind] = lerobot_acts.training_steps(data, lerobot_options(method, simulator))
                 else:
-                    loops[kind] = training_steps(f"{method}:simulators", "--dataset", str(data))
+                    flags = ["--dataset", str(data), *flags_of(simulator)]
+                    loops[kind] = training_steps(f"{method}:simulators", *flags)
             found = measure_steps(loops)
             scale = 1 if again or not beside else known[beside] / found[beside]
             known |= {kind: scale * seconds for kind, seconds in found.items()}
@@ -260,7 +275,12 @@ def settings(job: Job, runs: Path, known: dict | None = None) -> dict:
     Where the demonstrations are not on this machine, they are those of the `known` settings.
     """
     ours = ROOT / "configs" / job.method / "simulators.json"
-    config = LEROBOT[job.method] if job.method in LEROBOT else json.loads(ours.read_text())
+    simulator, own = simulator_of(job.task), {}
+    if job.method in LEROBOT:
+        config = lerobot_options(job.method, simulator)
+    else:
+        config = json.loads(ours.read_text())
+        own = {"flags": flags_of(simulator)} if simulator in CHUNKS else {}
     data = data_of(job.task, runs)
     seconds = read()["seconds"].get(kind_of(job))
     frames = (known or {}).get("demonstrations", [0])[0]
@@ -273,7 +293,8 @@ def settings(job: Job, runs: Path, known: dict | None = None) -> dict:
         "steps": seconds and int(BUDGET / seconds),
         "episodes": [EPISODES, BLIND],
         "first_episode": FIRST_SEED + 1000 * job.seed,
-        "max_steps": MAX_STEPS.get(simulator_of(job.task)),
+        "max_steps": MAX_STEPS.get(simulator),
+        **own,
     }
     return json.loads(json.dumps(found))
 
@@ -305,7 +326,7 @@ def make_alone(job: Job, runs: Path, folder: Path, made_with: dict, lock: int) -
             shutil.rmtree(folder, ignore_errors=True)  # saves only at its end, refuses an existing folder
             begun = folder.with_name(f"{folder.name}-begun")
             shutil.rmtree(begun, ignore_errors=True)
-            lerobot_acts.begin(data, LEROBOT[job.method], job.seed, begun)
+            lerobot_acts.begin(data, made_with["config"], job.seed, begun)
             call(command, lock)
         command = [*ours, folder, "--dataset", data]
     else:

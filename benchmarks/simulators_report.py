@@ -18,8 +18,8 @@ COMPARED = (
     (("train_vfp_moe", "10"), ("train_naive_fm", "10")),
 )
 LABELS = {
-    "act": "LeRobot ACT, chunk 16",
-    "act-slow": "LeRobot ACT, chunk 16, its own learning rate",
+    "act": "LeRobot ACT, chunk as ours",
+    "act-slow": "LeRobot ACT, chunk as ours, its own learning rate",
     "act-100": "LeRobot ACT, chunk 100",
 }
 SEES_NOTHING = 0.1  # success with grey pictures from which a task does not test vision

@@ -166,6 +166,9 @@ def test_every_run_of_the_plan_can_be_made():
         assert (simulators.ROOT / script).is_file()
     assert [job.seed for job in jobs if simulators.is_part("push:act", job)] == [0, 1, 2]
     assert not [job for job in jobs if simulators.is_part("push:a", job)]
+    aloha = [job for job in jobs if job.task == "transfer-cube"]  # equal chunks there, too
+    assert "64" in simulators.train_command(aloha[0], Path("runs"), Path("run"), 10)
+    assert simulators.settings(aloha[-1], Path("absent"))["config"]["chunk_size"] == 64
 
 
 def test_a_report_of_some_of_the_runs(tmp_path, capsys):
@@ -186,7 +189,7 @@ def test_a_report_of_some_of_the_runs(tmp_path, capsys):
     # 55 of 100 episodes of both seeds, with the interval of Clopper and Pearson
     assert "| pick-place | `train_vfp_moe.py` | 55.0 [45, 65] (90, 20) |" in text
     assert (
-        "| pick-place | LeRobot ACT, chunk 16 |  |  | 20.0 [10, 34] | 0 | 0 | 1 | 2.5 M | 5000 | 0.24 |"
+        "| pick-place | LeRobot ACT, chunk as ours |  |  | 20.0 [10, 34] | 0 | 0 | 1 | 2.5 M | 5000 | 0.24 |"
         in text
     )
     # only seed 0 is in both: 35 more successes, none fewer
