@@ -87,6 +87,18 @@ def test_experts_succeed(name):
     assert wins >= 4
 
 
+@pytest.mark.parametrize("task", ["transfer-cube", "insertion"])
+def test_alohas_experts_take_over_from_where_the_arms_are(task):
+    pytest.importorskip("gym_aloha")
+    environment = make_environment(EnvConfig(env=f"aloha:{task}"), (32, 32))
+    environment.reset(100, 0)
+    act = environment.expert()
+    for _ in range(60):
+        environment.step(act())
+    first, state = environment.expert()(), environment.state()
+    assert np.abs(np.delete(first - state, (6, 13))).max() < 0.05
+
+
 @pytest.mark.slow
 def test_recordings_are_a_function_of_the_seed_and_can_be_opened(tmp_path):
     pytest.importorskip("metaworld")

@@ -70,12 +70,8 @@ class AlohaEnvironment:
         mujoco.mj_forward(self.model, self.data)
 
     def state(self) -> np.ndarray:
-        close, open_ = (
-            self.constants.PUPPET_GRIPPER_POSITION_CLOSE,
-            self.constants.PUPPET_GRIPPER_POSITION_OPEN,
-        )
         joints = self.data.qpos[:16].reshape(2, 8)[:, :7].copy()
-        joints[:, 6] = (joints[:, 6] - close) / (open_ - close)
+        joints[:, 6] = opening(joints[:, 6])
         return joints.reshape(-1).astype(np.float32)
 
     def images(self) -> dict[str, np.ndarray]:
@@ -128,6 +124,14 @@ class AlohaEnvironment:
         return lambda: next(actions)
 
 
+def opening[T](finger: T) -> T:
+    """How far a gripper is open, from 0 to 1, by the position of its finger."""
+    from gym_aloha.constants import PUPPET_GRIPPER_POSITION_CLOSE as CLOSED
+    from gym_aloha.constants import PUPPET_GRIPPER_POSITION_OPEN as OPEN
+
+    return (finger - CLOSED) / (OPEN - CLOSED)
+
+
 class Waypoint(NamedTuple):
     """Gripper pose wanted at a step: tip (3,) in meters, pitch below the horizon and roll in degrees."""
 
@@ -139,7 +143,6 @@ class Waypoint(NamedTuple):
 
 
 REACH = 0.15  # meters from a gripper's link to where its fingers hold
-START = {"left": Waypoint(0, (-0.16, 0.5, 0.31), -5, 0, 0), "right": Waypoint(0, (0.16, 0.5, 0.31), -5, 0, 0)}
 
 
 def transfer(model, qpos: np.ndarray, steps: int) -> np.ndarray:
@@ -153,7 +156,7 @@ def transfer(model, qpos: np.ndarray, steps: int) -> np.ndarray:
     beside = np.array([-0.04, 0.0, 0.0])  # meters: where the left hand waits, relative to the cube
     away = meet - 3 * beside
     right = [
-        *approach("right", (x, y, height)),
+        *approach(model, qpos, "right", (x, y, height)),
         Waypoint(150, (x, y, height), 60, 0, 0),
         Waypoint(225, meet, 0, 0, 0),
         Waypoint(310, meet, 0, 0, 0),
@@ -162,7 +165,7 @@ def transfer(model, qpos: np.ndarray, steps: int) -> np.ndarray:
         Waypoint(steps, away, 0, 0, 1),
     ]
     left = [
-        START["left"],
+        present(model, qpos, "left"),
         Waypoint(150, meet + 3 * beside, 0, 90, 1),
         Waypoint(230, meet + 2 * beside, 0, 90, 1),
         Waypoint(280, meet, 0, 90, 1),
@@ -185,7 +188,7 @@ def insertion(model, qpos: np.ndarray, steps: int) -> np.ndarray:
         apart, together = np.array([0.17 * sign, 0.5, 0.25]), np.array([0.04 * sign, 0.5, 0.25])
         ways.append(
             [
-                *approach(side, (x, y, height)),
+                *approach(model, qpos, side, (x, y, height)),
                 Waypoint(160, (x, y, height), 60, 0, 0),
                 Waypoint(250, apart, 60, 0, 0),
                 Waypoint(350, together, 60, 0, 0),
@@ -195,8 +198,22 @@ def insertion(model, qpos: np.ndarray, steps: int) -> np.ndarray:
     return both_arms(model, qpos, *ways, steps)
 
 
-def approach(side: str, target: Sequence[float]) -> list[Waypoint]:
-    """From the start to an object on the table, by a detour that says nothing about where the object is.
+def present(model, qpos: np.ndarray, side: str) -> Waypoint:
+    """Where a hand is: an expert may also take over from a policy, in the middle of an episode."""
+    import mujoco
+    from scipy.spatial.transform import Rotation
+
+    data, body = mujoco.MjData(model), model.body(f"vx300s_{side}/gripper_link").id
+    data.qpos[:] = qpos
+    mujoco.mj_kinematics(model, data)
+    rotation = data.xmat[body].reshape(3, 3)
+    _, pitch, roll = Rotation.from_matrix(rotation).as_euler("ZYX", degrees=True)
+    finger = qpos[8 * SIDES.index(side) + 6]
+    return Waypoint(0, data.xpos[body] + REACH * rotation[:, 0], pitch, roll, opening(finger))
+
+
+def approach(model, qpos: np.ndarray, side: str, target: Sequence[float]) -> list[Waypoint]:
+    """From where a hand is to an object on the table, by a detour that does not tell where the object is.
 
     Straight ways are harder to learn from: their first steps give the object's place away, so that in all
     later ones the state says where the hand will go, and a policy learns not to look. The detour depends on
@@ -207,7 +224,7 @@ def approach(side: str, target: Sequence[float]) -> list[Waypoint]:
     somewhere = random.uniform((0.0, 0.40, 0.18), (0.24, 0.60, 0.32)) * (sign, 1, 1)
     above = target + random.uniform((-0.04, -0.04, 0.08), (0.04, 0.04, 0.12))
     return [
-        START[side],
+        present(model, qpos, side),
         Waypoint(45, somewhere, 45, 0, 1),
         Waypoint(90, above, 60, 0, 1),
         Waypoint(115, target + np.array([0, 0, 0.04]), 60, 0, 1),
