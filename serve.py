@@ -222,7 +222,8 @@ class Server:
         state, actions = self.policy.spec.recorded_names
         spec = self.policy.spec.to_json() | {"state_names": state, "action_names": actions}
         del spec["backbone_config"]
-        about = {"script": self.policy.script.__name__, "step": self.policy.trained_steps}
+        script, run = self.policy.script.__name__, self.config.run.resolve().name
+        about = {"script": script, "run": run, "step": self.policy.trained_steps}
         return {**about, "horizon": self.policy.horizon, "spec": spec}
 
     def admit(self, connection: ServerConnection, request: Request) -> Response | None:

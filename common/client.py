@@ -87,7 +87,7 @@ class RemotePolicy:
         self._leaving.close()
 
     def _connect(self) -> dict[str, Any]:
-        """Connect; returns what the server says of its policy's inputs and outputs."""
+        """Connect; returns what the server says of its policy: what it needs, and which one it is."""
         try:
             connection = connect(
                 self.url,
@@ -121,7 +121,7 @@ class RemotePolicy:
             raise UserError(
                 f"{self.url} does not say what its policy needs, as serve.py does: use its client."
             )
-        return {name: about[name] for name in ("horizon", "spec")}
+        return {name: about.get(name) for name in ("horizon", "spec", "script", "run", "step")}
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self._connection is None and self._connect() != self._about:

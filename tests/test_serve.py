@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -534,6 +535,21 @@ def test_a_server_that_comes_back_with_another_policy_is_refused(run_dir, delaye
         for _ in range(2):
             with pytest.raises(UserError, match="serves another policy than before: make a new client"):
                 policy.act(observation())
+
+
+@pytest.mark.parametrize("differs", ["run", "step"])
+def test_another_policy_with_the_same_inputs_is_refused(run_dir, tmp_path, differs):
+    with served(run_dir) as (_, port):
+        policy = RemotePolicy("127.0.0.1", port)
+        policy.close()
+    other = shutil.copytree(run_dir, tmp_path / "other") if differs == "run" else run_dir
+    with served(other, change=lambda policy: setattr(policy, "trained_steps", 1 + (differs == "step"))) as (
+        _,
+        port,
+    ):
+        policy.url = f"ws://127.0.0.1:{port}"
+        with pytest.raises(UserError, match="serves another policy than before: make a new client"):
+            policy.act(observation())
 
 
 def test_a_server_that_does_not_read_is_gone():
