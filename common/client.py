@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.protocol import State
 from websockets.sync.client import ClientConnection, connect
 
 from common import wire
@@ -124,6 +125,8 @@ class RemotePolicy:
         return {name: about.get(name) for name in ("horizon", "spec", "script", "run", "step")}
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._connection is not None and self._connection.state is not State.OPEN:
+            self.close()  # it was lost between two requests, perhaps while the robot was idle
         if self._connection is None and self._connect() != self._about:
             self.close()
             raise UserError(f"{self.url} serves another policy than before: make a new client.")
