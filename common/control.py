@@ -505,7 +505,8 @@ class Worker(threading.Thread):
         while (prefix := self.requests.get()) is not STOP:
             try:
                 if prefix is WATCH:
-                    self.policy.watch(self._observe())
+                    observation, self.doing = self._observe(), "the policy"
+                    self.policy.watch(observation)
                     continue
                 answer = self._ask(prefix)
             except Exception as error:  # a robot, a policy and a network can raise anything

@@ -1,5 +1,6 @@
 """Policies that see earlier frames (`--image-history`), in training and in an episode."""
 
+import threading
 import time
 import warnings
 from types import SimpleNamespace
@@ -279,6 +280,17 @@ def test_a_loop_gives_the_step_of_what_it_sees():
     assert steps["watch"]
     seen = sorted(steps["act"] + steps["watch"])
     assert seen[-1] > seen[0]
+
+
+def test_a_policy_that_hangs_while_it_watches_is_blamed_not_the_robot():
+    release, act = threading.Event(), lambda observation, prefix=None: np.zeros((16, 2), np.float32)
+    spec = SimpleNamespace(**ABOUT, **NAMES, image_history=2, image_stride=1)
+    nothing, watch = lambda *_: None, lambda observation: release.wait(2)
+    policy = SimpleNamespace(spec=spec, horizon=16, act=act, reset=nothing, watch=watch)
+    robot = SimpleNamespace(observe=lambda: {"images": {}, "state": np.zeros(2)}, send=nothing, reset=nothing)
+    with pytest.raises(UserError, match="the policy has not answered for"):
+        ControlLoop(policy, robot, rate=20, execute_steps=4, patience=0.7).run(5)
+    release.set()
 
 
 # Training
