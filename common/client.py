@@ -49,7 +49,7 @@ class RemotePolicy:
             UserError: if the server refuses the connection.
         """
         self.url = f"ws://{f'[{host}]' if ':' in host else host}:{port}"
-        self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else {}
+        self._headers = {"Authorization": f"Api-Key {api_key.strip()}"} if api_key else {}
         self._headers[wire.EPISODE] = secrets.token_hex(16)  # a new connection continues it
         self._timeout, self.last_timing = timeout, {}
         self._connection: ClientConnection | None = None

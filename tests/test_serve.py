@@ -366,7 +366,7 @@ def test_only_those_with_the_key_get_in(run_dir):
         refused(port, "401", additional_headers=[("Authorization", "Api-Key sesame")] * 2)
         with pytest.raises(UserError, match="The key is missing or wrong"):
             RemotePolicy("127.0.0.1", port, api_key="other")
-        with closing(RemotePolicy("127.0.0.1", port, api_key="sesame")) as policy:
+        with closing(RemotePolicy("127.0.0.1", port, api_key="sesame\n")) as policy:  # read from a file
             assert policy.act(observation()).shape == (4, 3)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
             assert (answer.status, answer.read()) == (200, b"OK\n")
