@@ -97,9 +97,9 @@ class Keyboard:
         self._image.set_data(picture)
         self._image.set_extent((-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5))
         self._figure.canvas.draw_idle()
-        moment = 0.001  # which the window's events need
-        self._due = max(self._due + self._period, time.monotonic() + moment)
-        self._figure.canvas.start_event_loop(self._due - time.monotonic())
+        now, moment = time.monotonic(), 0.001  # which the window's events need
+        self._due = max(self._due + self._period, now + moment)
+        self._figure.canvas.start_event_loop(self._due - now)  # forever, if it were not above 0
 
     def action(self, state: np.ndarray) -> np.ndarray:
         keys, self._pressed = self._held | self._pressed, set()

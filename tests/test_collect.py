@@ -383,6 +383,16 @@ def window():
     return keyboard, press, close
 
 
+def test_a_window_whose_step_is_late_does_not_wait_forever(window, monkeypatch):
+    keyboard, waits, clock = window[0], [], iter(range(100))  # a second passes at every look at the clock
+    monkeypatch.setattr(keyboard._figure.canvas, "start_event_loop", waits.append)
+    monkeypatch.setattr("common.person.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    keyboard.begin("move")
+    for _ in range(3):
+        keyboard.show(np.zeros((4, 4, 3), np.uint8))
+    assert min(waits) > 0
+
+
 def test_keys_take_over_and_move_the_hands(window):
     keyboard, press, _ = window
     keyboard.begin("move")
