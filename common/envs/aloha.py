@@ -215,9 +215,9 @@ def present(model, qpos: np.ndarray, side: str) -> Waypoint:
 def approach(model, qpos: np.ndarray, side: str, target: Sequence[float]) -> list[Waypoint]:
     """From where a hand is to an object on the table, by a detour that does not tell where the object is.
 
-    Straight ways are harder to learn from: their first steps give the object's place away, so that in all
-    later ones the state says where the hand will go, and a policy learns not to look. The detour depends on
-    the target only to be the same for the same episode.
+    The first steps of a straight way give the place away: in all later ones the state says where the hand
+    will go, and a policy begins by not looking (docs/benchmarks.md, transfer-cube). The detour depends on the
+    target only to be the same for the same episode.
     """
     random = np.random.default_rng(np.array(target[:2]).view(np.uint64))
     sign = 1 if side == "right" else -1
