@@ -162,6 +162,16 @@ def require_environments(config: Any, data: "Data", run: "Run") -> None:
         )
 
 
+def refuse_unknown(policy: RobotPolicy, environment: Environment, sentences: Sequence[str | None]) -> None:
+    """Raise a UserError if the policy, which is told instructions, cannot be told these."""
+    try:
+        policy.told(sentences)
+    except ValueError as error:
+        raise UserError(
+            f"--env {environment.name}: {error}; give another as --task or --rollout-task."
+        ) from None
+
+
 def _share(config: Any, data: "Data", run: "Run") -> tuple[range, list[Environment]]:
     """The numbers of a process's episodes in a rollout, and its environments."""
     numbers = range(config.rollout.rollout_episodes)[run.rank :: run.world]
@@ -227,12 +237,7 @@ def _roll_out_together(
         episode.task = environment.task
     said = None if policy.spec.tasks is None else [say_task(episode) for episode in group]
     if said is not None:
-        try:
-            policy.told(said)
-        except ValueError as error:
-            raise UserError(
-                f"--env {first.name}: {error}; give another as --task or --rollout-task."
-            ) from None
+        refuse_unknown(policy, first, said)
     with answering(first.name, "drawing"):
         running, cameras = np.arange(len(group)), _fitting_cameras(policy, first)
 

@@ -432,6 +432,14 @@ def test_the_instruction_of_rollouts_is_checked_before_training(told, tmp_path):
     assert [row["step"] for row in lines(tmp_path / "run", "val") if "rollout/success" in row] == [1]
 
 
+def test_an_unknown_instruction_is_refused_before_anything_is_evaluated(run_dir):
+    argv = [run_dir, "--env", "arm_env:make", "--max-steps", 4, "--episodes", 2]
+    for said, more in (("arm_env:make", ()), ("wash up", ("--task", "wash up"))):
+        with pytest.raises(UserError, match=f'--env arm_env:make: the policy knows no task "{said}"'):
+            evaluate.main(parse(evaluate.Config, [*map(str, argv), *more], "evaluate.py"))
+    assert not any((run_dir / "evaluation").iterdir())  # an earlier evaluation stays where it is
+
+
 def test_an_instruction_whose_episodes_are_all_held_out(told, tmp_path):
     data = make_dataset(tmp_path / "d", (9, 9, 9), CAMERAS, video=False, dims=(3, 3), names=None, tasks="abc")
     flags = (*told, "--dataset", str(data))
