@@ -138,6 +138,7 @@ class TextEncoder:
             if unset:
                 raise OSError(f"it holds no weights for {unset[0]}")
             network = network.text_model if composite else network
+        self._tokenizer.padding_side = "right"  # on the left, a sentence's vectors may depend on the others
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         text = getattr(self._config, "text_config", self._config)

@@ -348,6 +348,13 @@ def test_an_encoder_is_another_one_if_any_of_its_files_differs(bert, tmp_path, f
     assert TextEncoder(str(copy)).identity != TextEncoder(str(bert)).identity
 
 
+def test_a_sentence_has_the_same_vectors_whatever_it_is_encoded_with(tmp_path):
+    folder = make_encoder(tmp_path / "gpt", "gpt")  # pads on the left, with its end token
+    encoder = TextEncoder(str(folder))
+    words = encoder(["fold", "open the box now please"], None)
+    torch.testing.assert_close(encoder(["fold"], 6), words[:1])
+
+
 def test_an_encoder_that_loads_but_cannot_run_is_said(bert, monkeypatch):
     monkeypatch.setattr(TextEncoder, "_encode", lambda self, sentences: [][0])
     with pytest.raises(UserError, match=r"cannot be used .IndexError"):
