@@ -8,10 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
+from common.data.frames import resize_rgb
 from common.plots import write_picture
 
 GREEN, RED, WHITE = (46, 160, 67), (207, 34, 46), (255, 255, 255)
 RIM = 4  # pixels around each episode; coloured when it ends
+SIDE = 256  # pixels of an episode at most: several films of 680x680 take gigabytes of memory
+
+
+def shrunk(picture: np.ndarray) -> np.ndarray:
+    """A copy of a picture (H, W, 3) uint8, with at most `SIDE` pixels a side."""
+    share = min(SIDE / max(picture.shape[:2]), 1)
+    return np.array(resize_rgb(picture, tuple(max(round(share * side), 1) for side in picture.shape[:2])))
 
 
 def side_by_side(

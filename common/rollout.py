@@ -19,7 +19,7 @@ from common.data.source import spaced
 from common.data.tasks import listed
 from common.envs import EnvConfig, Environment, answering, make_environment
 from common.errors import UserError
-from common.film import side_by_side, write_gif
+from common.film import shrunk, side_by_side, write_gif
 from common.inference import Controller, Join, RobotPolicy
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Episode:
         actions: (steps, A), recorded units.
         sources: (steps,), the chunk that each came from, see `Controller.source`.
         facts: what else the environment reports.
-        frames: pictures for people, (H, W, 3) uint8, if requested.
+        frames: pictures for people, (H, W, 3) uint8, at most 256 pixels a side, if requested.
     """
 
     number: int
@@ -259,7 +259,7 @@ def _roll_out_together(
             with answering(first.name, f"step {step} of episode {episode.number}"):
                 over[i] = environment.step(actions[i])
                 if episode.number < film and step % _film_stride(environment) == 0:
-                    episode.frames.append(environment.picture())
+                    episode.frames.append(shrunk(environment.picture()))
             episode.states.append(_state(environment, episode))
             episode.actions.append(actions[i])
             episode.sources.append(controller.source)

@@ -135,6 +135,22 @@ def test_a_fast_environment_is_filmed_at_20_pictures_a_second_at_most():
     assert episode.film_fps == pytest.approx(50 / 3)
 
 
+def test_films_of_large_pictures_stay_small_whatever_the_environment_draws_into():
+    class Large(Counter):
+        canvas = np.zeros((680, 340, 3), np.uint8)
+
+        def picture(self):
+            self.canvas[:] = self.steps
+            return self.canvas
+
+    (episode,) = roll_out(Policy(), [Large()], range(1), seed=0, film=1)
+    assert {frame.shape for frame in episode.frames} == {(256, 128, 3)}
+    assert [frame.max() for frame in episode.frames] == [1, 2, 3, 4, 5, 6]
+    Large.canvas = np.zeros((8, 6, 3), np.uint8)
+    (episode,) = roll_out(Policy(), [Large()], range(1), seed=0, film=1)
+    assert [frame.max() for frame in episode.frames] == [1, 2, 3, 4, 5, 6]
+
+
 def test_rates_of_episodes():
     found = rates(roll_out(Policy(), [Counter()], range(6), seed=0))
     assert found["success"] == 0.5
