@@ -12,6 +12,7 @@ import torch
 from pydantic import PositiveInt
 from torch import nn
 
+from common.checkpoint import PolicySpec
 from common.config import Flat, MayChange, options
 from common.console import say
 from common.data.rotation import Rotations
@@ -142,10 +143,11 @@ def make_environments(config: EnvConfig, image_size: tuple[int, int], num: int) 
 
 
 def require_environments(config: Any, data: "Data", run: "Run") -> None:
-    """Make this process's environments for `--rollout-every`: what is missing is known before training.
+    """Make this process's environments for `--rollout-every`: what does not fit is known before training.
 
     Raises:
-        UserError: if they cannot be made, or give an instruction that the policy does not know.
+        UserError: if they cannot be made, have other cameras, states or actions than the policy, or give an
+            instruction that it does not know.
     """
     options, known = config.rollout, data.spec.tasks
     if options.rollout_task and known is None:
@@ -154,6 +156,8 @@ def require_environments(config: Any, data: "Data", run: "Run") -> None:
         return
     with answering(environments[0].name, "its first reset"):
         environments[0].reset(ROLLOUT_SEED, run.rank)
+    with answering(environments[0].name, "drawing"):
+        _fitting_cameras(data.spec, environments[0])
     told = options.rollout_task or environments[0].task
     if known is not None and known.encoder == "index" and spaced(told) not in known.sentences:
         raise UserError(
@@ -239,7 +243,7 @@ def _roll_out_together(
     if said is not None:
         refuse_unknown(policy, first, said)
     with answering(first.name, "drawing"):
-        running, cameras = np.arange(len(group)), _fitting_cameras(policy, first)
+        running, cameras = np.arange(len(group)), _fitting_cameras(policy.spec, first)
 
     def look(which: np.ndarray) -> list[dict[str, np.ndarray]]:
         with answering(first.name, "drawing"):
@@ -276,9 +280,9 @@ def _film_stride(environment: Environment) -> int:
     return max(math.ceil(environment.fps / FILM_FPS), 1)
 
 
-def _fitting_cameras(policy: RobotPolicy, environment: Environment) -> list[str]:
+def _fitting_cameras(spec: PolicySpec, environment: Environment) -> list[str]:
     """The environment's cameras that the policy sees; a UserError if images, state or action do not fit."""
-    spec, images, state = policy.spec, environment.images(), environment.state()
+    images, state = environment.images(), environment.state()
     names: dict[str, str] = {}
     for name in sorted(images, key=lambda name: name not in spec.cameras):  # a name that is the same wins
         camera = spec.camera(name)
@@ -293,13 +297,13 @@ def _fitting_cameras(policy: RobotPolicy, environment: Environment) -> list[str]
             f"{', '.join(spec.cameras)}: say which is which, for instance "
             f"--env-map {spec.cameras[0]}={next(iter(images))}."
         )
-    if len(state) != policy.state_dim:
+    states, actions = spec.recorded_names
+    if len(state) != len(states):
         there = ", ".join(environment.state_names) or f"{len(state)} numbers"
         raise UserError(
             f"--env {environment.name} has the state {there}, and the policy was trained on "
-            f"{', '.join(spec.state_names)}: choose others with --env-map state=KEY."
+            f"{', '.join(states)}: choose others with --env-map state=KEY."
         )
-    actions = spec.recorded_names[1]
     there = environment.action_names  # empty if the environment does not give them
     if there and len(there) != len(actions):
         raise UserError(

@@ -219,8 +219,8 @@ def test_cameras_and_states_that_do_not_fit_are_both_listed():
     ):
         roll_out(policy, [Counter()], range(1), seed=0)
     policy = Policy()
-    policy.state_dim = 3
-    with pytest.raises(UserError, match="has the state x, and the policy was trained on x"):
+    policy.spec = replace(policy.spec, state_names=("x", "y"))
+    with pytest.raises(UserError, match="has the state x, and the policy was trained on x, y"):
         roll_out(policy, [Counter()], range(1), seed=0)
 
 
@@ -603,6 +603,15 @@ def test_rollouts_show_that_the_run_is_alive(tiny, tmp_path, monkeypatch):
 def test_rollouts_need_an_environment(tiny, tmp_path):
     with pytest.raises(UserError, match="--rollout-every needs --env"):
         train(train_naive_fm, tiny, tmp_path / "run", "--steps", "1", "--rollout-every", "1")
+
+
+@pytest.mark.usefixtures("accelerate_reset")
+def test_rollouts_in_an_environment_that_does_not_fit_are_refused_before_training(tiny, tmp_path):
+    flags = ("--rollout-every", "2", "--env", "arm_env:make", "--max-steps", "8")
+    for mapped, sentence in (("front=render", "has the cameras front, and"), ("head=images/x", "no such")):
+        with pytest.raises(UserError, match=sentence):
+            train(train_naive_fm, tiny, tmp_path / "run", "--steps", "2", *flags, "--env-map", mapped)
+        assert not (tmp_path / "run").exists()
 
 
 def test_recorded_pictures_stay_as_they_were():
