@@ -197,6 +197,9 @@ def success_rate(
         model: the policy to try, in eval mode.
         sample_actions: the script's function.
         config: the script's, with the groups `rollout` and `data`.
+
+    Returns:
+        Metrics; none, with a warning, if an environment of any process failed.
     """
     options = config.rollout
     numbers, environments = _share(config, data, run)
@@ -207,17 +210,23 @@ def success_rate(
     def progress(finished: int) -> None:
         run.progress_mark = mark + finished, "rollouts"
 
-    with run.autocast():
-        film = FILMED * run.world if run.is_main else 0  # every run.world-th episode is this process's
-        say_task = lambda episode: options.rollout_task or episode.task  # noqa: E731
-        given = {"film": film, "progress": progress, "say_task": say_task}
-        episodes = roll_out(policy, environments, numbers, ROLLOUT_SEED, **given)
+    episodes = []
+    try:
+        with run.autocast():
+            film = FILMED * run.world if run.is_main else 0  # every run.world-th episode is this process's
+            say_task = lambda episode: options.rollout_task or episode.task  # noqa: E731
+            given = {"film": film, "progress": progress, "say_task": say_task}
+            episodes = roll_out(policy, environments, numbers, ROLLOUT_SEED, **given)
+    except UserError as error:  # the environment's, which must not cost the run
+        print(f"warning: no success rate at step {run.step}: {error}", flush=True)
     run.progress_mark = mark + options.rollout_episodes, phase  # the same in all processes
-    if run.is_main:
+    if run.is_main and episodes:
         films, outcomes = zip(*[(e.frames, e.success) for e in episodes if e.frames], strict=True)
         write_gif(run.folder / "rollouts.gif", side_by_side(films, outcomes), episodes[0].film_fps)
     sums = [len(episodes), *(sum(getattr(e, name) for e in episodes) for name in ("success", "steps"))]
     count, wins, steps = run.sum(torch.tensor(sums, device=run.device)).tolist()
+    if count < options.rollout_episodes:
+        return {}
     return {"rollout/success": wins / count, "rollout/steps": steps / count}
 
 

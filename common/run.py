@@ -576,8 +576,9 @@ class Run:
         return self.accelerator.reduce(x, "mean")
 
     def log_validation(self, metrics: dict[str, float]) -> None:
-        """Write metrics of held-out episodes and redraw the curves."""
-        self.tracker.log_validation(self.step, metrics)
+        """Write metrics of held-out episodes or of rollouts, if there are any, and redraw the curves."""
+        if metrics:
+            self.tracker.log_validation(self.step, metrics)
 
     def save(self) -> None:
         """Write a checkpoint while training goes on; all processes call this at the same step.

@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from arm_env import Arm as Arena
 from PIL import Image
 from running import lines, train, weights
 
@@ -612,6 +613,26 @@ def test_rollouts_in_an_environment_that_does_not_fit_are_refused_before_trainin
         with pytest.raises(UserError, match=sentence):
             train(train_naive_fm, tiny, tmp_path / "run", "--steps", "2", *flags, "--env-map", mapped)
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("accelerate_reset")
+def test_an_environment_that_fails_costs_a_rate_and_not_the_run(tiny, tmp_path, monkeypatch, capsys):
+    plain, resets, reset = train(train_naive_fm, tiny, tmp_path / "plain", "--steps", "3"), [], Arena.reset
+
+    def fails(self, **given):
+        resets.append(given)
+        if len(resets) == 4:  # the first of the second rollout; one is made before training
+            raise RuntimeError("contacts diverged")
+        return reset(self, **given)
+
+    monkeypatch.setattr(Arena, "reset", fails)
+    flags = ("--rollout-every", "1", "--rollout-episodes", "2", "--env", "arm_env:make", "--max-steps", "8")
+    acting = train(train_naive_fm, tiny, tmp_path / "acting", "--steps", "3", *flags)
+    assert [row["step"] for row in lines(acting, "val") if "rollout/success" in row] == [1, 3]
+    said = capsys.readouterr().out
+    assert "warning: no success rate at step 2: --env arm_env:make failed in the reset of episode 0" in said
+    one, other = weights(plain, 3), weights(acting, 3)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_recorded_pictures_stay_as_they_were():
