@@ -43,10 +43,10 @@ def write_card(folder: Path, policy: RobotPolicy, run: Path, config: FlowConfig,
         folder: of the export.
         name: what the policy is called, and on the hub, its name there.
     """
-    about = _read(run / "config.json")
-    pictures = []
+    about, results = _read(run / "config.json"), _read(run / "evaluation" / "results.json")
+    evaluated, pictures = results.get("checkpoint") == policy.checkpoint.name, []
     for picture in PICTURES:
-        if (run / picture).is_file():
+        if (run / picture).is_file() and (evaluated or not picture.startswith("evaluation/")):
             pictures.append(Path("pictures") / Path(picture).name)
             (folder / "pictures").mkdir(exist_ok=True)
             shutil.copy(run / picture, folder / pictures[-1])
@@ -56,7 +56,7 @@ def write_card(folder: Path, policy: RobotPolicy, run: Path, config: FlowConfig,
         f"# {name}",
         (policy.script.__doc__ or "").strip().partition("\n\n")[0],
         _what_it_learned_from(policy, about, config),
-        _results(_read(run / "evaluation" / "results.json"), policy.checkpoint.name),
+        _results(results if evaluated else {}),
         "\n".join(f"![{picture.stem}]({picture})" for picture in pictures),
         _how_to_use(policy, config, name),
         _how_it_was_trained(policy, about),
@@ -126,9 +126,9 @@ def _what_it_learned_from(policy: RobotPolicy, about: dict, config: FlowConfig) 
     return "## What it learned from\n\n" + "\n".join(table)
 
 
-def _results(results: dict, checkpoint: str) -> str:
-    """Success and errors by `evaluate.py`, if it saw this checkpoint."""
-    if results.get("checkpoint") != checkpoint:
+def _results(results: dict) -> str:
+    """Success and errors by `evaluate.py`; empty if it did not see this checkpoint."""
+    if not results:
         return "## Results\n\nNot evaluated: run `python evaluate.py RUN` before the export."
     lines = []
     for name, found in results.get("closed_loop", {}).items():

@@ -444,6 +444,12 @@ def test_the_card_has_results_with_intervals_and_pictures(exported, tmp_path):
     assert "![rollouts](pictures/rollouts.gif)" in card
     assert (tmp_path / "out" / "pictures" / "rollouts.gif").read_bytes() == b"GIF89a"
 
+    results["checkpoint"] = "step_0000001"  # the pictures are of that one, too
+    (run / "evaluation" / "results.json").write_text(json.dumps(results))
+    export.export(run, tmp_path / "another")
+    assert "Not evaluated" in (tmp_path / "another" / "README.md").read_text()
+    assert not (tmp_path / "another" / "pictures").exists()
+
 
 # Bad input
 
