@@ -106,6 +106,11 @@ def main(config: Config) -> None:
         raise UserError("--join needs --delay, the delays at which to compare how chunks join.")
     if config.task and policy.spec.tasks is None:
         raise UserError("--task: the policy was not told instructions in training, so it takes none.")
+    if config.execute_steps is not None:
+        try:
+            Controller(policy, 1, config.execute_steps)
+        except ValueError as error:
+            raise UserError(f"--execute-steps: {error}.") from None
     delays = possible_delays(policy, config)
     moved = {"dataset": config.dataset or None, "cache_dir": config.cache_dir}
     data = replace(policy.config.data, **{name: value for name, value in moved.items() if value is not None})

@@ -158,6 +158,15 @@ def test_a_missing_simulator_is_reported_before_other_work(tmp_path, monkeypatch
         evaluate.main(parse(evaluate.Config, [str(tmp_path), "--env", "nowhere:make"], "evaluate.py"))
 
 
+def test_more_actions_than_a_chunk_has_are_refused_before_other_work(tmp_path, monkeypatch):
+    policy = Continuing(2)
+    policy.script, policy.config = train_vfp, train_vfp.Config()
+    monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: policy)
+    with pytest.raises(UserError, match=r"--execute-steps: execute_steps must lie in 1..8, got 9"):
+        evaluate.main(evaluate.Config(tmp_path, execute_steps=9))
+    assert not (tmp_path / "evaluation").exists()
+
+
 @pytest.mark.parametrize("option", ["--sample-steps", "--episodes", "--heldout-samples"])
 def test_numbers_below_one_are_refused(option, tmp_path):
     with pytest.raises(UserError, match=option):
