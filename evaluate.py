@@ -32,6 +32,7 @@ from tqdm import tqdm
 from common import exported, plots
 from common.config import Flat, UserPath, cli, options
 from common.data import ChunkDataset, EpisodeStore, open_dataset, split_episodes
+from common.data.source import spaced
 from common.data.tasks import listed
 from common.envs import EnvConfig, answering
 from common.errors import UserError
@@ -372,7 +373,7 @@ def act(
     def say_task(episode: Episode) -> str:
         if not misled:
             return config.task or episode.task
-        others = [sentence for sentence in policy.spec.tasks.sentences if sentence != episode.task]
+        others = [sentence for sentence in policy.spec.tasks.sentences if sentence != spaced(episode.task)]
         return others[episode.number % len(others)]
 
     at_once = max(config.parallel, 3) if eyes == "other" else config.parallel  # no episode may be alone

@@ -167,6 +167,15 @@ def test_more_actions_than_a_chunk_has_are_refused_before_other_work(tmp_path, m
     assert not (tmp_path / "evaluation").exists()
 
 
+def test_a_misled_policy_is_told_another_task_however_its_own_is_spelled(tmp_path, monkeypatch):
+    tasks = SimpleNamespace(sentences=("fold it", "hang it"))
+    policy = SimpleNamespace(spec=SimpleNamespace(image_size=(8, 8), tasks=tasks))
+    episode = evaluate.Episode(0, 10, task=" fold  it\n")
+    monkeypatch.setattr(evaluate, "roll_out", lambda *given: given[-1](episode))
+    config = parse(evaluate.Config, [str(tmp_path), "--env", "demo"], "evaluate.py")
+    assert evaluate.act(policy, config, 1, misled=True) == "hang it"
+
+
 @pytest.mark.parametrize("option", ["--sample-steps", "--episodes", "--heldout-samples"])
 def test_numbers_below_one_are_refused(option, tmp_path):
     with pytest.raises(UserError, match=option):
