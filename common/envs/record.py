@@ -35,8 +35,8 @@ class Config:
     """Environment, such as `metaworld:pick-place-v3` or `aloha:transfer-cube`."""
     out: Annotated[UserPath, tyro.conf.Positional]
     """Folder of the new dataset."""
-    episodes: PositiveInt = 50
-    """Successful episodes to record."""
+    episodes: Annotated[int, Field(ge=1, le=EPISODES_A_SEED // (1 + MOST_FAILURES))] = 50
+    """Successful episodes to record, at most 2,500: more have another --seed, and are another dataset."""
     seed: Annotated[int, Field(ge=0, lt=100)] = 0
     """Seed of the episodes: n has those from 10,000 n on. `evaluate.py` uses those from 1,000,000 on."""
     hold: NonNegativeInt = 20
