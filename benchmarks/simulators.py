@@ -158,7 +158,7 @@ def recording(task: str) -> int:
 
 def flags_of(simulator: str) -> list[str]:
     """Flags of our scripts that a simulator needs beside configs/METHOD/simulators.json."""
-    # With fewer draws of the flow time, a step costs as much as with chunks of 16.
+    # Longer chunks cost more, hence fewer draws of the flow time.
     return ["--horizon", str(CHUNKS[simulator]), "--flow-samples", "2"] if simulator in CHUNKS else []
 
 
