@@ -563,8 +563,9 @@ def compare_origins(policy: nn.Module, sources: tuple[str, ...], spec: PolicySpe
                     f"--init-from {source}: trained with another order of {what.replace('_', ' ')}, "
                     f"{', '.join(old)}: give it with {flag}, or name the components to take."
                 )
-        old = asdict(before) | flat_options(settings["config"])
-        new = asdict(spec) | flat_options(config)
+        # What the options became counts, not what was given: --fps and --cameras are seldom.
+        old = flat_options(settings["config"]) | asdict(before)
+        new = flat_options(config) | asdict(spec)
         for key in (*ORDERED, *MEANING):
             if key in old and old[key] != new.get(key):
                 values = f"{shown(old[key])}, here {shown(new.get(key))}"

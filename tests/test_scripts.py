@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import train_naive_fm
 import train_vfp
 import train_vfp_depth
 import train_vfp_moe
+from common import checkpoint
 from common.checkpoint import PolicySpec
 from common.config import parse
 from common.data import ChunkDataset, open_dataset
@@ -177,8 +179,18 @@ def test_weights_for_another_order_are_refused_and_other_differences_told(tiny, 
     with pytest.raises(UserError, match=words):
         train(train_naive_fm, tiny, tmp_path / "second", *flags, "--cameras", "left", "head", "right")
     assert not (tmp_path / "second").exists()
-    train(train_naive_fm, tiny, tmp_path / "second", *flags, "--normalization", "min-max")
-    assert "first: trained with normalization mean-std, here min-max" in capsys.readouterr().out
+    more = ("--normalization", "min-max", "--cameras", "head", "left", "right")  # as without the flag
+    train(train_naive_fm, tiny, tmp_path / "second", *flags, *more)
+    said = capsys.readouterr().out
+    assert "first: trained with normalization mean-std, here min-max" in said
+    assert "trained with cameras" not in said
+    spec, sources = PolicySpec.load(first / "checkpoints" / "last"), (str(first),)
+    checkpoint.compare_origins(
+        torch.nn.Module(), sources, replace(spec, fps=25.0, cameras=("a", "b", "c")), {}
+    )
+    said = capsys.readouterr().out
+    assert "trained with fps 10.0, here 25.0" in said
+    assert "trained with cameras head left right, here a b c" in said
 
 
 def test_a_state_dict_of_another_project_can_be_taken_but_not_code(tiny, tmp_path):

@@ -262,7 +262,10 @@ def _listed(file: Path, info: Info | None) -> list[str]:
         if isinstance(scores, dict):
             text = str(scores.get("episodes", ""))
             # Earlier versions wrote the fingerprint, which also depends on the videos in use.
-            if info is not None and scores.get("fingerprint") not in (info.numbers, info.fingerprint):
+            if info is not None and scores.get("fingerprint") not in (
+                info.tables_fingerprint,
+                info.fingerprint,
+            ):
                 raise UserError(
                     f"--episodes-file {file} chooses episodes of {scores.get('dataset')} as it was then, not "
                     f"of {info.source} as it is now: score this one with train_mi.py."

@@ -104,8 +104,8 @@ def ensure_store(root: Path, request: StoreRequest) -> EpisodeStore:
             if defect(path) is not None:  # nobody else has built it in the meantime
                 _build(path, request)
     store = EpisodeStore.open(path)
-    if request.info.numbers is not None:
-        store = replace(store, source_fingerprint=request.info.numbers)
+    if request.info.tables_fingerprint is not None:
+        store = replace(store, source_fingerprint=request.info.tables_fingerprint)
     reasons = {int(_number(reason)): reason for reason in store.skipped}
     wanted = existing(request.episodes, [*store.episode_indices.tolist(), *reasons], store.source)
     chosen = store if request.episodes is None else store.select(request.episodes)

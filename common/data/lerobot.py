@@ -203,8 +203,9 @@ class LeRobotSource:
             files |= image_files(self.root, key)
         # Cutting episodes makes a different store.
         chosen = tasks[0] if len(tasks) == 1 and not (mixed and self.tasks) else list(self.config.task)
-        found, numbers = fingerprints(self.root, self.meta, files, self.config.cache_dir / "hashes")
-        return replace(layout.info(self.name, found, fps, task=chosen or None), numbers=numbers)
+        whole, tables = fingerprints(self.root, self.meta, files, self.config.cache_dir / "hashes")
+        info = layout.info(self.name, whole, fps, task=chosen or None)
+        return replace(info, tables_fingerprint=tables)
 
     def episodes(self, wanted: Sequence[int] | None = None) -> tuple[list[Episode], list[str]]:
         _, chosen = self._chosen()

@@ -41,8 +41,8 @@ class Info:
     Attributes:
         source: the dataset's name in messages, a path or hub name.
         fingerprint: hash of its content: data with the same fingerprint need not be read again.
-        numbers: hash of its content without videos, the same whichever cameras and tasks are chosen; None: as
-            the fingerprint, which then does not depend on them.
+        tables_fingerprint: the same without video files, for which it does not matter which cameras and tasks
+            are chosen; None where that does not matter for the fingerprint either.
         cameras: those in use, in order, the head camera first.
         image_size: (H, W) of the frames that `Source.frames` gives.
         fps: control steps per second.
@@ -58,7 +58,7 @@ class Info:
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     choices: dict[str, Any]
-    numbers: str | None = None
+    tables_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
