@@ -101,8 +101,9 @@ def main(config: Config) -> None:
     if set(config.guidance) - {1} and not policy.config.cfg_dropout:
         raise UserError("--guidance: the policy was trained with --cfg-dropout 0, so never without a latent.")
     config = replace(config, simulator=config.simulator.in_place_of_demo(policy.config.data.dataset))
-    if config.delay and not config.simulator.env:
-        raise UserError("--delay needs --env, the environment to act in.")
+    for flag in ("delay", "task", "execute_steps"):
+        if getattr(config, flag) and not config.simulator.env:
+            raise UserError(f"--{flag.replace('_', '-')} needs --env, the environment to act in.")
     if config.join and not config.delay:
         raise UserError("--join needs --delay, the delays at which to compare how chunks join.")
     if config.task and policy.spec.tasks is None:

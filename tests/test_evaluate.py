@@ -167,6 +167,16 @@ def test_more_actions_than_a_chunk_has_are_refused_before_other_work(tmp_path, m
     assert not (tmp_path / "evaluation").exists()
 
 
+@pytest.mark.parametrize("option", [{"delay": (3,)}, {"task": "fold it"}, {"execute_steps": 4}])
+def test_options_of_acting_are_refused_without_an_environment(option, tmp_path, monkeypatch):
+    policy = Continuing(2)
+    policy.script, policy.config = train_vfp, parse(train_vfp.Config, ["--dataset", str(tmp_path)], "train")
+    monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: policy)
+    with pytest.raises(UserError, match=f"--{next(iter(option)).replace('_', '-')} needs --env"):
+        evaluate.main(evaluate.Config(tmp_path, **option))
+    assert not (tmp_path / "evaluation").exists()
+
+
 def test_a_misled_policy_is_told_another_task_however_its_own_is_spelled(tmp_path, monkeypatch):
     tasks = SimpleNamespace(sentences=("fold it", "hang it"))
     policy = SimpleNamespace(spec=SimpleNamespace(image_size=(8, 8), tasks=tasks))
