@@ -118,6 +118,12 @@ def test_a_task_that_only_the_steps_know(changing, open_):
         open_(changing)
 
 
+def test_two_numbers_with_the_same_text_are_one_task(changing, open_):
+    write_tasks(changing, ["pick", "place", " place "])
+    edit_column(changing / DATA, "task_index", lambda rows: rows[:9] + [2] * 4 + [2] * 6)
+    assert open_(changing).episode_tasks == ("pick", "pick", "place", "place")
+
+
 def test_steps_whose_task_nobody_knows(changing, open_):
     (changing / "meta/tasks.parquet").unlink()
     with pytest.raises(UserError, match=r"^Episode 1 has 2 tasks, but neither task_index nor meta/tasks"):

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -313,7 +315,8 @@ class LeRobotSource:
                 raise BadEpisode(f"{name} has the task {said}, but meta/episodes says {listed(row.tasks)}")
         if not several and row.tasks:  # whichever of two spellings the table has
             return row.tasks[0]
-        spans = tuple((step, self.tasks[numbers[step]]) for step in first)
+        told = ((step, self.tasks[numbers[step]]) for step in first)
+        spans = tuple(next(same) for _, same in groupby(told, itemgetter(1)))  # numbers can share a text
         unlisted = self.config.task and not row.tasks  # `cut_at_tasks` then leaves out what is not wanted
         return spans if len(spans) > 1 or unlisted else spans[0][1]
 
