@@ -64,6 +64,7 @@ LEROBOT = {
     "act-slow": {},
     "act-100": {"chunk_size": 100, "n_action_steps": 100, **FAST},
 }  # options of LeRobot's policies that are not its defaults
+DISTURBED = {"metaworld": ("--disturb", "0.03")}  # how its demonstrations are recorded
 CHUNKS = {"aloha": 64}  # actions in a chunk: at 50 Hz, 16 are a third of a second
 SAMPLE_STEPS = {"train_regression": (1,), "train_two_step": (2, 1)} | dict.fromkeys(LEROBOT, (1,))
 OFFLINE = "--batch_size=8 --policy.push_to_hub=false --wandb.enable=false --num_workers=0 --log_freq=100000"
@@ -156,6 +157,11 @@ def recording(task: str) -> int:
     return RECORDINGS[simulator_of(task)]
 
 
+def disturbed(task: str) -> list[str]:
+    """Flags of common/envs/record.py."""
+    return list(DISTURBED.get(simulator_of(task), ()))
+
+
 def flags_of(simulator: str) -> list[str]:
     """Flags of our scripts that a simulator needs beside configs/METHOD/simulators.json."""
     # Longer chunks cost more, hence fewer draws of the flow time.
@@ -196,12 +202,12 @@ def record(task: str, runs: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with held(runs / "data" / f"{task}.lock"):
         if not (folder / "meta" / "info.json").is_file():
-            own = [TASKS[task], folder, "--episodes", DEMONSTRATIONS]
+            own = [TASKS[task], folder, "--episodes", DEMONSTRATIONS, *disturbed(task)]
             call([sys.executable, "-m", "common.envs.record", *own])
 
 
 def data_of(task: str, runs: Path) -> Path:
-    return runs / "data" / f"{task}-{recording(task)}"
+    return runs / "data" / f"{task}-{recording(task)}{''.join(disturbed(task))}"
 
 
 @contextmanager
@@ -281,6 +287,8 @@ def settings(job: Job, runs: Path, known: dict | None = None) -> dict:
     else:
         config = json.loads(ours.read_text())
         own = {"flags": flags_of(simulator)} if simulator in CHUNKS else {}
+    if simulator in DISTURBED:
+        own["recorded"] = disturbed(job.task)
     data = data_of(job.task, runs)
     seconds = read()["seconds"].get(kind_of(job))
     frames = (known or {}).get("demonstrations", [0])[0]

@@ -43,6 +43,7 @@ class Environment(Protocol):
         max_steps: an episode ends after this many.
         state_names, action_names: names of the dimensions; empty if the simulator does not give them.
         task: the instruction; if the environment has several, that of the current episode.
+        pushes: how much a push can add to each number of an action, see `record.pushes`; empty if unknown.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Environment(Protocol):
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     task: str
+    pushes: tuple[float, ...]
 
     def reset(self, seed: int, episode: int) -> None:
         """Start an episode; the same numbers always give the same one."""

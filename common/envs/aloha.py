@@ -35,6 +35,7 @@ class AlohaEnvironment:
     """
 
     fps, state_names, action_names, cameras = float(FPS), NAMES, NAMES, CAMERAS
+    pushes = (*(0.1,) * 6, 0.0) * 2  # radians
 
     def __init__(self, task: str, image_size: tuple[int, int], max_steps: int | None = None):
         import gym_aloha.constants

@@ -30,6 +30,7 @@ class DemoEnvironment:
 
     name, fps, task, state_names, action_names = "demo", FPS, TASK, NAMES, NAMES
     kind: type[Simulator] = Simulator
+    pushes = ()
 
     def __init__(self, max_steps: int | None = None):
         self.max_steps = max_steps or MAX_STEPS

@@ -49,6 +49,7 @@ class GymEnvironment:
 
     state_names: tuple[str, ...] = ()
     action_names: tuple[str, ...] = ()
+    pushes = ()
 
     def __init__(self, config: EnvConfig, make: Callable[[], gymnasium.Env]):
         self.name, self._reward = config.env, config.success_reward

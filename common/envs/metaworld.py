@@ -22,6 +22,7 @@ class MetaworldEnvironment:
     state_names = ("x", "y", "z", "gripper")
     action_names = ("dx", "dy", "dz", "gripper")
     cameras = ("corner2", "gripper")
+    pushes = (1.0, 1.0, 1.0, 0.0)  # as much as the expert can give, but no letting go
 
     def __init__(self, task: str, image_size: tuple[int, int], max_steps: int | None = None):
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
