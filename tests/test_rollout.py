@@ -4,6 +4,7 @@ import importlib
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import gymnasium
 import numpy as np
@@ -261,6 +262,36 @@ def test_an_expert_goes_on_for_a_while_after_success(hold, steps):
     recorded = record.attempt(environment, 0, 0, hold)
     np.testing.assert_array_equal(recorded.state[:, 0], np.arange(steps))
     assert len(recorded.action) == len(recorded.images["top"]) == steps
+
+
+def test_pushes_disturb_what_happens_but_not_what_is_recorded():
+    environment = Counter(length=90, max_steps=100)
+    environment.expert = lambda: lambda: np.ones(1, np.float32)
+    environment.pushes = (0.5,)
+    recorded, again = (record.attempt(environment, 0, 2, disturb=0.1) for _ in range(2))
+    np.testing.assert_array_equal(recorded.state, again.state)
+    np.testing.assert_array_equal(recorded.action, np.ones((92, 1)))
+    pushed = np.diff(recorded.state[:, 0]) - 1
+    assert 0 < np.count_nonzero(np.abs(pushed) > 1e-4) < 91
+    assert np.abs(pushed).max() <= 0.5
+    assert not np.array_equal(record.attempt(environment, 0, 4, disturb=0.1).state, recorded.state)
+
+
+def test_a_push_lasts_for_ten_steps_and_leaves_the_gripper_alone():
+    made = record.pushes((1, 2, 0), 0.05, np.random.default_rng(0))
+    found = np.stack([next(made) for _ in range(2000)])
+    begins = np.flatnonzero((found[1:] != found[:-1]).any(1)) + 1
+    lengths = {b - a for a, b in pairwise(begins) if found[a].any()}
+    assert lengths == {record.PUSH_STEPS}
+    assert not found[:, 2].any()
+    assert (np.abs(found[:, :2]).max(0) <= (1, 2)).all()
+    assert (np.abs(found[:, :2]).max(0) > (0.5, 1)).all()
+
+
+def test_pushes_of_unknown_strength_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--disturb: demo does not say how hard its robot may be pushed"):
+        record.main(record.Config("demo", tmp_path / "d", disturb=0.1))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_expert_that_fails_is_not_recorded_for_ever(monkeypatch, tmp_path):
