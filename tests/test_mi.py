@@ -223,6 +223,15 @@ def test_too_few_episodes_are_refused_before_training(small, tmp_path):
         parse(train_mi.Config, [*small, "--neighbours", "0"], "train_mi.py")
 
 
+def test_a_task_with_too_few_episodes_is_named():
+    store = SimpleNamespace(instructions=("fold", "idle"), episode_task_numbers=np.repeat([0, 1], [9, 2]))
+    with pytest.raises(UserError, match=r'^2 episodes of "idle" are too few for 7 .* others with --task\.'):
+        train_mi.refuse_few(store, train_mi.Config())
+    store.episode_task_numbers -= 1  # two of "fold", nine that state none
+    with pytest.raises(UserError, match=r'2 episodes of "fold" are too few: half'):
+        train_mi.refuse_few(store, train_mi.Config(estimator="infonce"))
+
+
 def test_a_run_of_another_script_and_a_robot_are_refused(small, tmp_path, tiny):
     run = train(small, tmp_path / "run", "--steps", 1)
     with pytest.raises(UserError, match="trains no policy"):
