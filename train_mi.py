@@ -101,7 +101,7 @@ class Config:
     """Shares of the episodes, best first by score, to list in episodes_topNN.json."""
     estimate_only: UserPath | None = None
     """Estimate again with the autoencoders of this run, instead of training. Then only the options from
-    --estimator on and --cache-dir have an effect."""
+    --estimator on, --dataset (where the data are now) and --cache-dir have an effect."""
 
 
 class StateEncoder(nn.Module):
@@ -423,7 +423,8 @@ def estimate_again(config: Config) -> None:
     trained = from_dict(Config, settings["config"])
     chosen = {name: getattr(config, name) for name in ("estimator", "neighbours", "repeats", "best")}
     trained = replace(trained, **chosen)
-    moved = {} if config.data.cache_dir == DataConfig().cache_dir else {"cache_dir": config.data.cache_dir}
+    given = {name: getattr(config.data, name) for name in ("dataset", "cache_dir")}
+    moved = {name: place for name, place in given.items() if place != getattr(DataConfig(), name)}
     store = open_dataset(replace(trained.data, **moved))
     checkpoint.refuse_damaged(path, "policy/")
     about = path.parents[1] / "config.json"

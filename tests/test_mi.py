@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -132,6 +133,18 @@ def test_estimation_alone_repeats_what_training_found_or_uses_another_estimator(
     assert scores_of(run) != before
     train([], None, *again, "--estimator", "infonce", "--repeats", 1)
     assert json.loads((run / "mutual_information.json").read_text())["estimator"] == "infonce"
+
+
+def test_estimation_alone_finds_data_that_have_moved(small, tmp_path, cache_dir, episodes_dataset):
+    before = shutil.copytree(episodes_dataset, tmp_path / "before")
+    run = train([*small, "--dataset", str(before)], tmp_path / "run", "--steps", 1)
+    scores = scores_of(run)
+    after = before.rename(tmp_path / "after")
+    again = ("--estimate-only", run, "--cache-dir", cache_dir, "--neighbours", 3)
+    with pytest.raises(UserError, match="before was not found"):
+        train([], None, *again)
+    train([], None, *again, "--dataset", after)
+    assert scores_of(run) == scores
 
 
 def test_damaged_weights_estimate_nothing(small, tmp_path, cache_dir):
