@@ -100,8 +100,9 @@ class Config:
     best: tuple[Share, ...] = (0.5, 0.8)
     """Shares of the episodes, best first by score, to list in episodes_topNN.json."""
     estimate_only: UserPath | None = None
-    """Estimate again with the autoencoders of this run, instead of training. Then only the options from
-    --estimator on, --dataset (where the data are now) and --cache-dir have an effect."""
+    """Estimate again with the autoencoders of this run, instead of training, and replace its scores and
+    lists. Then only the options from --estimator on, --dataset (where the data are now) and --cache-dir have
+    an effect."""
 
 
 class StateEncoder(nn.Module):

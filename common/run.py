@@ -193,9 +193,10 @@ class Run:
             folder = self.config.run.run_dir
             saved = read_json(folder / "config.json")
             if saved.get("fingerprint") != store.fingerprint:  # their location does not matter
+                chosen = f", episodes of {options.episodes_file}" if options.episodes_file else ""
                 raise UserError(
-                    f"{folder} was trained on data that have changed since ({saved.get('dataset')}): resume "
-                    f"with the data as they were, or start a new run with --init-from {folder}."
+                    f"{folder} was trained on data that have changed since ({saved.get('dataset')}{chosen}): "
+                    f"resume with the data as they were, or start a new run with --init-from {folder}."
                 )
             # The checkpoint has the backbone's architecture: the original model on the hub is not needed.
             last = checkpoint.newest_undamaged(folder, "policy/policy.json")

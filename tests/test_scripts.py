@@ -231,6 +231,15 @@ def test_a_run_is_not_resumed_on_data_that_changed(script, tiny, cache_dir, tmp_
     assert [row["step"] for row in lines(run_dir)] == [1]
 
 
+def test_the_list_of_episodes_that_has_changed_is_named(tiny, tmp_path):
+    best = tmp_path / "best.txt"
+    best.write_text("0 1 2")
+    run_dir = train(train_naive_fm, tiny, tmp_path / "run", "--steps", 1, "--episodes-file", best)
+    best.write_text("0 1 3")
+    with pytest.raises(UserError, match=f"changed since .*{best}"):
+        train(train_naive_fm, [], None, "--resume", run_dir, "--steps", 2)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_batch_larger_than_the_data_is_refused_and_leaves_nothing(script, tiny, tmp_path):
     with pytest.raises(UserError, match="batch"):
