@@ -182,6 +182,8 @@ class HuggingFaceBackbone(Backbone):
         super().__init__()
         self.network, processor, absent = _load_huggingface(name, None if pretrained else hf_config)
         config = self.network.config
+        if config.model_type == "dinov3_vit":  # in training it would stretch the patches' positions at random
+            config.pos_embed_shift = config.pos_embed_jitter = config.pos_embed_rescale = None
         self.hf_config = config.to_dict()
         knows_sizes = "interpolate_pos_encoding" in signature(self.network.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if knows_sizes else {}
