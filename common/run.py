@@ -66,7 +66,7 @@ from common.normalize import Normalization, Normalizer
 from common.plots import read_lines
 from common.rollout import require_environments
 from common.tracking import Tracker
-from common.vision import Backbone
+from common.vision import Backbone, VisionConfig, require_backbone
 from common.watch import PREPARING, HangWatch, StopRequests, meeting
 
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "lerobot", "safetensors", "numpy", "av")
@@ -167,6 +167,7 @@ class Run:
         normalization: Normalization,
         tasks: TaskConfig | None = None,
         delay: flow.DelayConfig = NO_DELAY,
+        vision: VisionConfig | None = None,
     ) -> Data:
         """Open the dataset, hold episodes out, compute statistics.
 
@@ -174,9 +175,10 @@ class Run:
             horizon: actions in a chunk.
             tasks: how the policy is told its instruction; None: not at all.
             delay: how many actions at the start of a chunk are given.
+            vision: its backbone has to take images of `--image-size`; None: it need not.
 
         Raises:
-            UserError: if a dataset cannot be used, or a resumed run was trained on other data.
+            UserError: if dataset or backbone cannot be used, or a resumed run was trained on other data.
         """
         if delay.max_delay >= horizon:
             raise UserError(
@@ -188,6 +190,8 @@ class Run:
         options, seed = self.config.data, self.config.run.seed
         if options.grow_from is not None:
             refuse_own_episodes(options)
+        if vision is not None and options.image_size and not self.resuming:  # decoding may take hours
+            require_backbone(vision.backbone, (options.image_size[0], options.image_size[-1]))
         store, backbone_config, known = open_dataset(options), None, None
         if self.resuming:
             folder = self.config.run.run_dir

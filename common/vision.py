@@ -96,6 +96,12 @@ def build_backbone(
     return ConvBackbone(image_size) if name == "conv" else ResNetBackbone(name, image_size)
 
 
+def require_backbone(name: str, image_size: tuple[int, int]) -> None:
+    """Raise the UserError that `build_backbone` will raise; changes no random state."""
+    with torch.random.fork_rng(devices=[]):
+        build_backbone(name, image_size)
+
+
 def _norm(channels: int) -> nn.GroupNorm:
     """Group norm: batch norm misbehaves with small batches, averaged weights and several processes."""
     return nn.GroupNorm(max(channels // 16, 1), channels)
