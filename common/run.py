@@ -282,7 +282,8 @@ class Run:
         loaded = None
         if not self.resuming:
             loaded = checkpoint.initialise(policy, config.run.init_from)
-            checkpoint.compare_origins(policy, config.run.init_from, data.spec, to_dict(config))
+            origins = config.run.init_from, data.spec, to_dict(config), loaded
+            checkpoint.compare_origins(policy, *origins)
         checkpoint.freeze(policy, config.run.freeze, loaded)
 
         if self.world > 1 and self.device.type == "cuda":

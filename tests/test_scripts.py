@@ -186,7 +186,7 @@ def test_weights_for_another_order_are_refused_and_other_differences_told(tiny, 
     assert "trained with cameras" not in said
     spec, sources = PolicySpec.load(first / "checkpoints" / "last"), (str(first),)
     checkpoint.compare_origins(
-        torch.nn.Module(), sources, replace(spec, fps=25.0, cameras=("a", "b", "c")), {}
+        torch.nn.Module(), sources, replace(spec, fps=25.0, cameras=("a", "b", "c")), {}, set()
     )
     said = capsys.readouterr().out
     assert "trained with fps 10.0, here 25.0" in said
