@@ -222,8 +222,10 @@ def held_out_data(policy: RobotPolicy, config: Config) -> tuple | None:
             f"{config.run} has no config.json that names its data: copy the whole run folder to evaluate it."
         ) from None
     if saved != store.fingerprint:
+        chosen = f", or {data.episodes_file}," if data.episodes_file else ""
         raise UserError(
-            f"{store.source} has changed since {config.run} was trained on it: restore it to evaluate."
+            f"{store.source}{chosen} has changed since {config.run} was trained on it: restore it to "
+            f"evaluate."
         )
     told = policy.spec.tasks is not None
     if told and policy.spec.tasks.sentences != store.instructions:

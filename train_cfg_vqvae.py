@@ -377,7 +377,7 @@ def main(config: Config) -> None:
     if config.guidance != 1 and not config.cfg_dropout:
         raise UserError("--guidance needs --cfg-dropout: with 0, nothing trains the policy without a latent.")
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay)
+    data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay, config.vision)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
     objective = run.compiled(compute_loss)

@@ -100,8 +100,9 @@ class Config:
     best: tuple[Share, ...] = (0.5, 0.8)
     """Shares of the episodes, best first by score, to list in episodes_topNN.json."""
     estimate_only: UserPath | None = None
-    """Estimate again with the autoencoders of this run, instead of training. Then only the options from
-    --estimator on and --cache-dir have an effect."""
+    """Estimate again with the autoencoders of this run, instead of training, and replace its scores and
+    lists. Then only the options from --estimator on, --dataset (where the data are now) and --cache-dir have
+    an effect."""
 
 
 class StateEncoder(nn.Module):
@@ -320,6 +321,15 @@ def embed_all(
     return torch.cat(states), torch.cat(actions)
 
 
+def refuse_few(store: EpisodeStore, config: Config) -> None:
+    """Refuse a task with too few episodes to be estimated, before anything is trained or embedded."""
+    numbers, counts = np.unique(store.episode_task_numbers, return_counts=True)
+    names = [*(f' of "{task}"' for task in store.instructions), " without an instruction"]  # number -1
+    for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+        neighbours = config.neighbours if config.estimator == "ksg" else None
+        require_episodes(count, neighbours, names[number] if len(counts) > 1 else "")
+
+
 def estimate(
     model: Autoencoders, store: EpisodeStore, normalizer: Normalizer, config: Config, folder: Path
 ) -> None:
@@ -414,7 +424,8 @@ def estimate_again(config: Config) -> None:
     trained = from_dict(Config, settings["config"])
     chosen = {name: getattr(config, name) for name in ("estimator", "neighbours", "repeats", "best")}
     trained = replace(trained, **chosen)
-    moved = {} if config.data.cache_dir == DataConfig().cache_dir else {"cache_dir": config.data.cache_dir}
+    given = {name: getattr(config.data, name) for name in ("dataset", "cache_dir")}
+    moved = {name: place for name, place in given.items() if place != getattr(DataConfig(), name)}
     store = open_dataset(replace(trained.data, **moved))
     checkpoint.refuse_damaged(path, "policy/")
     about = path.parents[1] / "config.json"
@@ -423,6 +434,7 @@ def estimate_again(config: Config) -> None:
             f"{config.estimate_only} has lost its config.json, or was trained on data that have changed "
             f"since: train again."
         )
+    refuse_few(store, trained)
     model = Autoencoders(trained, PolicySpec.from_json(settings["spec"]), pretrained=False)
     checkpoint.load_components(model, path / "policy")
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
@@ -441,8 +453,7 @@ def main(config: Config) -> None:
         raise UserError("Episodes are scored within one dataset: give a single --dataset.")
     run = start_run(config, __file__)
     data = run.load_data(config.horizon, config.normalization)
-    for count in np.unique(data.store.episode_task_numbers, return_counts=True)[1].tolist():  # of each task
-        require_episodes(count, config.neighbours if config.estimator == "ksg" else None)
+    refuse_few(data.store, config)
     model = Autoencoders(config, data.spec, pretrained=not run.resuming)
     if not run.resuming:
         model.fit_average(data.train)

@@ -295,7 +295,7 @@ def draw_depth(policy: Policy, dataset: ChunkDataset, path: Path, num: int = 6) 
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay)
+    data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay, config.vision)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     if config.depth.depth_cache == "on":
         run.load_weights(policy)  # the features depend on them

@@ -532,7 +532,7 @@ def report_idle_experts(step: int, logged: dict[str, float], num_experts: int) -
 
 def main(config: Config) -> None:
     run = start_run(config, __file__)
-    data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay)
+    data = run.load_data(config.horizon, config.normalization, config.tasks, config.delay, config.vision)
     policy = Policy(config, data.spec, pretrained=not run.resuming)
     optimizer, scheduler, average = run.prepare(policy, data)  # run.model: the policy under DDP and autocast
     objective = run.compiled(compute_loss)

@@ -61,7 +61,8 @@ def main(config: Config) -> None:
     run = config.runs / "mi"
     if not (run / "episode_scores.csv").is_file():
         call(
-            "train_mi.py", "--config", ROOT / "configs/train_mi/demo.json", *dataset(config), "--run-dir", run
+            *("train_mi.py", "--config", ROOT / "configs/train_mi/demo.json", *dataset(config)),
+            *("--run-dir", run, "--resume", "auto"),
         )
     print("| estimator | nats | " + " | ".join(WAYS) + " | all |")
     print("| --- |" + " --- |" * (len(WAYS) + 2))
@@ -158,7 +159,7 @@ def compare_policies(config: Config, run: Path, scores: dict[int, float]) -> Non
     ):
         rates = []
         for seed in config.seeds:
-            folder = config.runs / f"vfp-{name.replace(' ', '-')}-{seed}"
+            folder = config.runs / f"vfp-{name.replace(' ', '-')}-{config.policy_steps}-{seed}"
             if not (folder / "checkpoints" / f"step_{config.policy_steps:07d}").is_dir():
                 call(
                     *("train_vfp.py", "--config", ROOT / "configs/train_vfp/demo.json", *dataset(config)),
@@ -177,9 +178,9 @@ def success(folder: Path, rollouts: int) -> float:
     from common.inference import load_policy
     from common.rollout import rates
 
-    file = folder / "success.json"
+    file = folder / f"success-{rollouts}.json"
     if not file.is_file():
-        settings = evaluate.Config(folder, EnvConfig(env="demo"), episodes=rollouts)
+        settings = evaluate.Config(folder, simulator=EnvConfig(env="demo"), episodes=rollouts)
         write_json(file, rates(evaluate.act(load_policy(folder, seed=0), settings, 10))["success"])
     return read_json(file)
 

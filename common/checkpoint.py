@@ -536,11 +536,15 @@ def initialise(policy: nn.Module, sources: tuple[str, ...]) -> set[str]:
     return loaded
 
 
-def compare_origins(policy: nn.Module, sources: tuple[str, ...], spec: PolicySpec, config: dict) -> None:
-    """Say how the policies of `--init-from` differ from this one in what their weights take for granted.
+def compare_origins(
+    policy: nn.Module, sources: tuple[str, ...], spec: PolicySpec, config: dict, loaded: Collection[str]
+) -> None:
+    """Say which components the policies of `--init-from` lack, and how they differ from this one in what
+    their weights take for granted.
 
     Args:
         spec, config: of this policy; the configuration as `to_dict` gives it.
+        loaded: what `initialise` returned.
 
     Raises:
         UserError: if a whole policy saw the same cameras, or moved the same dimensions, in another order.
@@ -555,6 +559,8 @@ def compare_origins(policy: nn.Module, sources: tuple[str, ...], spec: PolicySpe
             settings = read_settings(find(path))
         else:
             continue  # a file of weights says nothing about itself
+        if not name and (absent := [part for part in components if part not in loaded]):
+            say(f"--init-from {source}: has no weights for {', '.join(absent)}")
         before = PolicySpec.from_json(settings["spec"])
         for what, flag in ORDERED.items():
             old, new = getattr(before, what), getattr(spec, what)

@@ -194,8 +194,9 @@ def parse[T](config_type: type[T], argv: Sequence[str], script: str, prog: str |
     Its help calls the program `prog`, by default `script`.
     """
 
+    markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
+
     def from_flags(default: T | None) -> T:
-        markers = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
         return tyro.cli(config_type, args=list(argv), default=default, prog=prog or script, config=markers)
 
     def from_file(path: Path) -> T:
@@ -203,13 +204,16 @@ def parse[T](config_type: type[T], argv: Sequence[str], script: str, prog: str |
         base = _with_run(read_config(config_type, path, script), run_dir=None, resume=None, config=None)
         return _without_rival(base, argv)
 
-    if issubclass(get_type_hints(config_type).get("run", object), RunConfig):  # not serve.py's --compile
-        followed = pairwise([*argv, "-"])
-        argv = [x for w, n in followed for x in (w, "default")[: 1 + (w == "--compile" and n[:1] == "-")]]
-    config = from_flags(None)  # also answers --help, and refuses bad flags
-    run = getattr(config, "run", None)
-    if not isinstance(run, RunConfig):
-        return config
+    if not issubclass(get_type_hints(config_type).get("run", object), RunConfig):  # such as serve.py
+        return from_flags(None)
+    followed = pairwise([*argv, "-"])
+    argv = [x for w, n in followed for x in (w, "default")[: 1 + (w == "--compile" and n[:1] == "-")]]
+    if {"-h", "--help"} & set(argv):
+        from_flags(None)  # and ends
+    # Only what says where the others are: they may fit those of the file, but not the defaults.
+    run, _ = tyro.cli(
+        RunConfig, args=argv, prog=prog or script, return_unknown_args=True, add_help=False, config=markers
+    )
     resumed = _resumed_run(run)
     if resumed is not None:
         base = from_file(resumed / "config.json")
@@ -217,9 +221,8 @@ def parse[T](config_type: type[T], argv: Sequence[str], script: str, prog: str |
         _refuse_changes(base, config, resumed)
         _tell_of_new_options(config, resumed)
         return _with_run(config, run_dir=resumed, resume=str(resumed))
-    if run.config is not None:
-        # A new run must not replace what the earlier one pushed.
-        config = from_flags(_with_run(from_file(run.config), push_to_hub=None))
+    # A new run must not replace what the earlier one pushed.
+    config = from_flags(_with_run(from_file(run.config), push_to_hub=None) if run.config else None)
     _refuse_used(run.run_dir, restart=run.resume == "auto")
     return _with_run(config, resume=None)
 

@@ -63,7 +63,7 @@ class Architecture:
     num_heads: int
     alt_start: float = math.inf
     """The block from which odd blocks are global, the class token is the camera's, and queries and keys are
-    normalized and rotated; None in models for a single view."""
+    normalized and rotated; there is none in models for a single view."""
 
     @property
     def hub(self) -> str:

@@ -130,8 +130,11 @@ def hold(lock: Path, folder: Path, patience: float = LEFT_SECONDS) -> IO[str]:
 
     Raises:
         Busy: if another process still uses it.
+        UserError: if the lock cannot be written.
     """
-    file, end, said = lock.open("a+"), time.monotonic() + patience, False
+    with writing_below(folder, elsewhere="another folder, such as a copy"):
+        file = lock.open("a+")
+    end, said = time.monotonic() + patience, False
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not kept by forked children

@@ -59,16 +59,21 @@ def _estimate(found: list[tuple[Tensor, Tensor]], episodes: Tensor) -> Estimate:
     return Estimate(episode_means(pointwise, episodes)[1].nanmean().item(), pointwise)
 
 
-def require_episodes(num: int, neighbours: Sequence[int] | None) -> None:
-    """Refuse too few episodes for `ksg` with these neighbours or, without neighbours, for `infonce`."""
+def require_episodes(num: int, neighbours: Sequence[int] | None, of: str = "") -> None:
+    """Refuse too few episodes for `ksg` with these neighbours or, without neighbours, for `infonce`.
+
+    `of` says which ones they are if there are others, such as ' of "fold"'.
+    """
+    others = ", or name only the others with --task" if of else ""
     if neighbours is None and num < 4:
         raise UserError(
-            f"{num} episodes are too few: half of them train a critic that scores the others; give 4."
+            f"{num} episodes{of} are too few: half of them train a critic that scores the others; give 4"
+            f"{others}."
         )
     if neighbours is not None and num <= max(neighbours) + 1:
         raise UserError(
-            f"{num} episodes are too few for {max(neighbours)} nearest neighbours, which lie in different "
-            f"episodes: give at least {max(neighbours) + 2}, or a smaller k."
+            f"{num} episodes{of} are too few for {max(neighbours)} nearest neighbours, which lie in "
+            f"different episodes: give at least {max(neighbours) + 2}, or a smaller k{others}."
         )
 
 

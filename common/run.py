@@ -66,7 +66,7 @@ from common.normalize import Normalization, Normalizer
 from common.plots import read_lines
 from common.rollout import require_environments
 from common.tracking import Tracker
-from common.vision import Backbone
+from common.vision import Backbone, VisionConfig, require_backbone
 from common.watch import PREPARING, HangWatch, StopRequests, meeting
 
 PACKAGES = ("torch", "torchvision", "accelerate", "transformers", "lerobot", "safetensors", "numpy", "av")
@@ -167,6 +167,7 @@ class Run:
         normalization: Normalization,
         tasks: TaskConfig | None = None,
         delay: flow.DelayConfig = NO_DELAY,
+        vision: VisionConfig | None = None,
     ) -> Data:
         """Open the dataset, hold episodes out, compute statistics.
 
@@ -174,9 +175,10 @@ class Run:
             horizon: actions in a chunk.
             tasks: how the policy is told its instruction; None: not at all.
             delay: how many actions at the start of a chunk are given.
+            vision: its backbone has to take images of `--image-size`; None: it need not.
 
         Raises:
-            UserError: if a dataset cannot be used, or a resumed run was trained on other data.
+            UserError: if dataset or backbone cannot be used, or a resumed run was trained on other data.
         """
         if delay.max_delay >= horizon:
             raise UserError(
@@ -188,14 +190,17 @@ class Run:
         options, seed = self.config.data, self.config.run.seed
         if options.grow_from is not None:
             refuse_own_episodes(options)
+        if vision is not None and options.image_size and not self.resuming:  # decoding may take hours
+            require_backbone(vision.backbone, (options.image_size[0], options.image_size[-1]))
         store, backbone_config, known = open_dataset(options), None, None
         if self.resuming:
             folder = self.config.run.run_dir
             saved = read_json(folder / "config.json")
             if saved.get("fingerprint") != store.fingerprint:  # their location does not matter
+                chosen = f", episodes of {options.episodes_file}" if options.episodes_file else ""
                 raise UserError(
-                    f"{folder} was trained on data that have changed since ({saved.get('dataset')}): resume "
-                    f"with the data as they were, or start a new run with --init-from {folder}."
+                    f"{folder} was trained on data that have changed since ({saved.get('dataset')}{chosen}): "
+                    f"resume with the data as they were, or start a new run with --init-from {folder}."
                 )
             # The checkpoint has the backbone's architecture: the original model on the hub is not needed.
             last = checkpoint.newest_undamaged(folder, "policy/policy.json")
@@ -277,7 +282,8 @@ class Run:
         loaded = None
         if not self.resuming:
             loaded = checkpoint.initialise(policy, config.run.init_from)
-            checkpoint.compare_origins(policy, config.run.init_from, data.spec, to_dict(config))
+            origins = config.run.init_from, data.spec, to_dict(config), loaded
+            checkpoint.compare_origins(policy, *origins)
         checkpoint.freeze(policy, config.run.freeze, loaded)
 
         if self.world > 1 and self.device.type == "cuda":

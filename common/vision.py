@@ -96,6 +96,12 @@ def build_backbone(
     return ConvBackbone(image_size) if name == "conv" else ResNetBackbone(name, image_size)
 
 
+def require_backbone(name: str, image_size: tuple[int, int]) -> None:
+    """Raise the UserError that `build_backbone` will raise; changes no random state."""
+    with torch.random.fork_rng(devices=[]):
+        build_backbone(name, image_size)
+
+
 def _norm(channels: int) -> nn.GroupNorm:
     """Group norm: batch norm misbehaves with small batches, averaged weights and several processes."""
     return nn.GroupNorm(max(channels // 16, 1), channels)
@@ -182,6 +188,8 @@ class HuggingFaceBackbone(Backbone):
         super().__init__()
         self.network, processor, absent = _load_huggingface(name, None if pretrained else hf_config)
         config = self.network.config
+        if config.model_type == "dinov3_vit":  # in training it would stretch the patches' positions at random
+            config.pos_embed_shift = config.pos_embed_jitter = config.pos_embed_rescale = None
         self.hf_config = config.to_dict()
         knows_sizes = "interpolate_pos_encoding" in signature(self.network.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if knows_sizes else {}

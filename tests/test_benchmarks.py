@@ -306,3 +306,11 @@ def test_the_cost_of_a_new_method_is_measured_beside_a_known_one(tmp_path, monke
     assert simulators.read()["seconds"] == {"aloha:act": 2.0, "aloha:x": 4.0, "aloha:train_vfp": 4.0}
     simulators.measure(["aloha:act"], tmp_path, again=True)
     assert simulators.read()["seconds"] == found
+
+
+def test_the_policies_of_curated_data_are_rated_again_for_another_number_of_rollouts(tmp_path, monkeypatch):
+    curation = benchmark("curation")
+    monkeypatch.setattr("common.inference.load_policy", lambda *given, **named: None)
+    monkeypatch.setattr("evaluate.act", lambda policy, settings, steps: settings.episodes)
+    monkeypatch.setattr("common.rollout.rates", lambda episodes: {"success": episodes / 100})
+    assert [curation.success(tmp_path, rollouts) for rollouts in (50, 20, 50)] == [0.5, 0.2, 0.5]

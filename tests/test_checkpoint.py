@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import train_vfp
 from common import checkpoint
@@ -188,6 +189,15 @@ def test_a_checkpoint_of_another_policy_is_refused(run_dir, tiny, tmp_path):
     reset()
     with pytest.raises(UserError, match="was saved by another network"):
         resume(run_dir, "--steps", "4")
+
+
+def test_components_that_another_policy_lacks_are_said(run_dir, capsys):
+    policy = nn.ModuleDict({"action_decoder": nn.Linear(2, 2), "gate": nn.Linear(2, 2)})
+    spec = checkpoint.PolicySpec.load(checkpoint.find(run_dir))
+    checkpoint.compare_origins(policy, (str(run_dir),), spec, {}, {"action_decoder"})
+    assert "has no weights for gate\n" in capsys.readouterr().out
+    checkpoint.compare_origins(policy, (f"action_decoder={run_dir}",), spec, {}, {"action_decoder"})
+    assert "has no weights" not in capsys.readouterr().out
 
 
 def test_weights_of_another_network_or_damaged_ones_are_refused_in_one_sentence(run_dir):

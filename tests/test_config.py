@@ -121,6 +121,14 @@ def test_flags_win_over_a_file_and_a_file_over_defaults(tmp_path):
         parse("--config", str(file))
 
 
+def test_flags_may_fit_the_options_of_a_file_but_not_the_defaults(tmp_path):
+    values = {"data": {"dataset": ["a", "b"]}, "rollout": {"simulator": {"env": "demo"}}}
+    (tmp_path / "exp.json").write_text(json.dumps(values))
+    argv = ["--config", str(tmp_path / "exp.json"), "--weights", "1", "3", "--rollout-every", "100"]
+    config = c.parse(VfpConfig, argv, "train_vfp.py")
+    assert (config.data.weights, config.rollout.rollout_every) == ((1.0, 3.0), 100)
+
+
 def test_resuming_restores_everything_and_flags_override(tmp_path):
     saved = replace(parse("--lr", "0.7", "--horizon", "3"), names=("k",))
     run = write_run(tmp_path / "run", saved)

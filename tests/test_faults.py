@@ -415,6 +415,12 @@ def test_one_process_at_a_time_writes_a_run_folder(tiny, tmp_path, monkeypatch, 
     other.communicate()
 
 
+def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "run").write_text("")  # permissions do not bind root
+    with pytest.raises(UserError, match=r"run cannot be written \(Not a directory\): choose another"):
+        files.hold(tmp_path / "run" / ".lock", tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_signal_waits_for_what_is_written_and_a_second_one_does_not(tiny, tmp_path):
     once, twice = tmp_path / "once", tmp_path / "twice"

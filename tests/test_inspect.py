@@ -196,7 +196,8 @@ def test_the_cache_is_listed_and_freed(tmp_path, root, run, capsys):
     assert whole.path.exists()
     run("prune", "--older-than", "1")
     assert whole.path.exists()
-    os.utime(whole.path / "arrays.safetensors", (1, 1))
+    for name in ("arrays.safetensors", "meta.json"):
+        os.utime(whole.path / name, (1, 1))
     run("prune", "--older-than", "1")
     assert not whole.path.exists()
     again = open_dataset(DataConfig((str(root),), cache_dir=tmp_path / "cache"))
@@ -204,6 +205,18 @@ def test_the_cache_is_listed_and_freed(tmp_path, root, run, capsys):
     assert not again.path.exists()
     run("prune")
     assert "0 stores" in capsys.readouterr().out
+
+
+def test_a_store_in_use_is_kept_where_the_disk_records_no_access(tmp_path, run):
+    root = make_dataset(tmp_path / "d", (12, 9), ["observation.images.top"], video=False)
+    config = DataConfig((str(root),), cache_dir=tmp_path / "cache", ingest_workers=1)
+    path = open_dataset(config).path
+    for file in path.iterdir():
+        os.utime(file, (1, 1))
+    open_dataset(config)
+    os.utime(path / "arrays.safetensors", (1, 1))  # as if it had not been read
+    run("prune", "--older-than", "1")
+    assert path.exists()
 
 
 def test_a_store_that_is_being_built_is_not_deleted(tmp_path, root, run):

@@ -577,5 +577,5 @@ def test_demonstrations_are_scored_within_their_task(tiny, two, tmp_path):
     chosen = json.loads((run_dir / "episodes_top50.json").read_text())["episodes"]
     assert len(chosen) == 4
     assert sorted(number % 2 for number in chosen) == [0, 0, 1, 1]  # half of each task
-    with pytest.raises(UserError, match="4 episodes are too few for 3 nearest neighbours"):
+    with pytest.raises(UserError, match=r'4 episodes of ".*" are too few for 3 nearest neighbours'):
         train(train_mi, argv, tmp_path / "other", "--neighbours", 3)

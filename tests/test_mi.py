@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -134,6 +135,18 @@ def test_estimation_alone_repeats_what_training_found_or_uses_another_estimator(
     assert json.loads((run / "mutual_information.json").read_text())["estimator"] == "infonce"
 
 
+def test_estimation_alone_finds_data_that_have_moved(small, tmp_path, cache_dir, episodes_dataset):
+    before = shutil.copytree(episodes_dataset, tmp_path / "before")
+    run = train([*small, "--dataset", str(before)], tmp_path / "run", "--steps", 1)
+    scores = scores_of(run)
+    after = before.rename(tmp_path / "after")
+    again = ("--estimate-only", run, "--cache-dir", cache_dir, "--neighbours", 3)
+    with pytest.raises(UserError, match="before was not found"):
+        train([], None, *again)
+    train([], None, *again, "--dataset", after)
+    assert scores_of(run) == scores
+
+
 def test_damaged_weights_estimate_nothing(small, tmp_path, cache_dir):
     run = train(small, tmp_path / "run", "--steps", 1)
     scores = (run / "episode_scores.csv").read_bytes()
@@ -221,6 +234,15 @@ def test_too_few_episodes_are_refused_before_training(small, tmp_path):
         train([*small, "--episodes", "0-1", "--estimator", "infonce"], tmp_path / "two", "--steps", 1)
     with pytest.raises(UserError, match="--neighbours"):
         parse(train_mi.Config, [*small, "--neighbours", "0"], "train_mi.py")
+
+
+def test_a_task_with_too_few_episodes_is_named():
+    store = SimpleNamespace(instructions=("fold", "idle"), episode_task_numbers=np.repeat([0, 1], [9, 2]))
+    with pytest.raises(UserError, match=r'^2 episodes of "idle" are too few for 7 .* others with --task\.'):
+        train_mi.refuse_few(store, train_mi.Config())
+    store.episode_task_numbers -= 1  # two of "fold", nine that state none
+    with pytest.raises(UserError, match=r'2 episodes of "fold" are too few: half'):
+        train_mi.refuse_few(store, train_mi.Config(estimator="infonce"))
 
 
 def test_a_run_of_another_script_and_a_robot_are_refused(small, tmp_path, tiny):

@@ -1,6 +1,7 @@
 """Motion: idle dimensions and their scale, idle ends of episodes, jumps, stuck commands."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -186,6 +187,19 @@ def test_a_short_rest_stays(record):
     move = reach(np.random.default_rng(8), 40)
     values = np.concatenate([move, np.repeat(move[-1:], 3, axis=0)])
     assert idle_ends(record(values)).tail.tolist() == [0]
+
+
+def test_a_lost_reading_does_not_hide_a_gripper_that_closes_at_the_end():
+    gripper = np.concatenate([np.full(60, 0.08), np.linspace(0.08, 0.0, 20)])
+    gripper[10] = 1e3
+    arm = np.pad(reach(np.random.default_rng(16), 60), ((0, 20), (0, 0)), "edge")
+    values = np.hstack([arm, gripper[:, None]])
+    store = SimpleNamespace(
+        **{"state": values, "action": values, "num_episodes": 1, "fps": FPS},
+        episode_starts=np.array([0, 80]),
+        images=lambda rows: torch.full((1, 1, 3, 8, 8), 90),
+    )
+    assert idle_ends(store).tail.tolist() == [0]
 
 
 def test_an_episode_in_which_nothing_moves_is_left_out_whole(record, capsys):

@@ -7,6 +7,7 @@ from running import lines, reset, train, weights
 import train_naive_fm
 from common import checkpoint
 from common.config import parse
+from common.errors import UserError
 from common.run import start_run
 
 pytestmark = pytest.mark.usefixtures("accelerate_reset")
@@ -55,6 +56,13 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(tiny, tmp_path
     assert max(shares) > min(shares) + 0.05  # otherwise the test would prove nothing
     for name, grad in whole.items():
         torch.testing.assert_close(parts[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_images_that_the_backbone_cannot_take_are_refused_before_they_are_decoded(tiny, tmp_path):
+    flags = ("--cache-dir", tmp_path / "cache", "--backbone", "resnet18", "--image-size", 16)
+    with pytest.raises(UserError, match="at least 32x32"):
+        train(train_naive_fm, tiny, tmp_path / "run", *flags)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_steps_are_counted_and_due(tiny, tmp_path):

@@ -186,7 +186,7 @@ def test_weights_for_another_order_are_refused_and_other_differences_told(tiny, 
     assert "trained with cameras" not in said
     spec, sources = PolicySpec.load(first / "checkpoints" / "last"), (str(first),)
     checkpoint.compare_origins(
-        torch.nn.Module(), sources, replace(spec, fps=25.0, cameras=("a", "b", "c")), {}
+        torch.nn.Module(), sources, replace(spec, fps=25.0, cameras=("a", "b", "c")), {}, set()
     )
     said = capsys.readouterr().out
     assert "trained with fps 10.0, here 25.0" in said
@@ -229,6 +229,15 @@ def test_a_run_is_not_resumed_on_data_that_changed(script, tiny, cache_dir, tmp_
     with pytest.raises(UserError, match="changed since"):
         train(script, [], None, "--resume", run_dir, "--steps", 2)
     assert [row["step"] for row in lines(run_dir)] == [1]
+
+
+def test_the_list_of_episodes_that_has_changed_is_named(tiny, tmp_path):
+    best = tmp_path / "best.txt"
+    best.write_text("0 1 2")
+    run_dir = train(train_naive_fm, tiny, tmp_path / "run", "--steps", 1, "--episodes-file", best)
+    best.write_text("0 1 3")
+    with pytest.raises(UserError, match=f"changed since .*{best}"):
+        train(train_naive_fm, [], None, "--resume", run_dir, "--steps", 2)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

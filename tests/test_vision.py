@@ -177,6 +177,13 @@ def test_tokens_lie_where_their_part_of_the_image_is(kind, tmp_path):
         assert summary_moved.norm() > 0
 
 
+def test_patches_are_where_they_are_also_in_training(tmp_path):
+    save_model(tmp_path, "dinov3")
+    backbone, images = vision.build_backbone(str(tmp_path), (64, 96)), torch.rand(2, 3, 64, 96)
+    expected = backbone.eval()(images)
+    torch.testing.assert_close(backbone.train()(images), expected, rtol=0, atol=0)
+
+
 def test_weights_that_a_model_does_not_have_are_never_random(tmp_path):
     save_model(tmp_path / "llava", "llava")
     with pytest.raises(UserError, match=r"no weights for .* parts of its vision network|cannot be loaded"):

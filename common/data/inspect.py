@@ -250,7 +250,8 @@ def prune(config: Prune) -> None:
     for path in stores:
         size, fault = sum(file.stat().st_blocks * 512 for file in path.rglob("*")), defect(path)
         status = (path / ARRAYS if (path / ARRAYS).exists() else path).stat()
-        days = (time.time() - max(status.st_atime, status.st_mtime)) / 86400  # since it was opened
+        opened = (path / META).stat().st_mtime if fault is None else 0
+        days = (time.time() - max(status.st_atime, status.st_mtime, opened)) / 86400
         old = config.older_than is not None and days > config.older_than
         doomed = config.all or old or (config.unfinished and fault is not None)
         if not (state := fault):

@@ -118,7 +118,10 @@ def idle_ends(store: EpisodeStore) -> Ends:
     """Find the idle ends of all episodes; reads frames only if an episode ends in black."""
     values, episodes = np.concatenate([store.state, store.action], axis=1), episode_of_steps(store)
     idle = np.concatenate([idle_dimensions(part, episodes) for part in (store.state, store.action)])
-    tolerance = np.where(idle, np.inf, REST_SHARE * np.ptp(values, axis=0))
+    usual = np.concatenate([np.ptp(without_extremes(part), axis=0) for part in slabs(values)])
+    # Beside one lost reading, all other motion would look like rest.
+    ranges = np.minimum(np.ptp(values, axis=0), 2 * usual)
+    tolerance = np.where(idle, np.inf, REST_SHARE * ranges)
     least = max(2, round(REST_SECONDS * store.fps))
     found = []
     for first, last in zip(store.episode_starts[:-1], store.episode_starts[1:], strict=True):

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -146,6 +148,8 @@ class EpisodeStore:
                 problem = f"{ARRAYS} is not what was written"
         if problem:
             raise UserError(f"The episode store {path} cannot be read ({problem}): delete it to rebuild it.")
+        with suppress(OSError):  # in a cache that cannot be written
+            os.utime(path / META)  # for `prune`: many disks do not record when a file was read
         arrays = {name: tensor.numpy() for name, tensor in load_file(file).items()}
         names = ("image_size", "state_names", "action_names", "episode_tasks", "skipped")
         content = meta["fingerprint"]
