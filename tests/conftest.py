@@ -27,6 +27,14 @@ def quick(request, monkeypatch):
         monkeypatch.setattr("common.tracking.draw_curves", lambda path, picture: None)
 
 
+@pytest.fixture(autouse=True)
+def ordinary_priority():
+    """The AV1 encoder makes root's thread real-time, and what that starts: other tests would starve."""
+    yield
+    if os.sched_getscheduler(0) == os.SCHED_FIFO:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def reading_processes():
     """All tests share the processes that read HDF5, because they take seconds to start."""
