@@ -331,8 +331,16 @@ def test_scripts_say_how_threads_wait_before_they_import_torch(script):
 )
 def test_threads_spin_briefly_before_they_sleep_unless_a_user_says_otherwise(monkeypatch, before, after):
     monkeypatch.setattr(os, "environ", dict(before))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     runpy.run_path(str(ROOT / "common" / "__init__.py"))
     assert os.environ == after
+
+
+def test_progress_bars_are_seldom_written_to_a_file():
+    lines = "import common, time, tqdm; [time.sleep(0.02) for _ in tqdm.tqdm(range(50))]"
+    shown = subprocess.run([sys.executable, "-c", lines], stderr=subprocess.PIPE, text=True, cwd=ROOT).stderr
+    assert shown.count("\r") <= 3
+    assert "50/50" in shown
 
 
 STARTS = """
