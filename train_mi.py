@@ -340,7 +340,8 @@ def estimate(
     `episodes_topNN.json` that every script takes as `--episodes-file`.
     """
     history, offset = config.data.proprio_history, config.data.action_offset
-    dataset = ChunkDataset(store, range(store.num_episodes), config.horizon, history, offset)
+    hold = config.data.hold
+    dataset = ChunkDataset(store, range(store.num_episodes), config.horizon, history, offset, hold=hold)
     device = model.mean.device if model.mean.device.type == "cuda" else "cpu"  # MPS has no float64
     x, y = (z.to(device) for z in embed_all(model.eval(), dataset, normalizer, 256))
     episodes = torch.from_numpy(store.episode_of(dataset.rows))

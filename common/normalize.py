@@ -312,6 +312,13 @@ class Normalizer(nn.Module):
             pairs, poses = _relative(dataset, action, *extents, mask, relative_poses, say)
         for line in cautions(store, dataset.action_offset, relative):
             say(line)
+        pairs_by_name = shared_dimensions(store.state_names, store.action_names)
+        if dataset.hold and (moving := differences_already(store, pairs_by_name)):
+            say(
+                f"warning: the action seems to hold differences, in "
+                f"{', '.join(store.action_names[i] for i in moving)}: with --hold a robot would go on moving "
+                f"where an episode ends; leave the flag out"
+            )
         for part, names in (("state", store.state_names), ("action", store.action_names)):
             idle = motion[part].idle
             floor = idle_floor * usual_spread(spread[part])
@@ -339,7 +346,7 @@ class Normalizer(nn.Module):
         of_store = store.fingerprint, store.arrays_checksums, store.state_names, store.action_names
         rotations = repr((store.state_rotations, store.action_rotations))
         horizon = dataset.horizon if relative else None
-        samples = dataset.episodes.tolist(), dataset.action_offset, horizon
+        samples = dataset.episodes.tolist(), dataset.action_offset, dataset.hold, horizon
         code = [checksum(Path(__file__).parent / name) for name in FORMULAS]
         versions = np.__version__, torch.__version__
         key = [*of_store, rotations, *samples, mode, relative, *options, code, versions]

@@ -223,10 +223,10 @@ class Run:
                 )
         shape = (horizon, options.proprio_history, options.action_offset)
         shape += (known is not None, options.image_history, options.image_stride)
-        train = ChunkDataset(store, train_episodes, *shape)
-        val = ChunkDataset(store, held_out, *shape) if len(held_out) else None
+        train = ChunkDataset(store, train_episodes, *shape, hold=options.hold)
+        val = ChunkDataset(store, held_out, *shape) if len(held_out) else None  # errors of recorded actions
         longest = np.diff(store.episode_starts)[train_episodes].max() - options.action_offset
-        if longest < horizon:
+        if longest + options.hold < horizon:
             say(
                 f"warning: --horizon {horizon} is longer than every training episode (at most {longest}): "
                 f"all chunks are padded, and a transport loss, which leaves these out, is 0"

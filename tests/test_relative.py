@@ -213,4 +213,8 @@ def test_actions_that_are_differences_already_are_said(record, capsys):
         assert "gripper_width:" not in said
     dataset = ChunkDataset(changes, [0], 6)
     Normalizer.fit(dataset)
-    assert "already" not in capsys.readouterr().out  # absolute actions may be velocities
+    assert "hold differences" not in capsys.readouterr().out  # absolute actions may be velocities
+    Normalizer.fit(ChunkDataset(changes, [0], 6, hold=4))
+    assert "with --hold a robot would go on moving" in capsys.readouterr().out
+    Normalizer.fit(ChunkDataset(store, [0], 6, hold=4))
+    assert "with --hold" not in capsys.readouterr().out

@@ -115,10 +115,10 @@ def store(request, tmp_path):
 # Reading
 
 
-@pytest.mark.parametrize(("horizon", "history"), [(1, 1), (4, 3), (20, 20)])
-def test_every_sample_equals_a_walk_through_its_episode(store, horizon, history):
+@pytest.mark.parametrize(("horizon", "history", "hold"), [(1, 1, 0), (4, 3, 2), (20, 20, 3)])
+def test_every_sample_equals_a_walk_through_its_episode(store, horizon, history, hold):
     chosen = [0, 1, 3]
-    dataset = ChunkDataset(store, chosen, horizon, history)
+    dataset = ChunkDataset(store, chosen, horizon, history, hold=hold)
     samples = [(e, step) for e in chosen for step in range(LENGTHS[e])]
     assert len(dataset) == len(samples)
     order = np.random.default_rng(0).permutation(len(samples))
@@ -131,7 +131,7 @@ def test_every_sample_equals_a_walk_through_its_episode(store, horizon, history)
         last = LENGTHS[e] - 1
         expected = [recorded[e].action[min(step + k, last)] for k in range(horizon)]
         assert (batch.actions[slot].numpy() == expected).all()
-        assert batch.is_pad[slot].tolist() == [step + k > last for k in range(horizon)]
+        assert batch.is_pad[slot].tolist() == [step + k > last + hold for k in range(horizon)]
         expected = [recorded[e].state[max(0, step - k)] for k in reversed(range(history))]
         assert (batch.proprio[slot].numpy() == expected).all()
         assert batch.index[slot] == sum(LENGTHS[:e]) + step

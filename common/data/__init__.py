@@ -112,6 +112,9 @@ class DataConfig:
     after which the next chunk is sampled: half of --horizon, unless you choose another."""
     action_offset: NonNegativeInt = 0
     """Control steps between an observation and the first action of its chunk."""
+    hold: NonNegativeInt = 0
+    """Control steps for which the last action of an episode is learned as if it went on: for actions that are
+    positions, and episodes that end when the task is done. Nothing later is learned."""
     relative_actions: bool = False
     """Learn actions as differences from the present state, in the dimensions that state and action share. A
     trained policy still returns them as recorded."""

@@ -63,7 +63,8 @@ class GrownDataset(ChunkDataset):
         more = np.arange(base.store.num_episodes, store.num_episodes)
         shape = (base.horizon, base.proprio_history, base.action_offset)
         frames = (base.image_history, base.image_stride)
-        super().__init__(store, np.concatenate([base.episodes, more]), *shape, base.told, *frames)
+        episodes = np.concatenate([base.episodes, more])
+        super().__init__(store, episodes, *shape, base.told, *frames, base.hold)
         self.base, self.weight = base, weight
 
     def groups(self) -> dict[str, Any]:

@@ -84,9 +84,9 @@ class ChunkDataset(Dataset):
     """Every step of some episodes, as the start of an action chunk.
 
     The chunk of step i is the `horizon` actions from i + `action_offset` on; past the episode's end the last
-    action is repeated and marked in `is_pad`. The `proprio_history` states end with that of step i; before
-    the episode's start the first one is repeated. So are the `image_history` frames of each camera, which are
-    `image_stride` steps apart. A step whose chunk lies wholly past the end is no sample.
+    action is repeated and, after `hold` steps, marked in `is_pad`. The `proprio_history` states end with that
+    of step i; before the episode's start the first one is repeated. So are the `image_history` frames of each
+    camera, `image_stride` steps apart. A step whose chunk lies wholly past the end is no sample.
     `episodes` are indices in the store. With `told`, batches have the instruction's number, `Batch.task`.
     """
 
@@ -100,8 +100,10 @@ class ChunkDataset(Dataset):
         told: bool = False,
         image_history: int = 1,
         image_stride: int = 1,
+        hold: int = 0,
     ):
         self.told, self.image_history, self.image_stride = told, image_history, image_stride
+        self.hold = hold
         self.store, self.horizon = store, horizon
         self.proprio_history, self.action_offset = proprio_history, action_offset
         self.episodes = np.asarray(episodes, np.int64)
@@ -162,7 +164,7 @@ class ChunkDataset(Dataset):
         """The same samples from a store that holds the same steps, for example with extras."""
         shape = (self.horizon, self.proprio_history, self.action_offset)
         frames = (self.image_history, self.image_stride)
-        return ChunkDataset(store, self.episodes, *shape, self.told, *frames)
+        return ChunkDataset(store, self.episodes, *shape, self.told, *frames, self.hold)
 
     def chunks(self, rows: np.ndarray, dim: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Actions (B, T, A) and is_pad (B, T) of the chunks that begin at the steps `rows` of the store.
@@ -172,7 +174,7 @@ class ChunkDataset(Dataset):
         last = self.store.episode_starts[self.store.episode_of(rows) + 1] - 1
         future = rows[:, None] + np.arange(self.action_offset, self.action_offset + self.horizon)
         action = self.store.action if dim is None else self.store.action[:, dim]
-        return action[np.minimum(future, last[:, None])], future > last[:, None]
+        return action[np.minimum(future, last[:, None])], future > last[:, None] + self.hold
 
     def history(self, rows: np.ndarray) -> np.ndarray:
         """States (B, K, P) up to and including the steps `rows` of the store."""
