@@ -42,7 +42,7 @@ class Robot(Protocol):
     """
 
     def observe(self) -> dict:
-        """Return the observation for `RobotPolicy.act`: `images` and `state`.
+        """Return the observation for `RobotPolicy.act`: `images`, `state`, and `task` if it knows several.
 
         A chunk begins at the time of the call, so return at once: have cameras read in a thread of their
         own, and take their newest frames.
@@ -196,7 +196,7 @@ class _Episode:
         self.report.command(command[self.limit.plain], self.plan.source)
 
     def _take(self, answer: "Answer") -> None:
-        self.plan.join(answer.chunk)
+        self.plan.join(answer.chunk, answer.task)
         self.report.observe.append(answer.observe)
         self.report.infer.append(answer.infer)
         late = answer.seen - self.asked  # of a robot that does not wait for its chunks
@@ -228,12 +228,14 @@ class Chunk(NamedTuple):
         rows: (T, A).
         number: how many had arrived, with this one.
         given: how many of its actions were given, and are those of the chunk before.
+        task: the instruction that it was sampled for.
     """
 
     start: float
     rows: np.ndarray
     number: int
     given: int
+    task: Any = None
 
     def source(self, time: float) -> float:
         """Number of the chunk that the action at a time comes from; between two of them, half a number."""
@@ -319,12 +321,12 @@ class Plan:
         self.until = UNLIMITED if self.ensemble is not None else start + len(prefix) - 1
         return prefix
 
-    def join(self, chunk: np.ndarray) -> None:
-        """Take the chunk that was requested."""
+    def join(self, chunk: np.ndarray, task: Any = None) -> None:
+        """Take the chunk that was requested, which is for this instruction."""
         if self.answers:  # the first inference is slower than any other
             self.delays.append(self.waited)
         self.answers += 1
-        self.chunks.append(Chunk(self.asked + self.offset, chunk, self.answers, self.given))
+        self.chunks.append(Chunk(self.asked + self.offset, chunk, self.answers, self.given, task))
         self.fail()
         if self.ensemble is None:  # an earlier one is needed until the new one begins
             begun = [i for i, part in enumerate(self.chunks) if part.start <= self.now + ROUNDING]
@@ -365,6 +367,7 @@ class Plan:
         if self.ensemble is None:
             return self._within(begun[-1], time)
         begun = [part for part in begun if time <= part.start + self.horizon - 1 + ROUNDING] or begun[-1:]
+        begun = [part for part in begun if part.task == begun[-1].task]  # no average of two tasks
         weights = np.exp(-self.ensemble * np.arange(len(begun)))
         return blend([self._within(part, time) for part in begun], weights, self.rotations)
 
@@ -466,7 +469,7 @@ class RateLimit:
 
 @dataclass
 class Answer:
-    """The result of a request: the chunk (T, A) and the state it was computed for, or an error.
+    """The result of a request: the chunk (T, A), and the state and instruction it is for, or an error.
 
     `observe` and `infer` are durations in seconds, `seen` is when the observation was complete.
     """
@@ -477,6 +480,7 @@ class Answer:
     observe: float = 0.0
     infer: float = 0.0
     seen: float = -math.inf
+    task: Any = None
 
 
 STOP, WATCH = object(), object()
@@ -538,7 +542,8 @@ class Worker(threading.Thread):
             raise ValueError(f"it gave {chunk.shape} numbers that are no chunk")
         self._shape = chunk.shape
         state = np.asarray(observation["state"], np.float32)
-        return Answer(chunk, state.reshape(-1, state.shape[-1])[-1], None, seen - start, done - seen, seen)
+        state = state.reshape(-1, state.shape[-1])[-1]
+        return Answer(chunk, state, None, seen - start, done - seen, seen, observation.get("task"))
 
 
 class Watchdog:

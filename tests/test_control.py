@@ -186,6 +186,24 @@ def test_ensembling_averages_all_that_is_known_about_now():
     assert given[4] == pytest.approx((0 * weights[0] + 1 * weights[1]) / weights[:2].sum(), abs=1e-6)
 
 
+@pytest.mark.parametrize(("offset", "wanted"), [(0, [0, 1, 10, 15, 15]), (2, [0, 0, 0, 1, 10])])
+def test_chunks_of_different_tasks_are_not_averaged(offset, wanted):
+    plan, given = Plan(policy(horizon=6, offset=offset), 50, ensemble=0.0), []
+    for value, task in ((0, "fold"), (2, "fold"), (10, "open"), (20, "open")):
+        plan.ask()
+        plan.join(np.full((6, 1), value, np.float32), task)
+        given.append(float(plan.next()[0]))
+    assert [*given, float(plan.next()[0])] == wanted  # with an offset, chunks begin later
+
+
+def test_a_loop_averages_only_chunks_of_its_task():
+    arm, line, said = Arm(), Line(), []
+    arm.observe = lambda: {**Arm.observe(arm), "task": "fold" if len(said) < 3 else "open"}
+    line.act = lambda seen: np.full((16, 2), 1.0 if said.append(0) or seen["task"] == "fold" else 9.0)
+    ControlLoop(line, arm, rate=50, ensemble=0.01).run(0.3)
+    assert {float(command) for command in arm.sent} == {1.0, 9.0}
+
+
 def test_rotations_are_blended_as_rotations():
     turn = Rotations("euler", (1,), ("x", "r", "p", "y"))
     between = blend([np.array([0, 0, 0, 3.1]), np.array([2, 0, 0, -3.1])], [0.5, 0.5], turn)
