@@ -1,6 +1,7 @@
 """Instructions of episodes: reading, cutting, choosing and naming them, and how often each is drawn."""
 
 import json
+import time
 
 import h5py
 import numpy as np
@@ -21,6 +22,7 @@ from common.data import (
     open_dataset,
     split_episodes,
 )
+from common.data.hdf5_files import episode_groups, stated_task
 from common.data.tasks import draw_shares
 from common.errors import UserError
 
@@ -209,6 +211,16 @@ def test_instructions_of_hdf5(tmp_path, open_):
     assert open_(root, task_key="lang").episode_tasks == (None, "lift the cube", None, None)
     with pytest.raises(UserError, match=r"--task-key words: .* no such text, only .*lang"):
         open_(root, task_key="words")
+
+
+def test_a_file_of_many_episodes_is_read_in_linear_time():
+    groups = [f"data/demo_{number}/" for number in range(10_000)]
+    begin = time.process_time()  # comparing all with all takes many seconds
+    assert episode_groups([f"{group}actions" for group in groups]) == groups
+    texts = {group: {"lang": f"fold towel {number}"} for number, group in enumerate(groups)}
+    assert stated_task(texts, groups[7], None) == ("fold towel 7", "lang")
+    assert len({stated_task(texts, group, None) for group in groups}) == 10_000
+    assert time.process_time() - begin < 2
 
 
 def test_texts_of_the_same_files_are_not_taken_for_each_other(tmp_path, open_):

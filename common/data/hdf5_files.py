@@ -81,11 +81,11 @@ def scan_file(path: str, name: str) -> dict[str, Any]:
             items = dict(walk(file))
             found = {key: describe_dataset(item) for key, item in items.items() if item is not None}
             scan["fps"], scan["texts"] = _attribute_rate(file), _texts(file, items)
-        for group in episode_groups(found):
-            inside = {key[len(group) :]: array for key, array in found.items() if key.startswith(group)}
-            scan["episodes"].append((group, inside))
-        groups = tuple(group for group, _ in scan["episodes"])
-        scan["beside"] = {key: array for key, array in found.items() if not key.startswith(groups)}
+        episodes: dict[str, dict[str, Array]] = {group: {} for group in episode_groups(found)}
+        for key, array in found.items():
+            group = next((group for group in groups_of(key) if group in episodes), None)
+            (scan["beside"] if group is None else episodes[group])[key[len(group or "") :]] = array
+        scan["episodes"] = list(episodes.items())
         scan["beside"] |= {key: Array("other", (), "link") for key, item in items.items() if item is None}
         if not found:
             raise BadEpisode("holds no datasets")
@@ -118,6 +118,11 @@ def walk(file: h5py.File) -> Iterator[tuple[str, h5py.Dataset | None]]:
             yield key, None
 
 
+def groups_of(path: str) -> list[str]:
+    """The groups that a path is in, such as data/demo_0/ and data/; innermost first, last the file itself."""
+    return [*(path[: n + 1] for n in reversed(range(len(path))) if path[n] == "/"), ""]
+
+
 def episode_groups(keys: Collection[str]) -> list[str]:
     """Where the episodes of a file are: groups like data/demo_0/, or the file itself.
 
@@ -130,12 +135,13 @@ def episode_groups(keys: Collection[str]) -> list[str]:
             parts = key.split("/", depth)
             if len(parts) > depth:
                 inside.setdefault("/".join(parts[:depth]) + "/", set()).add(parts[depth])
-    groups = [group for group in inside if EPISODE_GROUP.fullmatch(group.split("/")[-2])]
-    groups = [group for group in groups if not any(g != group and group.startswith(g) for g in groups)]
+    named = {group for group in inside if EPISODE_GROUP.fullmatch(group.split("/")[-2])}
+    groups = [group for group in inside if group in named and named.isdisjoint(groups_of(group)[1:])]
     if not groups:
         return [""] if keys else []
+    episodes = set(groups)
     for group, found in inside.items():
-        beside = group.count("/") == groups[0].count("/") and group not in groups
+        beside = group.count("/") == groups[0].count("/") and group not in episodes
         if beside and any(inside[episode] <= found for episode in groups):
             raise BadEpisode(f"holds an episode in {group}, which is not named like {groups[0]}")
     return groups
@@ -245,7 +251,7 @@ def stated_task(texts: dict[str, dict[str, str]], group: str, key: str | None) -
     below = f"{folder}/" if folder else ""
     usual = (TASK_ATTRIBUTES, LATER_TASK_ATTRIBUTES, (ENVIRONMENT,))
     for names in [(name, f"/{name}")] if key else usual:
-        for at in sorted((at for at in texts if f"{group}{below}".startswith(at)), key=len, reverse=True):
+        for at in (at for at in groups_of(f"{group}{below}") if at in texts):
             by = next((n for n in names if n in texts[at]), None)
             if by and at.endswith(below):
                 return texts[at][by], by
