@@ -76,7 +76,7 @@ def test_an_episode_is_cut_where_its_task_changes(changing, open_, capsys):
     assert store.images(np.array([7])).shape[0] == 1
 
 
-def test_parts_of_other_tasks_are_left_out(changing, open_):
+def test_parts_of_other_tasks_are_left_out(changing, open_, capsys):
     store = open_(changing, task=("place",))
     assert store.episode_starts.tolist() == [0, 6, 12]
     assert store.state[:, 0].tolist() == [*range(7, 13), *range(13, 19)]
@@ -84,6 +84,7 @@ def test_parts_of_other_tasks_are_left_out(changing, open_):
     assert ChunkDataset(store, [0], 2).__getitems__([0]).task is None
     both = open_(changing, task=("place", "pick"))
     assert both.num_episodes == 4
+    assert "choose some with --task" not in capsys.readouterr().out
     with pytest.raises(UserError, match=r'no task "plac" \(did you mean place\?\): it has "pick", "place"'):
         open_(changing, task=("pick", "plac"))
 

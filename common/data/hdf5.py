@@ -191,7 +191,7 @@ class Hdf5Source:
     def _say_doubts(self) -> None:
         """Print the choices that the dataset leaves open and no option makes."""
         tasks = tasks_of(self.places.values())
-        if len(tasks) > 1:
+        if len(tasks) > 1 and not self.config.task:
             say(f"  {len(tasks)} tasks ({listed(tasks)}); choose some with --task")
         stated = {scan["fps"] for scan in self.scans.values()} - {None, self.fps}
         if stated:

@@ -196,7 +196,7 @@ class LeRobotSource:
         if mixed and self.tasks is None:
             many = f"{len(mixed)} episodes, {mixed[0]} for one, have"
             say(f"  {many} other tasks, too: all of their steps are used, whatever the task")
-        if len(tasks) > 1:
+        if len(tasks) > 1 and not self.config.task:
             say(f"  {len(tasks)} tasks ({listed(tasks)}); choose some with --task")
         if self.meta.total_episodes not in (None, 0, len(self.rows)):
             say(f"  info.json counts {self.meta.total_episodes} episodes, meta/episodes {len(self.rows)}")
