@@ -169,6 +169,14 @@ def test_tasks_that_episodes_do_not_list_are_read_from_their_steps(changing, ope
     assert np.diff(store.episode_starts).tolist() == [4, 3]
 
 
+def test_episodes_whose_task_nobody_states_are_not_of_the_chosen_one(changing, open_):
+    (changing / "meta/tasks.parquet").unlink()
+    stated = (["pick"], [], ["place"])
+    edit_rows(changing, lambda rows: [{**r, "tasks": t} for r, t in zip(rows, stated, strict=True)])
+    assert open_(changing).episode_tasks == ("pick", None, "place")
+    assert open_(changing, task=("pick",)).episode_tasks == ("pick",)
+
+
 def test_files_that_cannot_be_read_are_reported_whatever_the_task(tmp_path, open_):
     root = make_hdf5(tmp_path / "d", (4, 3, 5))
     files = sorted(root.rglob("*.hdf5"))

@@ -289,10 +289,10 @@ class LeRobotSource:
             said = f"{self.name} has no episodes (meta/episodes is empty): record or download it again."
             raise UserError(said)
         wanted = wanted_tasks(self.task_names, self.config, self.name)
-        known = set(wanted)
         every = not self.config.task or not self.task_names  # it goes by its name, if it is one of several
-        # An episode that lists no task may have any: its steps say which.
-        return wanted, [row for row in self.rows if every or not row.tasks or known.intersection(row.tasks)]
+        # An episode that lists no task may have any, if its steps say which.
+        known = {*wanted, *((None,) if self.tasks else ())}
+        return wanted, [row for row in self.rows if every or known.intersection(row.tasks or [None])]
 
     def _task(self, row: EpisodeRow, run: Run) -> str | tuple[tuple[int, str], ...] | None:
         """An episode's instruction, see `Episode.task`; raises BadEpisode."""
