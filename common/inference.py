@@ -147,7 +147,10 @@ def load_script(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__.removesuffix('common')}{place}")
 
 
-_text_encoder = cache(TextEncoder)  # loading it takes seconds
+@cache  # loading it takes seconds
+def _text_encoder(name: str) -> TextEncoder:
+    """The text encoder for new instructions; by the name that training knew, unless that is replaced."""
+    return TextEncoder(name, "give its folder as text_encoder, or an instruction of the policy's training")
 
 
 class Frames:

@@ -27,6 +27,7 @@ BESIDE_WEIGHTS = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "special_tokens_map.json"),
 )
+ANOTHER = "give the folder of a downloaded text encoder, or --task-encoder index"
 LONGEST = 256  # most tokens per sentence, if the encoder allows it
 
 
@@ -58,17 +59,20 @@ class TextEncoder:
     The vector of a whole sentence is the pooled output of CLIP and SigLIP, which were trained on it, and the
     mean over tokens for others.
 
+    Args:
+        way_out: what to do if it cannot be loaded or used, for the message.
+
     Attributes:
         identity: everything that determines its output.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, way_out: str = ANOTHER):
         from transformers import AutoConfig
         from transformers.utils import cached_file
 
-        self.name, self._network = name, None
+        self.name, self._network, self._way_out = name, None, way_out
         self._source, self._where, self._far = model_source(name)
-        with _explained(name, "loaded", self._far):
+        with _explained(name, "loaded", way_out, self._far):
             if self._where["local_files_only"] and not self._far and not Path(self._source).exists():
                 raise OSError("there is no such folder")
             self._config = AutoConfig.from_pretrained(self._source, **self._where)
@@ -93,7 +97,7 @@ class TextEncoder:
         """
         if self._network is None:
             self._load()
-        with _explained(self.name, "used"):
+        with _explained(self.name, "used", self._way_out):
             parts = [self._encode(list(part)) for part in batched(sentences, 32)]
         if tokens is None:
             tokens = max(int(seen.sum(1).max()) for _, seen, _ in parts)
@@ -129,7 +133,7 @@ class TextEncoder:
             auto = transformers.SiglipTextModel
         elif kind in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:  # T5: only its encoder
             auto = transformers.AutoModelForTextEncoding
-        with _explained(self.name, "loaded", self._far), silence():
+        with _explained(self.name, "loaded", self._way_out, self._far), silence():
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._source, **self._where)
             network, report = auto.from_pretrained(
                 self._source, use_safetensors=True, output_loading_info=True, **self._where
@@ -148,15 +152,14 @@ class TextEncoder:
 
 
 @contextmanager
-def _explained(name: str, what: str, far: bool = False) -> Iterator[None]:
+def _explained(name: str, what: str, way_out: str, far: bool = False) -> Iterator[None]:
     """In this block, any error of a text encoder becomes one sentence, which says what it cannot be."""
     try:
         yield
     except Exception as error:  # transformers and its tokenizers raise dozens of classes
         reason = "it is not in the hub's cache here, and there is no connection: " * far + brief(error)
         raise UserError(
-            f"--task-encoder {name} cannot be {what} ({type(error).__name__}: {reason}): give the folder of "
-            f"a downloaded text encoder, or --task-encoder index."
+            f"The text encoder {name} cannot be {what} ({type(error).__name__}: {reason}): {way_out}."
         ) from None
 
 

@@ -320,7 +320,7 @@ def test_a_policy_that_reads(told, bert, tmp_path, tokens, monkeypatch, capsys):
     policy = load_policy(whole, device="cpu", seed=0)
     assert 'takes any instruction, and was trained on 2: "fold the towel"' in capsys.readouterr().out
     known = policy.act(seen(task=TASKS[0]))
-    with pytest.raises(UserError, match=r"--task-encoder .*bert cannot be loaded"):
+    with pytest.raises(UserError, match=r"bert cannot be loaded .*: give its folder as text_encoder"):
         policy.act(seen(task="fold the box"))
     policy = load_policy(whole, device="cpu", seed=0, text_encoder=str(bert))
     assert np.array_equal(policy.act(seen(task=TASKS[0])), known)
