@@ -34,12 +34,21 @@ from common.config import Flat, UserPath, cli, options
 from common.data import ChunkDataset, EpisodeStore, open_dataset, split_episodes
 from common.data.source import spaced
 from common.data.tasks import listed
-from common.envs import EnvConfig, answering
+from common.envs import EnvConfig
 from common.errors import UserError
 from common.files import read_json
 from common.film import side_by_side, write_gif, write_mp4
 from common.inference import Controller, Join, RobotPolicy, load_policy
-from common.rollout import Episode, Eyes, make_environments, rates, refuse_unknown, roll_out, velocity_changes
+from common.rollout import (
+    Episode,
+    Eyes,
+    first_tasks,
+    make_environments,
+    rates,
+    refuse_unknown,
+    roll_out,
+    velocity_changes,
+)
 
 WRITTEN = ("results.json", "heldout.png", "alternatives.png", "guidance.png")
 WRITTEN += ("rollouts.mp4", "rollouts.gif", "rollouts.png")
@@ -125,11 +134,11 @@ def main(config: Config) -> None:
 
     if config.simulator.env:  # first, to report what is missing before minutes of other work
         num = min(config.parallel, config.episodes)
-        first = make_environments(config.simulator, policy.spec.image_size, num)[0]
+        environments = make_environments(config.simulator, policy.spec.image_size, num)
+        first = environments[0]
         if policy.spec.tasks is not None:
-            with answering(first.name, "its first reset"):
-                first.reset(config.seed, 0)
-            refuse_unknown(policy, first, [config.task or first.task])
+            asked = first_tasks(environments, config.seed, range(num))
+            refuse_unknown(policy, first, [config.task] if config.task else asked)
         results |= {"env": config.simulator.env, "max_steps": first.max_steps}
         results |= {"env_map": config.simulator.env_map, "success_reward": config.simulator.success_reward}
         results |= {"execute_steps": config.execute_steps, "task": config.task}

@@ -152,18 +152,29 @@ def require_environments(config: Any, data: "Data", run: "Run") -> None:
     options, known = config.rollout, data.spec.tasks
     if options.rollout_task and known is None:
         raise UserError("--rollout-task: the policy will be told no instruction, see --task-encoder.")
-    if options.rollout_every is None or not (environments := _share(config, data, run)[1]):
+    numbers, environments = (), ()
+    if options.rollout_every is not None:
+        numbers, environments = _share(config, data, run)
+    if not environments:
         return
-    with answering(environments[0].name, "its first reset"):
-        environments[0].reset(ROLLOUT_SEED, run.rank)
+    asked = first_tasks(environments if known else environments[:1], ROLLOUT_SEED, numbers)
     with answering(environments[0].name, "drawing"):
         _fitting_cameras(data.spec, environments[0])
-    told = options.rollout_task or environments[0].task
-    if known is not None and known.encoder == "index" and spaced(told) not in known.sentences:
+    told = [options.rollout_task] if options.rollout_task else asked
+    unknown = [task for task in told if known is not None and spaced(task) not in known.sentences]
+    if unknown and known.encoder == "index":
         raise UserError(
-            f'--rollout-every: the policy will not know "{told}", the instruction of --env '
+            f'--rollout-every: the policy will not know "{unknown[0]}", the instruction of --env '
             f"{environments[0].name}: choose one of {listed(known.sentences)} with --rollout-task."
         )
+
+
+def first_tasks(environments: Sequence[Environment], seed: int, numbers: Sequence[int]) -> list[str]:
+    """The instructions of the first of the episodes `numbers`: of as many as there are environments."""
+    for environment, number in zip(environments, numbers, strict=False):
+        with answering(environment.name, "its first reset"):
+            environment.reset(seed, number)
+    return [environment.task for environment in environments]
 
 
 def refuse_unknown(policy: RobotPolicy, environment: Environment, sentences: Sequence[str | None]) -> None:

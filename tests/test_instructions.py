@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from arm_env import Arm
 from hdf5_factory import make_hdf5
 from lerobot_factory import make_dataset
 from running import SMALL, interrupt_after, lines, train, weights
@@ -445,6 +446,20 @@ def test_an_unknown_instruction_is_refused_before_anything_is_evaluated(run_dir)
         with pytest.raises(UserError, match=f'--env arm_env:make: the policy knows no task "{said}"'):
             evaluate.main(parse(evaluate.Config, [*map(str, argv), *more], "evaluate.py"))
     assert not any((run_dir / "evaluation").iterdir())  # an earlier evaluation stays where it is
+
+
+def test_all_first_instructions_of_an_environment_are_checked(run_dir, told, tmp_path, monkeypatch):
+    said = property(lambda arm: "wash up" if arm.np_random_seed % 2 else TASKS[0])
+    monkeypatch.setattr(Arm, "task_description", said, raising=False)
+    acting = ["--env", "arm_env:make", "--max-steps", 4]
+    argv = [run_dir, *acting, "--episodes", 2]
+    with pytest.raises(UserError, match='--env arm_env:make: the policy knows no task "wash up"'):
+        evaluate.main(parse(evaluate.Config, [*map(str, argv)], "evaluate.py"))
+    assert not any((run_dir / "evaluation").iterdir())
+    flags = ("--steps", 1, "--rollout-every", 1, "--rollout-episodes", 2, *acting)
+    with pytest.raises(UserError, match=r'--rollout-every: the policy will not know "wash up"'):
+        train(train_naive_fm, told, tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_instruction_whose_episodes_are_all_held_out(told, tmp_path):
