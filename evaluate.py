@@ -53,6 +53,7 @@ from common.rollout import (
 WRITTEN = ("results.json", "heldout.png", "alternatives.png", "guidance.png")
 WRITTEN += ("rollouts.mp4", "rollouts.gif", "rollouts.png")
 FILMED = 16  # episodes to choose the films from
+LISTED = 50  # tasks, of those in results.json
 UNDRAWN = ("mae", "low", "high", "steps")  # results that are not shares of episodes
 
 
@@ -548,8 +549,11 @@ def report(results: dict, folder: Path) -> None:
         for name in ("policy", "mean", "hold", "linear", "nearest", "mismatched", "misled"):
             if name in heldout:
                 print(f"  {name:<11} {heldout[name]['mae']:.4f}")
-        for task, found in heldout.get("tasks", {}).items():
+        each = list(heldout.get("tasks", {}).items())
+        for task, found in each[:LISTED]:
             print(f"  {found['mae']:.4f} in {found['steps']} steps: {task}")
+        if len(each) > LISTED:
+            print(f"  and {len(each) - LISTED} more tasks")
     for steps, latency in results["latency_ms"].items():
         print(
             f"latency, {steps:>2} sampling steps: {latency['median']:.1f} ms (95 %: {latency['p95']:.1f} ms)"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import flat_options, to_dict
+from common.data.tasks import listed
 from common.exported import HUB_NAME
 from common.files import read_json
 from common.inference import RobotPolicy
@@ -114,7 +115,7 @@ def _what_it_learned_from(policy: RobotPolicy, about: dict, config: FlowConfig) 
     rows = {
         "data": ", ".join(map(public, policy.config.data.dataset)),
         "fingerprint of the data": about.get("fingerprint", "unknown"),
-        "task": "; ".join(spec.tasks.sentences) if spec.tasks else spec.task or "one",
+        "task": listed(spec.tasks.sentences, 50) if spec.tasks else spec.task or "one",
         "pictures": f"{pictures}, {spec.image_size[0]}x{spec.image_size[1]}{frames}",
         history: ", ".join(states),
         "action": ", ".join(config.action_feature_names),

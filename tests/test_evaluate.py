@@ -248,3 +248,12 @@ def test_delays_that_cannot_be_tried_are_refused(flags, words, tmp_path):
     config = parse(evaluate.Config, [str(tmp_path), "--delay", "3"], "evaluate.py")
     joins = [join for _, join in evaluate.possible_delays(Continuing(2), config)]
     assert joins == ["blocking", "naive", "ensemble"]
+
+
+def test_a_report_lists_some_of_many_tasks(tmp_path, capsys):
+    each = {f"fold towel {number}": {"mae": 1.0, "steps": 2} for number in range(2000)}
+    results = {"heldout": {"steps": 4000, "policy": {"mae": 1.0}, "tasks": each}, "latency_ms": {}}
+    evaluate.report(results, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 60
+    assert "  and 1950 more tasks" in lines

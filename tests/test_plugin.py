@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ import train_naive_fm
 import train_vfp
 import train_vfp_depth
 import train_vfp_moe
-from common.checkpoint import seal
+from common.checkpoint import PolicySpec, seal
 from common.config import parse
 from common.data.recording import Demonstration, write_dataset
 from common.errors import UserError
@@ -324,6 +325,17 @@ def test_an_export_knows_what_its_sentences_mean(recorded, tiny, tmp_path):
         policy.predict_action_chunk(new)
     policy, _, _ = in_lerobot(folder, f"--text_encoder={moved}")
     assert policy.predict_action_chunk(new).isfinite().all()
+
+
+def test_a_card_lists_some_of_many_instructions():
+    tasks = Instructions(tuple(f"fold towel {number}" for number in range(10_000)))
+    spec = PolicySpec(("head",), (4, 4), ("x",), ("dx",), 10.0, tasks=tasks)
+    about = {"config": SimpleNamespace(data=SimpleNamespace(dataset=())), "model": torch.nn.Linear(1, 1)}
+    policy = SimpleNamespace(spec=spec, horizon=4, trained_steps=1, **about)
+    config = SimpleNamespace(cameras={"observation.image": "head"}, action_feature_names=["dx"])
+    said = card._what_it_learned_from(policy, {}, config)
+    assert len(said) < 3000
+    assert "and 9950 more" in said
 
 
 def test_policies_of_several_tasks_hear_the_instruction(exported, monkeypatch):
