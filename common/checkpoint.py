@@ -651,6 +651,16 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     return torch.load(file, "cpu", weights_only=True) if pickled else load_file(file)
 
 
+def require_components(policy: nn.Module) -> None:
+    """Raise a UserError if the policy has weights outside its components: checkpoints would lack them."""
+    loose = [name for name in policy.state_dict() if "." not in name]
+    if loose:
+        raise UserError(
+            f"{type(policy).__name__} has {', '.join(loose)} outside its components, where checkpoints would "
+            f"lack it: make it part of one of its modules."
+        )
+
+
 def freeze(policy: nn.Module, names: tuple[str, ...], loaded: set[str] | None = None) -> None:
     """Freeze components (`--freeze`): no gradients, no weight decay.
 

@@ -279,6 +279,7 @@ class Run:
         if hasattr(config, "rollout"):
             require_environments(config, data, self)
         self._at("setting up the policy")
+        checkpoint.require_components(policy)
         loaded = None
         if not self.resuming:
             loaded = checkpoint.initialise(policy, config.run.init_from)

@@ -65,6 +65,19 @@ def test_images_that_the_backbone_cannot_take_are_refused_before_they_are_decode
     assert not (tmp_path / "cache").exists()
 
 
+def test_weights_that_no_checkpoint_would_contain_are_refused(tiny, tmp_path, monkeypatch):
+    made = train_naive_fm.Policy.__init__
+
+    def with_more(policy, *args, **options):
+        made(policy, *args, **options)
+        policy.null = torch.nn.Parameter(torch.zeros(3))
+
+    monkeypatch.setattr(train_naive_fm.Policy, "__init__", with_more)
+    with pytest.raises(UserError, match="Policy has null outside its components"):
+        started(tiny, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_steps_are_counted_and_due(tiny, tmp_path):
     run, data, policy, config = started(tiny, tmp_path / "run", "--grad-accumulation", 2)
     assert (run.step, run.samples, run.total_steps, run.global_batch) == (0, 0, 100, 8)
