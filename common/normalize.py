@@ -136,18 +136,14 @@ def rotated(vectors: Tensor, columns: Tensor) -> Tensor:
 def shared_dimensions(state_names: Sequence[str], action_names: Sequence[str]) -> np.ndarray:
     """For each action dimension, the state dimension that is the same quantity, or -1: (A,) int64.
 
-    Dimensions match by name or, if no name agrees, by order if there are as many of both; a UserError if
-    neither holds.
+    Dimensions match by name or, if no name agrees, by order if there are as many of both.
     """
     places = {name: i for i, name in enumerate(state_names)}
     if places.keys() & set(action_names):
         return np.array([places.get(name, -1) for name in action_names])
     if len(state_names) == len(action_names):
         return np.arange(len(action_names))
-    raise UserError(
-        f"--relative-actions: no dimension of the action ({', '.join(action_names)}) is one of the state "
-        f"({', '.join(state_names)}): choose others with --state-keys or --action-keys."
-    )
+    return np.full(len(action_names), -1)
 
 
 def in_blocks(rows: np.ndarray) -> list[np.ndarray]:
@@ -197,6 +193,11 @@ def _relative(
     """
     store = dataset.store
     pairs = shared_dimensions(store.state_names, store.action_names)
+    if (pairs < 0).all():
+        raise UserError(
+            f"--relative-actions: no dimension of the action ({', '.join(store.action_names)}) is one of the "
+            f"state ({', '.join(store.state_names)}): choose others with --state-keys or --action-keys."
+        )
     masked = masked_dimensions(store.action_names, mask)
     absolute = [i for i in masked if pairs[i] >= 0]
     lacking = [i for i in np.flatnonzero(pairs < 0) if i not in masked]
@@ -312,8 +313,8 @@ class Normalizer(nn.Module):
             pairs, poses = _relative(dataset, action, *extents, mask, relative_poses, say)
         for line in cautions(store, dataset.action_offset, relative):
             say(line)
-        pairs_by_name = shared_dimensions(store.state_names, store.action_names)
-        if dataset.hold and (moving := differences_already(store, pairs_by_name)):
+        same = shared_dimensions(store.state_names, store.action_names)
+        if dataset.hold and (moving := differences_already(store, same)):
             say(
                 f"warning: the action seems to hold differences, in "
                 f"{', '.join(store.action_names[i] for i in moving)}: with --hold a robot would go on moving "
