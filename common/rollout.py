@@ -222,8 +222,9 @@ def success_rate(
         run.progress_mark = mark + finished, "rollouts"
 
     episodes = []
+    devices = [run.device] if run.device.type == "cuda" else []
     try:
-        with run.autocast():
+        with run.autocast(), torch.random.fork_rng(devices):  # a simulator may draw from it, or seed it
             film = FILMED * run.world if run.is_main else 0  # every run.world-th episode is this process's
             say_task = lambda episode: options.rollout_task or episode.task  # noqa: E731
             given = {"film": film, "progress": progress, "say_task": say_task}

@@ -666,6 +666,20 @@ def test_an_environment_that_fails_costs_a_rate_and_not_the_run(tiny, tmp_path, 
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.usefixtures("accelerate_reset")
+def test_an_environment_that_seeds_torch_does_not_change_the_weights(tiny, tmp_path, monkeypatch):
+    def reset(self, *, seed=None, options=None, real=Arena.reset):
+        torch.manual_seed(seed)
+        return real(self, seed=seed)
+
+    monkeypatch.setattr(Arena, "reset", reset)
+    runs = []
+    for name, flags in (("plain", ()), ("acting", ("--rollout-every", "1", "--env", "arm_env:make"))):
+        more = ("--steps", "3", "--rollout-episodes", "1", "--max-steps", "2", *flags)
+        runs.append(weights(train(train_naive_fm, tiny, tmp_path / name, *more), 3))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
 def test_recorded_pictures_stay_as_they_were():
     """An environment may draw every picture into the same array."""
     from common.envs.record import perform
