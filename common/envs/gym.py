@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import gymnasium
 import numpy as np
 
+from common.console import say
 from common.data.cameras import closest
 from common.envs import EnvConfig, import_factory
 from common.errors import UserError
@@ -91,10 +93,7 @@ class GymEnvironment:
             self._won |= self._reported(info)
             self._steps += 1
             if (terminated or truncated or self._steps == self.max_steps) and not self._told:
-                raise UserError(
-                    f"--env {self.name} does not report success (info has {', '.join(info) or 'nothing'}): "
-                    f"give --success-reward, the reward at which an episode counts as a success."
-                )
+                _warn_of_silence(self.name, ", ".join(info) or "nothing")
         return self._won or terminated or truncated
 
     def _reported(self, info: dict[str, Any]) -> bool:
@@ -161,6 +160,14 @@ class GymEnvironment:
 
     def expert(self) -> None:
         return None
+
+
+@cache  # once for each environment
+def _warn_of_silence(name: str, keys: str) -> None:
+    say(
+        f"warning: --env {name} ended an episode without reporting success (info has {keys}), so it counts "
+        f"as failed: if no episode reports any, give --success-reward, the reward at which one is a success"
+    )
 
 
 def _flat(observation: Any, place: str = ""):
