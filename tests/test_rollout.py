@@ -651,8 +651,14 @@ def test_rollouts_need_an_environment(tiny, tmp_path):
 
 
 @pytest.mark.usefixtures("accelerate_reset")
-def test_rollouts_in_an_environment_that_does_not_fit_are_refused_before_training(tiny, tmp_path):
+def test_rollouts_in_an_environment_that_does_not_fit_are_refused_before_training(
+    tiny, tmp_path, monkeypatch
+):
     flags = ("--rollout-every", "2", "--env", "arm_env:make", "--max-steps", "8")
+    monkeypatch.setattr(Arena, "action_space", gymnasium.spaces.Box(-1, 1, (2,), np.float32))
+    with pytest.raises(UserError, match="takes the actions 0, 1, and the policy gives"):
+        train(train_naive_fm, tiny, tmp_path / "run", "--steps", "2", *flags, "--rollout-episodes", "1")
+    monkeypatch.undo()
     for mapped, sentence in (("front=render", "has the cameras front, and"), ("head=images/x", "no such")):
         with pytest.raises(UserError, match=sentence):
             train(train_naive_fm, tiny, tmp_path / "run", "--steps", "2", *flags, "--env-map", mapped)

@@ -50,7 +50,6 @@ class GymEnvironment:
     """An environment whose observations are mapped to cameras and state; see `common.envs.Environment`."""
 
     state_names: tuple[str, ...] = ()
-    action_names: tuple[str, ...] = ()
     pushes = ()
 
     def __init__(self, config: EnvConfig, make: Callable[[], gymnasium.Env]):
@@ -64,6 +63,8 @@ class GymEnvironment:
         if not (limit or config.max_steps):
             raise UserError(f"--env {self.name} sets no limit of steps: give --max-steps.")
         self.max_steps = config.max_steps or limit
+        shape = self._env.action_space.shape or ()
+        self.action_names = tuple(map(str, range(shape[0]))) if len(shape) == 1 else ()
         self._read_task()
 
     def reset(self, seed: int, episode: int) -> None:
