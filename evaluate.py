@@ -136,9 +136,9 @@ def main(config: Config) -> None:
     if config.simulator.env:  # first, to report what is missing before minutes of other work
         num = min(config.parallel, config.episodes)
         environments = make_environments(config.simulator, policy.spec.image_size, num)
-        first = environments[0]
-        if policy.spec.tasks is not None:
-            asked = first_tasks(environments, config.seed, range(num))
+        first, told = environments[0], policy.spec.tasks is not None
+        asked = first_tasks(policy.spec, environments if told else environments[:1], config.seed, range(num))
+        if told:
             refuse_unknown(policy, first, [config.task] if config.task else asked)
         results |= {"env": config.simulator.env, "max_steps": first.max_steps}
         results |= {"env_map": config.simulator.env_map, "success_reward": config.simulator.success_reward}

@@ -157,9 +157,7 @@ def require_environments(config: Any, data: "Data", run: "Run") -> None:
         numbers, environments = _share(config, data, run)
     if not environments:
         return
-    asked = first_tasks(environments if known else environments[:1], ROLLOUT_SEED, numbers)
-    with answering(environments[0].name, "drawing"):
-        _fitting_cameras(data.spec, environments[0])
+    asked = first_tasks(data.spec, environments if known else environments[:1], ROLLOUT_SEED, numbers)
     told = [options.rollout_task] if options.rollout_task else asked
     unknown = [task for task in told if known is not None and spaced(task) not in known.sentences]
     if unknown and known.encoder == "index":
@@ -169,11 +167,18 @@ def require_environments(config: Any, data: "Data", run: "Run") -> None:
         )
 
 
-def first_tasks(environments: Sequence[Environment], seed: int, numbers: Sequence[int]) -> list[str]:
-    """The instructions of the first of the episodes `numbers`: of as many as there are environments."""
+def first_tasks(
+    spec: PolicySpec, environments: Sequence[Environment], seed: int, numbers: Sequence[int]
+) -> list[str]:
+    """Reset environments to the first of the episodes `numbers`, and return these episodes' instructions.
+
+    A UserError if images, state or actions do not fit the policy.
+    """
     for environment, number in zip(environments, numbers, strict=False):
         with answering(environment.name, "its first reset"):
             environment.reset(seed, number)
+    with answering(environments[0].name, "drawing"):
+        _fitting_cameras(spec, environments[0])
     return [environment.task for environment in environments]
 
 

@@ -158,6 +158,17 @@ def test_a_missing_simulator_is_reported_before_other_work(tmp_path, monkeypatch
         evaluate.main(parse(evaluate.Config, [str(tmp_path), "--env", "nowhere:make"], "evaluate.py"))
 
 
+def test_an_environment_with_other_cameras_is_refused_before_other_work(tmp_path, monkeypatch):
+    policy = Continuing(2)
+    policy.spec = dataclasses.replace(policy.spec, cameras=("top",))
+    policy.script, policy.config = train_vfp, train_vfp.Config()
+    policy.checkpoint, policy.trained_steps = tmp_path, 1
+    monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: policy)
+    monkeypatch.setattr(evaluate, "evaluate_heldout", lambda *_: pytest.fail("held-out episodes came first"))
+    with pytest.raises(UserError, match="cameras cam_head, cam_left, cam_right, and the policy sees top"):
+        evaluate.main(parse(evaluate.Config, [str(tmp_path), "--env", "demo"], "evaluate.py"))
+
+
 def test_more_actions_than_a_chunk_has_are_refused_before_other_work(tmp_path, monkeypatch):
     policy = Continuing(2)
     policy.script, policy.config = train_vfp, train_vfp.Config()

@@ -90,7 +90,8 @@ class EnvConfig:
     env_map: MayChange[tuple[str, ...]] = ()
     """Which observations of the environment become the policy's cameras and state, such as
     `head=pixels/top state=agent_pos`; `head=render` is the environment's own view for people. Join several
-    into the state with `state=agent_pos+object`. Default: matched by name."""
+    into the state with `state=agent_pos+object`. Default: matched by name;
+    if one camera is mapped, map all that the policy sees."""
     max_steps: MayChange[PositiveInt | None] = None
     """Steps after which an episode counts as failed. Default: the environment's own limit."""
     success_reward: MayChange[float | None] = None
