@@ -10,13 +10,14 @@ that dimensions can be averaged) and of predictors that need no network. With `-
 task, the policy also acts in closed loop. Everything is written to RUN/evaluation: `results.json`,
 `heldout.png`, films of the closed loop (`rollouts.mp4`, `rollouts.gif`), for the built-in task
 `rollouts.png`, for a policy with codes or experts `alternatives.png`, for a sweep `guidance.png`. An earlier
-evaluation is moved to `earlier-1` there, the next one to `earlier-2`.
+evaluation is moved to `earlier-1` there, the next one to `earlier-2`. Until all is measured, what has been
+measured is in `unfinished.json`.
 """
 
 import common  # isort: skip  # noqa: F401  (before PyTorch, whose threads it sets up)
-import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import field, replace
 from itertools import count, product
 from pathlib import Path
@@ -36,7 +37,7 @@ from common.data.source import spaced
 from common.data.tasks import listed
 from common.envs import EnvConfig
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, write_json
 from common.film import side_by_side, write_gif, write_mp4
 from common.inference import Controller, Join, RobotPolicy, load_policy
 from common.rollout import (
@@ -50,7 +51,7 @@ from common.rollout import (
     velocity_changes,
 )
 
-WRITTEN = ("results.json", "heldout.png", "alternatives.png", "guidance.png")
+WRITTEN = ("results.json", "unfinished.json", "heldout.png", "alternatives.png", "guidance.png")
 WRITTEN += ("rollouts.mp4", "rollouts.gif", "rollouts.png")
 FILMED = 16  # episodes to choose the films from
 LISTED = 50  # tasks, of those in results.json
@@ -145,15 +146,20 @@ def main(config: Config) -> None:
         results |= {"execute_steps": config.execute_steps, "task": config.task}
     set_aside(folder)
     results["heldout"] = evaluate_heldout(policy, config, folder)
-    if config.simulator.env:
-        results["closed_loop"] = evaluate_closed_loop(policy, config, folder)
     results["latency_ms"] = measure_latency(policy, config)
-    if config.guidance:
-        results["guidance"] = sweep_guidance(policy, config, folder)
+    unfinished = folder / "unfinished.json"
+    write_json(unfinished, results)
+    for place, found in evaluate_closed_loop(policy, config, folder) if config.simulator.env else ():
+        results.setdefault("closed_loop", {})[place] = found
+        write_json(unfinished, results)
+    for place, found in sweep_guidance(policy, config, folder) if config.guidance else ():
+        results.setdefault("guidance", {})[place] = found
+        write_json(unfinished, results)
     for delay, join in delays:
         found = act_with_delay(policy, config, delay, join)
         results.setdefault("delay", {}).setdefault(str(delay), {})[join] = found
-    (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+        write_json(unfinished, results)
+    unfinished.rename(folder / "results.json")
     report(results, folder)
 
 
@@ -346,29 +352,27 @@ def draw_heldout(policy: RobotPolicy, store, episode: int, config: Config, path:
 # Closed loop
 
 
-def evaluate_closed_loop(policy: RobotPolicy, config: Config, folder: Path) -> dict[str, dict]:
-    """Success in fresh episodes for each number of sampling steps, and with wrong inputs:
+def evaluate_closed_loop(policy: RobotPolicy, config: Config, folder: Path) -> Iterator[tuple[str, dict]]:
+    """Yields success in fresh episodes for each number of sampling steps, and with wrong inputs:
 
     - grey: the policy sees grey pictures. A task that succeeds then does not test vision.
     - mismatched: it sees another episode's pictures.
     - misled: with several tasks, it is told another one than the environment's.
     """
-    results = {}
     for index, steps in enumerate(config.sample_steps):
         episodes = act(policy, config, steps, film=0 if index else FILMED)
-        results[str(steps)] = rates(episodes)
+        yield str(steps), rates(episodes)
         if index == 0:
             film(episodes, config, folder)
             if config.simulator.env == "demo":
-                draw_rollouts(episodes, results[str(steps)], config.seed, folder / "rollouts.png")
+                draw_rollouts(episodes, rates(episodes), config.seed, folder / "rollouts.png")
     blind = replace(config, episodes=config.blind_episodes or config.episodes)
     for name, eyes in {"grey": "grey", "mismatched": "other"}.items():
         if eyes == "grey" or blind.episodes > 1:
-            results[name] = rates(act(policy, blind, config.sample_steps[0], eyes))
+            yield name, rates(act(policy, blind, config.sample_steps[0], eyes))
     tasks = policy.spec.tasks
     if tasks is not None and len(tasks.sentences) > 1 and config.task is None:
-        results["misled"] = rates(act(policy, blind, config.sample_steps[0], misled=True))
-    return results
+        yield "misled", rates(act(policy, blind, config.sample_steps[0], misled=True))
 
 
 def act(
@@ -435,8 +439,8 @@ def draw_rollouts(episodes: list[Episode], summary: dict, seed: int, path: Path)
 # Guidance
 
 
-def sweep_guidance(policy: RobotPolicy, config: Config, folder: Path) -> dict[str, dict]:
-    """Held-out error and, on the built-in task, closed-loop rates for each guidance scale."""
+def sweep_guidance(policy: RobotPolicy, config: Config, folder: Path) -> Iterator[tuple[str, dict]]:
+    """Yields held-out error and, with an environment, closed-loop rates for each guidance scale."""
     data, results, trained = held_out_data(policy, config), {}, policy.config
     for scale in config.guidance:
         policy.config = replace(trained, guidance=scale)
@@ -448,9 +452,9 @@ def sweep_guidance(policy: RobotPolicy, config: Config, folder: Path) -> dict[st
         if config.simulator.env:
             result |= rates(act(policy, config, config.sample_steps[0]))
         results[f"{scale:g}"] = result
+        yield f"{scale:g}", result
     policy.config = trained
     draw_guidance(results, folder / "guidance.png")
-    return results
 
 
 def draw_guidance(results: dict[str, dict], path: Path) -> None:

@@ -30,7 +30,7 @@ def main(config: evaluate.Config) -> None:
     folder = config.run / "evaluation"
     folder.mkdir(exist_ok=True)
     results = {"env": config.simulator.env, "seed": config.seed, "parameters": policy.parameters}
-    results["closed_loop"] = evaluate.evaluate_closed_loop(policy, config, folder)
+    results["closed_loop"] = dict(evaluate.evaluate_closed_loop(policy, config, folder))
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name, found in results["closed_loop"].items():
         print(f"success, {name}: {evaluate.in_words(found)}")

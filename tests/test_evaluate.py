@@ -102,7 +102,7 @@ class Expert:
 def test_rollouts_execute_chunks_in_closed_loop(tmp_path, history, offset):
     settings = ["--env", "demo", "--episodes", "6", "--parallel", "4", "--seed", "3"]
     config = parse(evaluate.Config, [str(tmp_path), *settings], "evaluate.py")
-    results = evaluate.evaluate_closed_loop(Expert(history, offset), config, tmp_path)
+    results = dict(evaluate.evaluate_closed_loop(Expert(history, offset), config, tmp_path))
     summary = results["10"]
     assert (summary["success"], summary["collisions"], summary["timeouts"]) == (1, 0, 0)
     assert summary["modes"] == {"right-right": 1}
@@ -167,6 +167,34 @@ def test_an_environment_with_other_cameras_is_refused_before_other_work(tmp_path
     monkeypatch.setattr(evaluate, "evaluate_heldout", lambda *_: pytest.fail("held-out episodes came first"))
     with pytest.raises(UserError, match="cameras cam_head, cam_left, cam_right, and the policy sees top"):
         evaluate.main(parse(evaluate.Config, [str(tmp_path), "--env", "demo"], "evaluate.py"))
+
+
+def test_an_evaluation_that_is_killed_keeps_what_it_has_measured(tmp_path, monkeypatch):
+    policy = Continuing(2)
+    policy.script, policy.config = train_vfp, train_vfp.Config()
+    policy.checkpoint, policy.trained_steps = tmp_path, 1
+    monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: policy)
+    monkeypatch.setattr(evaluate, "evaluate_heldout", lambda *_: None)
+    monkeypatch.setattr(evaluate, "measure_latency", lambda *_: {})
+    act = evaluate.act
+
+    def killed(policy, config, steps, *given, **more):
+        if steps == 1:
+            raise KeyboardInterrupt
+        return act(policy, config, steps, *given, **more)
+
+    monkeypatch.setattr(evaluate, "act", killed)
+    flags = [str(tmp_path), "--env", "demo", "--episodes", "2", "--max-steps", "2", "--sample-steps"]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(parse(evaluate.Config, [*flags, "2", "1"], "evaluate.py"))
+    folder = tmp_path / "evaluation"
+    assert not (folder / "results.json").exists()
+    assert list(json.loads((folder / "unfinished.json").read_text())["closed_loop"]) == ["2"]
+    evaluate.main(parse(evaluate.Config, [*flags, "2"], "evaluate.py"))
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["closed_loop"]) == ["2", "grey", "mismatched"]
+    assert not (folder / "unfinished.json").exists()
+    assert (folder / "earlier-1" / "unfinished.json").is_file()
 
 
 def test_more_actions_than_a_chunk_has_are_refused_before_other_work(tmp_path, monkeypatch):
