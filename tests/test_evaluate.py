@@ -158,24 +158,26 @@ def test_a_missing_simulator_is_reported_before_other_work(tmp_path, monkeypatch
         evaluate.main(parse(evaluate.Config, [str(tmp_path), "--env", "nowhere:make"], "evaluate.py"))
 
 
-def test_an_environment_with_other_cameras_is_refused_before_other_work(tmp_path, monkeypatch):
-    policy = Continuing(2)
-    policy.spec = dataclasses.replace(policy.spec, cameras=("top",))
-    policy.script, policy.config = train_vfp, train_vfp.Config()
-    policy.checkpoint, policy.trained_steps = tmp_path, 1
-    monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: policy)
-    monkeypatch.setattr(evaluate, "evaluate_heldout", lambda *_: pytest.fail("held-out episodes came first"))
-    with pytest.raises(UserError, match="cameras cam_head, cam_left, cam_right, and the policy sees top"):
-        evaluate.main(parse(evaluate.Config, [str(tmp_path), "--env", "demo"], "evaluate.py"))
-
-
-def test_an_evaluation_that_is_killed_keeps_what_it_has_measured(tmp_path, monkeypatch):
+@pytest.fixture
+def acting(tmp_path, monkeypatch):
+    """A policy that is loaded from `tmp_path` and has no held-out episodes."""
     policy = Continuing(2)
     policy.script, policy.config = train_vfp, train_vfp.Config()
     policy.checkpoint, policy.trained_steps = tmp_path, 1
     monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: policy)
     monkeypatch.setattr(evaluate, "evaluate_heldout", lambda *_: None)
     monkeypatch.setattr(evaluate, "measure_latency", lambda *_: {})
+    return policy
+
+
+def test_an_environment_with_other_cameras_is_refused_before_other_work(acting, tmp_path, monkeypatch):
+    acting.spec = dataclasses.replace(acting.spec, cameras=("top",))
+    monkeypatch.setattr(evaluate, "evaluate_heldout", lambda *_: pytest.fail("held-out episodes came first"))
+    with pytest.raises(UserError, match="cameras cam_head, cam_left, cam_right, and the policy sees top"):
+        evaluate.main(parse(evaluate.Config, [str(tmp_path), "--env", "demo"], "evaluate.py"))
+
+
+def test_an_evaluation_that_is_killed_keeps_what_it_has_measured(acting, tmp_path, monkeypatch):
     act = evaluate.act
 
     def killed(policy, config, steps, *given, **more):
@@ -197,10 +199,8 @@ def test_an_evaluation_that_is_killed_keeps_what_it_has_measured(tmp_path, monke
     assert (folder / "earlier-1" / "unfinished.json").is_file()
 
 
-def test_more_actions_than_a_chunk_has_are_refused_before_other_work(tmp_path, monkeypatch):
-    policy = Continuing(2)
-    policy.script, policy.config = train_vfp, train_vfp.Config()
-    monkeypatch.setattr(evaluate, "load_policy", lambda *_, **__: policy)
+@pytest.mark.usefixtures("acting")
+def test_more_actions_than_a_chunk_has_are_refused_before_other_work(tmp_path):
     with pytest.raises(UserError, match=r"--execute-steps: execute_steps must lie in 1..8, got 9"):
         evaluate.main(evaluate.Config(tmp_path, execute_steps=9))
     assert not (tmp_path / "evaluation").exists()

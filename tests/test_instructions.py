@@ -113,6 +113,7 @@ def test_without_an_encoder_nothing_differs_from_a_single_task(script, tiny, two
     mine, reference = weights(first, 2), weights(second, 2)
     assert mine.keys() == reference.keys()
     assert all(torch.equal(mine[key], reference[key]) for key in mine)
+    assert lines(first) == lines(second)
     assert lines(first, "val") == lines(second, "val")
 
 

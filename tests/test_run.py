@@ -7,6 +7,7 @@ from running import lines, reset, train, weights
 import train_naive_fm
 from common import checkpoint
 from common.config import parse
+from common.data.growth import GrownDataset
 from common.errors import UserError
 from common.run import start_run
 
@@ -63,6 +64,14 @@ def test_images_that_the_backbone_cannot_take_are_refused_before_they_are_decode
     with pytest.raises(UserError, match="at least 32x32"):
         train(train_naive_fm, tiny, tmp_path / "run", *flags)
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_held_past_the_end_is_learned_and_not_validated(tiny, tmp_path):
+    data = started(tiny, tmp_path / "run", "--horizon", 4, "--hold", 2)[1]
+    last = [len(part) - 1 for part in (data.train, data.val)]
+    padded = [part.__getitems__([n]).is_pad.tolist() for part, n in zip(data, last, strict=False)]
+    assert padded == [[[False, False, False, True]], [[False, True, True, True]]]
+    assert data.train.on(data.train.store).hold == GrownDataset(data.train, [data.train.store], 1.0).hold == 2
 
 
 def test_weights_that_no_checkpoint_would_contain_are_refused(tiny, tmp_path, monkeypatch):

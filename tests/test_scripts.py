@@ -107,6 +107,7 @@ def test_two_and_two_resumed_steps_equal_four_bit_for_bit(script, options, tiny,
 def test_evaluating_more_often_changes_nothing(script, tiny, tmp_path):
     often = train(script, tiny, tmp_path / "often", "--steps", 3, "--eval-every", 1)
     never = train(script, tiny, tmp_path / "never", "--steps", 3, "--val-fraction", 0.25, "--eval-every", 100)
+    assert lines(often) == lines(never)
     first, second = weights(often, 3), weights(never, 3)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
